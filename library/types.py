@@ -1,0 +1,110 @@
+"""The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a U-Net is told besides latents and timestep: one record for every family.
+
+    Attributes:
+        text: token embeddings [B, T, D].
+        pooled: pooled embedding [B, P] (SDXL), or None.
+        time_ids: original size, crop corner and target size, (h, w, top, left, h, w) [B, 6] (SDXL), or None.
+    """
+
+    text: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.text.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
+        """Select rows; the result is a batch too (index with a slice or a list, not an int)."""
+        return Conditioning(*(None if part is None else part[index] for part in self._parts()))
+
+    def repeat(self, times: int) -> "Conditioning":
+        """The whole batch `times` times over: [c0, c1, c0, c1, ...]."""
+        return Conditioning(*(None if part is None else part.repeat(times, *[1] * (part.ndim - 1)) for part in self._parts()))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
+        return Conditioning(*(None if part is None else part.to(device=device, dtype=dtype) for part in self._parts()))
+
+    @staticmethod
+    def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
+        """Join batches of one family along B."""
+        columns = zip(*(batch._parts() for batch in batches), strict=True)
+        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.text, self.pooled, self.time_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """One entry of a prompt list.
+
+    Attributes:
+        prompt: what the picture shows.
+        negative_prompt: the text of the unconditional branch.
+        width, height: pixels, multiples of 8; None takes the run's resolution.
+        guidance_scale: None takes the run's.
+        weight: how often it is drawn, relative to the others; above 0.
+        direction: +1 when a positive multiplier is to raise the score on this prompt, -1 when it is to lower it.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    guidance_scale: float | None = None
+    weight: float = 1.0
+    direction: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """The belt at one moment: where each of B trajectories stands.
+
+    Attributes:
+        latents: variance-preserving noisy latents [B, C, h, w].
+        timesteps, next_timesteps: model timesteps [B]; -1 is the end of the schedule (clean).
+        sigmas, next_sigmas: sqrt(1 - abar) / sqrt(abar) at those timesteps [B].
+        multipliers: what the LoRA is multiplied with, sample by sample [B].
+        guidance_scales: classifier-free guidance [B].
+        cond, uncond: conditioning of the two branches, B rows each.
+        prompts: the B prompts.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    next_timesteps: Tensor
+    sigmas: Tensor
+    next_sigmas: Tensor
+    multipliers: Tensor
+    guidance_scales: Tensor
+    cond: Conditioning
+    uncond: Conditioning
+    prompts: list[PromptSpec]
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """total [B], higher is better, and the terms it is the weighted sum of, by name, [B] each."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A scalar to minimise, numbers to log, and the latents [B, C, h, w] (no gradient) where each trajectory goes on."""
+
+    loss: Tensor
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    next_latents: Tensor | None = None
