@@ -1,0 +1,186 @@
+"""Pictures from a model, with or without a slider: whole trajectories, no gradient, a multiplier per sample.
+
+The noise of a sample is drawn on the CPU from its seed alone, so a seed means the same picture in every batch, on every
+device and at every multiplier.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
+
+import torch
+from networks.lora import LoRANetwork
+from torch import Tensor
+
+from library.models.base import DiffusionModel
+from library.solvers import Solver, get_solver
+from library.types import Conditioning, PromptSpec
+
+Size = tuple[int, int]
+
+
+class PromptEncoder:
+    """Conditioning of texts, each text encoded once and kept on the CPU.
+
+    Once every text of a run has been through it, the text encoders can be freed. A network with text encoder modules
+    changes the encoding with the multiplier: then a text is encoded once per multiplier.
+    """
+
+    def __init__(self, model: DiffusionModel, network: LoRANetwork | None = None) -> None:
+        self._model = model
+        self._network = network if network is not None and len(network.text_encoder_loras) > 0 else None
+        self._rows: dict[tuple[str, Size, float], Conditioning] = {}
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
+        """Conditioning of B texts for pictures of (height, width) pixels, on the model's device.
+
+        Args:
+            multipliers: of the network, one a text; None is 1 for all. Only a network with text encoder modules heeds them.
+        """
+        strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
+        keys = [(text, size, strength) for text, strength in zip(texts, strengths, strict=True)]
+        missing = sorted(set(keys) - self._rows.keys(), key=lambda key: key[2])
+        for strength, group in groupby(missing, key=lambda key: key[2]):
+            new = list(group)
+            with _multiplier(self._network, strength):
+                encoded = self._model.encode_prompts([text for text, _, _ in new], size).to("cpu")
+            self._rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
+        return Conditioning.cat([self._rows[key] for key in keys]).to(self._model.device)
+
+
+def size_of(prompt: PromptSpec, resolution: Size) -> Size:
+    """(height, width) in pixels of a prompt's picture; `resolution` stands in for what the prompt leaves open."""
+    return prompt.height or resolution[0], prompt.width or resolution[1]
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
+    """Standard normal noise [B, *shape] on the CPU, row i from seeds[i] alone, and the generators to draw on from."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return _draw(generators, shape), generators
+
+
+def model_autocast(model: DiffusionModel) -> AbstractContextManager:
+    """Autocast to a half-precision model's type; nothing for a float32 model."""
+    if model.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(model.device).type, dtype=model.dtype)
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    network: LoRANetwork | None,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int],
+    multipliers: Tensor | Sequence[float] | float = 1.0,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    resolution: Size,
+    batch_size: int,
+    solver: str = "ddim",
+    encoder: PromptEncoder | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Denoise N samples from pure noise to clean latents.
+
+    Args:
+        network: applied to both branches of the guidance; None samples the plain model. Its multiplier is put back after.
+        prompts, seeds: N of each. All prompts of one call have one size.
+        multipliers: of the network, one a sample [N] or one for all.
+        guidance_scale: for the prompts that do not bring their own; a batch in which all are 1 runs no unconditional branch.
+        resolution: (height, width) in pixels, for the prompts that do not bring their own.
+        encoder: where the texts' encodings are kept; None encodes them here.
+        progress: called with the number of samples that went one step further, N * num_steps in all.
+
+    Returns:
+        Scaled clean latents [N, C, h, w], float32, on the model's device.
+    """
+    count = len(prompts)
+    assert len(seeds) == count, "one seed a prompt"
+    size, *others = {size_of(prompt, resolution) for prompt in prompts}
+    assert not others, "one size a call"
+    strengths = torch.as_tensor(multipliers, dtype=torch.float32).flatten().expand(count)
+    encoder = encoder or PromptEncoder(model, network)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = slice(start, start + batch_size)
+        with _multiplier(network, strengths[rows].to(model.device)), model_autocast(model):
+            batches.append(
+                _sample_batch(
+                    model,
+                    prompts[rows],
+                    seeds[rows],
+                    strengths[rows].tolist(),
+                    num_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    size=size,
+                    solver=get_solver(solver),
+                    encoder=encoder,
+                    progress=progress,
+                )
+            )
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
+    """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured."""
+    with model_autocast(model):
+        decoded = [model.decode_latents(batch.to(model.device)).float().cpu() for batch in latents.split(batch_size)]
+    return torch.cat(decoded) / 2 + 0.5
+
+
+def _sample_batch(
+    model: DiffusionModel,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    size: Size,
+    solver: Solver,
+    encoder: PromptEncoder,
+    progress: Callable[[int], object] | None,
+) -> Tensor:
+    count, device = len(prompts), model.device
+    shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
+    scales = torch.tensor([guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts], device=device)
+    guided = bool((scales != 1).any())
+    cond = encoder.encode([prompt.prompt for prompt in prompts], size, strengths)
+    if guided:
+        cond = Conditioning.cat([encoder.encode([prompt.negative_prompt for prompt in prompts], size, strengths), cond])
+    noise, generators = initial_noise(seeds, shape)
+    latents = noise.to(device)
+    timesteps = model.schedule.inference_timesteps(num_steps).to(device)
+    for now, after in zip(timesteps[:-1], timesteps[1:], strict=True):
+        if guided:
+            uncond_eps, cond_eps = model.predict_eps(latents.repeat(2, 1, 1, 1), now.expand(2 * count), cond).chunk(2)
+            eps = uncond_eps + scales.view(-1, 1, 1, 1) * (cond_eps - uncond_eps)
+        else:
+            eps = model.predict_eps(latents, now.expand(count), cond)
+        noise = _draw(generators, shape).to(device) if solver.needs_noise else None
+        latents = solver.step(latents, eps, model.schedule.abar(now.expand(count)), model.schedule.abar(after.expand(count)), noise)
+        if progress is not None:
+            progress(count)
+    return latents
+
+
+def _draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@contextmanager
+def _multiplier(network: LoRANetwork | None, value: float | Tensor) -> Iterator[None]:
+    """The network runs at `value` inside the block, and at what it had again afterwards."""
+    if network is None:
+        yield
+        return
+    before = network.multiplier
+    network.set_multiplier(value)
+    try:
+        yield
+    finally:
+        network.set_multiplier(before)
