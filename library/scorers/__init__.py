@@ -1,0 +1,1 @@
+"""Scorers: learned opinions about latents (`base`, `registry`, `io`), and judges of pixels (`pixel`)."""
