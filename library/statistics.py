@@ -1,0 +1,177 @@
+"""Statistics of a slider's effect. P prompts, S seeds, M multipliers.
+
+The unit of a gain is the base model's within-prompt standard deviation: how far the score of one prompt's pictures
+spreads over seeds without the slider. Scores of one pair (prompt, seed) are compared at different multipliers, so the
+difference is the slider's alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its bootstrap interval, 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    def __truediv__(self, unit: float) -> "Interval":
+        """The same in another unit; NaN where the unit is 0."""
+        return Interval(*(bound / unit if unit > 0 else math.nan for bound in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Response:
+    """How one score answers to the multiplier.
+
+    Attributes:
+        name: the score's name.
+        role: "scorer" when it is a latent scorer (the slider was trained on one), "judge" when it reads pixels and no training saw it.
+        values: of every sample [P, S, M].
+        std: the within-prompt standard deviation of the base model, in the score's units.
+        means: mean over samples, one a multiplier.
+        gains: mean change against multiplier 0 in the wanted direction of each prompt, in the score's units, one a multiplier.
+        moved: share of pairs that moved the way the multiplier's sign says; NaN at multiplier 0.
+        monotone: whether the mean gain rises with every multiplier.
+        slope, r2: of the straight line through the mean gains, in the score's units per unit of multiplier.
+    """
+
+    name: str
+    role: Literal["scorer", "judge"]
+    values: np.ndarray
+    std: float
+    means: tuple[Interval, ...]
+    gains: tuple[Interval, ...]
+    moved: tuple[float, ...]
+    monotone: bool
+    slope: float
+    r2: float
+
+    @property
+    def gains_std(self) -> tuple[Interval, ...]:
+        """The gains in within-prompt standard deviations; NaN where the base model's score does not vary.
+
+        The standard deviation is held fixed as a unit: seeds drawn with replacement would spread too little.
+        """
+        return tuple(gain / self.std for gain in self.gains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; NaN becomes None."""
+        return {
+            "role": self.role,
+            "within_prompt_std": self.std,
+            "means": [_to_list(mean) for mean in self.means],
+            "gains": [_to_list(gain) for gain in self.gains],
+            "gains_std": [_to_list(gain) for gain in self.gains_std],
+            "moved": [nan_to_none(share) for share in self.moved],
+            "monotone": self.monotone,
+            "slope": self.slope,
+            "r2": nan_to_none(self.r2),
+            "values": self.values.tolist(),
+        }
+
+    @staticmethod
+    def from_dict(name: str, data: dict[str, Any]) -> "Response":
+        return Response(
+            name=name,
+            role=data["role"],
+            values=np.array(data["values"], dtype=float),
+            std=data["within_prompt_std"],
+            means=tuple(Interval(*map(none_to_nan, mean)) for mean in data["means"]),
+            gains=tuple(Interval(*map(none_to_nan, gain)) for gain in data["gains"]),
+            moved=tuple(map(none_to_nan, data["moved"])),
+            monotone=data["monotone"],
+            slope=data["slope"],
+            r2=none_to_nan(data["r2"]),
+        )
+
+
+def within_prompt_std(base_scores: np.ndarray) -> float:
+    """Pooled standard deviation over seeds of scores [P, S]: sqrt of the mean over prompts of the sample variance (ddof 1).
+
+    Raises:
+        UserError: with fewer than 2 seeds.
+    """
+    if base_scores.shape[1] < 2:
+        raise UserError(f"{base_scores.shape[1]} seed per prompt cannot tell a slider from chance; give at least 2 seeds per prompt")
+    return float(np.sqrt(base_scores.var(axis=1, ddof=1).mean()))
+
+
+def bootstrap_means(values: np.ndarray, rng: np.random.Generator, num_resamples: int = 1000) -> tuple[Interval, ...]:
+    """Means over prompts and seeds of values [P, S, M], with 95 % percentile intervals.
+
+    Prompts are drawn with replacement, then seeds within each drawn prompt (two-stage bootstrap, Davison and Hinkley 1997, 3.8).
+    """
+    num_prompts, num_seeds, num_multipliers = values.shape
+    means = np.empty((num_resamples, num_multipliers))
+    for row in means:
+        prompts = rng.integers(num_prompts, size=(num_prompts, 1))
+        row[:] = values[prompts, rng.integers(num_seeds, size=(num_prompts, num_seeds))].mean((0, 1))
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return tuple(Interval(*map(float, row)) for row in zip(values.mean((0, 1)), low, high, strict=True))
+
+
+def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope and R2 of the least-squares line; R2 is NaN where y does not vary."""
+    if np.ptp(y) == 0:
+        return 0.0, math.nan
+    slope, intercept = np.polyfit(x, y, 1)
+    unexplained = np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
+    return float(slope), float(1 - unexplained)
+
+
+def summarise_response(
+    name: str,
+    role: Literal["scorer", "judge"],
+    values: np.ndarray,
+    multipliers: Sequence[float],
+    rng: np.random.Generator,
+    directions: np.ndarray | None = None,
+) -> Response:
+    """Statistics of one score.
+
+    Args:
+        values: [P, S, M], at M ascending multipliers, 0 among them.
+        directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
+    """
+    strengths = np.asarray(multipliers, dtype=float)
+    signs = np.ones(len(values)) if directions is None else np.sign(directions)
+    base = values[:, :, list(multipliers).index(0)]
+    changes = (values - base[:, :, None]) * signs[:, None, None]
+    gains = bootstrap_means(changes, rng)
+    line = np.array([gain.value for gain in gains])
+    slope, r2 = linear_fit(strengths, line)
+    moved = np.where(strengths == 0, np.nan, (changes * np.sign(strengths) > 0).mean((0, 1)))
+    return Response(
+        name=name,
+        role=role,
+        values=values,
+        std=within_prompt_std(base),
+        means=bootstrap_means(values, rng),
+        gains=gains,
+        moved=tuple(map(float, moved)),
+        monotone=bool(np.all(np.diff(line) > 0)),
+        slope=slope,
+        r2=r2,
+    )
+
+
+def _to_list(interval: Interval) -> list[float | None]:
+    return [nan_to_none(bound) for bound in (interval.value, interval.low, interval.high)]
+
+
+def nan_to_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def none_to_nan(value: float | None) -> float:
+    return math.nan if value is None else value
