@@ -96,14 +96,14 @@ def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: f
             scale=1.0,
             gain=float(np.interp(1.0, rungs, arms.min(0))),
             reached=False,
-            note="The slider does not move its own training score both ways even at its weakest setting, so its strength was left as trained.",
+            note="The slider does not move its training score both ways even when it is weakest, so its strength was left as trained.",
         )
     wanted = max(_first_crossing(rungs, arm, target_gain, beyond=np.inf) for arm in arms)
     scale = min(wanted, end)
     gain = min(float(np.interp(scale, rungs, arm)) for arm in arms)
     if wanted <= end:
         note = (
-            f"Weight 1 is {scale:.3g} of the trained strength: there the training score moves by {gain:.2f} standard deviations both ways."
+            f"Weight 1 is {scale:.3g} of the trained strength and moves the training score by {gain:.2f} standard deviations."
         )
         return Calibration(scale=scale, gain=gain, reached=True, note=note)
     if end < rungs[-1]:

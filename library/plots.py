@@ -1,0 +1,133 @@
+"""Pictures of a measurement, as PNG: the score over the multiplier, and the grid of images."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from library.evaluation import SliderEvaluation
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
+MIN_CELL, MAX_CELL = 128, 320  # pixels, the longer side of a picture in a grid
+LABEL_WIDTH, GAP, HEADER = 190, 6, 34  # pixels
+
+
+def signed(value: float) -> str:
+    """A multiplier as people write it: +1, -0.5, 0, with a real minus sign."""
+    return f"{value:+g}".replace("-", "\u2212") if value else "0"
+
+
+def score_curves(evaluations: Sequence[SliderEvaluation]) -> bytes:
+    """One panel a score, one line a slider: mean score over the multiplier, PNG.
+
+    The band is the 95 % interval of the change against the base model (pair by pair), which is the broken line. The axis on the
+    right is that change in within-prompt standard deviations of the base model, of the first slider's run.
+    """
+    names = list(evaluations[0].responses)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(
+        figsize=(0.6 + 4.2 * columns, 0.3 + 3.5 * rows), dpi=130, facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
+    )
+    for position, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        _score_panel(axes, evaluations, name)
+        if position == 0 and len(evaluations) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str) -> None:
+    first = evaluations[0].responses[name]
+    base = first.means[evaluations[0].multipliers.index(0)].value
+    axes.axhline(base, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
+    for number, evaluation in enumerate(evaluations):
+        gains, colour = evaluation.responses[name].gains, COLOURS[number % len(COLOURS)]
+        low, value, high = (base + np.array([getattr(gain, bound) for gain in gains]) for bound in ("low", "value", "high"))
+        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=evaluation.name, zorder=3)
+    axes.set_title(
+        textwrap.shorten(name, 36, placeholder=" ...") if " " in name else name[-36:],
+        fontsize=11,
+        color=INK,
+        loc="left",
+        fontweight="bold",
+        pad=20,
+    )
+    subtitle = "training score" if first.role == "scorer" else "independent judge"
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=MUTED, va="bottom")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
+    axes.set_ylabel("mean score", fontsize=9, color=INK)
+    axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
+    axes.tick_params(labelsize=8, colors=MUTED, length=3)
+    axes.margins(x=0.04, y=0.12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(RULE)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if first.std > 0:
+        right = axes.secondary_yaxis("right", functions=(lambda score: (score - base) / first.std, lambda gain: base + gain * first.std))
+        right.set_ylabel("change / standard deviation", fontsize=8, color=MUTED)
+        right.tick_params(labelsize=8, colors=MUTED, length=3)
+        right.spines["right"].set_color(RULE)
+
+
+def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
+    """Labelled pictures, rows of uint8 [M, 3, H, W]; sizes may differ from row to row.
+
+    Small pictures are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large ones are reduced.
+    """
+    pictures = [[_resize(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in row] for row in rows]
+    width = max(picture.width for row in pictures for picture in row)
+    heights = [max(picture.height for picture in row) for row in pictures]
+    canvas = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * (width + GAP), HEADER + sum(heights) + GAP * len(rows)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    bold, plain = _font(16, bold=True), _font(12)
+    for column, label in enumerate(column_labels):
+        draw.text((LABEL_WIDTH + column * (width + GAP) + width // 2, HEADER // 2), label, fill=INK, font=bold, anchor="mm")
+    top = HEADER
+    for row, label, height in zip(pictures, row_labels, heights, strict=True):
+        lines = textwrap.wrap(label, 26, max_lines=max(2, height // 17), placeholder=" \u2026")
+        draw.multiline_text((12, top + height // 2), "\n".join(lines), fill=INK, font=plain, anchor="lm", spacing=3)
+        for column, picture in enumerate(row):
+            left = LABEL_WIDTH + column * (width + GAP) + (width - picture.width) // 2
+            canvas.paste(picture, (left, top + (height - picture.height) // 2))
+        top += height + GAP
+    return canvas
+
+
+def multiplier_grid(rows: Sequence[Tensor], row_labels: Sequence[str], multipliers: Sequence[float]) -> bytes:
+    """`image_grid` with a column a multiplier, PNG."""
+    buffer = io.BytesIO()
+    image_grid(rows, row_labels, [signed(value) if value else "0 (base)" for value in multipliers]).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _resize(picture: Image.Image) -> Image.Image:
+    longer = max(picture.size)
+    if longer < MIN_CELL:
+        factor = -(-MIN_CELL // longer)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if longer > MAX_CELL:
+        return picture.resize((picture.width * MAX_CELL // longer, picture.height * MAX_CELL // longer), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings, so that a grid looks the same on every system."""
+    file = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", file)), size)

@@ -1,0 +1,58 @@
+"""What the slider does so far, in pictures: a grid written while it trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.atomic_files import atomic_open
+from library.models.base import DiffusionModel
+from library.plots import multiplier_grid
+from library.sampling import PromptEncoder, Size, decode, sample, size_of
+from library.types import PromptSpec
+from networks.lora import LoRANetwork
+
+
+def preview_path(output_dir: str | Path, output_name: str, step: int) -> Path:
+    """{output_dir}/sample/{output_name}_{step:06d}.png, where sd-scripts puts its samples."""
+    return Path(output_dir, "sample", f"{output_name}_{step:06d}.png")
+
+
+def write_preview(
+    path: str | Path,
+    model: DiffusionModel,
+    network: LoRANetwork,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    resolution: Size,
+    batch_size: int,
+    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    solver: str = "ddim",
+    encoder: PromptEncoder | None = None,
+) -> None:
+    """Write a PNG with a row for each prompt (and its seed) and a column for each multiplier.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    encoder = encoder or PromptEncoder(model, network)
+    rows = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        latents = sample(
+            model,
+            network,
+            [prompt] * len(multipliers),
+            [seed] * len(multipliers),
+            multipliers,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            resolution=size_of(prompt, resolution),
+            batch_size=batch_size,
+            solver=solver,
+            encoder=encoder,
+        )
+        rows.append((decode(model, latents, batch_size).clamp(0, 1) * 255).round().byte())
+    labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
+    with atomic_open(path) as file:
+        file.write(multiplier_grid(rows, labels, multipliers))
