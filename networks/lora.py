@@ -1,0 +1,357 @@
+"""LoRA beside the Linear and Conv2d layers of a U-Net and its text encoders, with the interface of sd-scripts' networks.lora.
+
+    y = W x + multiplier * alpha / rank * up(down(x))        (Hu et al. 2021, arXiv 2106.09685)
+
+The multiplier may be a tensor, one value per sample: +m, -m and 0, the frozen model, then share one batch.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from library.atomic_files import atomic_save_safetensors
+from library.errors import UserError
+from library.lora_metadata import hash_metadata
+from networks.lora_keys import diffusers_unet_key
+from networks.lora_module import LoRAModule, Strength
+from networks.lora_targets import TextEncoders, find_targets, parts_of
+from networks.lora_weights import fit_weight, read_weights, rename_weights
+
+NETWORK_ARGS = ("conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout", "generator")
+_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # of blocks in diffusers and layers in transformers
+
+
+class LoRANetwork(nn.Module):
+    """All branches of one LoRA file. Its state dict is the file: keys, shapes and all.
+
+    It does nothing until `apply_to`; then every call of the U-Net has it in, at `multiplier`, but inside `disabled()`.
+    """
+
+    def __init__(self, loras: Sequence[LoRAModule], strength: Strength) -> None:
+        super().__init__()
+        self._strength = strength
+        self._applied = False
+        self._replaced_checkpoints: list[tuple[nn.Module, Any]] = []
+        for lora in loras:
+            assert lora.name not in self._modules, f"two modules named {lora.name}"
+            self.add_module(lora.name, lora)
+
+    @property
+    def loras(self) -> list[LoRAModule]:
+        return [module for module in self.children() if isinstance(module, LoRAModule)]
+
+    @property
+    def unet_loras(self) -> list[LoRAModule]:
+        return [lora for lora in self.loras if lora.part == "unet"]
+
+    @property
+    def text_encoder_loras(self) -> list[LoRAModule]:
+        return [lora for lora in self.loras if lora.part != "unet"]
+
+    # --- Strength ---
+
+    @property
+    def multiplier(self) -> float | Tensor:
+        return self._strength.multiplier
+
+    def set_multiplier(self, multiplier: float | Tensor) -> None:
+        """A float, or one value per sample [B]; calls on k*B rows (cond and uncond stacked) repeat it k times.
+
+        The float 0 leaves the branches out: the output is the plain model's to the last bit, at no cost.
+        """
+        if isinstance(multiplier, torch.Tensor):
+            assert multiplier.ndim <= 1, f"one multiplier per sample, not a tensor of shape {tuple(multiplier.shape)}"
+            device = next((parameter.device for parameter in self.parameters()), multiplier.device)
+            # A copy: written to later in place, the caller's tensor would change a forward that backward() has yet to repeat.
+            multiplier = multiplier.detach().to(device=device, dtype=torch.float32, copy=True).reshape(-1)
+        self._strength.multiplier = multiplier
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """`with network.disabled():` the plain model. Nests; the one switch there is."""
+        return self._strength.disabled()
+
+    # --- Attaching ---
+
+    def apply_to(self, text_encoder: TextEncoders, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
+        """Attach to these models; the branches of a part that is not applied are dropped, from the file too."""
+        assert not self._applied, "already applied"
+        for lora in self.loras:
+            if not (apply_unet if lora.part == "unet" else apply_text_encoder):
+                delattr(self, lora.name)
+        for lora, base in self._pairs(text_encoder, unet):
+            lora.attach(base)
+        self._parts = parts_of(text_encoder, unet)
+        self._applied = True
+
+    def remove(self) -> None:
+        """Undo apply_to."""
+        assert self._applied, "not applied"
+        for lora in self.loras:
+            lora.detach()
+        while self._replaced_checkpoints:
+            block, function = self._replaced_checkpoints.pop()
+            setattr(block, _CHECKPOINT_FUNCTION, function)
+        self._applied = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """To be called after apply_to and after the model's own: what is recomputed in backward() gets the multiplier of its forward."""
+        assert self._applied, "apply_to comes first"
+        for part in self._parts.values():
+            for block in part.modules():
+                checkpoint = getattr(block, _CHECKPOINT_FUNCTION, None)
+                if checkpoint is not None:
+                    self._replaced_checkpoints.append((block, checkpoint))
+                    setattr(block, _CHECKPOINT_FUNCTION, self._capturing(checkpoint))
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """torch.utils.checkpoint for a function that calls the models: recomputed with the multiplier of now."""
+        return self._capturing(torch.utils.checkpoint.checkpoint)(function, *args, use_reentrant=False)
+
+    def _capturing(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda function, *args, **kwargs: checkpoint(self._strength.capture(function), *args, **kwargs)
+
+    def _pairs(self, text_encoder: TextEncoders, unet: nn.Module) -> Iterator[tuple[LoRAModule, nn.Module]]:
+        parts = parts_of(text_encoder, unet)
+        for lora in self.loras:
+            yield lora, parts[lora.part].get_submodule(lora.path)
+
+    # --- Training ---
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups, one per model, and their names for the log.
+
+        None takes default_lr; 0 freezes the model's branches and leaves the group out. text_encoder_lr may be one per text encoder.
+        """
+        text_encoder_lrs = text_encoder_lr if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
+        rates = {"unet": unet_lr, "text_encoder": text_encoder_lrs[0], "text_encoder_2": text_encoder_lrs[-1]}
+        groups, descriptions = [], []
+        for part, rate in rates.items():
+            rate = default_lr if rate is None else rate
+            parameters = [parameter for lora in self.loras if lora.part == part for parameter in lora.parameters()]
+            for parameter in parameters:
+                parameter.requires_grad_(rate != 0)
+            if parameters and rate != 0:
+                groups.append({"params": parameters, "lr": rate})
+                descriptions.append(part.replace("text_encoder", "textencoder").replace("_", " "))
+        if not groups:
+            raise UserError("nothing is left to train: every learning rate is 0 or its model has no LoRA modules; set unet_lr above 0")
+        return groups, descriptions
+
+    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module) -> None:
+        """Freeze the models; the branches train but for those that prepare_optimizer_params froze."""
+        for part in parts_of(text_encoder, unet).values():
+            part.requires_grad_(False)
+
+    def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | str | None = None) -> tuple[int, float, float]:
+        """Shrink every branch whose delta has a Frobenius norm above max_norm to it -> (how many, mean norm, largest norm).
+
+        sd-scripts' --scale_weight_norms; down and up share the factor. `device`: where the norms are computed.
+        """
+        norms = torch.stack([lora.delta().to(device).norm() for lora in self.loras])
+        factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+        for lora, factor in zip(self.loras, factors.sqrt(), strict=True):
+            lora.lora_down.weight.mul_(factor.to(lora.alpha.device))
+            lora.lora_up.weight.mul_(factor.to(lora.alpha.device))
+        norms = norms * factors
+        return int((factors < 1).sum()), norms.mean().item(), norms.max().item()
+
+    @torch.no_grad()
+    def scale_alpha(self, factor: float) -> None:
+        """Fold a multiplier into the network: from now on multiplier 1 does what `factor` did."""
+        for lora in self.loras:
+            lora.alpha.mul_(factor)
+
+    # --- Files ---
+
+    def save_weights(self, file: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> None:
+        """Write a .safetensors file in `dtype` (None: float32), whole or not at all, with metadata and the hashes of its tensors."""
+        if Path(file).suffix != ".safetensors":
+            raise UserError(f"{file}: LoRA files are written as .safetensors; give a name that ends so")
+        tensors = {key: value.detach().to("cpu", dtype or torch.float32).contiguous() for key, value in self.state_dict().items()}
+        metadata = dict(metadata or {})
+        atomic_save_safetensors(tensors, file, metadata | hash_metadata(tensors, metadata))
+
+    def load_weights(self, file: str | Path) -> Any:
+        """Copy a file's weights into these modules, in float32 -> load_state_dict's missing and unexpected keys.
+
+        Diffusers' style of SDXL names is understood. Raises UserError if no module of the file is here, or a shape differs.
+        """
+        names = {diffusers_unet_key(lora.path): lora.name for lora in self.unet_loras}
+        weights = rename_weights(read_weights(file), names)
+        own = self.state_dict()
+        if not own.keys() & weights.keys():
+            raise UserError(f"{file} has no module of this network: it was made for another family of models, or is not a kohya LoRA")
+        for key in own.keys() & weights.keys():
+            weights[key] = fit_weight(weights[key], own[key].shape, key, file)
+        return self.load_state_dict(weights, strict=False)
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add multiplier * delta to the models' own weights, for good. Not for a network that is applied.
+
+        Args:
+            weights_sd: loaded first; None merges what the network holds.
+            dtype: the sum is rounded to it before it is stored in the model's own; the sum itself is made in float32.
+            device: where the sum is made; None is the model's.
+        """
+        assert not self._applied, "merged and applied, the LoRA would count twice: remove() it first"
+        assert not isinstance(self.multiplier, Tensor), "a weight has one multiplier, not one per sample"
+        if weights_sd is not None:
+            self.load_state_dict(weights_sd)
+        for lora, base in self._pairs(text_encoder, unet):
+            weight = base.weight
+            assert isinstance(weight, Tensor)
+            where = weight.device if device is None else torch.device(device)
+            merged = weight.to(where, torch.float32) + self.multiplier * lora.delta().to(where)
+            weight.copy_(merged.to(dtype or weight.dtype))
+
+
+def create_network(
+    multiplier: float | Tensor,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> LoRANetwork:
+    """A fresh network that changes nothing yet.
+
+    Every Linear and 1x1 Conv2d inside a Transformer2DModel and every Linear inside CLIPAttention and CLIPMLP; with conv_dim also
+    every Linear and Conv2d inside ResnetBlock2D, Downsample2D and Upsample2D.
+
+    Args:
+        network_dim, network_alpha: rank and alpha; None is 4 and 1.
+        vae: not used; sd-scripts passes it.
+        text_encoder: one, a list (SDXL), or None.
+        **kwargs: --network_args, strings or numbers: conv_dim and conv_alpha (rank and alpha of the convolutions that are larger than
+            1x1; alpha 1), rank_dropout, module_dropout, dropout (sd-scripts' other name of neuron_dropout); and `generator`, a
+            torch.Generator on the CPU for the initial values.
+    """
+    generator = kwargs.pop("generator", None)
+    numbers = _network_args(kwargs)
+    dropouts = _dropouts(numbers, neuron_dropout)
+    conv_dim, conv_alpha = numbers.get("conv_dim"), numbers.get("conv_alpha", 1.0)
+    if conv_dim is None and "conv_alpha" in numbers:
+        raise UserError("conv_alpha is given without conv_dim: it is the alpha of convolutions, which conv_dim adds; give both or neither")
+    rank, alpha = _rank("network_dim", 4 if network_dim is None else network_dim), 1.0 if network_alpha is None else network_alpha
+    conv_rank = None if conv_dim is None else _rank("conv_dim", conv_dim)
+    strength = Strength(1.0)
+    loras = []
+    for target in find_targets(text_encoder, unet, with_convs=conv_rank is not None):
+        size = (conv_rank, conv_alpha) if target.is_large_conv else (rank, alpha)
+        if size[0] is not None:
+            loras.append(target.lora(strength, size[0], size[1], generator=generator, **dropouts))
+    network = LoRANetwork(loras, strength)
+    network.set_multiplier(multiplier)
+    return network
+
+
+def create_network_from_weights(
+    multiplier: float | Tensor,
+    file: str | Path | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """The network that is in a file (or in weights_sd), its modules, ranks and alphas -> it and its weights under our names.
+
+    Keys of a text encoder are passed over when text_encoder is None. for_inference: no gradients, no dropout.
+    Raises UserError for keys that are no LoRA of these models.
+    """
+    kwargs.pop("generator", None)  # every value comes from the file
+    numbers = _network_args(kwargs)
+    if numbers.keys() & {"conv_dim", "conv_alpha"}:
+        raise UserError("conv_dim and conv_alpha come from the file when a network is made from weights; leave them out of network_args")
+    dropouts = _dropouts(numbers, neuron_dropout)
+    if weights_sd is None:
+        assert file is not None, "file or weights_sd"
+        weights_sd = read_weights(file)
+    targets = {target.name: target for target in find_targets(text_encoder, unet, with_convs=True)}
+    names = {diffusers_unet_key(target.path): name for name, target in targets.items() if target.part == "unet"}
+    weights = rename_weights(weights_sd, names)
+    if text_encoder is None:
+        weights = {key: value for key, value in weights.items() if not key.startswith("lora_te")}
+    strength = Strength(1.0)
+    loras = []
+    for key in [key for key in weights if key.endswith(".lora_down.weight")]:
+        name = key.removesuffix(".lora_down.weight")
+        if name not in targets:
+            raise UserError(f"{file or 'weights_sd'}: {name} is not in this model; the file was made for another family of models")
+        rank = weights[key].shape[0]
+        loras.append(targets[name].lora(strength, rank, weights[f"{name}.alpha"].item(), **dropouts))
+    network = LoRANetwork(loras, strength)
+    network.set_multiplier(multiplier)
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    if not shapes or shapes.keys() != weights.keys():
+        odd = sorted(shapes.keys() ^ weights.keys())[:1]
+        raise UserError(f"{file or 'weights_sd'} is not a plain LoRA (lora_down, lora_up and alpha per module): see {odd or 'no modules'}")
+    weights = {key: fit_weight(value, shapes[key], key, file) for key, value in weights.items()}
+    network.load_state_dict(weights)
+    if for_inference:
+        network.requires_grad_(False).eval()
+    return network, weights
+
+
+def _rank(option: str, value: float) -> int:
+    if value < 1 or value != int(value):
+        raise UserError(f"{option} is {value}: it is a rank, a whole number from 1 up")
+    return int(value)
+
+
+def _network_args(kwargs: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for key, value in kwargs.items():
+        if key not in NETWORK_ARGS:
+            nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
+            raise UserError(f"network_args: {key} is not an option of networks.lora; {hint}")
+        if value is None:
+            continue
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise UserError(f"network_args: {key}={value} is not a number; write for example {key}=4") from None
+    return numbers
+
+
+def _dropouts(numbers: Mapping[str, float], neuron_dropout: float | None) -> dict[str, float | None]:
+    dropouts = {
+        "neuron_dropout": numbers.get("dropout") if neuron_dropout is None else neuron_dropout,
+        "rank_dropout": numbers.get("rank_dropout"),
+        "module_dropout": numbers.get("module_dropout"),
+    }
+    for name, probability in dropouts.items():
+        if probability is not None and not 0 <= probability < 1:
+            raise UserError(f"{name} is {probability}: it is a probability, from 0 to below 1")
+    return dropouts

@@ -1,0 +1,162 @@
+"""One low-rank branch, and the multiplier that all branches of a network obey."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Strength:
+    """The multiplier in force: a float, or one value per sample [B].
+
+    Gradient checkpointing runs a forward again inside backward(), when the multiplier may have changed or a `disabled()` block
+    may have ended; the gradient would be silently wrong. A function that went through `capture` is run again with the
+    multiplier of its first run, and a module that is run again without that is an error.
+    """
+
+    def __init__(self, multiplier: float | Tensor) -> None:
+        self.multiplier = multiplier
+        self._num_disabled = 0
+        self._captured = False
+
+    def in_force(self) -> float | Tensor:
+        inside_backward = torch._C._current_graph_task_id() != -1  # how torch.utils.checkpoint itself knows
+        assert self._captured or not inside_backward, (
+            "a checkpoint recomputes LoRA modules in backward() without the multiplier of the forward: call "
+            "network.enable_gradient_checkpointing() after the model's, or use network.checkpoint(function, *args)"
+        )
+        return 0.0 if self._num_disabled else self.multiplier
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        self._num_disabled += 1
+        try:
+            yield
+        finally:
+            self._num_disabled -= 1
+
+    def capture(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, bound to the multiplier of this moment however often and whenever it is run."""
+        now = self.multiplier, self._num_disabled, True
+
+        @functools.wraps(function, updated=())
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self.multiplier, self._num_disabled, self._captured
+            self.multiplier, self._num_disabled, self._captured = now
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.multiplier, self._num_disabled, self._captured = before
+
+        return run
+
+
+class LoRAModule(nn.Module):
+    """up(down(x)) * multiplier * alpha / rank, added to what a Linear or Conv2d returns.
+
+    The weights are float32 whatever the base module is in; half-precision updates of a small matrix round to nothing.
+
+    Args:
+        name: what the file calls it.
+        part: "unet", "text_encoder" or "text_encoder_2".
+        path: of the base module within that part.
+        base: its shape is copied; it is neither held nor changed before `attach`.
+        alpha: 0 stands for rank, that is scale 1.
+        neuron_dropout, rank_dropout, module_dropout: probabilities in training, None for none. They draw from torch's global
+            generator, the only one that gradient checkpointing rewinds.
+        generator: for the initial values, on the CPU; None is torch's global one.
+    """
+
+    alpha: Tensor
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        part: str,
+        path: str,
+        base: nn.Module,
+        strength: Strength,
+        rank: int,
+        alpha: float,
+        neuron_dropout: float | None = None,
+        rank_dropout: float | None = None,
+        module_dropout: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.part, self.path = name, part, path
+        self.rank = rank
+        self.neuron_dropout, self.rank_dropout, self.module_dropout = neuron_dropout, rank_dropout, module_dropout
+        self._strength = strength
+        self._base: tuple[nn.Module, Any] | None = None  # in a tuple, so that it does not become a submodule
+        kind: dict[str, Any] = {"bias": False, "dtype": torch.float32, "device": "cpu"}
+        if isinstance(base, nn.Linear):
+            self.lora_down: nn.Linear | nn.Conv2d = nn.Linear(base.in_features, rank, **kind)
+            self.lora_up: nn.Linear | nn.Conv2d = nn.Linear(rank, base.out_features, **kind)
+        else:
+            assert isinstance(base, nn.Conv2d) and base.groups == 1, f"{path}: {base}"
+            window: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+            self.lora_down = nn.Conv2d(base.in_channels, rank, base.kernel_size, **window, **kind)  # type: ignore[arg-type]
+            self.lora_up = nn.Conv2d(rank, base.out_channels, 1, **kind)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+
+    def attach(self, base: nn.Module) -> None:
+        """Run with every call of `base` from now on."""
+        assert self._base is None, f"{self.name} is already attached"
+        self._base = base, base.__dict__.get("forward")
+        self._base_forward = base.forward
+        base.forward = self.forward
+
+    def detach(self) -> None:
+        assert self._base is not None, f"{self.name} is not attached"
+        base, overridden = self._base
+        if overridden is None:
+            del base.forward
+        else:
+            base.forward = overridden
+        self._base = None
+
+    def delta(self) -> Tensor:
+        """What the branch adds to the base module's weight at multiplier 1, in that weight's shape."""
+        down, up = self.lora_down.weight, self.lora_up.weight
+        product = up.flatten(1) @ down.flatten(1) * (self.alpha / self.rank)
+        return product.reshape(up.shape[0], *down.shape[1:])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [rows, ...], where rows is a multiple of the multiplier's B -> the base module's output, in its dtype."""
+        base_output = self._base_forward(x, *args, **kwargs)
+        multiplier = self._strength.in_force()
+        if not isinstance(multiplier, torch.Tensor) and multiplier == 0:
+            return base_output
+        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return base_output
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_down.weight.dtype)
+        hidden = self._drop(self.lora_down(x))
+        # Scaled between down and up, where the activation is smallest.
+        hidden = hidden * (self._per_row(multiplier, hidden) * (self.alpha / self.rank))
+        return base_output + self.lora_up(hidden).to(base_output.dtype)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        if self.training and self.neuron_dropout:
+            hidden = nn.functional.dropout(hidden, self.neuron_dropout)
+        if self.training and self.rank_dropout:
+            # One mask over the rank per row: channels are last for Linear, second for Conv2d.
+            rank_dim = 1 if isinstance(self.lora_down, nn.Conv2d) else hidden.ndim - 1
+            shape = [size if dim in (0, rank_dim) else 1 for dim, size in enumerate(hidden.shape)]
+            hidden = hidden * nn.functional.dropout(torch.ones(shape, dtype=hidden.dtype, device=hidden.device), self.rank_dropout)
+        return hidden
+
+    def _per_row(self, multiplier: float | Tensor, hidden: Tensor) -> float | Tensor:
+        if not isinstance(multiplier, torch.Tensor):
+            return multiplier
+        rows, batch = len(hidden), len(multiplier)
+        assert rows % batch == 0, f"{self.name}: {rows} rows for {batch} multipliers"
+        return multiplier.to(hidden.device).repeat(rows // batch).reshape(rows, *[1] * (hidden.ndim - 1))

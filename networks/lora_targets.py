@@ -1,0 +1,60 @@
+"""Which modules of a U-Net and its text encoders get a LoRA branch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from networks.lora_keys import text_encoder_key, unet_family, unet_key
+from networks.lora_module import LoRAModule, Strength
+
+UNET_BLOCKS = ("Transformer2DModel",)
+UNET_CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
+
+TextEncoders = nn.Module | Sequence[nn.Module] | None
+
+
+class Target(NamedTuple):
+    """A module that can have a branch."""
+
+    name: str
+    part: str
+    path: str
+    base: nn.Module
+
+    @property
+    def is_large_conv(self) -> bool:
+        return isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
+
+    def lora(self, strength: Strength, rank: int, alpha: float, **options: Any) -> LoRAModule:
+        return LoRAModule(
+            name=self.name, part=self.part, path=self.path, base=self.base, strength=strength, rank=rank, alpha=alpha, **options
+        )
+
+
+def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) -> Iterator[Target]:
+    """sd-scripts' choice of modules; `with_convs` adds those of the convolutional blocks."""
+    config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
+    for part, model in parts_of(text_encoder, unet).items():
+        if part == "unet":
+            blocks = UNET_BLOCKS + (UNET_CONV_BLOCKS if with_convs else ())
+            for path, base in layers_inside(model, blocks):
+                yield Target(unet_key(path, config), part, path, base)
+        else:
+            for path, base in layers_inside(model, TEXT_ENCODER_BLOCKS):
+                yield Target(text_encoder_key(path, unet_family(config), int(part == "text_encoder_2")), part, path, base)
+
+
+def layers_inside(model: nn.Module, class_names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Every Linear and Conv2d inside a module of these classes, once, with its path."""
+    inside = tuple(f"{path}." for path, module in model.named_modules() if type(module).__name__ in class_names)
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and path.startswith(inside):
+            yield path, module
+
+
+def parts_of(text_encoder: TextEncoders, unet: nn.Module) -> dict[str, nn.Module]:
+    """The models by Diffusers' names, the U-Net first: with one seed its initial values do not depend on the text encoders."""
+    text_encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else text_encoder or ()
+    return {"unet": unet, **dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=False))}
