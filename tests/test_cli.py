@@ -1,0 +1,274 @@
+import io
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+
+from library import cli
+from library.cli import parse_config, run_main
+from library.config import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig, option
+from library.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    weights: tuple[float, ...] = option((), help="Numbers, 100% of them.")
+    scores: tuple[dict[str, Any], ...] = option((), help="An array of tables.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    model: ModelConfig
+    network: NetworkConfig
+    training: TrainingConfig
+    saving: SavingConfig
+    logging: LoggingConfig
+    extra: Extra
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+MODEL = 'pretrained_model_name_or_path = "model.safetensors"\n'
+
+
+def parse(*argv: str) -> Script:
+    return parse_config(Script, argv)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*argv)
+    return str(caught.value)
+
+
+def test_the_config_file_alone_is_enough(config_file):
+    config = parse("--config_file", config_file(MODEL + "seed = 7\n"))
+    assert config.model.pretrained_model_name_or_path == "model.safetensors"
+    assert config.training.seed == 7
+
+
+def test_the_command_line_alone_is_enough():
+    config = parse("--pretrained_model_name_or_path", "m", "--network_alpha=1e-1", "--vae", "v.pt")
+    assert config.network.network_alpha == 0.1
+    assert config.model.vae == Path("v.pt")
+
+
+def test_nothing_given_names_what_is_missing():
+    assert error_of() == "pretrained_model_name_or_path is not set; give a checkpoint file, a diffusers folder or a hub id"
+
+
+def test_the_command_line_beats_the_file_and_the_file_the_defaults(config_file):
+    config = parse("--config_file", config_file(MODEL + "seed = 7\nmax_train_steps = 11\n"), "--seed", "8")
+    assert (config.training.seed, config.training.max_train_steps, config.training.gradient_accumulation_steps) == (8, 11, 1)
+
+
+def test_toml_is_appended_if_missing(config_file):
+    path = config_file(MODEL + "seed = 7\n")
+    assert parse("--config_file", path.removesuffix(".toml")).training.seed == 7
+
+
+def test_a_dot_in_the_name_is_not_an_extension(tmp_path: Path):
+    (tmp_path / "v1.5.toml").write_text(MODEL)
+    assert parse("--config_file", str(tmp_path / "v1.5")).model.pretrained_model_name_or_path == "model.safetensors"
+
+
+def test_section_titles_are_decoration(config_file):
+    text = "max_train_steps = 3\n[anything]\n" + MODEL + "[network]\nseed = 7\nnetwork_dim = 2\n"
+    config = parse("--config_file", config_file(text))
+    assert (config.training.max_train_steps, config.training.seed, config.network.network_dim) == (3, 7, 2)
+
+
+def test_a_true_in_the_file_can_be_unset(config_file):
+    path = config_file(MODEL + "gradient_checkpointing = true\nv_parameterization = true\nxformers = true\n")
+    assert parse("--config_file", path).training.gradient_checkpointing is True
+    config = parse("--config_file", path, "--no-gradient_checkpointing", "--no-v_parameterization")
+    assert config.training.gradient_checkpointing is False
+    assert config.model.v_parameterization is False
+    assert config.training.xformers is True
+    assert parse("--config_file", path, "--sdpa").training.sdpa is True
+
+
+def test_an_optional_value_in_the_file_can_be_unset(config_file):
+    assert parse("--config_file", config_file(MODEL + 'vae = "v.pt"\n'), "--vae", "").model.vae is None
+
+
+def test_lists(config_file):
+    path = config_file(MODEL + 'network_args = ["conv_dim=4", "conv_alpha=1"]\nweights = [1, 2]\n')
+    config = parse("--config_file", path)
+    assert config.network.network_args == ("conv_dim=4", "conv_alpha=1")
+    assert config.extra.weights == (1.0, 2.0)
+    config = parse("--config_file", path, "--network_args", "--weights", "-1", "0.5", "--seed", "3")
+    assert config.network.network_args == ()
+    assert config.extra.weights == (-1.0, 0.5)
+
+
+def test_values_of_the_file_are_coerced_and_checked(config_file):
+    assert parse("--config_file", config_file(MODEL + 'network_alpha = "1e-4"\n')).network.network_alpha == 1e-4
+    message = "mixed_precision is 'bf17', but it must be one of no, fp16, bf16 (did you mean 'bf16'?)"
+    assert error_of("--config_file", config_file(MODEL + 'mixed_precision = "bf17"\n')) == message
+    assert error_of("--mixed_precision", "bf17") == message
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--qqq", "1"], "unknown option --qqq; --help lists the options"),
+        (["--network_dm=4"], "unknown option --network_dm (did you mean --network_dim?); --help lists the options"),
+        (["--config_fil", "x"], "unknown option --config_fil (did you mean --config_file?); --help lists the options"),
+        (["--network_di", "4"], "unknown option --network_di (did you mean --network_dim?); --help lists the options"),
+        (["--v2", "true"], "the word 'true' belongs to no option; a switch takes no value (write --name or --no-name)"),
+        (["--seed"], "command line: argument --seed: expected one argument"),
+        (["--seed", "x"], "seed is 'x', but it must be a whole number"),
+        (["--scores", "x"], "--scores has no form on the command line; write it in the config file as [[scores]]"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv: list[str], message: str):
+    assert error_of(*argv) == message
+
+
+def test_options_of_sd_scripts_are_warned_about_once_wherever_they_are(config_file, caplog: pytest.LogCaptureFixture):
+    path = config_file(MODEL + "max_data_loader_n_workers = 4\n")
+    with caplog.at_level(logging.WARNING):
+        parse("--config_file", path, "--full_bf16", "--loss_type", "l2", "--huber_c=0.1", "--seed", "3")
+    (record,) = caplog.records
+    for name in ("max_data_loader_n_workers", "full_bf16 (use mixed_precision", "loss_type", "huber_c"):
+        assert name in record.getMessage()
+    assert "l2" not in record.getMessage()
+
+
+def test_mistakes_in_the_file(config_file, tmp_path: Path):
+    path = config_file("")
+
+    def message(text: str) -> str:
+        return error_of("--config_file", config_file(text))
+
+    assert message("learning = 1\n") == "unknown option 'learning'; --help lists the options"
+    assert message(MODEL + "\nseed = = 1\n").startswith(f"config_file {path}, line 3: ")
+    assert message("seed = 1\nseed = 2\n") == f"config_file {path}, line 2: Duplicate keys"
+    assert message("weights = [1, 0.5]\n") == (
+        f"config_file {path}, line 1: Not a homogeneous array (write [1.0, 2.5] rather than [1, 2.5])"
+    )
+    assert message("seed = 1\n[b]\nseed = 2\n") == f"config_file {path} gives seed twice: 1 in the top of the file and 2 in [b]"
+    assert message("[a]\nseed = 1\n[b]\nseed = 2\n") == f"config_file {path} gives seed twice: 1 in [a] and 2 in [b]"
+    assert message("[a.b]\nseed = 1\n") == f"config_file {path}: [a.b] is a section in a section; sections go one level deep"
+    assert message("[[prompts]]\ntarget = 'x'\n") == (
+        f"config_file {path}: [[prompts]] is an array of tables, and no option takes one under that name"
+    )
+    Path(path).write_bytes(b"\xff\xfe\x00")
+    assert error_of("--config_file", path) == f"config_file {path} is not UTF-8 text"
+    missing = tmp_path / "missing"
+    assert error_of("--config_file", str(missing)) == f"config_file {missing}.toml cannot be read: No such file or directory"
+
+
+def test_the_same_value_twice_is_no_contradiction(config_file):
+    assert parse("--config_file", config_file(MODEL + "[a]\nseed = 1\n[b]\nseed = 1\n")).training.seed == 1
+
+
+def test_an_array_of_tables_is_the_value_of_a_declared_option(config_file):
+    config = parse("--config_file", config_file(MODEL + "[[scores]]\nfile = 'a'\n[[scores]]\nfile = 'b'\nweight = 2\n"))
+    assert config.extra.scores == ({"file": "a"}, {"file": "b", "weight": 2})
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + MODEL.encode())
+    assert parse("--config_file", str(tmp_path / "c.toml")).model.pretrained_model_name_or_path == "model.safetensors"
+
+
+def test_output_config_round_trips(config_file, tmp_path: Path):
+    output = tmp_path / "out"
+    path = config_file("[[scores]]\nfile = 'a'\nweights = [1, 2]\n[s]\n" + MODEL + "seed = 7\n")
+    argv = ["--config_file", path, "--network_args", "conv_dim=4", "--network_alpha", "1e-5", "--wandb_api_key", "hunter2"]
+    argv += ["--training_comment", 'C:\\x00\\new "é" \x7f\n', "--weights", "1", "0.5", "--no-sdpa", "--xformers"]
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv, "--output_config", str(output))
+    assert caught.value.code == 0
+
+    text = output.with_suffix(".toml").read_text(encoding="utf-8")
+    assert "# vae =\n" in text and "\n[training]\n" in text and "seed = 7\n" in text
+    assert all(word not in text for word in ("hunter2", "wandb_api_key", "config_file", "output_config"))
+    expected = parse(*argv)
+    result = parse("--config_file", str(output), "--wandb_api_key", "hunter2")
+    assert result == expected
+
+    before = output.with_suffix(".toml").read_bytes()
+    assert error_of(*argv, "--output_config", str(output)) == f"output_config {output}.toml exists already; give a new file name"
+    assert output.with_suffix(".toml").read_bytes() == before
+
+
+def test_output_config_makes_a_file_to_be_filled_in(tmp_path: Path):
+    with pytest.raises(SystemExit):
+        parse("--output_config", str(tmp_path / "new.toml"))
+    content = toml.load(tmp_path / "new.toml")
+    assert content["model"]["pretrained_model_name_or_path"] == ""
+    assert content["network"]["network_dim"] == 8
+
+
+def test_output_config_that_cannot_be_written(tmp_path: Path):
+    path = tmp_path / "nowhere" / "new.toml"
+    assert error_of("--output_config", str(path)) == f"output_config {path} cannot be written: No such file or directory"
+
+
+def test_dry_run_prints_and_checks(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse("--pretrained_model_name_or_path", "m", "--dry_run", "--wandb_api_key", "hunter2")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert toml.loads(printed)["training"]["max_train_steps"] == 500
+    assert "hunter2" not in printed
+    assert error_of("--dry_run").startswith("pretrained_model_name_or_path is not set")
+
+
+def test_help_has_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Script, ["--help"], description="What it does.")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "What it does." in printed and "--network_dim" in printed and "100% of them" in printed
+    assert "(default: 500)" in " ".join(printed.split())
+
+
+def test_argv_of_the_program_is_the_default(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--pretrained_model_name_or_path", "m", "--seed", "4"])
+    assert parse_config(Script).training.seed == 4
+
+
+@pytest.mark.parametrize("error, code, line", [(UserError("no."), 2, "error: no.\n"), (KeyboardInterrupt(), 130, "interrupted\n")])
+def test_run_main_says_it_in_one_line(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_run_main_hides_no_error_of_ours():
+    def main() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_main(main)
+
+
+def test_log_lines_go_above_the_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    root = logging.Logger("root of the test")
+    monkeypatch.setattr(logging, "root", root)
+    cli.setup_logging("WARNING")
+    root.info("not shown")
+    root.warning("shown")
+    assert stream.getvalue() == "WARNING: shown\n"

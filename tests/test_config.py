@@ -1,0 +1,292 @@
+import logging
+import re
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.config import (
+    LoggingConfig,
+    ModelConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    SavingConfig,
+    TrainingConfig,
+    build,
+    key_value_pairs,
+    nearest,
+    option,
+    options,
+)
+from library.errors import UserError
+from library.sd_scripts_keys import REPLACEMENTS, UNUSED
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryType:
+    text: str = option("a", help="Text.")
+    count: int = option(1, help="A whole number.")
+    rate: float = option(0.5, help="A number.")
+    switch: bool = option(False, help="A switch.")
+    place: Path = option(Path("here"), help="A path.")
+    maybe_count: int | None = option(None, help="A whole number or nothing.")
+    maybe_switch: bool | None = option(None, help="A switch or nothing.")
+    words: list[str] = option(["x"], help="Words.")
+    numbers: tuple[float, ...] = option((1.0,), help="Numbers.")
+    colours: tuple[str, ...] = option((), choices=("red", "green"), help="Some of two words.")
+    mode: str = option("fast", choices=("fast", "slow"), help="One of two words.")
+    entries: tuple[dict[str, Any], ...] = option((), help="An array of tables.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything:
+    types: EveryType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    model: ModelConfig
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    saving: SavingConfig
+    logging: LoggingConfig
+
+
+def types_of(**values: object) -> EveryType:
+    return build(Everything, values).types
+
+
+def script(**values: object) -> Script:
+    return build(Script, {"pretrained_model_name_or_path": "model.safetensors", **values})
+
+
+def error_of(make: Any, **values: object) -> str:
+    with pytest.raises(UserError) as caught:
+        make(**values)
+    return str(caught.value)
+
+
+def test_defaults_are_the_fields():
+    assert types_of() == EveryType()
+    assert types_of().words == ["x"]
+    assert types_of().words is not types_of().words
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        types_of().count = 2  # type: ignore[misc]
+
+
+def test_options_is_the_flat_table_of_the_leaves():
+    table = options(Script)
+    assert list(table)[:2] == ["pretrained_model_name_or_path", "model_family"]
+    assert table["seed"].section == "training" and table["seed"].item_type is int
+    assert table["network_args"].container is tuple and table["network_args"].item_type is str
+    assert table["vae"].optional and table["vae"].item_type is Path
+    assert table["mixed_precision"].choices == ("no", "fp16", "bf16")
+    assert all(entry.help.endswith(".") for entry in table.values())
+
+
+def test_two_options_of_one_name_are_our_own_mistake():
+    @dataclass(frozen=True, kw_only=True)
+    class Twice:
+        one: EveryType
+        two: EveryType
+
+    with pytest.raises(AssertionError, match="two options are called text"):
+        options(Twice)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("text", "b", "b"),
+        ("text", 12, "12"),
+        ("text", "", ""),
+        ("count", 3, 3),
+        ("count", "3", 3),
+        ("count", 3.0, 3),
+        ("count", "1e3", 1000),
+        ("count", "9007199254740993", 9007199254740993),  # more digits than a float holds
+        ("rate", "1e-4", 1e-4),
+        ("rate", 2, 2.0),
+        ("switch", True, True),
+        ("switch", "False", False),
+        ("place", "there", Path("there")),
+        ("place", "~", Path.home()),
+        ("maybe_count", "", None),
+        ("maybe_count", None, None),
+        ("maybe_count", "4", 4),
+        ("maybe_switch", False, False),
+        ("words", ["a", "b"], ["a", "b"]),
+        ("words", "a", ["a"]),
+        ("numbers", ["1", 2], (1.0, 2.0)),
+        ("numbers", [], ()),
+        ("colours", ["red"], ("red",)),
+        ("entries", [{"a": 1}], ({"a": 1},)),
+    ],
+)
+def test_values_are_coerced(name: str, value: object, expected: object):
+    result = getattr(types_of(**{name: value}), name)
+    assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("rate", "abc", "rate is 'abc', but it must be a number"),
+        ("rate", "nan", "rate is 'nan', but it must be a number"),
+        ("rate", True, "rate is True, but it must be a number"),
+        ("rate", "", "rate is empty, but it must be a number"),
+        ("count", 1.5, "count is 1.5, but it must be a whole number"),
+        ("count", "1.5", "count is '1.5', but it must be a whole number"),
+        ("count", float("inf"), "count is inf, but it must be a whole number"),
+        ("count", [1], "count is [1], but it must be a whole number"),
+        ("switch", 1, "switch is 1, but it must be true or false"),
+        ("text", False, "text is False, but it must be text"),
+        ("place", "", "place is empty, but it must be a path"),
+        ("numbers", ["1", "x"], "numbers is 'x', but it must be a number"),
+        ("entries", ["x"], "entries is 'x', but it must be a table"),
+        ("mode", "slwo", "mode is 'slwo', but it must be one of fast, slow (did you mean 'slow'?)"),
+        ("colours", ["blue"], "colours is 'blue', but it must be one of red, green"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_expected(name: str, value: object, message: str):
+    assert error_of(types_of, **{name: value}) == message
+
+
+def test_an_unknown_option_names_the_nearest():
+    assert error_of(script, learning_rat=1) == "unknown option 'learning_rat' (did you mean 'learning_rate'?); --help lists the options"
+    assert error_of(script, qqq=1) == "unknown option 'qqq'; --help lists the options"
+
+
+def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        config = script(lowram=True, max_train_epochs=3, seed=5)
+    assert config.training.seed == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "these options of sd-scripts do nothing here: lowram, max_train_epochs (use max_train_steps)"
+    ]
+
+
+def test_a_declared_option_is_used_though_sd_scripts_has_it(caplog: pytest.LogCaptureFixture):
+    @dataclass(frozen=True, kw_only=True)
+    class Rollout:
+        max_denoising_steps: int = option(40, help="Steps.")
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithRollout:
+        rollout: Rollout
+
+    assert "max_denoising_steps" in UNUSED
+    assert build(WithRollout, {"max_denoising_steps": "20"}).rollout.max_denoising_steps == 20
+    assert not caplog.records
+
+
+def test_the_table_of_sd_scripts_does_not_overlap_itself():
+    assert not UNUSED & REPLACEMENTS.keys()
+    assert not options(Script).keys() & (UNUSED | REPLACEMENTS.keys())
+
+
+@pytest.mark.parametrize("hint", [note for note in REPLACEMENTS.values() if note.startswith("use ")])
+def test_a_replacement_is_an_option(hint: str):
+    names = re.findall(r"(?:^use|, or) (\w+)", hint)
+    here = options(Script).keys() | {"sample_every_n_steps", "min_lr_ratio"}  # a script's own, and an argument
+    assert names and set(names) <= here
+
+
+def test_the_keys_of_the_gui_are_all_known():
+    """What kohya_ss's LECO tab writes must run here: either an option or one of the named."""
+    written = """pretrained_model_name_or_path v2 v_parameterization output_dir output_name save_model_as save_precision training_comment
+    no_metadata prompts_file network_module network_dim network_alpha network_dropout network_args network_weights dim_from_weights
+    learning_rate unet_lr optimizer_type optimizer_args lr_scheduler lr_scheduler_args lr_warmup_steps lr_scheduler_num_cycles
+    lr_scheduler_power max_train_steps max_grad_norm max_denoising_steps leco_denoise_guidance_scale seed gradient_accumulation_steps
+    mixed_precision gradient_checkpointing full_fp16 full_bf16 sdpa xformers mem_eff_attn clip_skip noise_offset zero_terminal_snr
+    min_snr_gamma save_every_n_steps save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end resume logging_dir
+    log_with log_tracker_name log_tracker_config log_config wandb_api_key wandb_run_name"""
+    assert set(written.split()) <= options(Script).keys() | UNUSED | REPLACEMENTS.keys()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"pretrained_model_name_or_path": ""},
+            "pretrained_model_name_or_path is not set; give a checkpoint file, a diffusers folder or a hub id",
+        ),
+        ({"v2": True, "model_family": "sdxl"}, "v2 is set and model_family is sdxl; leave one of the two out"),
+        ({"clip_skip": 0}, "clip_skip is 0, but it must be at least 1"),
+        ({"network_dim": 0}, "network_dim is 0, but it must be at least 1"),
+        ({"network_alpha": -1}, "network_alpha is -1.0, but it must be at least 0"),
+        ({"network_dropout": 1}, "network_dropout is 1.0, but it must be below 1"),
+        ({"network_dropout": -0.5}, "network_dropout is -0.5, but it must be at least 0"),
+        ({"network_args": ["conv_dim"]}, "network_args has 'conv_dim', but every entry must be \"key=value\""),
+        ({"scale_weight_norms": 0}, "scale_weight_norms is 0.0, but it must be above 0"),
+        (
+            {"dim_from_weights": True},
+            "dim_from_weights is set without network_weights; name the LoRA file that the ranks are taken from",
+        ),
+        ({"learning_rate": 0}, "learning_rate is 0.0, but it must be above 0"),
+        ({"unet_lr": -1}, "unet_lr is -1.0, but it must be at least 0"),
+        ({"text_encoder_lr": -1}, "text_encoder_lr is -1.0, but it must be at least 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1.0, but it must be at least 0"),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1.0, but it must be at least 0"),
+        ({"lr_warmup_steps": 1.5}, "lr_warmup_steps is 1.5, but it must be a whole number of steps, or a share below 1"),
+        ({"lr_scheduler_num_cycles": 0}, "lr_scheduler_num_cycles is 0, but it must be at least 1"),
+        ({"optimizer_args": ["=3"]}, "optimizer_args has '=3', but every entry must be \"key=value\""),
+        ({"lr_scheduler_args": ["x"]}, "lr_scheduler_args has 'x', but every entry must be \"key=value\""),
+        ({"max_train_steps": 0}, "max_train_steps is 0, but it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, but it must be at least 1"),
+        ({"num_threads": 0}, "num_threads is 0, but it must be at least 1"),
+        ({"seed": -1}, "seed is -1, but it must be at least 0"),
+        ({"sdpa": False}, "sdpa and xformers are both off; turn one of them on"),
+        ({"output_name": "a/b"}, "output_name is 'a/b', but it must be a file name; the folder is output_dir"),
+        ({"output_name": ""}, "output_name is '', but it must be a file name; the folder is output_dir"),
+        ({"save_every_n_steps": 0}, "save_every_n_steps is 0, but it must be at least 1"),
+        ({"save_last_n_steps": 5}, "save_last_n_steps is set without save_every_n_steps; say how often to save"),
+        (
+            {"save_model_as": "ckpt"},
+            "save_model_as is 'ckpt', but it must be one of safetensors",
+        ),
+    ],
+)
+def test_the_checks_of_the_concerns(values: dict[str, object], message: str):
+    assert error_of(script, **values) == message
+
+
+def test_what_the_concerns_say_together():
+    assert script().model.family == "auto"
+    assert script(v2=True).model.family == "sd2"
+    assert script(model_family="sdxl").model.family == "sdxl"
+    assert script().training.attention == "sdpa"
+    assert script(xformers=True).training.attention == "xformers"
+    assert script(network_args=["conv_dim=4", "algo = lokr"]).network.network_kwargs == {"conv_dim": "4", "algo": "lokr"}
+
+
+@pytest.mark.parametrize(
+    "values, trackers",
+    [
+        ({}, set()),
+        ({"logging_dir": "logs"}, {"tensorboard"}),
+        ({"log_with": "wandb", "logging_dir": "logs"}, {"wandb"}),
+        ({"log_with": "all"}, {"tensorboard", "wandb"}),
+    ],
+)
+def test_trackers(values: dict[str, object], trackers: set[str]):
+    assert script(**values).logging.trackers == trackers
+
+
+def test_a_secret_is_in_no_repr_and_no_error():
+    assert "hunter2" not in repr(script(wandb_api_key="hunter2"))
+    assert error_of(script, wandb_api_key=["hunter2"]) == "wandb_api_key is not usable, but it must be text"
+
+
+def test_key_value_pairs_split_at_the_first_equals_sign():
+    assert key_value_pairs("network_args", ["a=b=c", " d = 1 "]) == {"a": "b=c", "d": "1"}
+
+
+def test_nearest_ignores_case():
+    assert nearest("adamw8BIT", ["AdamW", "AdamW8bit"]) == "AdamW8bit"
+    assert nearest("zzz", ["AdamW"]) is None
