@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from library.models.base import VaeFingerprint
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.models.vae import VaeFingerprint
 from library.scorers.base import BackboneScorer, Scorer, ScorerSpec
 from library.scorers.io import (
     FORMAT_KEY,

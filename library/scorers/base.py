@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.models.base import VaeFingerprint
+from library.models.vae import VaeFingerprint
 from library.types import Conditioning
 
 

@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
-from library.models.base import VaeFingerprint
+from library.models.vae import VaeFingerprint
 from library.scorers.base import Backbone, Scorer, ScorerSpec
 from library.scorers.registry import BACKBONES, build_scorer
 
@@ -19,18 +19,10 @@ SCORER_FORMAT, BACKBONE_FORMAT = "scorer/1", "backbone/1"
 SPEC_KEY = "leco_score.spec"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, dict(metadata))
-    unfinished.replace(path)
-
-
 def save_scorer(path: str | Path, scorer: Scorer, metadata: Mapping[str, str] | None = None) -> None:
     """Write a scorer, its spec and, if given, more metadata (strings) to one file."""
     header = {FORMAT_KEY: SCORER_FORMAT, SPEC_KEY: scorer.spec.to_json(), "torch": torch.__version__, **(metadata or {})}
-    save_tensors(Path(path), scorer.state_dict(), header)
+    atomic_save_safetensors(scorer.state_dict(), path, header)
 
 
 def load_scorer(path: str | Path) -> Scorer:
@@ -55,7 +47,7 @@ def load_scorer(path: str | Path) -> Scorer:
 def save_backbone(path: str | Path, backbone: nn.Module, spec: ScorerSpec, metadata: Mapping[str, str] | None = None) -> None:
     """Write a backbone alone, for scorers to start from. Of `spec`, the kind, the architecture and the VAE are what counts."""
     header = {FORMAT_KEY: BACKBONE_FORMAT, SPEC_KEY: spec.to_json(), "torch": torch.__version__, **(metadata or {})}
-    save_tensors(Path(path), backbone.state_dict(), header)
+    atomic_save_safetensors(backbone.state_dict(), path, header)
 
 
 def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec) -> None:

@@ -26,7 +26,7 @@ class Judge:
     """
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., object]
     takes_prompts: bool
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _takes_prompts(function: Callable[..., Tensor], name: str) -> bool:
+def _takes_prompts(function: Callable[..., object], name: str) -> bool:
     """Whether the second argument exists and is needed, or is called `prompts`."""
     positional = [
         parameter

@@ -1,0 +1,1 @@
+"""Rated pictures as batches of latents: `manifest` -> `pictures`, `buckets` -> `latent_cache` -> `batches`."""

@@ -1,0 +1,72 @@
+"""Aspect-ratio buckets: which size a picture is brought to, so that it is never squashed and hardly cropped.
+
+The options have the names and the meaning that they have in sd-scripts; the code is our own.
+"""
+
+import math
+from dataclasses import dataclass
+
+from library.config import option
+from library.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketConfig:
+    """How pictures are sized. All in pixels."""
+
+    resolution: str = option("512", help='Size, "512" or "width,height"; with buckets, the area that every size keeps below.')
+    enable_bucket: bool = option(True, help="Give other aspect ratios sizes of their own; when off, crop to the resolution.")
+    min_bucket_reso: int = option(256, help="Shortest side of a bucket.")
+    max_bucket_reso: int = option(1024, help="Longest side of a bucket.")
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
+    bucket_no_upscale: bool = option(False, help="Leave smaller pictures at their own size, whatever min and max.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("resolution", self.width), ("resolution", self.height), ("bucket_reso_steps", self.bucket_reso_steps)):
+            if value <= 0 or value % 8:
+                raise UserError(f"{name} is {value}, but it must be a positive multiple of 8, the VAE's step")
+        if self.enable_bucket and not self.bucket_no_upscale:
+            if self.min_bucket_reso > min(self.width, self.height):
+                raise UserError(f"min_bucket_reso is {self.min_bucket_reso}, but it must be at most the resolution ({self.resolution})")
+            if self.max_bucket_reso < max(self.width, self.height):
+                raise UserError(f"max_bucket_reso is {self.max_bucket_reso}, but it must be at least the resolution ({self.resolution})")
+
+    @property
+    def width(self) -> int:
+        return parse_resolution(self.resolution)[0]
+
+    @property
+    def height(self) -> int:
+        return parse_resolution(self.resolution)[1]
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """ "512" or "512,768" to (width, height), as in sd-scripts. Raises UserError."""
+    parts = [part.strip() for part in str(text).split(",")]
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+        raise UserError(f"resolution is {text!r}, but it must be a size like 512, or a width and a height like 512,768")
+    return int(parts[0]), int(parts[-1])
+
+
+def bucket_sizes(config: BucketConfig) -> list[tuple[int, int]]:
+    """Every (width, height) of at most the resolution's area, with each side the longest that the other allows."""
+    area, step = config.width * config.height, config.bucket_reso_steps
+    sizes = {(config.width, config.height)}
+    first = math.ceil(config.min_bucket_reso / step) * step
+    for side in range(first, config.max_bucket_reso + 1, step):
+        other = min(area // side, config.max_bucket_reso) // step * step
+        if other >= config.min_bucket_reso:
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes)
+
+
+def choose_bucket(width: int, height: int, config: BucketConfig) -> tuple[int, int]:
+    """The size (width, height) that a picture of `width` x `height` is brought to by `library.scorer_data.pictures.cover`."""
+    if not config.enable_bucket:
+        return config.width, config.height
+    if config.bucket_no_upscale:
+        shrink = min(1.0, math.sqrt(config.width * config.height / (width * height)))
+        step = config.bucket_reso_steps
+        return max(int(width * shrink) // step, 1) * step, max(int(height * shrink) // step, 1) * step
+    ratio = width / height
+    return min(bucket_sizes(config), key=lambda size: (abs(math.log(size[0] / size[1] / ratio)), -size[0] * size[1]))
