@@ -1,0 +1,250 @@
+"""A diffusion model as the rest of the program sees it: prompts -> conditioning, latents -> eps, pictures <-> latents."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from library.errors import UserError
+from library.models.vae import VaeFingerprint, decode_latents, encode_images, place_vae
+from library.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
+from library.types import Conditioning
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What is known about a model without its weights.
+
+    Attributes:
+        family: "sd1", "sd2" or "sdxl".
+        prediction_type: what the U-Net puts out; `DiffusionModel.predict_eps` hides it.
+        latent_channels, vae_scale_factor, scaling_factor: the VAE's channels, pixels per latent, and what latents are multiplied with.
+        resolution: the native size in pixels.
+        base_model_version, architecture, implementation: ss_base_model_version, modelspec.architecture and modelspec.implementation of
+            a LoRA for this model, as sd-scripts writes them.
+        name: the checkpoint's file or folder name.
+    """
+
+    family: str
+    prediction_type: PredictionType
+    latent_channels: int
+    vae_scale_factor: int
+    scaling_factor: float
+    resolution: int
+    base_model_version: str
+    architecture: str
+    implementation: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSlot:
+    """Where a family keeps one of its text encoders.
+
+    Attributes:
+        folder, tokenizer_folder: sub-folders of a diffusers model.
+        class_name: the class in transformers.
+        prefix: what its tensors' names begin with in a single file.
+        open_clip: whether the single file has OpenCLIP's names (else Hugging Face's).
+        pad_token: of the tokenizer.
+    """
+
+    folder: str
+    tokenizer_folder: str
+    class_name: str
+    prefix: str
+    open_clip: bool
+    pad_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row of the registry: all that loading needs to know about a family. The bundled configs are in configs/<name>.json.
+
+    Attributes:
+        name, title: for options, for messages.
+        model_class: the DiffusionModel subclass.
+        pipeline_class: _class_name in a diffusers folder's model_index.json.
+        linear_projection: use_linear_projection of its U-Net; tells SD2 from SD1 in a diffusers folder.
+        heads_per_level: whether every level has this many attention heads (SD1: 8), or None when heads are 64 channels wide.
+        text_encoders: its text encoders, in the order in which the U-Net expects them.
+        versions: (ss_base_model_version, modelspec.architecture) of its LoRAs by prediction type.
+        implementation: modelspec.implementation of its LoRAs.
+    """
+
+    name: str
+    title: str
+    model_class: "type[DiffusionModel]"
+    pipeline_class: str
+    linear_projection: bool
+    heads_per_level: int | None
+    text_encoders: tuple[TextEncoderSlot, ...]
+    versions: Mapping[PredictionType, tuple[str, str]]
+    implementation: str
+
+    def spec(self, *, prediction_type: PredictionType, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str) -> ModelSpec:
+        version, architecture = self.versions[prediction_type]
+        vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        return ModelSpec(
+            family=self.name,
+            prediction_type=prediction_type,
+            latent_channels=vae.config["latent_channels"],
+            vae_scale_factor=vae_scale_factor,
+            scaling_factor=vae.config["scaling_factor"],
+            resolution=unet.config["sample_size"] * vae_scale_factor,
+            base_model_version=version,
+            architecture=architecture,
+            implementation=self.implementation,
+            name=name,
+        )
+
+
+class DiffusionModel(ABC):
+    """A latent diffusion model with a U-Net. A family subclasses it and says how prompts are encoded and what else the U-Net is told.
+
+    Attributes:
+        spec, schedule: what the model is; what its timesteps mean.
+        unet, vae: diffusers modules.
+        text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
+        clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        schedule: NoiseSchedule,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoders: Sequence[PreTrainedModel],
+        tokenizers: Sequence[Any],
+    ) -> None:
+        self.spec = spec
+        self.schedule = schedule
+        self.unet = unet
+        self.vae = vae
+        self.text_encoders = list(text_encoders)
+        self.tokenizers = list(tokenizers)
+        self.clip_skip: int | None = None
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """Prompts -> conditioning of as many rows, on the text encoders' device and in their dtype.
+
+        Args:
+            prompts: what is beyond 75 tokens is cut off, with a warning.
+            size: (height, width) in pixels of the pictures to be made, where the family is told (SDXL); None is the native size.
+        """
+
+    @abstractmethod
+    def _added_cond(self, cond: Conditioning) -> dict[str, Tensor] | None:
+        """What the U-Net takes as added_cond_kwargs."""
+
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """1 is the text encoder's last hidden state, 2 the last but one, ...
+
+        Raises:
+            UserError: the text encoder has fewer layers, or the family has no choice.
+        """
+        layers = self.text_encoders[0].config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise UserError(f"clip_skip must be from 1 to {layers}, the number of the text encoder's layers, not {clip_skip}.")
+        self.clip_skip = clip_skip
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def predict_eps(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """The noise that the U-Net sees in the latents, whatever its prediction type.
+
+        Args:
+            latents: variance-preserving, [B, C, h, w] float32; only what the U-Net reads is rounded to its dtype.
+            timesteps: [B], integers or floats in 0..T-1, each sample its own.
+            cond: B rows.
+
+        Returns:
+            eps [B, C, h, w] float32, with gradient wherever the caller allows it. Autocast is the caller's.
+        """
+        assert len(cond) == latents.shape[0] == timesteps.shape[0], (len(cond), latents.shape, timesteps.shape)
+        timesteps = timesteps.to(latents.device)
+        output = self.unet(
+            latents.to(self.dtype),
+            timesteps,
+            cond.text.to(self.dtype),
+            added_cond_kwargs=self._added_cond(cond),
+            return_dict=False,
+        )[0].float()
+        if self.spec.prediction_type == "v_prediction":
+            return v_to_eps(latents, output, self.schedule.abar(timesteps))
+        return output
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """See `library.models.vae.encode_images`."""
+        return encode_images(self.vae, pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """See `library.models.vae.decode_latents`."""
+        return decode_latents(self.vae, latents)
+
+    def vae_fingerprint(self) -> VaeFingerprint:
+        return VaeFingerprint.of(self.vae)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DiffusionModel":
+        """Move every part, in place; a VAE that is not safe in half precision stays in float32."""
+        for module in (self.unet, *self.text_encoders):
+            module.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue] (diffusers' decorator hides self)
+        place_vae(self.vae, device, dtype)
+        return self
+
+    def freeze(self) -> "DiffusionModel":
+        """No parameter asks for a gradient, every part is in eval mode."""
+        for module in (self.unet, self.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+        return self
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders and tokenizers; prompts must have been encoded before."""
+        self.text_encoders.clear()
+        self.tokenizers.clear()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of the U-Net and the VAE: recompute activations in the backward pass."""
+        self.unet.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
+    def set_attention(self, name: str) -> None:
+        """How the U-Net computes attention: "sdpa" (PyTorch's own, the default) or "xformers", with sdpa where that cannot be had.
+
+        Raises:
+            UserError: another name.
+        """
+        if name not in ("sdpa", "xformers"):
+            raise UserError(f"There is no attention {name!r}; use sdpa or xformers.")
+        self.unet.set_default_attn_processor()
+        if name == "xformers":
+            try:
+                self.unet.enable_xformers_memory_efficient_attention()
+            except (ModuleNotFoundError, ValueError) as error:  # not installed (pip install xformers); no GPU
+                logger.warning("xformers cannot be used (%s); sdpa is used instead.", str(error).splitlines()[0])
+
+    def _token_ids(self, prompts: Sequence[str], tokenizer: Any, text_encoder: PreTrainedModel) -> Tensor:
+        """[B, 77] on the text encoder's device, padded and cut."""
+        length = text_encoder.config.max_position_embeddings
+        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+            if len(ids) > length:
+                logger.warning("A prompt has %d tokens; only the first %d are used: %r", len(ids) - 2, length - 2, prompt)
+        batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return batch.input_ids.to(text_encoder.device)

@@ -1,0 +1,195 @@
+"""Load a diffusion model, or only its VAE, from a diffusers folder or a single file; never from the network."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from library.errors import UserError
+from library.models import single_file
+from library.models.base import DiffusionModel, Family
+from library.models.clip_tokenizer import build_clip_tokenizer
+from library.models.registry import FAMILIES
+from library.models.vae import place_vae
+from library.noise_schedule import NoiseSchedule
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    family: str = "auto",
+    v_parameterization: bool | None = None,
+    vae: str | Path | None = None,
+    clip_skip: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> DiffusionModel:
+    """Load SD1, SD2 or SDXL, frozen and in eval mode.
+
+    Args:
+        path: a diffusers folder (with model_index.json), or a .safetensors or .ckpt file in the original layout.
+        family: "auto" or what the model is expected to be: "sd1", "sd2", "sdxl".
+        v_parameterization: whether the U-Net puts out v; None is what the folder's scheduler or the file says. A file says it with a
+            tensor v_pred (and ztsnr, for a zero-terminal-SNR schedule) or modelspec.prediction_type; else it is taken for eps.
+        vae: a file or folder with another VAE.
+        clip_skip: as sd-scripts means it: 1 is the last hidden state, 2 the last but one; None is the family's own.
+        dtype: of U-Net and text encoders; and of the VAE unless its config says force_upcast.
+
+    Raises:
+        UserError: the path is missing or holds something else, or the options do not fit the model.
+    """
+    path = _existing(path)
+    if family != "auto" and family not in FAMILIES:
+        raise UserError(f"There is no model family {family!r}; use auto, {', '.join(FAMILIES)}.")
+    load = _load_folder if path.is_dir() else _load_file
+    model = load(path, family, v_parameterization, dtype)
+    if clip_skip is not None:
+        model.set_clip_skip(clip_skip)
+    if vae is not None:
+        model.vae = load_vae(vae, family=model.spec.family)
+    return model.freeze().to(device, dtype)
+
+
+def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
+    """Load only a VAE, in float32, frozen: from the folder of a VAE or of a diffusers model, from a checkpoint, or from a VAE file.
+
+    Args:
+        family: whose scaling factor to take when the file does not say it: a file with nothing but a VAE fits SD1 and SDXL alike.
+
+    Raises:
+        UserError: there is no VAE at the path, or it does not say its scaling factor and `family` is "auto".
+    """
+    path = _existing(path)
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        if not (folder / "config.json").is_file():
+            raise UserError(f"The folder {path} has no VAE: neither config.json nor vae/config.json is in it.")
+        vae = _component(AutoencoderKL, folder, torch.float32)
+    else:
+        tensors, _ = single_file.read_tensors(path)
+        if family == "auto":
+            if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
+                raise UserError(
+                    f"{path} holds only a VAE, which does not say its scaling factor; give the model's family (sd1, sd2, sdxl)."
+                )
+            family = single_file.detect_family(tensors, path).name
+        vae = single_file.build_vae(tensors, family, path)
+    vae.requires_grad_(False).eval()
+    place_vae(vae, dtype=torch.float32)
+    return vae
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}; models are loaded from local paths only, so download it first.")
+    return path
+
+
+def _expect_family(found: Family, wanted: str, path: Path) -> None:
+    if wanted not in ("auto", found.name):
+        raise UserError(f"{path} is a {found.title} model ({found.name}), but family {wanted!r} was given; leave it out or correct it.")
+
+
+def _load_folder(path: Path, wanted_family: str, v_parameterization: bool | None, dtype: torch.dtype) -> DiffusionModel:
+    index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
+    unet_config = _read_json(path / "unet" / "config.json", "the diffusers model is not complete")
+    family = _family_of_folder(index, unet_config, path)
+    _expect_family(family, wanted_family, path)
+    scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
+    schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
+    unet = _component(UNet2DConditionModel, path / "unet", dtype)
+    vae = _component(AutoencoderKL, path / "vae", torch.float32)
+    text_encoders, tokenizers = [], []
+    for slot in family.text_encoders:
+        text_encoders.append(_component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
+        tokenizers.append(_tokenizer(path / slot.tokenizer_folder, text_encoders[-1].config.vocab_size))
+    return family.model_class(
+        spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
+        schedule=schedule,
+        unet=unet,
+        vae=vae,
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
+    )
+
+
+def _family_of_folder(index: Mapping[str, Any], unet_config: Mapping[str, Any], path: Path) -> Family:
+    in_channels = unet_config.get("in_channels", 4)
+    if in_channels != 4:
+        raise UserError(f"The U-Net of {path} takes {in_channels} channels: an inpainting or editing model; give a text-to-image model.")
+    has_linear_projection = unet_config.get("use_linear_projection", False)
+    for family in FAMILIES.values():
+        if family.pipeline_class == index.get("_class_name") and family.linear_projection == has_linear_projection:
+            return family
+    titles = ", ".join(family.title for family in FAMILIES.values())
+    raise UserError(f"{path} holds a {index.get('_class_name')}; the models that can be trained are {titles}.")
+
+
+def _component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """One part of a diffusers folder; the fp16 variant when there is no other."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not weights:
+        raise UserError(f"{folder} has no weights (*.safetensors or *.bin); the diffusers model is not complete.")
+    variant = "fp16" if all(".fp16." in file.name for file in weights) else None
+    try:
+        return cls.from_pretrained(folder, torch_dtype=dtype, variant=variant, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, single_file.SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:300]}); download or copy it again.") from error
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> Any:
+    # transformers 5 makes an empty tokenizer of a folder without files, so what came out is checked
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else ()
+    if len(tokenizer) != vocab_size:
+        raise UserError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the text encoder {vocab_size}; download the folder again."
+        )
+    return tokenizer
+
+
+def _load_file(path: Path, wanted_family: str, v_parameterization: bool | None, dtype: torch.dtype) -> DiffusionModel:
+    tensors, metadata = single_file.read_tensors(path)
+    family = single_file.detect_family(tensors, path)
+    _expect_family(family, wanted_family, path)
+    bundled = single_file.bundled_config(family.name)
+    if v_parameterization is None:
+        v_parameterization = "v_pred" in tensors or metadata.get("modelspec.prediction_type") == "v"
+    scheduler_config = _with_prediction_type(bundled["scheduler"], v_parameterization)
+    if "ztsnr" in tensors:  # only trailing steps begin at the timestep where the SNR is zero; arXiv 2305.08891, section 3.3
+        scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule = NoiseSchedule.from_config(scheduler_config)
+
+    unet_config = single_file.unet_config(tensors, family) | bundled.get(schedule.prediction_type, {}).get("unet", {})
+    unet = single_file.build_unet(tensors, unet_config, dtype, path)
+    vae = single_file.build_vae(tensors, family.name, path)
+    return family.model_class(
+        spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
+        schedule=schedule,
+        unet=unet,
+        vae=vae,
+        text_encoders=[single_file.build_text_encoder(tensors, slot, bundled[slot.folder], dtype, path) for slot in family.text_encoders],
+        tokenizers=[build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders],
+    )
+
+
+def _with_prediction_type(scheduler_config: Mapping[str, Any], v_parameterization: bool | None) -> dict[str, Any]:
+    if v_parameterization is None:
+        return dict(scheduler_config)
+    return dict(scheduler_config) | {"prediction_type": "v_prediction" if v_parameterization else "epsilon"}
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; {advice}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {advice}.") from error

@@ -1,0 +1,250 @@
+"""From the tensors of one .safetensors or .ckpt file in the original (LDM / SGM) layout to diffusers modules, offline.
+
+The configs of the published models are bundled in configs/. What tensors' shapes say (widths, depths, vocabulary) is taken from the shapes,
+so that checkpoints of another size load too; the bundled config answers the rest.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.base import Family, TextEncoderSlot
+from library.models.registry import FAMILIES
+
+CONFIGS = Path(__file__).with_name("configs")
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+HEAD_WIDTH = 64  # of SD2's and SDXL's U-Net and of every CLIP text encoder here
+
+StateDict = Mapping[str, Tensor]
+
+
+def bundled_config(family: str) -> dict[str, Any]:
+    """The published configs of a family by component: unet, vae, text_encoder, (text_encoder_2,) scheduler."""
+    return json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a .safetensors or .ckpt file by name, and its metadata (safetensors only).
+
+    Raises:
+        UserError: the file cannot be read; it holds no tensors; another ending.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); download or copy it again.") from error
+    if path.suffix not in (".ckpt", ".pt", ".pth"):
+        raise UserError(f"{path} does not end in .safetensors or .ckpt; give a checkpoint file or the folder of a diffusers model.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({str(error).splitlines()[0]}); convert it to safetensors."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name; give a Stable Diffusion checkpoint.")
+    return tensors, {}
+
+
+def detect_family(tensors: StateDict, path: Path) -> Family:
+    """Which family a checkpoint belongs to, from its tensors' names.
+
+    Raises:
+        UserError: it is no whole SD1, SD2 or SDXL text-to-image checkpoint; the message says what it looks like.
+    """
+    if any(".lora_" in name or name.startswith(("lora_", "lycoris_")) for name in tensors):
+        raise UserError(f"{path} is a LoRA, not a model; give the checkpoint that the LoRA is to be trained for.")
+    conv_in = tensors.get(UNET_PREFIX + "input_blocks.0.0.weight")
+    if conv_in is None:
+        raise UserError(f"{path} has no Stable Diffusion U-Net ({UNET_PREFIX}...); give a whole SD1, SD2 or SDXL checkpoint.")
+    if conv_in.shape[1] != 4:
+        raise UserError(
+            f"The U-Net of {path} takes {conv_in.shape[1]} channels: an inpainting or editing model; give a text-to-image checkpoint."
+        )
+    # the family with the most text encoders first: what an SD1 file has, another may have besides
+    for family in sorted(FAMILIES.values(), key=lambda family: -len(family.text_encoders)):
+        if all(any(name.startswith(slot.prefix) for name in tensors) for slot in family.text_encoders):
+            return family
+    raise UserError(f"{path} has a U-Net but not the text encoders of SD1, SD2 or SDXL; give a whole checkpoint.")
+
+
+def _count(names: StateDict, pattern: str) -> int:
+    """How many different numbers the group in `pattern` takes among the names that begin with it."""
+    return len({match.group(1) for name in names if (match := re.match(pattern, name))})
+
+
+def unet_config(tensors: StateDict, family: Family) -> dict[str, Any]:
+    """The config of the U-Net whose tensors these are."""
+    names = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
+    num_downsamplers = _count(names, r"input_blocks\.(\d+)\.0\.op\.weight")
+    layers = (_count(names, r"input_blocks\.(\d+)\.") - 1 - num_downsamplers) // (num_downsamplers + 1)
+    first_of_level = [(layers + 1) * level + 1 for level in range(num_downsamplers + 1)]
+    widths = [names[f"input_blocks.{index}.0.out_layers.3.weight"].shape[0] for index in first_of_level]
+    depths = [_count(names, rf"input_blocks\.{index}\.1\.transformer_blocks\.(\d+)\.") for index in first_of_level]
+    config = bundled_config(family.name)["unet"] | {
+        "in_channels": names["input_blocks.0.0.weight"].shape[1],
+        "out_channels": names["out.2.weight"].shape[0],
+        "layers_per_block": layers,
+        "block_out_channels": widths,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
+        "cross_attention_dim": names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "use_linear_projection": names["middle_block.1.proj_in.weight"].ndim == 2,
+    }
+    if family.heads_per_level is None:
+        config["attention_head_dim"] = [max(1, width // HEAD_WIDTH) for width in widths]  # diffusers' name for the number of heads
+    if "label_emb.0.0.weight" in names:
+        config["transformer_layers_per_block"] = [max(1, depth) for depth in depths]
+        pooled = tensors[family.text_encoders[-1].prefix + "text_projection"].shape[1]
+        config["projection_class_embeddings_input_dim"] = names["label_emb.0.0.weight"].shape[1]
+        config["addition_time_embed_dim"] = (config["projection_class_embeddings_input_dim"] - pooled) // 6
+    return config
+
+
+def vae_config(tensors: StateDict, family: str) -> dict[str, Any]:
+    """The config of the VAE whose tensors these are (LDM names, no prefix)."""
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    return bundled_config(family)["vae"] | {
+        "block_out_channels": [tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)],
+        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def openclip_to_transformers(tensors: StateDict) -> dict[str, Tensor]:
+    """OpenCLIP's names of a text tower (no prefix) -> those of CLIPTextModel without "text_model."; packed q, k, v are split."""
+    renamed = {
+        "token_embedding.": "embeddings.token_embedding.",
+        "ln_final.": "final_layer_norm.",
+        "transformer.resblocks.": "encoder.layers.",
+        ".ln_1.": ".layer_norm1.",
+        ".ln_2.": ".layer_norm2.",
+        ".mlp.c_fc.": ".mlp.fc1.",
+        ".mlp.c_proj.": ".mlp.fc2.",
+        ".attn.": ".self_attn.",
+    }
+    result = {}
+    for name, tensor in tensors.items():
+        if name == "positional_embedding":
+            result["embeddings.position_embedding.weight"] = tensor
+        elif name == "text_projection":
+            result["text_projection.weight"] = tensor.T.contiguous()
+        elif name != "logit_scale":
+            for old, new in renamed.items():
+                name = name.replace(old, new)
+            if ".in_proj_" in name:
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                    result[name.replace(".in_proj_", f".{letter}_proj.")] = part
+            else:
+                result[name] = tensor
+    return result
+
+
+def text_encoder_tensors(tensors: StateDict, slot: TextEncoderSlot) -> dict[str, Tensor]:
+    """One text encoder's tensors under CLIPTextModel's names without "text_model."."""
+    own = {name.removeprefix(slot.prefix): tensor for name, tensor in tensors.items() if name.startswith(slot.prefix)}
+    if slot.open_clip:
+        own = openclip_to_transformers(own)
+    own = {name.removeprefix("text_model."): tensor for name, tensor in own.items() if not name.endswith("position_ids")}
+    if slot.class_name == "CLIPTextModel":
+        own.pop("text_projection.weight", None)
+    return own
+
+
+def text_encoder_config(own: StateDict, bundled: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the text encoder whose tensors these are (from `text_encoder_tensors`)."""
+    vocab_size, width = own["embeddings.token_embedding.weight"].shape
+    layers = _count(own, r"encoder\.layers\.(\d+)\.")
+    # SD2's files hold OpenCLIP's whole tower, of which the last layer is not used; diffusers leaves it out
+    unused = int(bundled["num_hidden_layers"] == 23 and layers == 24)
+    projection = own.get("text_projection.weight")
+    return dict(bundled) | {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": own["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": layers - unused,
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "max_position_embeddings": own["embeddings.position_embedding.weight"].shape[0],
+        "projection_dim": bundled["projection_dim"] if projection is None else projection.shape[0],
+    }
+
+
+def _fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> None:
+    """Give a module built without memory its weights; every tensor must be there, and none beside them."""
+    try:
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"The {part} in {path} is not complete or not of the expected layout: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, path: Path) -> UNet2DConditionModel:
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config)
+    assert isinstance(unet, UNet2DConditionModel)
+    _fill(unet, convert_ldm_unet_checkpoint(dict(tensors), config), dtype, path, "U-Net")
+    return unet
+
+
+def build_vae(tensors: StateDict, family: str, path: Path) -> AutoencoderKL:
+    """A VAE in float32 from tensors under LDM names with or without "first_stage_model.", or under diffusers' names."""
+    own = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(VAE_PREFIX)} or dict(tensors)
+    own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
+        raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in own:
+        config = _diffusers_vae_config(own, family)
+    else:
+        config = vae_config(own, family)
+        own = convert_ldm_vae_checkpoint(own, config)
+    with init_empty_weights():
+        vae = AutoencoderKL.from_config(config)
+    assert isinstance(vae, AutoencoderKL)
+    _fill(vae, own, torch.float32, path, "VAE")
+    return vae
+
+
+def _diffusers_vae_config(tensors: StateDict, family: str) -> dict[str, Any]:
+    """As `vae_config`, from diffusers' names."""
+    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    return bundled_config(family)["vae"] | {
+        "block_out_channels": [tensors[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in range(levels)],
+        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def build_text_encoder(
+    tensors: StateDict, slot: TextEncoderSlot, bundled: Mapping[str, Any], dtype: torch.dtype, path: Path
+) -> transformers.PreTrainedModel:
+    own = text_encoder_tensors(tensors, slot)
+    config = text_encoder_config(own, bundled)
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(f"encoder.layers.{config['num_hidden_layers']}.")}
+    with init_empty_weights():
+        text_encoder = getattr(transformers, slot.class_name)(transformers.CLIPTextConfig(**config))
+    if hasattr(text_encoder, "text_model"):  # transformers 5.6 took the inner module out of CLIPTextModel only
+        own = {name if name.startswith("text_projection.") else f"text_model.{name}": tensor for name, tensor in own.items()}
+    _fill(text_encoder, own, dtype, path, "text encoder")
+    return text_encoder
