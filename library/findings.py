@@ -19,17 +19,12 @@ def ends(evaluation: SliderEvaluation) -> tuple[int, int]:
     return lowest, highest
 
 
-def is_share(response: Response) -> bool:
-    """Whether a judge answers yes or no (1 or 0), such as "is the caption obeyed": to be kept, not raised."""
-    return response.role == "judge" and bool(((response.values == 0) | (response.values == 1)).all())
-
-
 def summary(evaluation: SliderEvaluation) -> str:
     """What the slider does, in plain words."""
     lowest, highest = ends(evaluation)
     sentences = []
     for response in evaluation.responses.values():
-        if is_share(response):
+        if response.is_share:
             base, low, high = (response.means[place].value for place in (evaluation.multipliers.index(0), lowest, highest))
             sentences.append(
                 f"{response.name} holds for {base:.0%} of the base model's pictures, {low:.0%} and {high:.0%} at the two ends."
@@ -52,7 +47,7 @@ def warnings_of(evaluation: SliderEvaluation) -> list[str]:
     base = evaluation.multipliers.index(0)
     places = [place for place in (highest, lowest) if place != base]
     scorers = [response for response in evaluation.responses.values() if response.role == "scorer"]
-    judges = [response for response in evaluation.responses.values() if response.role == "judge" and not is_share(response)]
+    judges = [response for response in evaluation.responses.values() if response.role == "judge" and not response.is_share]
     found: list[str] = []
     for scorer in scorers:
         for place in places:
@@ -72,7 +67,7 @@ def warnings_of(evaluation: SliderEvaluation) -> list[str]:
                 )
     found += [f"{response.name} does not rise from every weight to the next." for response in [*scorers, *judges] if not response.monotone]
     for response in evaluation.responses.values():
-        for place in places if is_share(response) else ():
+        for place in places if response.is_share else ():
             loss = response.means[base].value - response.means[place].value
             if loss > CAPTION_LOSS:
                 found.append(f"{response.name} falls by {loss:.0%} of the pictures at weight {_weight(evaluation.multipliers[place])}.")
@@ -97,7 +92,7 @@ def text_table(evaluation: SliderEvaluation) -> str:
     statistics = evaluation.statistics
     columns = [["", "weight", *map(_weight, evaluation.multipliers)]]
     for response in evaluation.responses.values():
-        if is_share(response) or response.std == 0:
+        if response.is_share or response.std == 0:
             cells = [f"{mean.value:.3g} [{mean.low:.3g}, {mean.high:.3g}]" for mean in response.means]
             columns.append([response.name, "mean", *cells])
         else:

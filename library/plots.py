@@ -69,7 +69,7 @@ def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str)
     subtitle = "training score" if first.role == "scorer" else "independent judge"
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=MUTED, va="bottom")
     axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
-    axes.set_ylabel("mean score", fontsize=9, color=INK)
+    axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=INK)
     axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
     axes.tick_params(labelsize=8, colors=MUTED, length=3)
     axes.margins(x=0.04, y=0.12)
@@ -79,7 +79,7 @@ def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str)
         axes.spines[side].set_color(RULE)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
-    if first.std > 0:
+    if first.std > 0 and not first.is_share:
         right = axes.secondary_yaxis("right", functions=(lambda score: (score - base) / first.std, lambda gain: base + gain * first.std))
         right.set_ylabel("change / standard deviation", fontsize=8, color=MUTED)
         right.tick_params(labelsize=8, colors=MUTED, length=3)

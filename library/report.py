@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from library.evaluation import SliderEvaluation
-from library.findings import along, is_share, role_words, summary, warnings_of
+from library.findings import along, role_words, summary, warnings_of
 from library.plots import signed
 from library.statistics import Response
 
@@ -95,7 +95,7 @@ def _findings(evaluation: SliderEvaluation, named: bool) -> list[str]:
 def _gains_table(evaluation: SliderEvaluation) -> str:
     rows = []
     for response in evaluation.responses.values():
-        shape = "share of pictures" if is_share(response) else f"{_shape_words(response)}; 1 std = {response.std:.3g}"
+        shape = "share of pictures" if response.is_share else f"{_shape_words(response)}; 1 std = {response.std:.3g}"
         label = f"<b>{escape(response.name)}</b><small>{role_words(response)}</small><small>{shape}</small>"
         rows.append([label, *(_gain_cell(evaluation, response, place) for place in range(len(evaluation.multipliers)))])
     note = (
@@ -108,7 +108,7 @@ def _gains_table(evaluation: SliderEvaluation) -> str:
 
 def _gain_cell(evaluation: SliderEvaluation, response: Response, place: int) -> str:
     base, gain, mean = evaluation.multipliers.index(0), response.gains_std[place], response.means[place]
-    if is_share(response) or response.std == 0:
+    if response.is_share or response.std == 0:
         return f"{mean.value:.4g}<small>[{mean.low:.4g}, {mean.high:.4g}]</small>"
     if place == base:
         return f"0<small>mean {mean.value:.4g}</small>"

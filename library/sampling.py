@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
-from networks.lora import LoRANetwork
 from torch import Tensor
 
 from library.models.base import DiffusionModel
 from library.solvers import Solver, get_solver
 from library.types import Conditioning, PromptSpec
+from networks.lora import LoRANetwork
 
 Size = tuple[int, int]
 
@@ -40,7 +40,7 @@ class PromptEncoder:
         """
         strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
         keys = [(text, size, strength) for text, strength in zip(texts, strengths, strict=True)]
-        missing = sorted(set(keys) - self._rows.keys(), key=lambda key: key[2])
+        missing = sorted((key for key in dict.fromkeys(keys) if key not in self._rows), key=lambda key: key[2])
         for strength, group in groupby(missing, key=lambda key: key[2]):
             new = list(group)
             with _multiplier(self._network, strength):
@@ -64,7 +64,7 @@ def model_autocast(model: DiffusionModel) -> AbstractContextManager:
     """Autocast to a half-precision model's type; nothing for a float32 model."""
     if model.dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(torch.device(model.device).type, dtype=model.dtype)
+    return torch.autocast(model.device.type, dtype=model.dtype)
 
 
 @torch.no_grad()
@@ -127,8 +127,7 @@ def sample(
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
     """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured."""
-    with model_autocast(model):
-        decoded = [model.decode_latents(batch.to(model.device)).float().cpu() for batch in latents.split(batch_size)]
+    decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(batch_size)]
     return torch.cat(decoded) / 2 + 0.5
 
 

@@ -34,7 +34,7 @@ class Response:
 
     Attributes:
         name: the score's name.
-        role: "scorer" when it is a latent scorer (the slider was trained on one), "judge" when it reads pixels and no training saw it.
+        role: "scorer" when it reads latents (training follows one), "judge" when it reads pixels, which no training does.
         values: of every sample [P, S, M].
         std: the within-prompt standard deviation of the base model, in the score's units.
         means: mean over samples, one a multiplier.
@@ -62,6 +62,11 @@ class Response:
         The standard deviation is held fixed as a unit: seeds drawn with replacement would spread too little.
         """
         return tuple(gain / self.std for gain in self.gains)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a judge that answers yes or no (1 or 0), such as "is the caption obeyed": to be kept, not raised."""
+        return self.role == "judge" and bool(((self.values == 0) | (self.values == 1)).all())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; NaN becomes None."""
