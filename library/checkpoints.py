@@ -1,0 +1,145 @@
+"""What a run leaves on disk: the names that sd-scripts gives its files, and a state that a run goes on from to the bit.
+
+Loading a state executes nothing that is in it (torch.load with weights_only): a state is tensors and plain containers.
+"""
+
+import logging
+import pickle
+import random
+import re
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from library.atomic_files import atomic_open, atomic_save_safetensors, atomic_write_bytes, atomic_write_text
+from library.errors import UserError
+
+__all__ = [
+    "atomic_open",
+    "atomic_save_safetensors",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "load_state",
+    "prune_steps",
+    "restore_rng_state",
+    "rng_state",
+    "save_state",
+    "state_path",
+    "weights_path",
+]
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.pt"
+STATE_FORMAT = "leco-score training state 1"
+
+
+def weights_path(output_dir: str | Path, output_name: str, step: int | None = None) -> Path:
+    """NAME.safetensors, or NAME-step00000100.safetensors on the way."""
+    return Path(output_dir) / f"{output_name}{_step_suffix(step)}.safetensors"
+
+
+def state_path(output_dir: str | Path, output_name: str, step: int | None = None) -> Path:
+    """The folder NAME-state, or NAME-step00000100-state on the way."""
+    return Path(output_dir) / f"{output_name}{_step_suffix(step)}-state"
+
+
+def prune_steps(output_dir: str | Path, output_name: str, *, step: int, last_n_steps: int, states: bool = False) -> list[Path]:
+    """Delete what this run saved more than last_n_steps before `step` (--save_last_n_steps) -> what was deleted.
+
+    Files NAME-stepXXXXXXXX.safetensors with their card (.json), or with `states` the state folders; nothing else is touched. What
+    cannot be deleted is logged and left: no reason to end a run.
+    """
+    ending = "-state" if states else r"\.safetensors"
+    pattern = re.compile(re.escape(output_name) + r"-step(\d{8})" + ending)
+    deleted = []
+    for path in sorted(Path(output_dir).glob("*")):
+        match = pattern.fullmatch(path.name)
+        if match is None or int(match[1]) >= step - last_n_steps:
+            continue
+        try:
+            if not states:
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
+            elif (path / STATE_FILE).is_file():
+                shutil.rmtree(path)
+            else:
+                continue
+        except OSError as error:
+            logger.warning("%s could not be deleted (%s) and stays", path, error.strerror)
+            continue
+        deleted.append(path)
+    return deleted
+
+
+def save_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Write a state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+    One file in the folder, replaced in one step: a state that was there stays whole until the new one is. Raises UserError for what
+    could not be loaded again (an optimizer with an odd state) and for a full disk.
+    """
+    _check_loadable(state, "state")
+    with atomic_open(Path(folder) / STATE_FILE) as file:
+        torch.save({"format": STATE_FORMAT, "state": state}, file)
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """Read what save_state wrote, all tensors on the CPU. Raises UserError for a folder that is missing, foreign or damaged."""
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        what = "does not exist" if not Path(folder).exists() else f"has no {STATE_FILE}"
+        raise UserError(f"{folder} {what}, so it is no saved training state: give a folder that --save_state wrote, NAME-state")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is damaged or was not written by this program ({type(error).__name__}): resume from another state"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
+        raise UserError(f"{path} is not a {STATE_FORMAT!r}: resume from a state that this version wrote")
+    return content["state"]
+
+
+def rng_state() -> dict[str, Any]:
+    """The global generators of Python, NumPy, torch and every CUDA device, as save_state can write them."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {"key": key, "pos": int(numpy_state["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Set the global generators to what rng_state returned; CUDA devices that are not here are passed over."""
+    random.setstate(state["python"])
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {"key": inner["key"].numpy().astype(np.uint32), "pos": inner["pos"]}})
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+def _step_suffix(step: int | None) -> str:
+    return "" if step is None else f"-step{step:08d}"
+
+
+def _check_loadable(value: Any, place: str) -> None:
+    if type(value) in (dict, OrderedDict):
+        for key, inner in value.items():
+            _check_loadable(key, f"a key of {place}")
+            _check_loadable(inner, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, inner in enumerate(value):
+            _check_loadable(inner, f"{place}[{index}]")
+    elif not (isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, complex, str, bytes)):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise UserError(f"{place} is a {kind}, which cannot be read back safely: train without --save_state, or with another optimizer")
