@@ -1,0 +1,138 @@
+"""What A1111, Forge and sd-scripts read in a LoRA's header (the keys and rules were observed by running their own loaders)."""
+
+import datetime
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from library.lora_metadata import MINIMUM_KEYS, hash_metadata, lora_metadata, write_sidecar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    family: str = "sd1"
+    prediction_type: str = "epsilon"
+    resolution: int = 512
+    base_model_version: str = "sd_v1"
+    architecture: str = "stable-diffusion-v1/lora"
+    implementation: str = "diffusers"
+    name: str = "base.safetensors"
+
+
+SD1 = Model()
+SD2_V = Model(
+    family="sd2",
+    prediction_type="v_prediction",
+    resolution=768,
+    base_model_version="sd_v2_v",
+    architecture="stable-diffusion-v2-768-v/lora",
+)
+SDXL = Model(
+    family="sdxl",
+    resolution=1024,
+    base_model_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base/lora",
+    implementation="https://github.com/Stability-AI/generative-models",
+)
+
+
+def _metadata(spec: Model, **changes) -> dict[str, str]:
+    given = {"output_name": "slider", "network_dim": 4, "network_alpha": 1.0, "started_at": 1.7e9, "finished_at": 1.7e9 + 60, "steps": 100}
+    return lora_metadata(spec, **(given | changes))
+
+
+def _a1111_version(metadata: dict[str, str]) -> str:
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if metadata.get("ss_v2") == "True" else "SD1"
+
+
+def _forge_version(metadata: dict[str, str]) -> str:
+    architecture = metadata.get("modelspec.architecture")
+    if architecture == "stable-diffusion-xl-v1-base/lora" or metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    if metadata.get("ss_v2") == "True":
+        return "SD2"
+    return "SD1" if architecture == "stable-diffusion-v1/lora" else "Unknown"
+
+
+@pytest.mark.parametrize("no_metadata", [False, True])
+@pytest.mark.parametrize(("spec", "version"), [(SD1, "SD1"), (SD2_V, "SD2"), (SDXL, "SDXL")])
+def test_webuis_recognise_the_family(spec: Model, version: str, no_metadata: bool) -> None:
+    metadata = _metadata(spec, no_metadata=no_metadata)
+    assert _a1111_version(metadata) == version
+    assert _forge_version(metadata) == version
+
+
+def test_values_are_the_strings_that_clients_parse() -> None:
+    metadata = _metadata(
+        SD2_V,
+        network_args={"conv_dim": "2", "conv_alpha": "1"},
+        resolution=(640, 512),
+        training={"learning_rate": 1e-4, "ss_optimizer": "torch.optim.AdamW", "clip_skip": None, "dataset_dirs": None, "prompts": ["a"]},
+        modelspec={"title": "Slider", "author": None, "usage_hint": "-1 to 1"},
+    )
+    assert all(type(key) is str and type(value) is str for key, value in metadata.items())
+    assert metadata["ss_v2"] == "True"
+    assert metadata["ss_base_model_version"] == "sd_v2_v"
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.resolution"] == "640x512"
+    assert metadata["ss_resolution"] == "(640, 512)"
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1"}
+    assert float(metadata["ss_training_started_at"]) == 1.7e9
+    assert datetime.datetime.fromisoformat(metadata["modelspec.date"]).timestamp() == 1.7e9 + 60
+    assert metadata["ss_learning_rate"] == "0.0001"
+    assert metadata["ss_optimizer"] == "torch.optim.AdamW"
+    assert json.loads(metadata["ss_prompts"]) == ["a"]
+    assert metadata["modelspec.title"] == "Slider"
+    assert metadata["modelspec.usage_hint"] == "-1 to 1"
+    assert not {"ss_clip_skip", "ss_dataset_dirs", "modelspec.author"} & metadata.keys()
+    assert "None" not in metadata.values()
+
+
+def test_native_resolution_is_the_default() -> None:
+    assert _metadata(SDXL)["modelspec.resolution"] == "1024x1024"
+
+
+def test_no_metadata_keeps_what_the_file_cannot_do_without() -> None:
+    metadata = _metadata(replace(SD1, name="secret"), no_metadata=True, training={"training_comment": "secret"})
+    assert set(metadata) == set(MINIMUM_KEYS)
+    assert "secret" not in "".join(metadata.values())
+
+
+def test_hashes_are_those_that_clients_compute(tmp_path: Path) -> None:
+    tensors = {
+        "lora_unet_x.lora_down.weight": torch.randn(600, 600, generator=torch.Generator().manual_seed(0)),
+        "lora_unet_x.alpha": torch.tensor(1.0),
+    }
+    metadata = _metadata(SD1)
+    hashes = hash_metadata(tensors, metadata)
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata | hashes)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    # A1111 (network_on_disk) and Forge: sha256 of what follows the header.
+    assert hashes["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    # AddNet: from 1 MiB on, of the file with its ss_ keys only.
+    own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    safetensors.torch.save_file(tensors, tmp_path / "y.safetensors", own)
+    with (tmp_path / "y.safetensors").open("rb") as file:
+        file.seek(0x100000)
+        assert hashes["sshs_legacy_hash"] == hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+@pytest.mark.parametrize(("spec", "version"), [(SD1, "SD1"), (SD2_V, "SD2"), (SDXL, "SDXL")])
+def test_sidecar_is_the_card_of_a1111(tmp_path: Path, spec: Model, version: str) -> None:
+    path = write_sidecar(tmp_path / "my.slider.safetensors", spec, preferred_weight=0.8, description="ä", notes="n")
+    assert path == tmp_path / "my.slider.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "sd version": version,
+        "preferred weight": 0.8,
+        "description": "ä",
+        "notes": "n",
+        "activation text": "",
+    }
