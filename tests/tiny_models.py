@@ -7,12 +7,13 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
@@ -51,8 +52,14 @@ def tiny_unet_config(family: str) -> dict:
 
 
 def tiny_text_config(width: int, bundled: dict, layers: int = 3) -> CLIPTextConfig:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // 64)}
-    return CLIPTextConfig(**bundled | sizes | {"projection_dim": width})
+    config: dict[str, Any] = bundled | {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "projection_dim": width,
+    }
+    return CLIPTextConfig(**config)
 
 
 def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0) -> AutoencoderKL:
@@ -76,7 +83,7 @@ def tiny_model(kind: str = "sd1", seed: int = 0) -> DiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(tiny_unet_config(family_name))
-        text_encoders = [CLIPTextModel(tiny_text_config(32, config["text_encoder"]))]
+        text_encoders: list[PreTrainedModel] = [CLIPTextModel(tiny_text_config(32, config["text_encoder"]))]
         if family_name == "sdxl":
             text_encoders.append(CLIPTextModelWithProjection(tiny_text_config(64, config["text_encoder_2"])))
         vae = tiny_vae(config["vae"]["scaling_factor"], seed)

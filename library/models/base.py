@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint, decode_latents, encode_images, place_vae
+from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.types import Conditioning
 
@@ -205,7 +205,7 @@ class DiffusionModel(ABC):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DiffusionModel":
         """Move every part, in place; a VAE that is not safe in half precision stays in float32."""
         for module in (self.unet, *self.text_encoders):
-            module.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue] (diffusers' decorator hides self)
+            move(module, device, dtype)
         place_vae(self.vae, device, dtype)
         return self
 

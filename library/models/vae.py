@@ -7,18 +7,23 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 # Relative RMS between the probe latents of one encoder in another precision stays near 0.001 (fp16 weights) and 0.01 (bf16 weights and
 # activations); that of two unrelated encoders is about sqrt(2). See tests/test_models.py.
 PROBE_TOLERANCE = 0.05
 
 
+def move(module: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    """`module.to`, without the warning that diffusers adds to every cast, modules to be kept in float32 or not."""
+    nn.Module.to(module, device=device, dtype=dtype)  # pyright: ignore[reportCallIssue, reportArgumentType] (None is allowed)
+
+
 def place_vae(vae: AutoencoderKL, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
     """Move a VAE, but hold it in float32 when its config says force_upcast: SDXL's overflows in fp16."""
     if dtype is not None and vae.config.get("force_upcast", True):
         dtype = torch.float32
-    vae.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue] (diffusers' decorator hides self)
+    move(vae, device, dtype)
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
