@@ -102,9 +102,7 @@ def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: f
     scale = min(wanted, end)
     gain = min(float(np.interp(scale, rungs, arm)) for arm in arms)
     if wanted <= end:
-        note = (
-            f"Weight 1 is {scale:.3g} of the trained strength and moves the training score by {gain:.2f} standard deviations."
-        )
+        note = f"Weight 1 is {scale:.3g} of the trained strength and moves the training score by {gain:.2f} standard deviations."
         return Calibration(scale=scale, gain=gain, reached=True, note=note)
     if end < rungs[-1]:
         reason = "the pictures drift too far" if drift_end < monotone_end else "the score stops following the weight"

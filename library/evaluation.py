@@ -169,10 +169,10 @@ def evaluate(
             for key, judge in judges.items():
                 scores[key].append(judge(pixels[rows], texts[rows]).cpu().double().numpy())
         for row in range(len(chunk)):
-            parts = [part.cpu().unflatten(0, shape)[row] for part in (latents, pixels, decoded)]  # [S, M, ...]
-            measured.append(_measure(*parts, base))
+            mine = [part.cpu().unflatten(0, shape)[row] for part in (latents, pixels, decoded)]  # [S, M, ...]
+            measured.append(_measure(mine[0], mine[1], mine[2], base))
             if len(pictures) < num_pictures:
-                pictures.append((parts[1][0] * 255).round().byte())
+                pictures.append((mine[1][0] * 255).round().byte())
 
     values = {key: np.concatenate(rows).reshape(len(prompts), num_seeds, len(strengths)) for key, rows in scores.items()}
     rng, directions = np.random.default_rng(bootstrap_seed), np.array([prompt.direction for prompt in prompts])

@@ -22,22 +22,19 @@ def ends(evaluation: SliderEvaluation) -> tuple[int, int]:
 def summary(evaluation: SliderEvaluation) -> str:
     """What the slider does, in plain words."""
     lowest, highest = ends(evaluation)
+    base = evaluation.multipliers.index(0)
+    places = [place for place in (highest, lowest) if place != base]
     sentences = []
     for response in evaluation.responses.values():
+        weights = [f"at weight {_weight(evaluation.multipliers[place])}" for place in places]
         if response.is_share:
-            base, low, high = (response.means[place].value for place in (evaluation.multipliers.index(0), lowest, highest))
+            shares = [f"{response.means[place].value:.0%} {weight}" for place, weight in zip(places, weights, strict=True)]
             sentences.append(
-                f"{response.name} holds for {base:.0%} of the base model's pictures, {low:.0%} and {high:.0%} at the two ends."
+                f"{response.name} holds for {response.means[base].value:.0%} of the base model's pictures, {' and '.join(shares)}."
             )
-            continue
-        who = "its training score" if response.role == "scorer" else "the independent judge"
-        parts = [
-            f"{'raises' if response.gains[place].value > 0 else 'lowers'} it by {_gain_words(response, place)} at "
-            f"weight {_weight(evaluation.multipliers[place])}"
-            for place in (highest, lowest)
-            if evaluation.multipliers[place] != 0
-        ]
-        sentences.append(f"By {who} {response.name}, the slider {' and '.join(parts)}.")
+        else:
+            moves = [f"{_gain_words(response, place)} {weight}" for place, weight in zip(places, weights, strict=True)]
+            sentences.append(f"The {role_words(response)} {response.name} {' and '.join(moves)}.")
     return " ".join(sentences)
 
 
@@ -120,10 +117,10 @@ def role_words(response: Response) -> str:
 
 def _gain_words(response: Response, place: int) -> str:
     gain = response.gains_std[place]
+    if not gain.low * gain.high > 0:
+        return "does not clearly move"
     low, high = sorted((abs(gain.low), abs(gain.high)))
-    if gain.low * gain.high < 0:
-        return f"{abs(gain.value):.2f} standard deviations (not told apart from chance)"
-    return f"{abs(gain.value):.2f} standard deviations (95 % interval {low:.2f} to {high:.2f})"
+    return f"{'rises' if gain.value > 0 else 'falls'} by {abs(gain.value):.2f} standard deviations (95 % interval {low:.2f} to {high:.2f})"
 
 
 def _names(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.atomic_files import atomic_open
+from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
 from library.plots import multiplier_grid
 from library.sampling import PromptEncoder, Size, decode, sample, size_of
@@ -54,5 +54,4 @@ def write_preview(
         )
         rows.append((decode(model, latents, batch_size).clamp(0, 1) * 255).round().byte())
     labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
-    with atomic_open(path) as file:
-        file.write(multiplier_grid(rows, labels, multipliers))
+    atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))

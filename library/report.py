@@ -37,13 +37,12 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .lead { font-size: 1.1rem; margin: 1rem 0; }
 .warnings { background: var(--warn); border-left: 4px solid var(--warn-rule); border-radius: 4px; padding: .6rem 1rem .6rem 2rem; }
 figure { margin: 0; background: #fff; border: 1px solid var(--rule); border-radius: 8px; padding: .6rem; overflow-x: auto; }
-figure img { display: block; max-width: 100%; margin: auto; }
-figure.grid img { max-width: none; width: max(100%, 40rem); }
+figure img { display: block; width: max(100%, 40rem); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .925rem; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
 th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
 thead th { color: var(--muted); font-weight: 600; }
 td small { display: block; color: var(--muted); font-size: .75rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
@@ -73,7 +72,7 @@ def html_report(evaluations: Sequence[SliderEvaluation], curve: bytes, grids: Se
         suffix = f": {escape(evaluation.name)}" if len(evaluations) > 1 else ""
         body += [
             f"<h2>Same prompt, same seed, other weight{suffix}</h2>",
-            _figure(grid, "Rows are prompts, columns are LoRA weights.", kind="grid"),
+            _figure(grid, "Rows are prompts, columns are LoRA weights."),
             f"<h2>How much the scores move{suffix}</h2>",
             _gains_table(evaluation),
             f"<h2>What else changes{suffix}</h2>",
@@ -147,9 +146,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = 
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
 
 
-def _figure(png: bytes, description: str, kind: str = "curve") -> str:
+def _figure(png: bytes, description: str) -> str:
     data = base64.b64encode(png).decode("ascii")
-    return f'<figure class="{kind}"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _shape_words(response: Response) -> str:

@@ -1,0 +1,175 @@
+"""Sampling against diffusers' pipelines, and against itself: batches, seeds and multipliers must not leak into each other."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from library.models.single_file import bundled_config
+from library.sampling import PromptEncoder, decode, initial_noise, sample
+from library.types import PromptSpec
+from networks.lora import LoRANetwork, create_network
+from tests.tiny_models import tiny_model
+
+PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
+SEEDS = [11, 12, 13]
+ROUNDING = {"atol": 2e-4, "rtol": 2e-4}  # float32 over a trajectory; another batch size rounds otherwise
+RUN = {"num_steps": 3, "guidance_scale": 4.0, "resolution": (64, 64), "batch_size": 8}
+
+
+def network_for(model, with_text_encoder: bool = False, size: float = 0.1) -> LoRANetwork:
+    """A LoRA that changes pictures visibly."""
+    text_encoder = model.text_encoders if with_text_encoder else None
+    network = create_network(1.0, 4, 4.0, model.vae, text_encoder, model.unet, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_up" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    network.apply_to(text_encoder, model.unet)
+    return network
+
+
+def ddim_of(kind: str, prediction_type: str) -> DDIMScheduler:
+    config = bundled_config(kind)["scheduler"] | {"prediction_type": prediction_type, "clip_sample": False}
+    return DDIMScheduler.from_config(config)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
+def test_equals_diffusers(kind, guidance_scale):
+    model = tiny_model(kind)
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        tokenizer=model.tokenizers[0],
+        unet=model.unet,
+        scheduler=ddim_of(model.spec.family, model.spec.prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise, _ = initial_noise(SEEDS, (4, 8, 12))
+    expected = pipeline(
+        prompt=[prompt.prompt for prompt in PROMPTS],
+        negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
+        latents=noise,
+        height=64,
+        width=96,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    ours = sample(model, None, PROMPTS, SEEDS, num_steps=4, guidance_scale=guidance_scale, resolution=(64, 96), batch_size=8)
+    torch.testing.assert_close(ours, expected, **ROUNDING)
+    pixels = pipeline.image_processor.denormalize(pipeline.vae.decode(expected / model.spec.scaling_factor, return_dict=False)[0])
+    torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
+
+
+def test_equals_diffusers_sdxl():
+    model = tiny_model("sdxl")
+    pipeline = StableDiffusionXLPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        text_encoder_2=model.text_encoders[1],
+        tokenizer=model.tokenizers[0],
+        tokenizer_2=model.tokenizers[1],
+        unet=model.unet,
+        scheduler=ddim_of("sdxl", "epsilon"),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise, _ = initial_noise(SEEDS, (4, 12, 8))
+    expected = pipeline(
+        prompt=[prompt.prompt for prompt in PROMPTS],
+        negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
+        latents=noise,
+        height=96,
+        width=64,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        output_type="latent",
+    ).images
+    ours = sample(model, None, PROMPTS, SEEDS, num_steps=3, guidance_scale=5.0, resolution=(96, 64), batch_size=8)
+    torch.testing.assert_close(ours, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler_a"])
+def test_a_seed_is_a_picture_whatever_the_batch(solver):
+    model = tiny_model()
+    together = sample(model, None, PROMPTS, SEEDS, solver=solver, **RUN)
+    alone = sample(model, None, PROMPTS[2:], SEEDS[2:], solver=solver, **RUN)
+    small = sample(model, None, PROMPTS, SEEDS, solver=solver, **RUN | {"batch_size": 2})
+    torch.testing.assert_close(together[2:], alone, **ROUNDING)
+    torch.testing.assert_close(together, small, **ROUNDING)
+    other = sample(model, None, PROMPTS, [1, 2, 3], solver=solver, **RUN)
+    assert (other - together).abs().max() > 0.1
+
+
+def test_one_batch_holds_different_multipliers():
+    model = tiny_model()
+    plain = sample(model, None, PROMPTS, SEEDS, **RUN)
+    network = network_for(model)
+    mixed = sample(model, network, PROMPTS, SEEDS, torch.tensor([-1.0, 0.0, 1.0]), **RUN)
+    for row, multiplier in enumerate([-1.0, 0.0, 1.0]):
+        own = sample(model, network, PROMPTS, SEEDS, multiplier, **RUN)
+        torch.testing.assert_close(mixed[row], own[row], **ROUNDING)
+    assert torch.equal(sample(model, network, PROMPTS, SEEDS, 0.0, **RUN), plain)
+    assert (mixed[0] - plain[0]).abs().max() > 0.01 and (mixed[2] - plain[2]).abs().max() > 0.01
+    assert network.multiplier == 1.0
+
+
+def test_the_multiplier_is_put_back_after_an_error():
+    model = tiny_model()
+    network = network_for(model)
+    with pytest.raises(RuntimeError, match="stop"):
+
+        def stop(count: int) -> None:
+            raise RuntimeError("stop")
+
+        sample(model, network, PROMPTS, SEEDS, -0.5, progress=stop, **RUN)
+    assert network.multiplier == 1.0
+
+
+def test_no_unconditional_branch_at_guidance_1(monkeypatch):
+    model, rows, steps = tiny_model(), [], []
+    predict = model.predict_eps
+    monkeypatch.setattr(model, "predict_eps", lambda latents, *rest: (rows.append(len(latents)), predict(latents, *rest))[1])
+    sample(model, None, PROMPTS, SEEDS, progress=steps.append, **RUN | {"guidance_scale": 1.0})
+    assert rows == [3, 3, 3] and sum(steps) == 9
+    rows.clear()
+    sample(model, None, PROMPTS, SEEDS, **RUN)
+    assert rows == [6, 6, 6]
+
+
+def test_a_prompt_brings_its_own_guidance_and_size():
+    model = tiny_model()
+    own = PromptSpec(prompt="a cat", guidance_scale=7.0, width=96, height=64)
+    expected = sample(model, None, [PromptSpec(prompt="a cat")], [5], **RUN | {"guidance_scale": 7.0, "resolution": (64, 96)})
+    assert expected.shape == (1, 4, 8, 12)
+    assert torch.equal(sample(model, None, [own], [5], **RUN), expected)
+
+
+def test_texts_are_encoded_once(monkeypatch):
+    model, seen = tiny_model(), []
+    encode = model.encode_prompts
+    monkeypatch.setattr(model, "encode_prompts", lambda texts, size=None: (seen.extend(texts), encode(texts, size))[1])
+    encoder = PromptEncoder(model, network_for(model))
+    first = sample(model, None, PROMPTS, SEEDS, encoder=encoder, **RUN)
+    assert sorted(seen) == sorted({"a red circle", "a blue star", "a cat", "blurry", ""})
+    model.free_text_encoders()
+    assert torch.equal(sample(model, None, PROMPTS, SEEDS, encoder=encoder, **RUN), first)
+
+
+def test_a_text_encoder_lora_encodes_at_each_multiplier():
+    model = tiny_model()
+    plain = model.encode_prompts(["a cat"]).text
+    network = network_for(model, with_text_encoder=True)
+    encoder = PromptEncoder(model, network)
+    texts = encoder.encode(["a cat", "a cat", "a cat"], (64, 64), [0.0, 1.0, -1.0]).text
+    torch.testing.assert_close(texts[:1], plain)
+    assert (texts[1] - texts[0]).abs().max() > 1e-3 and (texts[1] - texts[2]).abs().max() > 1e-3
+    mixed = sample(model, network, PROMPTS[:2], SEEDS[:2], [1.0, -1.0], **RUN)
+    down = sample(model, network, PROMPTS[:2], SEEDS[:2], -1.0, **RUN)
+    torch.testing.assert_close(mixed[1], down[1], **ROUNDING)
