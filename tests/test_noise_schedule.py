@@ -49,8 +49,8 @@ def test_zero_terminal_snr_equals_diffusers_but_for_the_floor():
     ours, theirs = NoiseSchedule.from_config(ZERO_TERMINAL_SNR), DDIMScheduler.from_config(ZERO_TERMINAL_SNR)
     assert theirs.alphas_cumprod[-1] == 0
     assert ours.alphas_cumprod[-1] == ABAR_FLOOR
-    # diffusers turns abar into betas and back, which costs it a few float32 roundings
-    torch.testing.assert_close(ours.alphas_cumprod[:-1], theirs.alphas_cumprod[:-1], rtol=2e-5, atol=1e-9)
+    # diffusers turns abar into betas and back, which costs a few float32 roundings (measured: 6e-7)
+    torch.testing.assert_close(ours.alphas_cumprod[:-1], theirs.alphas_cumprod[:-1], rtol=2e-6, atol=0)
     euler = EulerDiscreteScheduler.from_config(ZERO_TERMINAL_SNR)
     assert ours.alphas_cumprod[-1] == euler.alphas_cumprod[-1]
 

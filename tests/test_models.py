@@ -1,0 +1,272 @@
+"""A DiffusionModel says what diffusers' pipelines say, for every family."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.base import DiffusionModel
+from library.models.clip_tokenizer import build_clip_tokenizer
+from library.models.registry import FAMILIES
+from library.models.single_file import bundled_config
+from library.models.vae import VaeFingerprint, probe_picture
+from library.noise_schedule import v_to_eps
+from library.solvers import ddim_step
+from library.types import Conditioning
+from tests.tiny_models import FAMILY_NAMES, IMAGE_SIZE, KINDS, LATENT_SIZE, tiny_model, tiny_vae
+
+PROMPTS = ["a photo of a cat", "the night sky, oil on canvas"]
+
+
+def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    scheduler = DDIMScheduler.from_config(
+        bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
+    )
+    parts = {"unet": model.unet, "vae": model.vae, "scheduler": scheduler}
+    for slot, text_encoder, tokenizer in zip(FAMILIES[model.spec.family].text_encoders, model.text_encoders, model.tokenizers, strict=True):
+        parts |= {slot.folder: text_encoder, slot.tokenizer_folder: tokenizer}
+    if model.spec.family == "sdxl":
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(rows: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 4, LATENT_SIZE, LATENT_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_prompts_are_encoded_as_by_the_pipeline(family):
+    model = tiny_model(family)
+    ours = model.encode_prompts(PROMPTS)
+    theirs = pipeline_of(model).encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.text, theirs[0], rtol=0, atol=1e-6)
+    assert ours.text.shape == (2, 77, model.unet.config["cross_attention_dim"])
+    assert not torch.allclose(ours.text[0], ours.text[1])
+    if family == "sdxl":
+        assert ours.pooled is not None
+        torch.testing.assert_close(ours.pooled, theirs[2], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_sdxl_is_told_the_size():
+    model = tiny_model("sdxl")
+    theirs = pipeline_of(model)._get_add_time_ids(
+        (832, 1216), (0, 0), (832, 1216), torch.float32, model.unet.config["cross_attention_dim"] - 32
+    )
+    time_ids = model.encode_prompts(PROMPTS, size=(832, 1216)).time_ids
+    assert time_ids is not None and time_ids.equal(theirs.repeat(2, 1))
+    native = model.encode_prompts(PROMPTS).time_ids
+    assert native is not None and native[1].tolist() == [64, 64, 0, 0, 64, 64]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@torch.no_grad()
+def test_clip_skip_leaves_out_layers(family):
+    model = tiny_model(family)
+    plain = model.encode_prompts(PROMPTS).text
+    model.set_clip_skip(1)
+    torch.testing.assert_close(model.encode_prompts(PROMPTS).text, plain)
+    model.set_clip_skip(2)
+    skipped = model.encode_prompts(PROMPTS).text
+    shorter = tiny_model(family)
+    core = getattr(shorter.text_encoders[0], "text_model", shorter.text_encoders[0])
+    del core.encoder.layers[-1]
+    torch.testing.assert_close(skipped, shorter.encode_prompts(PROMPTS).text)
+    assert not torch.allclose(skipped, plain)
+
+
+def test_clip_skip_that_cannot_be():
+    with pytest.raises(UserError, match="from 1 to 3"):
+        tiny_model("sd1").set_clip_skip(4)
+    with pytest.raises(UserError, match="SDXL always takes the last hidden state but one"):
+        tiny_model("sdxl").set_clip_skip(1)
+    tiny_model("sdxl").set_clip_skip(2)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_cut_with_a_warning(caplog):
+    model = tiny_model("sd1")
+    long = model.encode_prompts(["cat " * 100])
+    assert "has 100 tokens; only the first 75 are used" in caplog.text
+    assert torch.equal(long.text, model.encode_prompts(["cat " * 75]).text)
+
+
+def test_tokenizer_is_clips():
+    tokenizer = build_clip_tokenizer()
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("", padding="max_length").input_ids == [49406] + [49407] * 76
+    assert build_clip_tokenizer("!")("", padding="max_length").input_ids == [49406, 49407] + [0] * 75
+    assert tokenizer("Größe 例 🙂").input_ids == tokenizer("  größe   例 🙂 ").input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_sampling_equals_the_pipeline(kind):
+    """Prompts, U-Net, v to eps, guidance, DDIM: the latents of three steps are diffusers' own."""
+    model, guidance = tiny_model(kind), 3.0
+    theirs = pipeline_of(model)(
+        PROMPTS,
+        negative_prompt=["blurry"] * 2,
+        guidance_scale=guidance,
+        num_inference_steps=3,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        latents=noise(),
+        output_type="latent",
+    ).images
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    cond = Conditioning.cat([model.encode_prompts(["blurry"] * 2, size), model.encode_prompts(PROMPTS, size)])
+    latents = noise()
+    timesteps = model.schedule.inference_timesteps(3)
+    for timestep, next_timestep in zip(timesteps, timesteps[1:], strict=False):
+        uncond_eps, cond_eps = model.predict_eps(latents.repeat(2, 1, 1, 1), timestep.repeat(4), cond).chunk(2)
+        eps = uncond_eps + guidance * (cond_eps - uncond_eps)
+        latents = ddim_step(latents, eps, model.schedule.abar(timestep.repeat(2)), model.schedule.abar(next_timestep.repeat(2)))
+    torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_each_row_has_its_own_timestep(kind):
+    model = tiny_model(kind)
+    cond, timesteps = model.encode_prompts(PROMPTS), torch.tensor([20, 800])
+    together = model.predict_eps(noise(), timesteps, cond)
+    for row in range(2):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(together[one], model.predict_eps(noise()[one], timesteps[one], cond[one]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, model.predict_eps(noise(), timesteps.float(), cond), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_v_prediction_is_turned_into_eps():
+    eps_model, v_model = tiny_model("sd2"), tiny_model("sd2_v")  # the same seed: the same weights
+    cond, timesteps = eps_model.encode_prompts(PROMPTS), torch.tensor([20, 800])
+    output = eps_model.predict_eps(noise(), timesteps, cond)
+    expected = v_to_eps(noise(), output, v_model.schedule.abar(timesteps))
+    torch.testing.assert_close(v_model.predict_eps(noise(), timesteps, cond), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    model = tiny_model(kind)
+    cond, timesteps = model.encode_prompts(PROMPTS), torch.tensor([20, 800])
+
+    def gradient() -> Tensor:
+        latents = noise().requires_grad_(True)
+        eps = model.predict_eps(latents, timesteps, cond)
+        return torch.autograd.grad((eps * noise(seed=1)).sum(), latents)[0]
+
+    plain = gradient()
+    model.enable_gradient_checkpointing()
+    assert model.unet.is_gradient_checkpointing
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_half_precision_takes_and_gives_float32(family):
+    model = tiny_model(family)
+    cond, timesteps = model.encode_prompts(PROMPTS), torch.tensor([20, 800])
+    exact = model.predict_eps(noise(), timesteps, cond)
+    assert model.to(dtype=torch.bfloat16) is model
+    assert model.dtype == torch.bfloat16 and model.text_encoders[0].dtype == torch.bfloat16
+    rounded = model.predict_eps(noise(), timesteps, cond)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)
+    assert model.encode_prompts(PROMPTS).text.dtype == torch.bfloat16
+
+
+def test_vae_stays_in_float32_unless_it_is_safe():
+    model = tiny_model("sdxl").to(dtype=torch.float16)
+    assert model.vae.dtype == torch.float32 and model.unet.dtype == torch.float16
+    model.vae.register_to_config(force_upcast=False)
+    model.to(dtype=torch.float16)
+    assert model.vae.dtype == torch.float16
+
+
+@torch.no_grad()
+def test_encoding_and_decoding_scale_latents_and_ignore_autocast():
+    model = tiny_model("sdxl")
+    pixels = probe_picture(IMAGE_SIZE).repeat(2, 1, 1, 1)
+    latents = model.encode_images(pixels)
+    assert latents.shape == (2, 4, LATENT_SIZE, LATENT_SIZE)
+    torch.testing.assert_close(latents, model.vae.encode(pixels).latent_dist.mean * 0.13025)
+    decoded = model.decode_latents(latents)
+    assert decoded.shape == pixels.shape
+    torch.testing.assert_close(decoded, model.vae.decode(latents / 0.13025).sample)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.decode_latents(latents), decoded)
+        assert torch.equal(model.encode_images(pixels), latents)
+
+
+def test_decoding_is_differentiable():
+    model = tiny_model("sd1")
+    latents = noise(1).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model.decode_latents(latents).square().sum(), latents)
+    assert gradient.abs().max() > 0
+    assert not model.decode_latents(noise(1)).requires_grad  # a frozen model carries none of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fingerprint_of_rounded_weights_matches(dtype):
+    vae = tiny_vae()
+    rounded = copy.deepcopy(vae).to(dtype).to(torch.float32)
+    assert VaeFingerprint.of(rounded).matches(VaeFingerprint.of(vae))
+    assert VaeFingerprint.of(rounded.to(dtype)).matches(VaeFingerprint.of(vae))
+
+
+def test_fingerprint_is_the_encoders():
+    vae = tiny_vae()
+    fingerprint = VaeFingerprint.of(vae)
+    other_decoder = copy.deepcopy(vae)
+    other_decoder.decoder = tiny_vae(seed=1).decoder
+    assert VaeFingerprint.of(other_decoder) == fingerprint
+    assert not VaeFingerprint.of(tiny_vae(seed=1)).matches(fingerprint)
+    assert not VaeFingerprint.of(tiny_vae(scaling_factor=0.13025)).matches(fingerprint)
+    assert VaeFingerprint.from_dict(json.loads(json.dumps(fingerprint.to_dict()))) == fingerprint
+    assert tiny_model("sd1").vae_fingerprint() == fingerprint
+
+
+def test_freed_text_encoders_are_gone():
+    model = tiny_model("sdxl")
+    model.free_text_encoders()
+    assert model.text_encoders == [] and model.tokenizers == []
+    model.to(dtype=torch.bfloat16).freeze()
+    with pytest.raises(AssertionError, match="freed"):
+        model.encode_prompts(PROMPTS)
+
+
+def test_attention_falls_back_to_sdpa(caplog):
+    model = tiny_model("sd1")
+    before = model.predict_eps(noise(), torch.tensor([5, 6]), model.encode_prompts(PROMPTS))
+    model.set_attention("xformers")  # no GPU here, whether or not it is installed
+    assert "xformers cannot be used" in caplog.text
+    assert torch.equal(model.predict_eps(noise(), torch.tensor([5, 6]), model.encode_prompts(PROMPTS)), before)
+    with pytest.raises(UserError, match="no attention 'flash'; use sdpa or xformers"):
+        model.set_attention("flash")
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "architecture"),
+    [
+        ("sd1", "sd_v1", "stable-diffusion-v1/lora"),
+        ("sd2", "sd_v2", "stable-diffusion-v2-512/lora"),
+        ("sd2_v", "sd_v2_v", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_spec_names_what_clients_look_for(kind, version, architecture):
+    spec = tiny_model(kind).spec
+    assert (spec.base_model_version, spec.architecture) == (version, architecture)
+    assert (spec.family, spec.prediction_type) == KINDS[kind]
+    assert (spec.latent_channels, spec.vae_scale_factor, spec.resolution) == (4, 8, IMAGE_SIZE)
+    assert spec.scaling_factor == (0.13025 if kind == "sdxl" else 0.18215)
