@@ -1,0 +1,175 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from library import runtime
+from library.config import TrainingConfig
+from library.errors import UserError
+from library.runtime import (
+    all_reduce_grads,
+    check_writable,
+    create_accelerator,
+    describe_device,
+    free_cores,
+    generator,
+    set_num_threads,
+    weight_dtype,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    threads = torch.get_num_threads()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerator(precision: str):
+    accelerator = create_accelerator(TrainingConfig(mixed_precision=precision, gradient_accumulation_steps=4))
+    assert accelerator.mixed_precision == precision
+    assert accelerator.gradient_accumulation_steps == 1
+
+
+def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch):
+    def refuse(**kwargs: object) -> None:
+        raise ValueError("bf16 needs a supported device.")
+
+    monkeypatch.setattr(runtime, "Accelerator", refuse)
+    with pytest.raises(UserError, match="^mixed_precision bf16 cannot be used here: bf16 needs a supported device.$"):
+        create_accelerator(TrainingConfig(mixed_precision="bf16"))
+
+
+def test_weight_dtype():
+    assert [weight_dtype(name) for name in ("no", "float", "fp16", "bf16")] == [
+        torch.float32,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked, environment, expected",
+    [(None, None, 3), (2, None, 2), (8, None, 3), (2, "1", 2), (None, "1", 1)],
+)
+def test_threads(asked: int | None, environment: str | None, expected: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "free_cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(1)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    assert set_num_threads(asked) == expected == torch.get_num_threads()
+
+
+def test_free_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert free_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert free_cores() == 7
+
+
+def test_generators_are_told_apart_by_seed_and_stream():
+    streams = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, "0"), (0, "rollout"), (0, "rollout", 1), (2**63,)]
+    draws = [torch.randint(2**62, (), generator=generator(*stream)).item() for stream in streams]
+    assert len(set(draws)) == len(streams)
+    again = [torch.randint(2**62, (), generator=generator(*stream)).item() for stream in streams]
+    assert draws == again
+
+
+def test_a_generator_is_the_same_on_every_machine():
+    # the first 8 bytes of `printf '[7, "rollout", 0]' | sha256sum`
+    assert generator(7, "rollout", 0).initial_seed() == 0xC5EC553113BECA75 >> 1
+
+
+def test_gradients_are_averaged():
+    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4)), torch.zeros(1)]
+    params[0].grad = torch.full((2, 3), 2.0)
+    others = torch.cat([torch.full((6,), 4.0), torch.full((4,), 1.0)])
+    fake = SimpleNamespace(num_processes=2, reduce=lambda flat, reduction: {"mean": (flat + others) / 2}[reduction])
+    all_reduce_grads(iter(params), fake)  # type: ignore[arg-type]
+    assert torch.equal(params[0].grad, torch.full((2, 3), 3.0))
+    assert torch.equal(params[1].grad, torch.full((4,), 0.5))
+    assert params[2].grad is None
+
+
+def test_one_process_keeps_its_gradients():
+    param = torch.nn.Parameter(torch.zeros(2))
+    all_reduce_grads([param], create_accelerator(TrainingConfig()))
+    assert param.grad is None
+
+
+TWO_PROCESSES = """
+import faulthandler
+faulthandler.dump_traceback_later(60, exit=True)  # a process that waits in vain says where
+import torch
+from library.config import TrainingConfig
+from library.runtime import all_reduce_grads, create_accelerator
+accelerator = create_accelerator(TrainingConfig())
+params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+params[0].grad = torch.full((2,), 1.0 + accelerator.process_index)
+if accelerator.process_index == 0:
+    params[1].grad = torch.ones(3)
+all_reduce_grads(params, accelerator)
+assert accelerator.num_processes == 2
+assert params[0].grad.tolist() == [1.5, 1.5] and params[1].grad.tolist() == [0.5] * 3, [p.grad for p in params]
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged_over_two_real_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    root = Path(runtime.__file__).parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(root)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, stderr = process.communicate(timeout=90)
+        assert process.returncode == 0, stderr
+
+
+def test_the_folder_is_made(tmp_path: Path):
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_a_file_in_the_way(below: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir .*file.* cannot be written to \((File exists|Not a directory)\); give another folder"):
+        check_writable(tmp_path / "file" / below)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_writable(tmp_path)
+
+
+def test_the_device_in_words():
+    torch.set_num_threads(2)
+    cpu = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", num_processes=1)
+    assert describe_device(cpu) == "CPU (2 threads), float32, 1 process"  # type: ignore[arg-type]
+    other = SimpleNamespace(device=torch.device("mps"), mixed_precision="fp16", num_processes=2)
+    assert describe_device(other) == "mps, fp16, 2 processes"  # type: ignore[arg-type]
