@@ -38,6 +38,11 @@ def euler_ancestral_step(latents: Tensor, eps: Tensor, abar: Tensor, next_abar: 
     return next_abar.sqrt() * x0 + (1 - next_abar).sqrt() * (kept * eps + (1 - kept**2).clamp(min=0).sqrt() * noise)
 
 
+def guided_eps(uncond: Tensor, cond: Tensor, scales: Tensor) -> Tensor:
+    """uncond + scale (cond - uncond): classifier-free guidance, arXiv 2207.12598. uncond, cond [B, C, h, w]; scales [B]; 1 is cond."""
+    return uncond + per_sample(scales, cond) * (cond - uncond)
+
+
 def _deterministic(latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None) -> Tensor:
     """`ddim_step` with the signature that every solver has."""
     return ddim_step(latents, eps, abar, next_abar)

@@ -79,6 +79,7 @@ class RolloutBatch:
         guidance_scales: classifier-free guidance [B].
         cond, uncond: conditioning of the two branches, B rows each.
         prompts: the B prompts.
+        noise: fresh standard normal noise [B, C, h, w] for a solver that draws some, else None.
     """
 
     latents: Tensor
@@ -91,6 +92,13 @@ class RolloutBatch:
     cond: Conditioning
     uncond: Conditioning
     prompts: list[PromptSpec]
+    noise: Tensor | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """+1 where the score is to rise, -1 where it is to fall [B]: the multiplier's sign times the prompt's direction."""
+        wanted = self.multipliers.new_tensor([prompt.direction for prompt in self.prompts])
+        return (self.multipliers * wanted).sign()
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,18 @@ class RewardOutput:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar to minimise, numbers to log, and the latents [B, C, h, w] (no gradient) where each trajectory goes on."""
+    """What an objective makes of a batch.
+
+    Attributes:
+        loss: a scalar to minimise.
+        sample_losses: what each sample contributes, no gradient [B]; says which prompt a non-finite loss came from.
+        next_latents: where each trajectory goes on, no gradient [B, C, h, w].
+        metrics: numbers to log.
+        num_unet_evaluations: forward passes of one sample, a backward counted as two.
+    """
 
     loss: Tensor
+    sample_losses: Tensor
+    next_latents: Tensor
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
-    next_latents: Tensor | None = None
+    num_unet_evaluations: int = 0

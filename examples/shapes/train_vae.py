@@ -1,6 +1,6 @@
 """Train the VAE of the tiny Stable Diffusion from scratch on drawn pictures.
 
-    python -m examples.shapes.train_vae --output_dir examples/shapes/model --steps 2500
+    python -m examples.shapes.train_vae --output_dir examples/shapes/model --steps 4500
 
 SD1's `AutoencoderKL` (8x downsampling, 4 latent channels) with few channels. Loss: L1 + MSE on pixels and a light KL
 term. Left out, since flat shapes do not need them: a perceptual loss, an adversarial loss. The latents' standard
@@ -18,23 +18,29 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from examples.shapes.pictures import draw_batch
+from examples.shapes.world import RESOLUTIONS
 
 KL_WEIGHT = 3e-4  # per latent element; leaves the posterior a standard deviation of a few hundredths of the latents'
 
 
 def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
+    """An untrained VAE whose posterior starts narrow: at a standard deviation of 1 the noise drowns what is to be learned."""
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
         sample_size=64,
         layers_per_block=1,
-        block_out_channels=(32, 64, 64, 64),
-        norm_num_groups=16,
+        block_out_channels=(24, 48, 64, 64),
+        norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=1.0,
     )
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0.0
+        vae.quant_conv.bias[4:] = -6.0  # log variance: a standard deviation of 0.05
+    return vae
 
 
 def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +61,9 @@ def measure_scaling_factor(vae: AutoencoderKL, rng: random.Random) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/model"))
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=7e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -69,7 +75,7 @@ def main() -> None:
 
     progress = tqdm(range(args.steps), desc="VAE")
     for step in progress:
-        pixels, _ = draw_batch(args.batch_size, rng)
+        pixels, _ = draw_batch(args.batch_size, rng, rng.choices(RESOLUTIONS, weights=(8, 1, 1))[0])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, l1 = vae_loss(vae, pixels)
         optimizer.zero_grad()

@@ -1,0 +1,242 @@
+"""The belt: a pool of sampling trajectories, each at its own step of the schedule, that training moves along.
+
+Every U-Net call is a rollout step and a training step at once. The pool stands where its trajectories stand; one call
+evaluates it whole, each sample at its own timestep and multiplier; the latents that the call leads to are scored for
+training and, detached, are where each trajectory goes on. A finished trajectory makes room for a fresh prompt and fresh
+noise. So every sample is on-policy, the timesteps in a batch are stratified, and nothing is computed twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config import check_above, check_at_least, option
+from library.errors import UserError
+from library.models.base import DiffusionModel
+from library.sampling import PromptEncoder, Size, model_autocast, size_of
+from library.solvers import SOLVERS, get_solver, guided_eps
+from library.types import Conditioning, PromptSpec, RolloutBatch
+from networks.lora import LoRANetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How training pictures come about."""
+
+    prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
+    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.")
+    rollout: str = option(
+        "belt",
+        choices=("belt", "per_sample"),  # the keys of ROLLOUTS, below
+        help="belt: every U-Net call trains. per_sample: denoise to one random step, train there, start afresh (slow; to compare with).",
+    )
+    train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
+    max_denoising_steps: int = option(20, help="Steps of the sampler's schedule.")
+    leco_denoise_guidance_scale: float = option(5.0, help="Classifier-free guidance of the rollout; 1 is none and saves a third of the work.")
+    sampler: str = option("ddim", choices=tuple(SOLVERS), help="Sampler of the rollout.")
+    resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
+    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "train_batch_size", "max_denoising_steps")
+        check_above(self, 0, "leco_denoise_guidance_scale")
+        if not self.prompts_file:
+            raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
+        if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
+            raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
+        if not self.train_multipliers or 0 in self.train_multipliers:
+            raise UserError("train_multipliers must hold at least one number and no 0 (at 0 the LoRA is off and learns nothing)")
+
+    def size(self, native: int) -> Size:
+        """(height, width) in pixels."""
+        width, height = (self.resolution * 2)[:2] or (native, native)
+        return height, width
+
+
+@dataclass
+class Pool:
+    """Trajectories of one picture size. Tensors are on the model's device, everything else is on the CPU."""
+
+    size: Size
+    prompts: list[PromptSpec]
+    latents: Tensor  # [B, C, h, w]
+    steps: list[int]  # how many steps each has taken
+    chosen: list[int]  # index into prompts
+    turns: list[int]  # how many trajectories each place has held; says whose turn it is among the multipliers
+
+
+class Belt:
+    """Pools of trajectories, one for each picture size among the prompts.
+
+    Args:
+        encoder: holds the prompts' conditioning, so that the text encoders can be freed.
+        generator: the source of every random draw.
+        size: (height, width) in pixels for prompts that bring none.
+        network: with text encoder modules, prompts are encoded anew at every batch, with gradient.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        network: LoRANetwork,
+        prompts: Sequence[PromptSpec],
+        encoder: PromptEncoder,
+        config: RolloutConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
+        self.config = config
+        self.solver = get_solver(config.sampler)
+        self.timesteps = model.schedule.inference_timesteps(config.max_denoising_steps).to(model.device)  # [steps + 1]
+        size = config.size(model.spec.resolution)
+        by_size: dict[Size, list[PromptSpec]] = {}
+        for prompt in prompts:
+            by_size.setdefault(size_of(prompt, size), []).append(prompt)
+        self.pools = [self._new_pool(size, own) for size, own in by_size.items()]
+        self._active = 0
+        self.num_unet_evaluations = 0  # of the rollout alone, not of training
+        self.begin()
+
+    def begin(self) -> None:
+        """Spread each pool over the schedule: the sampler itself sends the i-th of B trajectories i/B of the way."""
+        for pool in self.pools:
+            count = len(pool.steps)
+            self._move_to(pool, [place * self.config.max_denoising_steps // count for place in range(count)])
+
+    def batch(self) -> RolloutBatch:
+        """Where the trajectories of one pool stand. Pools take turns at random, as often as their prompts weigh."""
+        return self._batch_of(self._next_pool())
+
+    def advance(self, next_latents: Tensor) -> None:
+        """Move the last batch's trajectories to `next_latents` [B, C, h, w]; the finished make room for new ones."""
+        assert not next_latents.requires_grad, "the rollout carries no gradient"
+        pool = self.pools[self._active]
+        pool.latents = next_latents.clone()
+        for place in range(len(pool.steps)):
+            pool.steps[place] += 1
+            if pool.steps[place] == self.config.max_denoising_steps:
+                self._start(pool, place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future of the belt depends on: tensors and plain containers."""
+        pools = [{"latents": pool.latents.cpu(), "steps": pool.steps, "chosen": pool.chosen, "turns": pool.turns} for pool in self.pools]
+        return {"pools": pools, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError if the state was saved with other prompts, sizes or another batch size."""
+        saved = state["pools"]
+        fits = len(saved) == len(self.pools) and all(
+            old["latents"].shape == pool.latents.shape and max(old["chosen"]) < len(pool.prompts)
+            for old, pool in zip(saved, self.pools, strict=True)
+        )
+        if not fits:
+            raise UserError("resume: the saved rollout has other prompts, sizes or batch size than this run; resume with the same settings")
+        for old, pool in zip(saved, self.pools, strict=True):
+            pool.latents = old["latents"].to(self.model.device)
+            pool.steps, pool.chosen, pool.turns = list(old["steps"]), list(old["chosen"]), list(old["turns"])
+        self.generator.set_state(state["generator"])
+
+    def _new_pool(self, size: Size, prompts: list[PromptSpec]) -> Pool:
+        count, scale = self.config.train_batch_size, self.model.spec.vae_scale_factor
+        latents = torch.empty(count, self.model.spec.latent_channels, size[0] // scale, size[1] // scale, device=self.model.device)
+        # Neighbours hold different multipliers, so that a batch always holds each.
+        pool = Pool(size=size, prompts=prompts, latents=latents, steps=[0] * count, chosen=[0] * count, turns=list(range(-1, count - 1)))
+        for place in range(count):
+            self._start(pool, place)
+        return pool
+
+    def _next_pool(self) -> Pool:
+        weights = torch.tensor([sum(prompt.weight for prompt in pool.prompts) for pool in self.pools])
+        self._active = int(torch.multinomial(weights, 1, generator=self.generator))
+        return self.pools[self._active]
+
+    def _start(self, pool: Pool, place: int) -> None:
+        weights = torch.tensor([prompt.weight for prompt in pool.prompts])
+        pool.chosen[place] = int(torch.multinomial(weights, 1, generator=self.generator))
+        pool.latents[place] = torch.randn(pool.latents.shape[1:], generator=self.generator).to(pool.latents)
+        pool.steps[place] = 0
+        pool.turns[place] += 1
+
+    @torch.no_grad()
+    def _move_to(self, pool: Pool, goals: Sequence[int]) -> None:
+        """Denoise each trajectory up to its own step."""
+        for _ in range(max(goals)):
+            going = torch.tensor([step < goal for step, goal in zip(pool.steps, goals, strict=True)], device=self.model.device)
+            moved = self.denoise(self._batch_of(pool))
+            pool.latents = torch.where(going[:, None, None, None], moved, pool.latents)
+            pool.steps = [min(step + 1, goal) for step, goal in zip(pool.steps, goals, strict=True)]
+
+    @torch.no_grad()
+    def denoise(self, batch: RolloutBatch) -> Tensor:
+        """One step of the sampler for the whole batch, LoRA on, without gradient: the next latents [B, C, h, w]."""
+        rows = len(batch.latents)
+        branches = [batch.cond] if bool((batch.guidance_scales == 1).all()) else [batch.uncond, batch.cond]
+        times = len(branches)
+        self.network.set_multiplier(batch.multipliers)
+        with model_autocast(self.model):
+            both = self.model.predict_eps(batch.latents.repeat(times, 1, 1, 1), batch.timesteps.repeat(times), Conditioning.cat(branches))
+        self.num_unet_evaluations += times * rows
+        eps = guided_eps(both[:rows], both[-rows:], batch.guidance_scales)
+        abar, next_abar = self.model.schedule.abar(batch.timesteps), self.model.schedule.abar(batch.next_timesteps)
+        return self.solver.step(batch.latents, eps, abar, next_abar, batch.noise)
+
+    def _batch_of(self, pool: Pool) -> RolloutBatch:
+        device = self.model.device
+        steps = torch.tensor(pool.steps, device=device)
+        timesteps, next_timesteps = self.timesteps[steps], self.timesteps[steps + 1]
+        prompts = [pool.prompts[index] for index in pool.chosen]
+        default = self.config.leco_denoise_guidance_scale
+        scales = [default if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts]
+        multipliers = [self.config.train_multipliers[turn % len(self.config.train_multipliers)] for turn in pool.turns]
+        cond, uncond = self._conditioning(prompts, pool.size, torch.tensor(multipliers, device=device))
+        noise = torch.randn(pool.latents.shape, generator=self.generator).to(device) if self.solver.needs_noise else None
+        return RolloutBatch(
+            latents=pool.latents,
+            timesteps=timesteps,
+            next_timesteps=next_timesteps,
+            sigmas=self.model.schedule.sigmas(timesteps),
+            next_sigmas=self.model.schedule.sigmas(next_timesteps),
+            multipliers=torch.tensor(multipliers, device=device),
+            guidance_scales=torch.tensor(scales, device=device),
+            cond=cond,
+            uncond=uncond,
+            prompts=prompts,
+            noise=noise,
+        )
+
+    def _conditioning(self, prompts: list[PromptSpec], size: Size, multipliers: Tensor) -> tuple[Conditioning, Conditioning]:
+        texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
+        if not self.network.text_encoder_loras:
+            return self.encoder.encode(texts, size), self.encoder.encode(negatives, size)
+        self.network.set_multiplier(multipliers)
+        cond = self.model.encode_prompts(texts, size)
+        with torch.no_grad():
+            return cond, self.model.encode_prompts(negatives, size)
+
+
+class PerSampleRollout(Belt):
+    """The loop of LECO and of the seed: for every batch, trajectories from pure noise to a random step each, graded once there.
+
+    Kept to compare with the belt, at many times its cost (docs/experiments.md).
+    """
+
+    def begin(self) -> None:
+        """Nothing to spread: every batch starts from noise."""
+
+    def advance(self, next_latents: Tensor) -> None:
+        """Nothing to move: a graded trajectory is dropped."""
+        assert not next_latents.requires_grad, "the rollout carries no gradient"
+
+    def batch(self) -> RolloutBatch:
+        pool = self._next_pool()
+        for place in range(len(pool.steps)):
+            self._start(pool, place)
+        goals = torch.randint(self.config.max_denoising_steps, (len(pool.steps),), generator=self.generator).tolist()
+        self._move_to(pool, goals)
+        return self._batch_of(pool)
+
+
+ROLLOUTS: dict[str, type[Belt]] = {"belt": Belt, "per_sample": PerSampleRollout}

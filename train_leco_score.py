@@ -1,0 +1,204 @@
+"""Train a slider LoRA from a score alone: weight +1 raises it, weight -1 lowers it.
+
+    accelerate launch train_leco_score.py --config_file examples/shapes/slider.toml
+
+Trajectories of the prompts are denoised with the LoRA on. At every step, the latents that the next step leads to are scored, and
+the LoRA learns to make that score higher where its multiplier is positive and lower where it is negative, while staying near the
+frozen model. It stops when the slider is strong enough, and the strength at which weight 1 does what `calibrate` says is folded
+into alpha. Left out: captions, image pairs, and any gradient through more than one step.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.checkpoints import load_state, restore_rng_state, rng_state
+from library.cli import parse_config, run_main, setup_logging
+from library.config import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
+from library.errors import UserError
+from library.models.loading import load_model
+from library.monitor import Monitor, MonitorConfig, due
+from library.network_setup import build_network
+from library.objectives.score import ScoreConfig, ScoreObjective
+from library.optimizers import create_optimizer, create_scheduler, evaluating
+from library.prompts import load_prompts
+from library.rewards import load_reward
+from library.rollout import ROLLOUTS, RolloutConfig
+from library.runtime import all_reduce_grads, check_writable, create_accelerator, describe_device, generator, set_num_threads, weight_dtype
+from library.sampling import PromptEncoder, model_autocast
+from library.slider_files import SliderFiles
+from library.tracking import Tracker
+from library.types import LossOutput, RolloutBatch
+
+logger = logging.getLogger("train_leco_score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LecoScoreConfig:
+    model: ModelConfig
+    score: ScoreConfig
+    rollout: RolloutConfig
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    monitor: MonitorConfig
+    saving: SavingConfig
+    logging: LoggingConfig
+
+
+def train(config: LecoScoreConfig) -> Path:
+    """Run the whole training and return the path of the slider. Raises UserError for bad input and for a loss that is not finite."""
+    seed, saving = config.training.seed, config.saving
+    set_num_threads(config.training.num_threads)
+    torch.manual_seed(seed)  # dropout draws from the global generator; every other draw has a generator of its own
+    prompts = load_prompts(config.rollout.prompts_file, config.rollout.prompt_categories)
+    eval_prompts = load_prompts(config.monitor.eval_prompts_file) if config.monitor.eval_prompts_file else prompts
+
+    accelerator = create_accelerator(config.training)
+    logger.info("%s", describe_device(accelerator))
+    model = load_model(
+        config.model.pretrained_model_name_or_path,
+        family=config.model.family,
+        v_parameterization=config.model.v_parameterization,
+        vae=config.model.vae,
+        clip_skip=config.model.clip_skip,
+        dtype=weight_dtype(config.training.mixed_precision),
+        device=accelerator.device,
+    )
+    reward = load_reward(
+        config.score.scorer,
+        config.score.scorer_weights,
+        model.vae_fingerprint(),
+        needs_noise_aware=config.score.score_estimator == "prev",
+        force=config.score.force_scorer,
+    ).to(accelerator.device)
+    check_writable(saving.output_dir)
+    model.set_attention(config.training.attention)
+    network = build_network(
+        config.network, model, generator(seed, "network"), gradient_checkpointing=config.training.gradient_checkpointing
+    )
+    if config.training.torch_compile:
+        model.unet.compile()
+
+    encoder = PromptEncoder(model, network)
+    groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
+    optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
+    scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
+    belt = ROLLOUTS[config.rollout.rollout](
+        model, network, prompts, encoder, config.rollout, generator(seed, "rollout", accelerator.process_index)
+    )
+    objective = ScoreObjective(model, network, reward, config.score, belt.solver, config.rollout.max_denoising_steps)
+    monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor)
+    files = SliderFiles(saving, config.network, model.spec, config.rollout.size(model.spec.resolution), _training_metadata(config))
+
+    def state(step: int) -> dict:
+        parts = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler, "belt": belt}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        return {"step": step, "rng": rng_state(), "scaler": scaler, **{name: part.state_dict() for name, part in parts.items()}}
+
+    first_step = 0
+    if saving.resume is not None:
+        saved = load_state(saving.resume)
+        network.load_state_dict(saved["network"])
+        optimizer.optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        belt.load_state_dict(saved["belt"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        restore_rng_state(saved["rng"])
+        first_step = saved["step"]
+
+    evaluations = 0
+    with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
+        if config.monitor.sample_at_first and accelerator.is_main_process:
+            tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
+        progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
+        for step in range(first_step, config.training.max_train_steps):
+            for _ in range(config.training.gradient_accumulation_steps):
+                batch = belt.batch()
+                with model_autocast(model):
+                    out = objective(batch)
+                _check_finite(out, batch, step)
+                accelerator.backward(out.loss / config.training.gradient_accumulation_steps)
+                belt.advance(out.next_latents)
+                evaluations += out.num_unet_evaluations
+            all_reduce_grads(network.parameters(), accelerator)
+            metrics = dict(out.metrics, loss=out.loss.detach(), lr=scheduler.get_last_lr()[0])
+            metrics["unet_evaluations"] = evaluations + belt.num_unet_evaluations
+            if config.optimizer.max_grad_norm:
+                metrics["grad_norm"] = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if config.network.scale_weight_norms is not None:
+                network.apply_max_norm_regularization(config.network.scale_weight_norms)
+
+            done, strong_enough = step + 1, False
+            with evaluating(optimizer.optimizer):
+                if due(done, config.monitor.evaluate_every_n_steps):
+                    effect = monitor.effect()  # on every process, so that all stop together
+                    metrics |= {"gain_at_+1": effect.up, "gain_at_-1": effect.down}
+                    strong_enough = config.monitor.early_stop_gain is not None and effect.reaches(config.monitor.early_stop_gain)
+                if accelerator.is_main_process:
+                    if due(done, config.monitor.sample_every_n_steps):
+                        tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
+                    if due(done, saving.save_every_n_steps):
+                        files.save(network, done)
+                        if saving.save_state:
+                            files.save_state(state(done), done)
+            tracker.log(metrics, step)
+            progress.update()
+            if strong_enough:
+                logger.info("step %d: %s: strong enough, training stops", done, effect)
+                break
+
+    with evaluating(optimizer.optimizer):
+        if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:
+            files.save_state(state(done), done, final=True)
+        hint = None
+        if config.monitor.calibrate:
+            calibration = monitor.calibration(config.monitor.calibrate)
+            network.scale_alpha(calibration.scale)
+            hint = calibration.note
+            logger.info("%s", hint)
+        path = files.save(network, done, final=True, usage_hint=hint)
+    logger.info("slider saved to %s", path)
+    return path
+
+
+def _check_finite(out: LossOutput, batch: RolloutBatch, step: int) -> None:
+    bad = (~torch.isfinite(out.sample_losses)).nonzero().flatten().tolist()
+    if bad:
+        prompt, timestep = batch.prompts[bad[0]].prompt, int(batch.timesteps[bad[0]])
+        raise UserError(
+            f"step {step + 1}: the loss of prompt {prompt!r} at timestep {timestep} is not finite, so training stopped and no slider was "
+            "written; lower learning_rate, or use mixed_precision bf16 or no"
+        )
+
+
+def _training_metadata(config: LecoScoreConfig) -> dict:
+    return {
+        "learning_rate": config.optimizer.learning_rate,
+        "unet_lr": config.optimizer.unet_lr,
+        "text_encoder_lr": config.optimizer.text_encoder_lr,
+        "lr_scheduler": config.optimizer.lr_scheduler,
+        "optimizer": config.optimizer.optimizer_type,
+        "max_train_steps": config.training.max_train_steps,
+        "seed": config.training.seed,
+        "mixed_precision": config.training.mixed_precision,
+        "clip_skip": config.model.clip_skip,
+        "leco_scorer": [Path(path).name for path in config.score.scorer],
+        "leco_score_estimator": config.score.score_estimator,
+        "leco_preserve_weight": config.score.preserve_weight,
+    }
+
+
+def main() -> None:
+    setup_logging()
+    train(parse_config(LecoScoreConfig, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)
