@@ -46,8 +46,7 @@ def load_model(
         UserError: the path is missing or holds something else, or the options do not fit the model.
     """
     path = _existing(path)
-    if family != "auto" and family not in FAMILIES:
-        raise UserError(f"There is no model family {family!r}; use auto, {', '.join(FAMILIES)}.")
+    _check_family_name(family)
     load = _load_folder if path.is_dir() else _load_file
     model = load(path, family, v_parameterization, dtype)
     if clip_skip is not None:
@@ -67,6 +66,7 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
         UserError: there is no VAE at the path, or it does not say its scaling factor and `family` is "auto".
     """
     path = _existing(path)
+    _check_family_name(family)
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         if not (folder / "config.json").is_file():
@@ -91,6 +91,11 @@ def _existing(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"There is no file or folder {path}; models are loaded from local paths only, so download it first.")
     return path
+
+
+def _check_family_name(family: str) -> None:
+    if family != "auto" and family not in FAMILIES:
+        raise UserError(f"There is no model family {family!r}; use auto, {', '.join(FAMILIES)}.")
 
 
 def _expect_family(found: Family, wanted: str, path: Path) -> None:
