@@ -1,5 +1,6 @@
 """Load a diffusion model, or only its VAE, from a diffusers folder or a single file; never from the network."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def load_model(
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
     if vae is not None:
-        model.vae = load_vae(vae, family=model.spec.family)
+        _replace_vae(model, Path(vae))
     return model.freeze().to(device, dtype)
 
 
@@ -91,6 +92,16 @@ def _existing(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"There is no file or folder {path}; models are loaded from local paths only, so download it first.")
     return path
+
+
+def _replace_vae(model: DiffusionModel, path: Path) -> None:
+    model.vae = load_vae(path, family=model.spec.family)
+    channels, scaling_factor = model.vae.config["latent_channels"], model.vae.config["scaling_factor"]
+    if channels != model.spec.latent_channels:
+        raise UserError(
+            f"The VAE {path} has {channels} latent channels and the model {model.spec.latent_channels}; give a VAE made for it."
+        )
+    model.spec = dataclasses.replace(model.spec, scaling_factor=scaling_factor)
 
 
 def _check_family_name(family: str) -> None:
