@@ -18,27 +18,30 @@ class Criterion:
     """A loss and the numbers that say how well it went.
 
     Attributes:
-        target: the manifest's column that it learns: "score" (standardised, [B] float) or "label" ([B] int64).
-        loss: (outputs, targets) -> loss of each picture [B]. Outputs are [B] for a score, [B, number of classes] for a label.
+        target: the manifest's column that it learns: "score" ([B] float) or "label" ([B] int64).
+        loss: (outputs, targets, std) -> loss of each picture [B]. Outputs are [B] for a score, [B, number of classes] for a label.
+            `std` is the standard deviation of the training scores, the unit of a score's error; labels have none.
         metrics: (outputs, targets) over a whole validation set -> numbers by name.
+        selection: the metric that chooses the best checkpoint; higher is better.
     """
 
     target: str
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor, float], Tensor]
     metrics: Callable[[Tensor, Tensor], dict[str, float]]
+    selection: str
 
 
-def mse_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(output - target)^2. On noisy latents its minimum is the expected score of the pictures that they can become."""
-    return (outputs - targets).square()
+def mse_loss(outputs: Tensor, targets: Tensor, std: float) -> Tensor:
+    """((output - target) / std)^2. On noisy latents its minimum is the expected score of the pictures that they can become."""
+    return ((outputs - targets) / std).square()
 
 
-def huber_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+def huber_loss(outputs: Tensor, targets: Tensor, std: float) -> Tensor:
     """Squared up to one standard deviation and linear beyond (Huber 1964), for ratings with outliers."""
-    return F.smooth_l1_loss(outputs, targets, reduction="none")
+    return F.smooth_l1_loss(outputs / std, targets / std, reduction="none")
 
 
-def classification_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+def classification_loss(outputs: Tensor, targets: Tensor, _std: float) -> Tensor:
     """Cross entropy with label smoothing 0.1; Szegedy et al., arXiv 1512.00567."""
     return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
 
@@ -52,7 +55,11 @@ def regression_metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]:
     rmse = float(np.sqrt(np.square(predicted - true).mean()))
     if np.ptp(predicted) == 0 or np.ptp(true) == 0:
         return {"srcc": 0.0, "plcc": 0.0, "rmse": rmse}
-    return {"srcc": float(stats.spearmanr(predicted, true)[0]), "plcc": float(stats.pearsonr(predicted, true)[0]), "rmse": rmse}
+    return {"srcc": _correlation(stats.rankdata(predicted), stats.rankdata(true)), "plcc": _correlation(predicted, true), "rmse": rmse}
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def classification_metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -64,9 +71,9 @@ def classification_metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
-        "mse": Criterion(target="score", loss=mse_loss, metrics=regression_metrics),
-        "huber": Criterion(target="score", loss=huber_loss, metrics=regression_metrics),
-        "classification": Criterion(target="label", loss=classification_loss, metrics=classification_metrics),
+        "mse": Criterion(target="score", loss=mse_loss, metrics=regression_metrics, selection="srcc"),
+        "huber": Criterion(target="score", loss=huber_loss, metrics=regression_metrics, selection="srcc"),
+        "classification": Criterion(target="label", loss=classification_loss, metrics=classification_metrics, selection="top1"),
     }
 )
 
@@ -77,7 +84,7 @@ def criteria_of(target: str) -> tuple[str, ...]:
 
 
 def score_scale(scores: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the training scores [N]; in between, networks see (score - mean) / std.
+    """Mean and standard deviation of the training scores [N]: what a network learns is (score - mean) / std.
 
     Raises:
         UserError: if all scores are the same.

@@ -177,7 +177,7 @@ def _encode(encode: Callable[[Tensor], Tensor], pixels: Tensor, rows: Sequence[t
     bad = ~latents.isfinite().flatten(1).all(1)
     if bad.any():
         path = rows[int(bad.nonzero()[0])][0]
-        raise UserError(f"the VAE made NaN or infinity of picture {path}; run it in float32 (mixed_precision = no)")
+        raise UserError(f"the VAE made NaN or infinity of picture {path}; try another VAE file")
     return latents
 
 

@@ -108,6 +108,9 @@ class Scorer(nn.Module):
 class BackboneScorer(Scorer):
     """A backbone and one linear layer."""
 
+    backbone: Backbone
+    head: nn.Linear
+
     def __init__(self, spec: ScorerSpec, backbone: Backbone) -> None:
         super().__init__(spec)
         self.backbone = backbone

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from library.errors import UserError
-from library.scorers.base import Backbone, BackboneScorer, Scorer, ScorerSpec
+from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
 from library.scorers.latent_resnet import LatentResNet
 
 BACKBONES: Mapping[str, type[Backbone]] = MappingProxyType({"latent_resnet": LatentResNet})
@@ -26,6 +26,6 @@ def preset_architecture(kind: str, size: str) -> dict[str, Any]:
     return dict(presets[size])
 
 
-def build_scorer(spec: ScorerSpec) -> Scorer:
+def build_scorer(spec: ScorerSpec) -> BackboneScorer:
     """A scorer with random weights, drawn from torch's global generator as all of torch's layers are."""
     return BackboneScorer(spec, get_backbone(spec.kind)(**spec.architecture))
