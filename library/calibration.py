@@ -23,7 +23,7 @@ class ResponseCurve:
     Attributes:
         multipliers: ascending [M], symmetric around the 0 among them.
         gains: in within-prompt standard deviations [M], 0 at multiplier 0.
-        drifts: mean RMS distance of the pixels (0..1) from the base model's [M], 0 at multiplier 0.
+        drifts: mean RMS distance of the latents from the base model's [M], 0 at multiplier 0.
     """
 
     multipliers: tuple[float, ...]
@@ -36,7 +36,7 @@ class ResponseCurve:
         return ResponseCurve(
             multipliers=evaluation.multipliers,
             gains=tuple(gain.value for gain in evaluation.responses[name].gains_std),
-            drifts=evaluation.statistics.pixel_drift,
+            drifts=evaluation.statistics.latent_drift,
         )
 
 
@@ -77,7 +77,7 @@ def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: f
     """The smallest multiplier s with a gain of at least the target at +s and at most minus the target at -s.
 
     The curve is read by linear interpolation, and only as far out as both its arms keep going their way and stay within
-    `max_drift` (pixels, 0..1). Where the target is not reached, s is the end of that range; where the range is empty, 1.
+    `max_drift`. Where the target is not reached, s is the end of that range; where the range is empty, 1.
     """
     multipliers = np.array(response.multipliers)
     assert np.array_equal(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {response.multipliers}"

@@ -1,0 +1,136 @@
+"""The script as a person runs it: files in, files out, and one sentence for what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.scorers.base import ScorerSpec
+from library.scorers.io import save_scorer
+from library.scorers.registry import build_scorer, preset_architecture
+from networks.lora import create_network
+from tests.tiny_models import save_folder, tiny_model
+from tools import evaluate_slider
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model, two sliders, a scorer and prompts on disk."""
+    folder = tmp_path_factory.mktemp("slider")
+    model = tiny_model()
+    save_folder(model, folder / "model")
+    for seed, name in enumerate(["first", "second"]):
+        network = create_network(1.0, 4, 4.0, model.vae, None, model.unet, generator=torch.Generator().manual_seed(seed))
+        for key, parameter in network.named_parameters():
+            if "lora_up" in key:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
+        network.save_weights(folder / f"{name}.safetensors")
+    architecture = preset_architecture("latent_resnet", "tiny") | {"in_channels": 4}
+    torch.manual_seed(0)
+    scorer = build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=model.vae_fingerprint()))
+    save_scorer(folder / "scorer.safetensors", scorer)
+    (folder / "prompts.txt").write_text("a cat\na dog --w 96\na star\n")
+    (folder / "judge.py").write_text("def brightness(pixels):\n    return pixels.mean((1, 2, 3))\n")
+    return folder
+
+
+def arguments(files: Path, output_dir: Path, **changes: list[str]) -> list[str]:
+    options = {
+        "pretrained_model_name_or_path": [str(files / "model")],
+        "network_weights": [str(files / "first.safetensors")],
+        "scorer": [str(files / "scorer.safetensors")],
+        "judges": [f"{files / 'judge.py'}:brightness"],
+        "prompts_file": [str(files / "prompts.txt")],
+        "num_prompts": ["2"],
+        "seeds_per_prompt": ["2"],
+        "multipliers": ["-1", "1"],
+        "num_steps": ["2"],
+        "num_threads": ["1"],
+        "output_dir": [str(output_dir)],
+    } | changes
+    return [word for name, words in options.items() for word in (f"--{name}", *words)]
+
+
+def run(monkeypatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate_slider.py", *words])
+    evaluate_slider.run_main(evaluate_slider.main)
+
+
+def test_two_sliders_side_by_side(files, tmp_path, monkeypatch, capsys):
+    both = [str(files / "first.safetensors"), str(files / "second.safetensors")]
+    run(monkeypatch, arguments(files, tmp_path, network_weights=both))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "evaluation.json",
+        "curve.png",
+        "grid_first.png",
+        "grid_second.png",
+        "report.html",
+    }
+    first, second = json.loads((tmp_path / "evaluation.json").read_text())["sliders"]
+    assert (first["name"], second["name"]) == ("first", "second") and first["multipliers"] == [-1, 0, 1]
+    assert first["seeds"] == [[0, 1], [2, 3]] and set(first["responses"]) == {"scorer", "brightness"}
+    values = {slider["name"]: torch.tensor(slider["responses"]["brightness"]["values"]) for slider in (first, second)}
+    torch.testing.assert_close(values["first"][:, :, 1], values["second"][:, :, 1])  # the base model: the first LoRA was taken off
+    assert (values["first"] - values["second"]).abs().max() > 1e-4
+    printed = capsys.readouterr().out
+    assert "training score, std" in printed and str(tmp_path / "report.html") in printed
+
+
+def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
+    words = arguments(files, tmp_path / "out")
+    toml = tmp_path / "evaluation.toml"
+    settings = {
+        "pretrained_model_name_or_path": str(files / "model"),
+        "network_weights": [str(files / "first.safetensors")],
+        "judges": [f"{files / 'judge.py'}:brightness"],
+        "prompts_file": str(files / "prompts.txt"),
+        "seeds_per_prompt": 2,
+        "num_prompts": 1,
+        "num_steps": 1,
+        "num_threads": 1,
+        "multipliers": [1.0],
+        "output_dir": str(tmp_path / "out"),
+    }
+    assert {f"--{name}" for name in settings} <= set(words)
+    toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    script = ROOT / "tools" / "evaluate_slider.py"
+    done = subprocess.run([sys.executable, str(script), "--config_file", str(toml)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "grid.png").is_file() and "report.html" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network_weights": ["missing.safetensors"]}, "missing.safetensors does not exist"),
+        ({"prompts_file": ["missing.txt"]}, "missing.txt does not exist"),
+        ({"judges": ["nowhere:function"]}, "no module 'nowhere'"),
+        ({"multipliers": ["0"]}, "no weight but 0"),
+        ({"seeds_per_prompt": ["1"]}, "seeds_per_prompt"),
+        ({"resolution": ["100"]}, "multiples of 8"),
+        ({"network_weights": []}, "network_weights"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, monkeypatch, capsys, changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, arguments(files, tmp_path / "out", **changes))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scorer_for_another_vae_is_refused(files, tmp_path, monkeypatch, capsys):
+    other = tiny_model(seed=5)
+    architecture = preset_architecture("latent_resnet", "tiny") | {"in_channels": 4}
+    save_scorer(
+        tmp_path / "scorer.safetensors",
+        build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=other.vae_fingerprint())),
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, arguments(files, tmp_path / "out", scorer=[str(tmp_path / "scorer.safetensors")]))
+    assert stopped.value.code == 2 and "another VAE" in capsys.readouterr().err and not (tmp_path / "out").exists()

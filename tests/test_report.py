@@ -1,0 +1,156 @@
+"""The words, tables and pictures of a measurement: they say what the numbers say, and nothing in them can be injected."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.evaluation import PictureStatistics, SliderEvaluation
+from library.findings import summary, text_table, warnings_of
+from library.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
+from library.report import html_report
+from library.statistics import summarise_response
+
+MULTIPLIERS = (-1.0, 0.0, 1.0)
+FLAT = (0.0, 0.0, 0.0)
+
+
+def evaluation_of(
+    scorer=(-1.2, 0, 1.2), judge=(-1.0, 0, 1.0), captions=(1.0, 1.0, 1.0), clipped=FLAT, diversity=(1, 1, 1), name="brighter"
+):
+    """A slider whose gains are these, in units of a within-prompt standard deviation of 1; captions are shares."""
+    rng = np.random.default_rng(0)
+    base = np.tile([-1.0, 1.0], 20)[:, None].reshape(20, 2, 1) / np.sqrt(2)  # [P, S, 1], sample variance 1 in each prompt
+    noise = 0.02 * rng.normal(size=(20, 2, 3)) * np.array([1, 0, 1])
+    obeyed = (np.arange(40).reshape(20, 2, 1) < 40 * np.array(captions)).astype(float)
+    responses = [
+        summarise_response("score", "scorer", base + np.array(scorer) + noise, MULTIPLIERS, np.random.default_rng(1)),
+        summarise_response("judge", "judge", base + np.array(judge) + noise, MULTIPLIERS, np.random.default_rng(1)),
+        summarise_response("captions", "judge", obeyed, MULTIPLIERS, np.random.default_rng(1)),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    return SliderEvaluation(
+        name=name,
+        multipliers=MULTIPLIERS,
+        prompts=tuple(f"prompt {row}" for row in range(20)),
+        seeds=tuple((2 * row, 2 * row + 1) for row in range(20)),
+        responses={response.name: response for response in responses},
+        statistics=PictureStatistics(
+            latent_drift=FLAT, pixel_drift=FLAT, clipped=clipped, latent_diversity=diversity, pixel_diversity=diversity
+        ),
+        settings={"num_steps": 20},
+        pictures=(torch.randint(0, 256, (3, 3, 40, 64), generator=generator, dtype=torch.uint8),),
+    )
+
+
+def test_a_good_slider_is_told_in_plain_words_and_without_warnings():
+    evaluation = evaluation_of()
+    assert warnings_of(evaluation) == []
+    words = summary(evaluation)
+    assert "training score score rises by 1.2" in words and "falls by 1.2" in words and "independent judge judge rises by 1.0" in words
+    assert "captions holds for 100% of the base model's pictures, 100% at weight +1 and 100% at weight -1" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"judge": (-1.0, 0, -0.5)}, "At weight +1 the training score follows and judge goes against it"),
+        ({"judge": (-1.0, 0, 0.3)}, "At weight +1 judge confirms less than 50% of the training score's change"),
+        ({"scorer": (0.0, 0, 1.2)}, "At weight -1 the training score score does not clearly move"),
+        ({"judge": (-1.0, 0, -0.5)}, "judge does not rise from every weight to the next"),
+        ({"captions": (0.95, 1.0, 0.85)}, "captions falls by 15% of the pictures at weight +1"),
+        ({"clipped": (0.0, 0.01, 0.2)}, "At weight +1 20% of the pixel values are clipped to black or white (1% without"),
+        ({"diversity": (0.5, 1, 1)}, "At weight -1 seeds of one prompt differ only 50%"),
+    ],
+)
+def test_warnings(changes, expected):
+    warnings = warnings_of(evaluation_of(**changes))
+    assert any(expected in line for line in warnings), warnings
+
+
+def test_a_yes_or_no_judge_that_does_not_rise_is_no_warning():
+    assert warnings_of(evaluation_of(captions=(0.95, 1.0, 0.95))) == []
+
+
+def test_text_table_is_ascii_and_aligned():
+    lines = text_table(evaluation_of(captions=(0.9, 1.0, 0.8))).splitlines()
+    assert all(line.isascii() for line in lines)
+    table = lines[1:7]
+    assert len({len(line) for line in table}) == 1
+    assert table[-1].split()[0] == "+1" and "+1.2" in table[-1] and "0.8 [" in table[-1]
+    assert any(line.startswith("warning: captions falls by 20%") for line in lines)
+
+
+class Page(HTMLParser):
+    """Counts tags and keeps what a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def test_report_is_self_contained_and_escapes_everything():
+    evil = '<script>alert("1")</script>&'
+    evaluation = evaluation_of(name=evil)
+    evaluation.settings["note"] = evil
+    object.__setattr__(evaluation, "prompts", (evil, *evaluation.prompts[1:]))
+    object.__setattr__(evaluation, "responses", {evil: next(iter(evaluation.responses.values()))})
+    object.__setattr__(evaluation.responses[evil], "name", evil)
+    picture = multiplier_grid(evaluation.pictures, ["row"], MULTIPLIERS)
+    text = html_report([evaluation], b"curve", [picture])
+    page = Page(text)
+    assert page.open == [] and "script" not in page.tags and "link" not in page.tags
+    assert len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert base64.b64decode(page.sources[1].split(",")[1]) == picture
+    assert "url(" not in text and "@import" not in text and text.count("&lt;script&gt;") >= 5
+
+
+def test_report_compares_several_sliders():
+    evaluations = [evaluation_of(name="step 100"), evaluation_of(scorer=(-0.4, 0, 0.4), name="step 50")]
+    text = html_report(evaluations, score_curves(evaluations), [b"a", b"b"])
+    assert text.count("How much the scores move: ") == 2 and "+1.2" in text and "+0.4" in text
+    assert Page(text).open == []
+
+
+def test_grid_shows_every_pixel_where_it_belongs():
+    pictures = torch.randint(0, 256, (3, 3, 40, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tall = torch.zeros((3, 3, 640, 320), dtype=torch.uint8)
+    tall[:, 0] = 255
+    grid = np.asarray(Image.open(io.BytesIO(multiplier_grid([pictures, tall], ["wide", "tall"], MULTIPLIERS))))
+    cell = 160  # the tall pictures are reduced to 160 x 320, the wide ones enlarged twice to 128 x 80
+    assert grid.shape == (HEADER + 80 + 320 + 2 * GAP, LABEL_WIDTH + 3 * (cell + GAP), 3)
+    left = LABEL_WIDTH + 2 * (cell + GAP) + (cell - 128) // 2
+    shown = grid[HEADER : HEADER + 80, left : left + 128]
+    assert np.array_equal(shown, pictures[2].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1))
+    assert tuple(grid[HEADER + 80 + GAP + 160, LABEL_WIDTH + 80]) == (255, 0, 0)
+
+
+def test_curve_has_a_panel_a_score():
+    three, one = evaluation_of(), evaluation_of()
+    object.__setattr__(one, "responses", {"score": one.responses["score"]})
+    wide, narrow = (Image.open(io.BytesIO(score_curves([evaluation]))) for evaluation in (three, one))
+    assert wide.width > 2.3 * narrow.width and wide.height == narrow.height
+    colours = {colour for _, colour in narrow.convert("RGB").getcolors(maxcolors=1 << 24)}
+    assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
+
+
+def test_signed():
+    assert [signed(value) for value in (-0.5, 0.0, 1.0)] == ["\u22120.5", "0", "+1"]
+    assert re.fullmatch(r"\+1\.5", signed(1.5))
