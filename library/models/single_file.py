@@ -52,9 +52,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} does not end in .safetensors or .ckpt; give a checkpoint file or the folder of a diffusers model.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise UserError(
-            f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({str(error).splitlines()[0]}); convert it to safetensors."
+            f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({' '.join(str(error).split())[:200]}); convert it to safetensors."
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
