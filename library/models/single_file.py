@@ -53,9 +53,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({' '.join(str(error).split())[:200]}); convert it to safetensors."
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({reason}); convert it to safetensors.") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
