@@ -13,53 +13,46 @@ import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
-from tqdm import tqdm
 
 from library.checkpoints import weights_path
-from library.cli import parse_config, run_main
+from library.cli import parse_config, run_main, setup_logging
+from library.config import LoggingConfig, TrainingConfig
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint, encode_images
-from library.noise_schedule import NoiseSchedule
+from library.runtime import check_writable, create_accelerator, describe_device, generator, set_num_threads
+from library.scorer_config import OutputConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig, make_spec
 from library.scorer_data.buckets import BucketConfig
-from library.scorer_data.datasets import DataConfig, RatedData, load_rated_data
+from library.scorer_data.datasets import DataConfig, load_rated_data
 from library.scorer_data.latent_cache import open_cache
 from library.scorer_losses import CRITERIA, score_scale
 from library.scorer_training import (
-    STANDARD_SCHEDULE,
     BestCheckpoint,
     Classifier,
-    OutputConfig,
-    PretrainingConfig,
-    ScorerConfig,
-    ScorerTrainingConfig,
-    VaeConfig,
+    Stage,
     add_noise,
-    averaged,
     check_loss,
-    check_writable,
     draw_sigmas,
     format_table,
     make_optimizer,
-    make_spec,
-    selection_value,
-    validate,
+    standard_schedule,
 )
 from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
 from library.scorers.registry import build_scorer
+from library.tracking import Tracker
 
 logger = logging.getLogger("train_latent_scorer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class LatentScorerConfig:
     model: VaeConfig
     data: DataConfig
     buckets: BucketConfig
@@ -67,15 +60,19 @@ class Config:
     pretraining: PretrainingConfig
     training: ScorerTrainingConfig
     output: OutputConfig
+    logging: LoggingConfig
 
 
-def main() -> None:
-    config = parse_config(Config, description=__doc__)
-    assert config.data.train_data_file is not None  # DataConfig sees to it
+def train(config: LatentScorerConfig) -> Path:
+    """Run the whole training and return the path of the scorer. Raises UserError for bad input and for a loss that is not finite."""
+    settings, pretraining = config.training, config.pretraining
     output_dir, name = config.output.output_dir, config.output.output_name
+    assert config.data.train_data_file is not None  # DataConfig sees to it
+    set_num_threads(settings.num_threads)
+    torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
     check_writable(output_dir)
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    set_seed(config.training.seed)
+    accelerator = create_accelerator(TrainingConfig(mixed_precision=settings.mixed_precision))
+    logger.info("%s", describe_device(accelerator))
 
     vae = load_vae(config.model.path, family=config.model.model_family).to(accelerator.device)
     fingerprint = VaeFingerprint.of(vae)
@@ -84,58 +81,52 @@ def main() -> None:
         encode = lambda pixels: encode_images(vae, pixels.to(accelerator.device))  # noqa: E731
         load = functools.partial(load_rated_data, config=config.data, buckets=config.buckets, cache=cache, encode=encode)
         ratings = load(config.data.train_data_file, "score")
-        labels = load(config.pretraining.pretrain_data_file, "label") if config.pretraining.pretrain_data_file else None
+        labels = load(pretraining.pretrain_data_file, "label") if pretraining.pretrain_data_file else None
 
     mean, std = score_scale(ratings.train.targets)
-    spec = make_spec(config.scorer, vae, fingerprint, noise_aware=config.training.clean_fraction < 1, mean=mean, std=std)
+    spec = make_spec(config.scorer, vae, fingerprint, noise_aware=settings.clean_fraction < 1, mean=mean, std=std)
     scorer = build_scorer(spec)
-    logger.info("scorer %s with %.2f M parameters", spec.kind, sum(parameter.numel() for parameter in scorer.parameters()) / 1e6)
+    logger.info("scorer %s of %.2f M parameters", spec.kind, sum(parameter.numel() for parameter in scorer.parameters()) / 1e6)
     if config.scorer.backbone_weights is not None:
         load_backbone_weights(config.scorer.backbone_weights, scorer.backbone, spec)
 
-    record: dict[str, Any] = {"settings": dataclasses.asdict(config.training)}
-    if labels is not None:
-        classifier = Classifier(scorer.backbone, len(labels.classes))
-        steps, learning_rate = config.pretraining.pretrain_steps, config.pretraining.pretrain_learning_rate
-        record["pretraining"] = fit(accelerator, classifier, labels, "classification", 1.0, steps, learning_rate, config.training)
-        if accelerator.is_main_process:
-            save_backbone(output_dir / f"{name}-backbone.safetensors", scorer.backbone, dataclasses.replace(spec, training=record))
+    record: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
+    with Tracker(config.logging, output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:
+        if labels is not None:
+            stage = Stage("classification", labels, pretraining.pretrain_steps, pretraining.pretrain_learning_rate)
+            record["pretraining"] = fit(accelerator, Classifier(scorer.backbone, len(labels.classes)), stage, settings, tracker)
+            if accelerator.is_main_process:
+                save_backbone(weights_path(output_dir, f"{name}-backbone"), scorer.backbone, dataclasses.replace(spec, training=record))
+        first_step = pretraining.pretrain_steps if labels is not None else 0
+        stage = Stage(config.scorer.criterion, ratings, settings.max_train_steps, settings.learning_rate, std, first_step)
+        record |= fit(accelerator, scorer, stage, settings, tracker)
 
-    steps, learning_rate = config.training.max_train_steps, config.training.learning_rate
-    record |= fit(accelerator, scorer, ratings, config.scorer.criterion, std, steps, learning_rate, config.training)
     scorer.spec = dataclasses.replace(spec, training=record)
+    path = weights_path(output_dir, name)
     if accelerator.is_main_process:
-        save_scorer(weights_path(output_dir, name), scorer)
-        logger.info("the scorer is %s", weights_path(output_dir, name))
+        save_scorer(path, scorer)
+        logger.info("scorer saved to %s", path)
+    return path
 
 
-def fit(
-    accelerator: Accelerator,
-    model: nn.Module,
-    data: RatedData,
-    criterion_name: str,
-    std: float,
-    steps: int,
-    learning_rate: float,
-    settings: ScorerTrainingConfig,
-) -> dict[str, Any]:
+def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: ScorerTrainingConfig, tracker: Tracker) -> dict[str, Any]:
     """Train a model of (latents, sigmas), leave it with its best averaged weights, and say how well it does."""
-    criterion, schedule, device = CRITERIA[criterion_name], NoiseSchedule.from_config(STANDARD_SCHEDULE), accelerator.device
-    generator = torch.Generator().manual_seed(settings.seed + accelerator.process_index)
-    optimizer = make_optimizer(model, learning_rate, settings.weight_decay)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, settings.lr_warmup_steps, steps)
+    criterion, schedule, device = CRITERIA[stage.criterion], standard_schedule(), accelerator.device
+    rng = generator(settings.seed, stage.criterion, accelerator.process_index)
+    optimizer = make_optimizer(model, stage.learning_rate, settings.weight_decay)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, settings.lr_warmup_steps, stage.steps)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=settings.ema_decay)
-    best = BestCheckpoint()
-    batches = data.train.endless(settings.train_batch_size, generator)
+    best = BestCheckpoint(model, ema, criterion, stage.data.validation, settings.train_batch_size)
+    batches = stage.data.train.endless(settings.train_batch_size, rng)
 
     model.train()
-    progress = tqdm(range(1, steps + 1), desc=f"Training ({criterion_name})", unit="step", disable=not accelerator.is_main_process)
-    for step in progress:
+    progress = tracker.progress(stage.steps, 0, f"training ({stage.criterion})", ("loss", f"best_{criterion.selection}"))
+    for step in range(stage.steps):
         batch = next(batches).to(device)
-        sigmas = draw_sigmas(len(batch), settings.clean_fraction, schedule, generator).to(device)
-        latents = add_noise(batch.latents, sigmas, generator)
-        losses = criterion.loss(prepared(latents, sigmas), batch.targets, std)
+        sigmas = draw_sigmas(len(batch), settings.clean_fraction, schedule, rng).to(device)
+        latents = add_noise(batch.latents, sigmas, rng)
+        losses = criterion.loss(prepared(latents, sigmas), batch.targets, stage.std)
         loss = (losses * batch.weights).sum() / settings.train_batch_size  # a picture counts the same in a bucket's small last batch
         check_loss(loss, step)
 
@@ -147,17 +138,23 @@ def fit(
         optimizer.zero_grad()
         ema.step(model.parameters())
 
-        if step % settings.validate_every_n_steps == 0 or step == steps:
-            with averaged(model, ema):
-                table = validate(model, data.validation, criterion, batch_size=settings.train_batch_size, device=device)
-                best.consider(model, table, selection_value(table, criterion), step)
-            progress.set_postfix({"loss": f"{loss.item():.3f}", f"best {criterion.selection}": f"{best.value:.3f}"})
+        if (step + 1) % settings.validate_every_n_steps == 0 or step + 1 == stage.steps:
+            best.consider(step + 1, device)
+        metrics = {"loss": losses.mean().detach(), "lr": lr_scheduler.get_last_lr()[0], f"best_{criterion.selection}": best.value}
+        tracker.log(metrics, stage.first_step + step)
+        progress.update()
 
-    best.restore(model)
-    accelerator.print(f"{criterion_name}: best at step {best.step} of {steps}, on {len(data.validation)} pictures not trained on")
+    progress.close()
+    best.restore()
+    pictures = {"train": len(stage.data.train), "validation": len(stage.data.validation)}
+    accelerator.print(f"{stage.criterion}: best at step {best.step} of {stage.steps}; on {pictures['validation']} pictures not trained on:")
     accelerator.print(format_table(best.table))
-    pictures = {"train": len(data.train), "validation": len(data.validation)}
-    return {"criterion": criterion_name, "pictures": pictures, "steps": steps, "best_step": best.step, "validation": best.table}
+    return {"criterion": stage.criterion, "pictures": pictures, "steps": stage.steps, "best_step": best.step, "validation": best.table}
+
+
+def main() -> None:
+    setup_logging()
+    train(parse_config(LatentScorerConfig, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -2,112 +2,34 @@
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from library.config import check_above, check_at_least, option
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
 from library.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
 from library.scorer_data.batches import LatentDataset
-from library.scorer_losses import Criterion, criteria_of
-from library.scorers.base import Backbone, ScorerSpec
-from library.scorers.registry import preset_architecture
+from library.scorer_data.datasets import RatedData
+from library.scorer_losses import Criterion
+from library.scorers.base import Backbone
 
 TABLE_SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
-# The schedule that SD1, SD2 and SDXL share: sigma from 0.03 to 14.6.
-STANDARD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SigmaTable = list[dict[str, float]]  # a row for each of TABLE_SIGMAS: sigma, and the metrics by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class VaeConfig:
-    """Whose latents the scorer reads."""
+@dataclass(frozen=True)
+class Stage:
+    """One thing learned: a criterion by name, its pictures, for how long; `std` is the unit of its errors; `first_step` for the logs."""
 
-    pretrained_model_name_or_path: str = option("", help="Checkpoint file or diffusers folder; only its VAE is used.")
-    vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own; enough by itself.")
-    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; needed for a file with only a VAE.")
-
-    def __post_init__(self) -> None:
-        if self.vae is None and not self.pretrained_model_name_or_path:
-            raise UserError("pretrained_model_name_or_path is not set; give a model, or its VAE by vae")
-
-    @property
-    def path(self) -> Path:
-        return self.vae or Path(self.pretrained_model_name_or_path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerConfig:
-    """The network."""
-
-    scorer_kind: str = option("latent_resnet", help="Kind of scorer; see library/scorers/registry.py.")
-    scorer_size: str = option("base", help="Its size: tiny for latents of 8x8 and a CPU, base for pictures of 512 pixels and more.")
-    scorer_dropout: float = option(0.0, help="Share of the features dropped in training, from 0 to below 1.")
-    criterion: str = option("mse", choices=criteria_of("score"), help="What is minimised; huber forgives single odd ratings.")
-    backbone_weights: Path | None = option(None, help="Backbone or scorer file to start from; the head starts anew.")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.scorer_dropout < 1:
-            raise UserError(f"scorer_dropout is {self.scorer_dropout}, but it must be at least 0 and below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingConfig:
-    """Learning class labels first, which teaches a backbone to see when there are many labels and few ratings."""
-
-    pretrain_data_file: Path | None = option(None, help="Labelled pictures: a file like train_data_file with path and label.")
-    pretrain_steps: int = option(2000, help="Steps of pretraining, if there is a pretrain_data_file.")
-    pretrain_learning_rate: float = option(1e-3, help="Its learning rate.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "pretrain_steps")
-        check_above(self, 0, "pretrain_learning_rate")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerTrainingConfig:
-    """The optimisation."""
-
-    max_train_steps: int = option(2000, help="Number of optimizer steps.")
-    train_batch_size: int = option(64, help="Pictures in a batch, on each device.")
-    learning_rate: float = option(1e-3, help="Highest learning rate of AdamW; it falls to 0 as a cosine.")
-    lr_warmup_steps: int = option(100, help="Steps over which the learning rate rises from 0.")
-    weight_decay: float = option(0.05, help="AdamW's weight decay; norms and biases have none.")
-    max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.")
-    ema_decay: float = option(0.999, help="The scorer is this exponential average of the weights over the steps.")
-    clean_fraction: float = option(0.25, help="Share of clean latents; the others are at uniform timesteps. 1: a noise-blind scorer.")
-    validate_every_n_steps: int = option(200, help="How often the average is validated; the best one is kept.")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the scorer computes in; no is float32.")
-    seed: int = option(0, help="Seed of every random draw of the run.")
-    num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_train_steps", "train_batch_size", "validate_every_n_steps", "num_threads")
-        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm", "seed")
-        check_above(self, 0, "learning_rate")
-        for name in ("ema_decay", "clean_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but it must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What is written."""
-
-    output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
-    output_name: str = option("scorer", help="File name of the scorer, without its extension.")
-
-    def __post_init__(self) -> None:
-        if not self.output_name or self.output_name != Path(self.output_name).name:
-            raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
+    criterion: str
+    data: RatedData
+    steps: int
+    learning_rate: float
+    std: float = 1.0
+    first_step: int = 0
 
 
 class Classifier(nn.Module):
@@ -120,6 +42,11 @@ class Classifier(nn.Module):
 
     def forward(self, latents: Tensor, sigmas: Tensor) -> Tensor:
         return self.head(self.backbone(latents, sigmas))
+
+
+def standard_schedule() -> NoiseSchedule:
+    """The schedule that SD1, SD2 and SDXL share: sigma from 0.03 to 14.6."""
+    return NoiseSchedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 
 
 def draw_sigmas(count: int, clean_fraction: float, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
@@ -193,52 +120,38 @@ def selection_value(table: SigmaTable, criterion: Criterion) -> float:
 
 
 class BestCheckpoint:
-    """The weights with the highest selection value so far, and the table that they had it with."""
+    """Validates the averaged weights when asked and remembers the best.
 
-    def __init__(self) -> None:
-        self.value = -math.inf
-        self.step = 0
+    Attributes:
+        value: the highest selection value so far. step: when it was. table: what was measured then.
+    """
+
+    def __init__(self, model: nn.Module, ema: EMAModel, criterion: Criterion, dataset: LatentDataset, batch_size: int) -> None:
+        self.value, self.step = -math.inf, 0
         self.table: SigmaTable = []
         self._weights: dict[str, Tensor] = {}
+        self._model, self._ema, self._criterion, self._dataset, self._batch_size = model, ema, criterion, dataset, batch_size
 
-    def consider(self, model: nn.Module, table: SigmaTable, value: float, step: int) -> None:
-        if value > self.value:
-            self.value, self.step, self.table = value, step, table
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    def consider(self, step: int, device: torch.device | str = "cpu") -> None:
+        """Keep the averaged weights after `step` steps if they are better than all before."""
+        with averaged(self._model, self._ema):
+            table = validate(self._model, self._dataset, self._criterion, batch_size=self._batch_size, device=device)
+            value = selection_value(table, self._criterion)
+            if value > self.value:
+                self.value, self.step, self.table = value, step, table
+                self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
 
-    def restore(self, model: nn.Module) -> None:
-        model.load_state_dict(self._weights)
-
-
-def make_spec(
-    config: ScorerConfig, vae: AutoencoderKL, fingerprint: VaeFingerprint, *, noise_aware: bool, mean: float, std: float
-) -> ScorerSpec:
-    """What the scorer of a run is. Raises UserError when there is no such kind or size."""
-    preset = preset_architecture(config.scorer_kind, config.scorer_size)
-    return ScorerSpec(
-        kind=config.scorer_kind,
-        architecture={"in_channels": vae.config["latent_channels"], **preset, "dropout": config.scorer_dropout},
-        vae=fingerprint,
-        noise_aware=noise_aware,
-        mean=mean,
-        std=std,
-    )
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError if nothing can be written to the folder, before hours are spent on what is to go there. Makes the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"nothing can be written to output_dir {folder} ({error.strerror}); choose another folder") from error
+    def restore(self) -> None:
+        """Give the model the best weights."""
+        self._model.load_state_dict(self._weights)
 
 
 def check_loss(loss: Tensor, step: int) -> None:
     """Raises UserError naming the step if the loss is not finite."""
     if not torch.isfinite(loss):
-        raise UserError(f"the loss of step {step} is {loss.item()}; lower learning_rate, or set mixed_precision to no or bf16")
+        raise UserError(
+            f"step {step + 1}: the loss is {loss.item()}, so training stopped; lower learning_rate, or use mixed_precision bf16"
+        )
 
 
 def format_table(table: SigmaTable) -> str:
