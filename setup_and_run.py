@@ -124,20 +124,20 @@ def run_tests(python: Path, arguments: list[str]) -> int:
         "pyright": [python, "-m", "pyright", "--pythonpath", python],
         "pytest": [python, "-m", "pytest", *arguments],
     }
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models in the tests are so small that more threads make them slower
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the models in the tests are so small that more threads make them slower
     codes = {}
     for name, command in checks.items():
         say(f"Running {name}.")
-        codes[name] = run(command)
+        codes[name] = run(command, environment)
     failed = [name for name, code in codes.items() if code]
     if failed:
         print("Failed: " + ", ".join(failed), file=sys.stderr)
     return codes[failed[0]] if failed else 0
 
 
-def run(command: list[str | Path]) -> int:
+def run(command: list[str | Path], environment: dict[str, str] | None = None) -> int:
     """Run a program in this file's folder, its output to where ours goes; returns its exit code."""
-    return subprocess.run(command, cwd=ROOT).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def say(sentence: str) -> None:
