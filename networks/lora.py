@@ -5,7 +5,6 @@
 The multiplier may be a tensor, one value per sample: +m, -m and 0, the frozen model, then share one batch.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,10 +19,10 @@ from library.errors import UserError
 from library.lora_metadata import hash_metadata
 from networks.lora_keys import diffusers_unet_key
 from networks.lora_module import LoRAModule, Strength
+from networks.lora_options import dropout_options, network_args, rank_option
 from networks.lora_targets import TextEncoders, find_targets, parts_of
 from networks.lora_weights import fit_weight, read_weights, rename_weights
 
-NETWORK_ARGS = ("conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout", "generator")
 _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # of blocks in diffusers and layers in transformers
 
 
@@ -255,13 +254,13 @@ def create_network(
             torch.Generator on the CPU for the initial values.
     """
     generator = kwargs.pop("generator", None)
-    numbers = _network_args(kwargs)
-    dropouts = _dropouts(numbers, neuron_dropout)
+    numbers = network_args(kwargs)
+    dropouts = dropout_options(numbers, neuron_dropout)
     conv_dim, conv_alpha = numbers.get("conv_dim"), numbers.get("conv_alpha", 1.0)
     if conv_dim is None and "conv_alpha" in numbers:
         raise UserError("conv_alpha is given without conv_dim: it is the alpha of convolutions, which conv_dim adds; give both or neither")
-    rank, alpha = _rank("network_dim", 4 if network_dim is None else network_dim), 1.0 if network_alpha is None else network_alpha
-    conv_rank = None if conv_dim is None else _rank("conv_dim", conv_dim)
+    rank, alpha = rank_option("network_dim", 4 if network_dim is None else network_dim), 1.0 if network_alpha is None else network_alpha
+    conv_rank = None if conv_dim is None else rank_option("conv_dim", conv_dim)
     strength = Strength(1.0)
     loras = []
     for target in find_targets(text_encoder, unet, with_convs=conv_rank is not None):
@@ -290,10 +289,10 @@ def create_network_from_weights(
     Raises UserError for keys that are no LoRA of these models.
     """
     kwargs.pop("generator", None)  # every value comes from the file
-    numbers = _network_args(kwargs)
+    numbers = network_args(kwargs)
     if numbers.keys() & {"conv_dim", "conv_alpha"}:
         raise UserError("conv_dim and conv_alpha come from the file when a network is made from weights; leave them out of network_args")
-    dropouts = _dropouts(numbers, neuron_dropout)
+    dropouts = dropout_options(numbers, neuron_dropout)
     if weights_sd is None:
         assert file is not None, "file or weights_sd"
         weights_sd = read_weights(file)
@@ -321,37 +320,3 @@ def create_network_from_weights(
     if for_inference:
         network.requires_grad_(False).eval()
     return network, weights
-
-
-def _rank(option: str, value: float) -> int:
-    if value < 1 or value != int(value):
-        raise UserError(f"{option} is {value}: it is a rank, a whole number from 1 up")
-    return int(value)
-
-
-def _network_args(kwargs: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {}
-    for key, value in kwargs.items():
-        if key not in NETWORK_ARGS:
-            nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
-            raise UserError(f"network_args: {key} is not an option of networks.lora; {hint}")
-        if value is None:
-            continue
-        try:
-            numbers[key] = float(value)
-        except ValueError:
-            raise UserError(f"network_args: {key}={value} is not a number; write for example {key}=4") from None
-    return numbers
-
-
-def _dropouts(numbers: Mapping[str, float], neuron_dropout: float | None) -> dict[str, float | None]:
-    dropouts = {
-        "neuron_dropout": numbers.get("dropout") if neuron_dropout is None else neuron_dropout,
-        "rank_dropout": numbers.get("rank_dropout"),
-        "module_dropout": numbers.get("module_dropout"),
-    }
-    for name, probability in dropouts.items():
-        if probability is not None and not 0 <= probability < 1:
-            raise UserError(f"{name} is {probability}: it is a probability, from 0 to below 1")
-    return dropouts

@@ -1,0 +1,44 @@
+"""--network_args of networks.lora."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from library.errors import UserError
+
+NETWORK_ARGS = ("conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout")
+
+
+def rank_option(option: str, value: float) -> int:
+    if value < 1 or value != int(value):
+        raise UserError(f"{option} is {value}: it is a rank, a whole number from 1 up")
+    return int(value)
+
+
+def network_args(kwargs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in --network_args, whose values are strings. Raises UserError for an unknown name, with the nearest known one."""
+    numbers = {}
+    for key, value in kwargs.items():
+        if key not in NETWORK_ARGS:
+            nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
+            raise UserError(f"network_args: {key} is not an option of networks.lora; {hint}")
+        if value is None:
+            continue
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise UserError(f"network_args: {key}={value} is not a number; write for example {key}=4") from None
+    return numbers
+
+
+def dropout_options(numbers: Mapping[str, float], neuron_dropout: float | None) -> dict[str, float | None]:
+    dropouts = {
+        "neuron_dropout": numbers.get("dropout") if neuron_dropout is None else neuron_dropout,
+        "rank_dropout": numbers.get("rank_dropout"),
+        "module_dropout": numbers.get("module_dropout"),
+    }
+    for name, probability in dropouts.items():
+        if probability is not None and not 0 <= probability < 1:
+            raise UserError(f"{name} is {probability}: it is a probability, from 0 to below 1")
+    return dropouts
