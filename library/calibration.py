@@ -1,19 +1,9 @@
 """Which strength deserves to be called 1? A slider is measured on a ladder of multipliers, and the multiplier at which it
 does what is wanted of it is folded into its alpha."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from library.evaluation import SliderEvaluation, evaluate
-from library.models.base import DiffusionModel
-from library.scorers.base import Scorer
-from library.types import PromptSpec
-from networks.lora import LoRANetwork
-
-LADDER = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +19,6 @@ class ResponseCurve:
     multipliers: tuple[float, ...]
     gains: tuple[float, ...]
     drifts: tuple[float, ...]
-
-    @staticmethod
-    def of(evaluation: SliderEvaluation, name: str) -> "ResponseCurve":
-        """The curve of one of an evaluation's scores."""
-        return ResponseCurve(
-            multipliers=evaluation.multipliers,
-            gains=tuple(gain.value for gain in evaluation.responses[name].gains_std),
-            drifts=evaluation.statistics.latent_drift,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +36,6 @@ class Calibration:
     gain: float
     reached: bool
     note: str
-
-
-def measure_response(
-    model: DiffusionModel,
-    network: LoRANetwork,
-    prompts: Sequence[PromptSpec],
-    seeds: Sequence[int] | Sequence[Sequence[int]],
-    scorer: Scorer,
-    *,
-    ladder: Sequence[float] = LADDER,
-    **sampling: Any,
-) -> ResponseCurve:
-    """Gain of `scorer` at plus and minus every rung of the ladder; `sampling` is what `library.evaluation.evaluate` takes by keyword."""
-    multipliers = [sign * rung for rung in ladder for sign in (-1.0, 1.0)]
-    evaluation = evaluate(model, network, prompts, seeds, multipliers, {scorer.name: scorer}, {}, **sampling)
-    return ResponseCurve.of(evaluation, scorer.name)
 
 
 def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:

@@ -11,11 +11,14 @@ from tqdm import tqdm
 
 from library.calibration import Calibration, ResponseCurve, choose_scale
 from library.config import check_above, check_at_least, option
+from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.previews import preview_path, write_preview
+from library.prompts import spread
 from library.rewards import Reward
 from library.rollout import RolloutConfig
 from library.sampling import PromptEncoder, sample, size_of
+from library.statistics import within_prompt_std
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
@@ -44,7 +47,9 @@ class MonitorConfig:
     sample_batch_size: int = option(48, help="Pictures sampled together in previews and measurements.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_eval_prompts", "evaluate_every_n_steps", "sample_every_n_steps", "num_sample_prompts", "sample_batch_size")
+        check_at_least(
+            self, 1, "num_eval_prompts", "evaluate_every_n_steps", "sample_every_n_steps", "num_sample_prompts", "sample_batch_size"
+        )
         check_at_least(self, 2, "eval_seeds_per_prompt")
         check_at_least(self, 0, "calibrate")
         check_above(self, 0, "early_stop_gain", "max_drift", *(() if self.calibration_multipliers else ("calibration_multipliers",)))
@@ -126,9 +131,13 @@ class Monitor:
         """Mean gain over the base model in within-prompt standard deviations, and mean RMS distance from its latents."""
         base_scores, base_latents = self._base_pictures()
         scores, latents = self._pictures(multiplier, label)
-        spread_within = base_scores.var(dim=1, correction=1).mean().sqrt()  # pooled over prompts
+        unit = within_prompt_std(base_scores.double().numpy())
+        if unit == 0:
+            raise UserError(
+                "the base model's score does not vary between seeds, so a gain has no unit; give more varied eval prompts or seeds"
+            )
         wanted = torch.tensor([prompt.direction for prompt in self.prompts])[:, None]
-        gain = ((scores - base_scores) * wanted).mean() / spread_within.clamp_min(1e-12)
+        gain = ((scores - base_scores) * wanted).mean() / unit
         drift = torch.cat([(now - base).square().mean((1, 2, 3)).sqrt() for now, base in zip(latents, base_latents, strict=True)]).mean()
         return gain.item(), drift.item()
 
@@ -174,13 +183,6 @@ class Monitor:
         for row, prompt in enumerate(self.prompts):
             groups.setdefault(size_of(prompt, self.resolution), []).append(row)
         return list(groups.values())
-
-
-def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:
-    """`count` prompts, evenly over the list (all of them if there are fewer), ordered by size so that equal sizes stand together."""
-    count = min(count, len(prompts))
-    chosen = [prompts[index * len(prompts) // count] for index in range(count)]
-    return sorted(chosen, key=lambda prompt: (prompt.height or 0, prompt.width or 0))
 
 
 def due(step: int, every: int | None) -> bool:

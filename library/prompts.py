@@ -73,7 +73,9 @@ def _parse_line(line: str, where: str) -> PromptSpec:
     for option in options:
         name, _, value = option.partition(" ")
         if name not in LINE_OPTIONS:
-            raise UserError(f"{where}: --{name} is not an option of a prompt; known are {', '.join('--' + known for known in LINE_OPTIONS)}")
+            raise UserError(
+                f"{where}: --{name} is not an option of a prompt; known are {', '.join('--' + known for known in LINE_OPTIONS)}"
+            )
         if (field := LINE_OPTIONS[name]) is not None:
             values[field] = value.strip()
     return _spec(values, where)
@@ -148,3 +150,10 @@ def _number(value: Any, key: str, where: str) -> Any:
         return float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: {key} is {value!r}, which is not a number") from None
+
+
+def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:
+    """`count` prompts, evenly over the list (all of them if there are fewer), ordered by size so that equal sizes stand together."""
+    count = min(count, len(prompts))
+    chosen = [prompts[index * len(prompts) // count] for index in range(count)]
+    return sorted(chosen, key=lambda prompt: (prompt.height or 0, prompt.width or 0))

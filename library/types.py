@@ -33,7 +33,13 @@ class Conditioning:
         return Conditioning(*(None if part is None else part.repeat(times, *[1] * (part.ndim - 1)) for part in self._parts()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        return Conditioning(*(None if part is None else part.to(device=device, dtype=dtype) for part in self._parts()))
+        """Move it all; `dtype` is for the embeddings, time_ids are sizes in pixels, which half precision would round."""
+        text, pooled, time_ids = self._parts()
+        return Conditioning(
+            text.to(device=device, dtype=dtype),
+            None if pooled is None else pooled.to(device=device, dtype=dtype),
+            None if time_ids is None else time_ids.to(device=device),
+        )
 
     @staticmethod
     def cat(batches: Sequence["Conditioning"]) -> "Conditioning":

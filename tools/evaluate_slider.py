@@ -27,9 +27,8 @@ from library.evaluation import SliderEvaluation, evaluate
 from library.findings import text_table
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.monitor import spread
 from library.plots import multiplier_grid, score_curves
-from library.prompts import load_prompts
+from library.prompts import load_prompts, spread
 from library.report import html_report
 from library.runtime import check_writable, set_num_threads, weight_dtype
 from library.scorers.base import Scorer

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HUES = {"red": 0.0, "yellow": 55.0, "green": 120.0, "cyan": 182.0, "blue": 228.0, "purple": 290.0}  # degrees
 COLOURS = tuple(HUES)
-SIZES = {"small": (10.0, 13.0), "medium": (13.0, 17.0), "large": (17.0, 23.0)}  # radius in pixels
+SIZES = {"small": (12.0, 14.5), "medium": (14.5, 18.0), "large": (18.0, 23.0)}  # radius in pixels
 POSITIONS = {"in the centre": (0, 0), "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
-TEXTURES = ("plain", "striped", "dotted")
+TEXTURES = ("plain", "striped")
 BACKGROUNDS = {"dark": (0.04, 0.32), "grey": (0.36, 0.62), "light": (0.68, 0.98)}  # HSV value
 RESOLUTIONS = ((64, 64), (96, 64), (64, 96))  # width, height; the first is the commonest
 SUPERSAMPLING = 4  # pictures are drawn this many times larger and reduced, which smooths the edges
@@ -128,11 +128,6 @@ def draw(scene: Scene) -> Image.Image:
         step = 8 * k
         for start in range(-size[1], size[0] + size[1], step):
             pen.line((start, 0, start + size[1], size[1]), fill=rgb(scene.shade), width=3 * k)
-    elif scene.texture == "dotted":
-        step, dot = 9 * k, 2.4 * k
-        for row in range(0, size[1] + step, step):
-            for column in range(0, size[0] + step, step):
-                pen.ellipse((column - dot, row - dot, column + dot, row + dot), fill=rgb(scene.shade))
 
     picture = Image.new("RGB", size, rgb(scene.backdrop))
     picture.paste(surface, mask=mask)

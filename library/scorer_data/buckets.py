@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which size a picture is brought to, so that it is never squashed and hardly cropped.
+"""Aspect-ratio buckets: which size a picture is brought to, so that it is never squashed, and cropped by about one step at most.
 
 The options have the names and the meaning that they have in sd-scripts; the code is our own.
 """
