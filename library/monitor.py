@@ -47,12 +47,13 @@ class MonitorConfig:
     sample_batch_size: int = option(48, help="Pictures sampled together in previews and measurements.")
 
     def __post_init__(self) -> None:
-        check_at_least(
-            self, 1, "num_eval_prompts", "evaluate_every_n_steps", "sample_every_n_steps", "num_sample_prompts", "sample_batch_size"
-        )
+        check_at_least(self, 1, "num_eval_prompts", "num_sample_prompts", "sample_batch_size")
+        check_at_least(self, 1, "evaluate_every_n_steps", "sample_every_n_steps")
         check_at_least(self, 2, "eval_seeds_per_prompt")
         check_at_least(self, 0, "calibrate")
-        check_above(self, 0, "early_stop_gain", "max_drift", *(() if self.calibration_multipliers else ("calibration_multipliers",)))
+        check_above(self, 0, "early_stop_gain", "max_drift")
+        if not self.calibration_multipliers or min(map(abs, self.calibration_multipliers)) == 0:
+            raise UserError("calibration_multipliers must hold at least one strength, and no 0; for example 0.5 1.0 1.5")
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ class Monitor:
         scores, latents = self._pictures(multiplier, label)
         unit = within_prompt_std(base_scores.double().numpy())
         if unit == 0:
-            raise UserError(
-                "the base model's score does not vary between seeds, so a gain has no unit; give more varied eval prompts or seeds"
-            )
+            raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other eval prompts")
         wanted = torch.tensor([prompt.direction for prompt in self.prompts])[:, None]
         gain = ((scores - base_scores) * wanted).mean() / unit
         drift = torch.cat([(now - base).square().mean((1, 2, 3)).sqrt() for now, base in zip(latents, base_latents, strict=True)]).mean()

@@ -39,9 +39,7 @@ class Reward:
                 scorer.name: (scorer(latents.float(), sigmas.float(), cond, texts) - scorer.spec.mean) / scorer.spec.std
                 for scorer in self.scorers
             }
-        total = sum(
-            (weight * term for weight, term in zip(self.weights, terms.values(), strict=True)), start=latents.new_zeros(len(latents))
-        )
+        total = torch.stack([weight * term for weight, term in zip(self.weights, terms.values(), strict=True)]).sum(0)
         return RewardOutput(total, {name: term.detach() for name, term in terms.items()})
 
 

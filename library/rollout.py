@@ -35,9 +35,7 @@ class RolloutConfig:
     )
     train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
     max_denoising_steps: int = option(20, help="Steps of the sampler's schedule.")
-    leco_denoise_guidance_scale: float = option(
-        5.0, help="Classifier-free guidance of the rollout; 1 is none and saves a third of the work."
-    )
+    leco_denoise_guidance_scale: float = option(5.0, help="Classifier-free guidance of the rollout; 1 is none, and faster.")
     sampler: str = option("ddim", choices=tuple(SOLVERS), help="Sampler of the rollout.")
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
     train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")

@@ -60,9 +60,8 @@ def main() -> None:
     for name, path in {"LoRA": slider, "scorer": scorer, "grid": evaluation / "grid.png", "report": evaluation / "report.html"}.items():
         print(f"{name:7} {path}")
     measured = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))["sliders"][0]
-    print(
-        f"measured on {len(measured['prompts']) * len(measured['seeds'][0])} pairs of prompt and seed; all numbers: {evaluation / 'evaluation.json'}"
-    )
+    num_pairs = len(measured["prompts"]) * len(measured["seeds"][0])
+    print(f"Measured on {num_pairs} pairs of prompt and seed; all numbers are in {evaluation / 'evaluation.json'}")
 
 
 if __name__ == "__main__":

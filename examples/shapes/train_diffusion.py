@@ -105,9 +105,7 @@ def save_pipeline(model: TextToNoise, vae: AutoencoderKL, tokenizer: CLIPTokeniz
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("examples/shapes/model"), help="holds vae/ already; the rest is written here"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/model"), help="must hold vae/; the rest is written here")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
