@@ -105,22 +105,30 @@ def _from_toml(text: str, path: Path) -> list[PromptSpec]:
         raise UserError(f"prompts file {path}: `prompts` must be a list of [[prompts]] tables")
     if "targets" in content or "slider" in content:
         raise UserError(f"prompts file {path} has LECO [[targets]], which describe a slider in words; give [[prompts]] for a score")
-    unused: dict[str, None] = {}
+    unused: set[str] = set()
     prompts = []
     for number, table in enumerate(tables, start=1):
-        leco = "target" in table
+        leco, where = "target" in table, f"{path} [[prompts]] number {number}"
         values: dict[str, Any] = {}
-        for key, value in {**content, **table}.items():
+        for key, value in (content | table).items():
             if leco and key in LECO_UNUSED:
-                unused[key] = None
+                unused.add(key)
             elif key == "resolution":
-                values["height"], values["width"] = value if isinstance(value, list) else (value, value)
+                values["height"], values["width"] = _height_and_width(value, where)
             else:
-                values[LECO_NAMES.get(key, key)] = value
-        prompts.append(_spec(values, f"{path} [[prompts]] number {number}"))
+                values[LECO_NAMES.get(key) or key] = value
+        prompts.append(_spec(values, where))
     if unused:
-        logger.warning("%s: %s belong to LECO's own objective; a score does not use them", path, ", ".join(unused))
+        logger.warning("%s: %s belong to LECO's own objective; a score does not use them", path, ", ".join(sorted(unused)))
     return prompts
+
+
+def _height_and_width(resolution: Any, where: str) -> tuple[Any, Any]:
+    if not isinstance(resolution, list):
+        return resolution, resolution
+    if len(resolution) != 2:
+        raise UserError(f"{where}: resolution is {resolution}; it must be one number of pixels or [height, width]")
+    return resolution[0], resolution[1]
 
 
 def _spec(values: Mapping[str, Any], where: str) -> PromptSpec:

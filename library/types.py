@@ -1,6 +1,6 @@
 """The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,29 +26,37 @@ class Conditioning:
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
         """Select rows; the result is a batch too (index with a slice or a list, not an int)."""
-        return Conditioning(*(None if part is None else part[index] for part in self._parts()))
+        return self._map(lambda part: part[index])
 
     def repeat(self, times: int) -> "Conditioning":
         """The whole batch `times` times over: [c0, c1, c0, c1, ...]."""
-        return Conditioning(*(None if part is None else part.repeat(times, *[1] * (part.ndim - 1)) for part in self._parts()))
+        return self._map(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """Move it all; `dtype` is for the embeddings, time_ids are sizes in pixels, which half precision would round."""
-        text, pooled, time_ids = self._parts()
-        return Conditioning(
-            text.to(device=device, dtype=dtype),
-            None if pooled is None else pooled.to(device=device, dtype=dtype),
-            None if time_ids is None else time_ids.to(device=device),
-        )
+        return self._map(lambda part: part.to(device=device, dtype=None if part is self.time_ids else dtype))
 
     @staticmethod
     def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
         """Join batches of one family along B."""
-        columns = zip(*(batch._parts() for batch in batches), strict=True)
-        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
+        return Conditioning(
+            torch.cat([batch.text for batch in batches]),
+            _cat_optional([batch.pooled for batch in batches]),
+            _cat_optional([batch.time_ids for batch in batches]),
+        )
 
-    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.text, self.pooled, self.time_ids
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning(
+            change(self.text),
+            None if self.pooled is None else change(self.pooled),
+            None if self.time_ids is None else change(self.time_ids),
+        )
+
+
+def _cat_optional(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts)), "conditioning of two families cannot be joined"
+    return torch.cat(present) if present else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,8 @@ def _pipeline(model: DiffusionModel) -> StableDiffusionPipeline | StableDiffusio
         parts |= {f"text_encoder{ending}": text_encoder, f"tokenizer{ending}": tokenizer}
     if model.spec.family == "sdxl":
         return StableDiffusionXLPipeline(**parts)
-    return StableDiffusionPipeline(**parts, **dict.fromkeys(("safety_checker", "feature_extractor")), requires_safety_checker=False)
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
