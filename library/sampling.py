@@ -23,7 +23,7 @@ class PromptEncoder:
     """Conditioning of texts, each text encoded once and kept on the CPU.
 
     Once every text of a run has been through it, the text encoders can be freed. A network with text encoder modules
-    changes the encoding with the multiplier: then a text is encoded once per multiplier.
+    changes the encoding with the multiplier and with every training step: then texts are encoded anew at every call, once per multiplier.
     """
 
     def __init__(self, model: DiffusionModel, network: LoRANetwork | None = None) -> None:
@@ -39,14 +39,15 @@ class PromptEncoder:
             multipliers: of the network, one a text; None is 1 for all. Only a network with text encoder modules heeds them.
         """
         strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
+        rows = self._rows if self._network is None else {}  # training changes what such a network makes of a text
         keys = [(text, size, strength) for text, strength in zip(texts, strengths, strict=True)]
-        missing = sorted((key for key in dict.fromkeys(keys) if key not in self._rows), key=lambda key: key[2])
+        missing = sorted((key for key in dict.fromkeys(keys) if key not in rows), key=lambda key: key[2])
         for strength, group in groupby(missing, key=lambda key: key[2]):
             new = list(group)
             with _multiplier(self._network, strength):
                 encoded = self._model.encode_prompts([text for text, _, _ in new], size).to("cpu")
-            self._rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
-        return Conditioning.cat([self._rows[key] for key in keys]).to(self._model.device)
+            rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
+        return Conditioning.cat([rows[key] for key in keys]).to(self._model.device)
 
 
 def size_of(prompt: PromptSpec, resolution: Size) -> Size:
