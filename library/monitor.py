@@ -91,7 +91,7 @@ class Monitor:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.rollout, self.config = rollout, config
         self.resolution = rollout.size(model.spec.resolution)
-        self.prompts = spread(prompts, config.num_eval_prompts)
+        self.prompts = sorted(spread(prompts, config.num_eval_prompts), key=lambda prompt: size_of(prompt, self.resolution))
         self._base: tuple[Tensor, list[Tensor]] | None = None
 
     def effect(self) -> Effect:
