@@ -11,6 +11,7 @@ into alpha. Left out: captions, image pairs, and any gradient through more than 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,15 +21,15 @@ from library.config import LoggingConfig, ModelConfig, NetworkConfig, OptimizerC
 from library.errors import UserError
 from library.models.loading import load_model
 from library.monitor import Monitor, MonitorConfig, due
-from library.network_setup import build_network
+from library.network_setup import build_network, in_use
 from library.objectives.score import ScoreConfig, ScoreObjective
-from library.optimizers import create_optimizer, create_scheduler, evaluating
+from library.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
 from library.prompts import load_prompts
 from library.rewards import load_reward
 from library.rollout import ROLLOUTS, RolloutConfig
 from library.runtime import all_reduce_grads, check_writable, create_accelerator, describe_device, generator, set_num_threads, weight_dtype
 from library.sampling import PromptEncoder, model_autocast
-from library.slider_files import SliderFiles
+from library.slider_files import SliderFiles, restore, states_of
 from library.tracking import Tracker
 from library.types import LossOutput, RolloutBatch
 
@@ -93,27 +94,35 @@ def train(config: LecoScoreConfig) -> Path:
     monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor)
     files = SliderFiles(saving, config.network, model.spec, config.rollout.size(model.spec.resolution), _training_metadata(config))
 
-    def state(step: int) -> dict:
-        parts = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler, "belt": belt}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-        return {"step": step, "rng": rng_state(), "scaler": scaler, **{name: part.state_dict() for name, part in parts.items()}}
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler}
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+    if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
+        parts["belt"] = belt
 
-    first_step = 0
+    def state(step: int) -> dict:
+        evaluations = unet_evaluations + belt.num_unet_evaluations
+        return {"step": step, "unet_evaluations": evaluations, "rng": rng_state(), "parts": states_of(parts)}
+
+    first_step, unet_evaluations = 0, 0
     if saving.resume is not None:
         saved = load_state(saving.resume)
-        network.load_state_dict(saved["network"])
-        optimizer.optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        belt.load_state_dict(saved["belt"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        restore(parts, saved["parts"], saving.resume)
+        optimizer_train_mode(optimizer.optimizer)
         restore_rng_state(saved["rng"])
-        first_step = saved["step"]
+        first_step, unet_evaluations, belt.num_unet_evaluations = saved["step"], saved["unet_evaluations"], 0
+        if first_step >= config.training.max_train_steps:
+            raise UserError(
+                f"{saving.resume} was saved after step {first_step} and max_train_steps is {config.training.max_train_steps}, so nothing "
+                "is left to train; raise max_train_steps"
+            )
 
-    evaluations = 0
+    if accelerator.is_main_process:
+        files.remove_unfinished()
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
         if config.monitor.sample_at_first and accelerator.is_main_process:
-            tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
+            with in_use(network, optimizer.optimizer):
+                tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
             for _ in range(config.training.gradient_accumulation_steps):
@@ -123,10 +132,10 @@ def train(config: LecoScoreConfig) -> Path:
                 _check_finite(out, batch, step)
                 accelerator.backward(out.loss / config.training.gradient_accumulation_steps)
                 belt.advance(out.next_latents)
-                evaluations += out.num_unet_evaluations
+                unet_evaluations += out.num_unet_evaluations
             all_reduce_grads(network.parameters(), accelerator)
             metrics = dict(out.metrics, loss=out.loss.detach(), lr=scheduler.get_last_lr()[0])
-            metrics["unet_evaluations"] = evaluations + belt.num_unet_evaluations
+            metrics["unet_evaluations"] = unet_evaluations + belt.num_unet_evaluations
             if config.optimizer.max_grad_norm:
                 metrics["grad_norm"] = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
             optimizer.step()
@@ -136,7 +145,7 @@ def train(config: LecoScoreConfig) -> Path:
                 network.apply_max_norm_regularization(config.network.scale_weight_norms)
 
             done, strong_enough = step + 1, False
-            with evaluating(optimizer.optimizer):
+            with in_use(network, optimizer.optimizer):
                 if due(done, config.monitor.evaluate_every_n_steps):
                     effect = monitor.effect()  # on every process, so that all stop together
                     metrics |= {"gain_at_+1": effect.up, "gain_at_-1": effect.down}
@@ -154,7 +163,7 @@ def train(config: LecoScoreConfig) -> Path:
                 logger.info("step %d: %s: strong enough, training stops", done, effect)
                 break
 
-    with evaluating(optimizer.optimizer):
+    with in_use(network, optimizer.optimizer):
         if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:
             files.save_state(state(done), done, final=True)
         hint = None

@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from library.config import NetworkConfig
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.optimizers import evaluating
 from networks.lora import LoRANetwork
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,17 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     size = sum(parameter.numel() for parameter in network.parameters())
     logger.info("LoRA: %d modules, %.2f M parameters", len(network.loras), size / 1e6)
     return network
+
+
+@contextmanager
+def in_use(network: LoRANetwork, optimizer: object) -> Iterator[None]:
+    """The network as its user will have it: no dropout, and a schedule-free optimizer's averaged weights."""
+    network.eval()
+    try:
+        with evaluating(optimizer):
+            yield
+    finally:
+        network.train()
 
 
 def _network_module(name: str) -> ModuleType:

@@ -1,11 +1,15 @@
 """The files of a training run: slider weights with their metadata, and training states."""
 
+import contextlib
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.config import NetworkConfig, SavingConfig
+from library.errors import UserError
 from library.lora_metadata import lora_metadata, write_sidecar
 from library.models.base import ModelSpec
 from library.runtime import weight_dtype
@@ -31,15 +35,26 @@ class SliderFiles:
         Args:
             step: updates made.
             usage_hint: one sentence for the metadata and the card: what weight 1 does.
+
+        Raises:
+            UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
         """
         saving = self.saving
         height, width = self.size
+        path = weights_path(saving.output_dir, saving.output_name, None if final else step)
+        dtype = weight_dtype(saving.save_precision)
+        if not all(weight.to(dtype).isfinite().all() for weight in network.state_dict().values()):
+            raise UserError(
+                f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
+                "learning_rate, or use save_precision bf16 or float"
+            )
+        rank, alpha, network_args = self._dimensions(network)
         metadata = lora_metadata(
             self.spec,
             output_name=saving.output_name,
-            network_dim=self.network.network_dim,
-            network_alpha=float(network.unet_loras[0].alpha) if network.unet_loras else self.network.network_alpha,
-            network_args=self.network.network_kwargs,
+            network_dim=rank,
+            network_alpha=alpha,
+            network_args=network_args,
             network_module=self.network.network_module,
             started_at=self.started_at,
             finished_at=time.time(),
@@ -49,13 +64,21 @@ class SliderFiles:
             training={**self.training, "training_comment": saving.training_comment},
             no_metadata=saving.no_metadata,
         )
-        path = weights_path(saving.output_dir, saving.output_name, None if final else step)
-        network.save_weights(path, weight_dtype(saving.save_precision), metadata)
+        network.save_weights(path, dtype, metadata)
         if final:
             write_sidecar(path, self.spec, preferred_weight=1.0, description=usage_hint or "", notes=saving.training_comment or "")
         elif saving.save_last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps)
         return path
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed run of this name was writing: hidden files that never took their names."""
+        name = re.escape(self.saving.output_name) + r"(-step\d{8}|_\d{6})?"
+        unfinished = re.compile(rf"(sample/)?\.{name}\.(safetensors|json|png)\.\d+\.tmp|{name}-state/\.training_state\.pt\.\d+\.tmp")
+        for path in self.saving.output_dir.rglob(".*.tmp"):
+            if unfinished.fullmatch(path.relative_to(self.saving.output_dir).as_posix()):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def save_state(self, state: dict[str, Any], step: int, *, final: bool = False) -> Path:
         """Write a training state, and delete the states that are too old."""
@@ -65,3 +88,34 @@ class SliderFiles:
         if not final and saving.save_last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
         return path
+
+    def _dimensions(self, network: LoRANetwork) -> tuple[int, float, dict[str, str]]:
+        """Rank, alpha and network_args as they are in the weights: calibration scales alphas, and dim_from_weights brings its own."""
+        loras = network.unet_loras or network.loras
+        small = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() == 1]
+        large = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() > 1]
+        convs = {"conv_dim": f"{large[0].rank}", "conv_alpha": f"{large[0].alpha.item():g}"} if large else {}
+        return small[0].rank, small[0].alpha.item(), {**self.network.network_kwargs, **convs}
+
+
+def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of every part that has a state_dict, and what kind of thing it is."""
+    return {name: {"kind": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
+
+
+def restore(parts: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
+    """Put each part into the state that `states_of` took.
+
+    Raises:
+        UserError: the states were taken from a run with other settings.
+    """
+    for name, part in parts.items():
+        advice = f"the {name} in {folder} does not fit this run's; resume with the settings of the run that was saved"
+        if name not in saved or saved[name]["kind"] != type(part).__name__:
+            raise UserError(advice)
+        try:
+            part.load_state_dict(saved[name]["state"])
+        except UserError:
+            raise
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(advice) from error
