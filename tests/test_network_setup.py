@@ -1,0 +1,106 @@
+"""From settings to an attached network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.config import NetworkConfig
+from library.errors import UserError
+from library.network_setup import build_network, in_use
+from library.optimizers import create_optimizer
+from networks.lora import LoRANetwork
+from tests.tiny_models import tiny_model
+
+
+def built(*, gradient_checkpointing: bool = False, seed: int = 0, **values) -> LoRANetwork:
+    config = NetworkConfig(**{"network_dim": 2, "network_alpha": 1.0, **values})
+    return build_network(config, tiny_model(), torch.Generator().manual_seed(seed), gradient_checkpointing=gradient_checkpointing)
+
+
+def test_only_the_network_trains_and_in_float32() -> None:
+    model = tiny_model().to(dtype=torch.bfloat16)
+    network = build_network(NetworkConfig(network_dim=2), model, torch.Generator().manual_seed(0), gradient_checkpointing=False)
+    assert not any(parameter.requires_grad for part in (model.unet, model.vae, *model.text_encoders) for parameter in part.parameters())
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert network.training and not model.unet.training
+    assert network.unet_loras and not network.text_encoder_loras
+
+
+def test_the_generator_decides_the_initial_weights() -> None:
+    first, again, other = (built(seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_text_encoders_and_network_args() -> None:
+    network = built(network_train_unet_only=False, network_args=("conv_dim=3", "conv_alpha=1.5"), network_dropout=0.25)
+    assert network.text_encoder_loras
+    convs = [lora for lora in network.unet_loras if lora.lora_down.weight.shape[2:].numel() > 1]
+    assert {(lora.rank, lora.alpha.item()) for lora in convs} == {(3, 1.5)}
+    assert {lora.neuron_dropout for lora in network.loras} == {0.25}
+
+
+def test_it_starts_from_a_file_and_takes_ranks_from_it(tmp_path: Path) -> None:
+    start = built(network_dim=3)
+    start.save_weights(tmp_path / "start.safetensors")
+    same = built(network_dim=3, network_weights=tmp_path / "start.safetensors", seed=5)
+    ranked = built(network_dim=7, network_weights=tmp_path / "start.safetensors", dim_from_weights=True)
+    for network in (same, ranked):
+        assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in start.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"network_module": "networks.nothing"}, "cannot be imported"),
+        ({"network_module": "json"}, "no per-sample multipliers"),
+        ({"network_weights": Path("none.safetensors")}, "does not exist"),
+    ],
+)
+def test_bad_settings(values: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        built(**values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dim_from_weights", [False, True])
+def test_weights_that_are_another_models(tmp_path: Path, dim_from_weights: bool) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4), "lora_unet_x.lora_up.weight": torch.zeros(4, 2)}, path)
+    with pytest.raises(UserError, match=r"foreign\.safetensors"):
+        built(network_weights=path, dim_from_weights=dim_from_weights)
+
+
+def test_gradient_checkpointing_recomputes_with_the_multipliers_of_the_forward() -> None:
+    def gradients(checkpointing: bool) -> torch.Tensor:
+        model = tiny_model()
+        network = build_network(NetworkConfig(network_dim=2), model, torch.Generator().manual_seed(0), gradient_checkpointing=checkpointing)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        network.set_multiplier(torch.tensor([1.0, -0.5]))
+        loss = model.predict_eps(latents, torch.tensor([10, 500]), model.encode_prompts(["a", "b"])).square().mean()
+        network.set_multiplier(torch.tensor([7.0, 7.0]))
+        loss.backward()
+        return torch.cat([lora.lora_up.weight.grad.flatten() for lora in network.loras])  # type: ignore[union-attr]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.abs().max() > 0 and torch.allclose(plain, checkpointed, atol=1e-7)
+
+
+def test_in_use_dropout_is_off_and_averaged_weights_are_on() -> None:
+    from library.config import OptimizerConfig
+
+    network = built(network_dropout=0.5)
+    groups, _ = network.prepare_optimizer_params(None, None, 1e-2)
+    optimizer = create_optimizer(OptimizerConfig(optimizer_type="AdamWScheduleFree"), groups)
+    for _ in range(3):
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    training = network.loras[0].lora_up.weight.clone()
+    with in_use(network, optimizer):
+        assert not network.loras[0].training
+        assert not torch.allclose(network.loras[0].lora_up.weight, training, atol=1e-5)
+    assert network.loras[0].training
+    assert torch.allclose(network.loras[0].lora_up.weight, training, atol=1e-6)
