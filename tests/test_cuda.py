@@ -1,0 +1,130 @@
+"""What only a CUDA device can show: half precision near float32, the CPU's numbers again, a run that goes on where it was saved.
+
+python -m pytest -m cuda
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints import load_state, save_state
+from library.models.base import DiffusionModel
+from library.objectives.score import ScoreConfig, ScoreObjective
+from library.rewards import Reward
+from library.rollout import Belt, RolloutConfig
+from library.sampling import PromptEncoder, model_autocast
+from library.types import LossOutput, PromptSpec
+from networks.lora import LoRANetwork
+from tests.scorers_for_tests import WavyScorer, scorer_for
+from tests.test_rollout import lora_for
+from tests.tiny_models import KINDS, tiny_model
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
+
+DEVICE = "cuda"
+PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square")]
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 would round products to 10 bits, and hide a real difference from the CPU behind its own."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+class Run:
+    """The training step on a tiny model, without half precision."""
+
+    def __init__(self, device: str, kind: str = "sd1") -> None:
+        self.model: DiffusionModel = tiny_model(kind)
+        scorer = scorer_for(self.model, WavyScorer).to(device)
+        self.network: LoRANetwork = lora_for(self.model).to(device)
+        self.model.to(device)
+        config = RolloutConfig(prompts_file="-", train_batch_size=3, max_denoising_steps=6)
+        self.belt = Belt(self.model, self.network, PROMPTS, PromptEncoder(self.model), config, torch.Generator().manual_seed(0))
+        self.objective = ScoreObjective(
+            self.model, self.network, Reward([scorer], [1.0]), ScoreConfig(scorer=("-",), reward_loss="linear"), self.belt.solver, 6
+        )
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
+
+    def step(self) -> LossOutput:
+        self.optimizer.zero_grad()
+        out = self.objective(self.belt.batch())
+        out.loss.backward()
+        self.belt.advance(out.next_latents)
+        self.optimizer.step()
+        return out
+
+    def state(self) -> dict:
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "belt": self.belt.state_dict()}
+
+    def load(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.belt.load_state_dict(state["belt"])
+
+
+def relative_rms(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    value, wanted = value.detach().float().cpu(), wanted.detach().float().cpu()
+    return ((value - wanted).square().mean() / wanted.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_lora_in_half_precision_is_near_float32(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """What the LoRA adds to a prediction, and the gradient of its float32 weights."""
+
+    def added_and_gradient(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        model = tiny_model(kind)
+        network = lora_for(model, strength=0.5).to(DEVICE)
+        model.to(DEVICE, dtype)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        timesteps = torch.tensor([200, 700], device=DEVICE)
+        cond = model.encode_prompts([prompt.prompt for prompt in PROMPTS])
+        with model_autocast(model):
+            with torch.no_grad(), network.disabled():
+                plain = model.predict_eps(latents, timesteps, cond)
+            added = model.predict_eps(latents, timesteps, cond) - plain
+        added.square().mean().backward()
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        assert gradients and all(gradient.dtype == torch.float32 for gradient in gradients)
+        return added, torch.cat([gradient.flatten() for gradient in gradients])
+
+    (added, gradient), (wanted, wanted_gradient) = added_and_gradient(dtype), added_and_gradient(torch.float32)
+    assert relative_rms(added, wanted) < tolerance
+    assert relative_rms(gradient, wanted_gradient) < tolerance
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_belt_and_step_equal_the_cpus(kind: str) -> None:
+    ours, wanted = Run(DEVICE, kind), Run("cpu", kind)
+    batch, wanted_batch = ours.belt.batch(), wanted.belt.batch()
+    assert batch.prompts == wanted_batch.prompts
+    assert relative_rms(batch.latents, wanted_batch.latents) < 1e-4
+    out, wanted_out = ours.objective(batch), wanted.objective(wanted_batch)
+    out.loss.backward()
+    wanted_out.loss.backward()
+    assert relative_rms(out.next_latents, wanted_out.next_latents) < 1e-4
+    assert relative_rms(out.sample_losses, wanted_out.sample_losses) < 1e-3
+    pairs = list(zip(ours.network.parameters(), wanted.network.parameters(), strict=True))
+    assert all(parameter.grad is not None and other.grad is not None for parameter, other in pairs)
+    gradients = [torch.cat([pair[side].grad.flatten().cpu() for pair in pairs]) for side in (0, 1)]
+    assert relative_rms(*gradients) < 1e-3
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """Not to the bit: some of CUDA's backward passes add in any order."""
+    whole = Run(DEVICE)
+    for _ in range(2):
+        whole.step()
+    save_state(tmp_path / "state", whole.state())
+    resumed = Run(DEVICE)
+    start = torch.cat([parameter.detach().flatten().clone() for parameter in resumed.network.parameters()])
+    resumed.load(load_state(tmp_path / "state"))
+    outs = [[run.step() for _ in range(4)] for run in (whole, resumed)]
+    assert relative_rms(outs[1][-1].next_latents, outs[0][-1].next_latents) < 1e-3
+    assert outs[0][-1].loss.item() == pytest.approx(outs[1][-1].loss.item(), rel=1e-2)
+    ends = [torch.cat([parameter.detach().flatten() for parameter in run.network.parameters()]) for run in (whole, resumed)]
+    moved = ends[0].cpu() - start.cpu()
+    assert relative_rms(ends[1].cpu() - start.cpu(), moved) < 1e-2
