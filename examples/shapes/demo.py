@@ -54,7 +54,7 @@ def main() -> None:
     run(
         "4. Prove it on 32 held-out prompts with 4 seeds each, by the true score that training never saw",
         *("tools/evaluate_slider.py", "--pretrained_model_name_or_path", MODEL, "--network_weights", slider, "--scorer", scorer),
-        *("--judges", *judges, "--prompts_file", pictures / "held_out_prompts.txt", "--output_dir", evaluation, "--batch_size", "80"),
+        *("--judges", *judges, "--prompts_file", pictures / "held_out_prompts.txt", "--output_dir", evaluation, "--batch_size", "80", "--guidance_scale", "3"),
     )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     for name, path in {"LoRA": slider, "scorer": scorer, "grid": evaluation / "grid.png", "report": evaluation / "report.html"}.items():

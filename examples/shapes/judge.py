@@ -136,7 +136,7 @@ def measure_samples(model_path: str, per_resolution: int = 180, seed: int = 7) -
                 [PromptSpec(prompt=prompt) for prompt in prompts],
                 range(seed, seed + per_resolution),
                 num_steps=20,
-                guidance_scale=5.0,
+                guidance_scale=3.0,
                 resolution=(height, width),
                 batch_size=60,
                 progress=bar.update,

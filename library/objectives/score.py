@@ -38,11 +38,11 @@ class ScoreConfig:
         "hinge", choices=("hinge", "linear"), help="hinge stops pushing a sample that is hinge_margin above the frozen model; linear never."
     )
     hinge_margin: float = option(
-        2.0, help="Gain over the frozen model at which hinge stops, over a whole trajectory, in standard deviations of the score."
+        5.0, help="Gain over the frozen model at which hinge stops, over a whole trajectory, in standard deviations of the score."
     )
     reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.")
     preserve_weight: float = option(
-        10.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
+        3.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
     )
     normalize_gradient: bool = option(True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.")
     min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).")
