@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from library.checkpoints import load_state, restore_rng_state, rng_state
 from library.cli import parse_config, run_main, setup_logging
@@ -104,7 +105,7 @@ def train(config: LecoScoreConfig) -> Path:
         evaluations = unet_evaluations + belt.num_unet_evaluations
         return {"step": step, "unet_evaluations": evaluations, "rng": rng_state(), "parts": states_of(parts)}
 
-    first_step, unet_evaluations = 0, 0
+    first_step = done = unet_evaluations = 0
     if saving.resume is not None:
         saved = load_state(saving.resume)
         restore(parts, saved["parts"], saving.resume)
@@ -125,6 +126,7 @@ def train(config: LecoScoreConfig) -> Path:
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
+            outs = []
             for _ in range(config.training.gradient_accumulation_steps):
                 batch = belt.batch()
                 with model_autocast(model):
@@ -132,12 +134,16 @@ def train(config: LecoScoreConfig) -> Path:
                 _check_finite(out, batch, step)
                 accelerator.backward(out.loss / config.training.gradient_accumulation_steps)
                 belt.advance(out.next_latents)
-                unet_evaluations += out.num_unet_evaluations
+                outs.append(out)
             all_reduce_grads(network.parameters(), accelerator)
-            metrics = dict(out.metrics, loss=out.loss.detach(), lr=scheduler.get_last_lr()[0])
-            metrics["unet_evaluations"] = unet_evaluations + belt.num_unet_evaluations
+            unet_evaluations += sum(out.num_unet_evaluations for out in outs)
+            metrics = _mean_metrics(outs) | {
+                "lr": scheduler.get_last_lr()[0],
+                "unet_evaluations": unet_evaluations + belt.num_unet_evaluations,
+            }
             if config.optimizer.max_grad_norm:
-                metrics["grad_norm"] = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+                metrics["grad_norm"] = torch.as_tensor(norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -150,6 +156,8 @@ def train(config: LecoScoreConfig) -> Path:
                     effect = monitor.effect()  # on every process, so that all stop together
                     metrics |= {"gain_at_+1": effect.up, "gain_at_-1": effect.down}
                     strong_enough = config.monitor.early_stop_gain is not None and effect.reaches(config.monitor.early_stop_gain)
+                    if strong_enough:
+                        logger.info("step %d: %s: strong enough, training stops", done, effect)
                 if accelerator.is_main_process:
                     if due(done, config.monitor.sample_every_n_steps):
                         tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
@@ -160,7 +168,6 @@ def train(config: LecoScoreConfig) -> Path:
             tracker.log(metrics, step)
             progress.update()
             if strong_enough:
-                logger.info("step %d: %s: strong enough, training stops", done, effect)
                 break
 
     with in_use(network, optimizer.optimizer):
@@ -172,9 +179,10 @@ def train(config: LecoScoreConfig) -> Path:
             network.scale_alpha(calibration.scale)
             hint = calibration.note
             logger.info("%s", hint)
-        path = files.save(network, done, final=True, usage_hint=hint)
-    logger.info("slider saved to %s", path)
-    return path
+        if accelerator.is_main_process:
+            files.save(network, done, final=True, usage_hint=hint)
+            logger.info("slider saved to %s", files.slider_path)
+    return files.slider_path
 
 
 def _check_finite(out: LossOutput, batch: RolloutBatch, step: int) -> None:
@@ -185,6 +193,12 @@ def _check_finite(out: LossOutput, batch: RolloutBatch, step: int) -> None:
             f"step {step + 1}: the loss of prompt {prompt!r} at timestep {timestep} is not finite, so training stopped and no slider was "
             "written; lower learning_rate, or use mixed_precision bf16 or no"
         )
+
+
+def _mean_metrics(outs: list[LossOutput]) -> dict[str, float | Tensor]:
+    """The loss and the metrics of one update, over its batches."""
+    means = {name: torch.stack([torch.as_tensor(out.metrics[name]) for out in outs]).mean() for name in outs[0].metrics}
+    return {**means, "loss": torch.stack([out.loss.detach() for out in outs]).mean()}
 
 
 def _training_metadata(config: LecoScoreConfig) -> dict:

@@ -28,6 +28,7 @@ class SliderFiles:
     def __init__(self, saving: SavingConfig, network: NetworkConfig, spec: ModelSpec, size: Size, training: dict[str, Any]) -> None:
         self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
         self.started_at = time.time()
+        self.slider_path = weights_path(saving.output_dir, saving.output_name)
 
     def save(self, network: LoRANetwork, step: int, *, final: bool = False, usage_hint: str | None = None) -> Path:
         """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
