@@ -1,0 +1,427 @@
+"""train_leco_score.py from its settings to its files: what it writes, that it resumes to the bit, and how it refuses bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train_leco_score
+from library.checkpoints import load_state
+from library.cli import parse_config, run_main
+from library.config import NetworkConfig, SavingConfig
+from library.models.loading import load_model
+from library.sampling import initial_noise, sample
+from library.scorers.io import save_scorer
+from library.slider_files import SliderFiles
+from library.tracking import read_metrics
+from library.types import PromptSpec
+from networks.lora import create_network_from_weights
+from tests.golden_run import GOLDEN_FILE, golden_losses
+from tests.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
+from tests.tiny_models import tiny_model
+from train_leco_score import LecoScoreConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("leco"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate keeps the first run's precision for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def write_toml(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text("[all]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
+    return path
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+# -- what it writes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    values = settings(workplace, output, max_train_steps=4, save_every_n_steps=1, save_last_n_steps=2, save_state=True)
+    values |= {"sample_every_n_steps": 4, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, "calibrate": 1.0}
+    values |= {"calibration_multipliers": [1.0], "save_precision": "fp16"}
+    config = parse_config(LecoScoreConfig, ["--config_file", str(write_toml(tmp_path / "x.toml", values))])
+
+    path = train_leco_score.train(config)
+
+    assert path == output / "tiny.safetensors"
+    steps = [f"tiny-step0000000{step}" for step in (2, 3, 4)]  # step 1 is more than 2 steps old
+    states = ["tiny-state", *(f"{step}-state" for step in steps)]
+    files = ["tiny.safetensors", "tiny.json", "metrics.jsonl", "sample", *states, *(f"{step}.safetensors" for step in steps)]
+    assert sorted(entry.name for entry in output.iterdir()) == sorted(files)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    with Image.open(output / "sample" / "tiny_000004.png") as picture:
+        assert picture.width > 3 * 64 and picture.height > 64
+    records = read_metrics(output / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all(record[name] is not None for record in records for name in ("loss", "reward", "eps_drift", "grad_norm", "lr"))
+    assert [record["step"] for record in records if "gain_at_+1" in record] == [1, 3]
+    counts = [record["unet_evaluations"] or 0.0 for record in records]
+    assert counts == sorted(counts) and counts[0] > 0
+    card = json.loads((output / "tiny.json").read_text(encoding="utf-8"))
+    assert card["sd version"] == "SD1" and card["preferred weight"] == 1.0 and card["description"]
+    assert metadata_of(path)["modelspec.usage_hint"] == card["description"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_version", "architecture", "prediction"),
+    [
+        ("sd1", "sd_v1", "stable-diffusion-v1/lora", "epsilon"),
+        ("sd2_v", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "epsilon"),
+    ],
+)
+def test_metadata_by_family(tmp_path: Path, kind: str, base_version: str, architecture: str, prediction: str) -> None:
+    path = run(make_workplace(tmp_path / "in", kind), tmp_path / "out", max_train_steps=1, network_args=["conv_dim=1", "conv_alpha=0.5"])
+    metadata = metadata_of(path)
+    expected = {
+        "ss_v2": str(kind.startswith("sd2")),
+        "ss_base_model_version": base_version,
+        "modelspec.architecture": architecture,
+        "modelspec.prediction_type": prediction,
+        "modelspec.resolution": "64x64",
+        "modelspec.title": "tiny",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "2.0",
+        "ss_output_name": "tiny",
+        "ss_steps": "1",
+        "ss_seed": "0",
+        "ss_optimizer": "AdamW",
+        "ss_learning_rate": "0.01",
+        "ss_sd_model_name": "model",
+        "ss_resolution": "(64, 64)",
+    }
+    assert {name: metadata.get(name) for name in expected} == expected
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "1", "conv_alpha": "0.5"}
+    assert len(metadata["sshs_model_hash"]) == 64 and float(metadata["ss_training_started_at"]) > 0
+    tensors = load_file(path)
+    assert all(name.startswith("lora_unet_") for name in tensors)
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+
+
+def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.calibration import Calibration
+
+    half = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
+    monkeypatch.setattr(train_leco_score.Monitor, "calibration", lambda self, target: half)
+    path = run(workplace, tmp_path, calibrate=1.0, save_state_on_train_end=True)
+    alphas = {tensor.item() for name, tensor in load_file(path).items() if name.endswith(".alpha")}
+    assert alphas == {1.0} and metadata_of(path)["ss_network_alpha"] == "1.0" and metadata_of(path)["modelspec.usage_hint"] == "Half."
+    state = load_state(tmp_path / "tiny-state")["parts"]["network"]["state"]
+    assert {tensor.item() for name, tensor in state.items() if name.endswith(".alpha")} == {2.0}  # what is resumed is not scaled
+
+
+def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.monitor import Effect
+
+    monkeypatch.setattr(train_leco_score.Monitor, "effect", lambda self: Effect(up=2.5, down=-2.5))
+    run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2, early_stop_gain=2.0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "launcher", [["-u"], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]], ids=["python", "accelerate"]
+)
+def test_the_script_itself(workplace: Path, tmp_path: Path, launcher: list[str]) -> None:
+    config = write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out", max_train_steps=1))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "train_leco_score.py", "--config_file", str(config), "--output_name", "named"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "named.safetensors").is_file() and "slider saved to" in done.stderr
+
+
+def test_what_a_killed_run_left_unfinished_goes_and_nothing_else(tmp_path: Path) -> None:
+    unfinished = [".tiny.safetensors.7.tmp", ".tiny-step00000002.safetensors.7.tmp", "sample/.tiny_000002.png.7.tmp"]
+    unfinished += [".tiny.json.7.tmp", "tiny-state/.training_state.pt.7.tmp", "tiny-step00000002-state/.training_state.pt.7.tmp"]
+    others = [
+        "tiny.safetensors",
+        ".tiny2.safetensors.7.tmp",
+        "tiny2-state/.training_state.pt.7.tmp",
+        ".notes.tmp",
+        "tiny-state/training_state.pt",
+    ]
+    for name in unfinished + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    SliderFiles(SavingConfig(output_dir=tmp_path, output_name="tiny"), NetworkConfig(), tiny_model().spec, (64, 64), {}).remove_unfinished()
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
+
+
+# -- exactness -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer_type": "Prodigy", "learning_rate": 1.0}, {"optimizer_type": "AdamWScheduleFree"}])
+def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, optimizer: dict) -> None:
+    """With dropout, fresh noise in every sampler step, a schedule, accumulation, two sizes, and previews and measurements in between."""
+    common = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "network_dropout": 0.3, "sampler": "euler_a", "save_every_n_steps": 2}
+    common |= {"save_state": True, "sample_every_n_steps": 2, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, **optimizer}
+    if optimizer.get("optimizer_type") != "AdamWScheduleFree":
+        common["lr_scheduler"] = "cosine"
+    straight = load_file(run(workplace, tmp_path / "a", **common))
+    resumed = load_file(run(workplace, tmp_path / "b", resume=tmp_path / "a" / "tiny-step00000002-state", **common))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    halfway = load_file(tmp_path / "a" / "tiny-step00000002.safetensors")
+    assert not all(torch.equal(tensor, halfway[name]) for name, tensor in straight.items())
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl")[-2:] for name in "ab")
+    for one, two in zip(first, second, strict=True):
+        assert {key: value for key, value in one.items() if key != "time"} == {key: value for key, value in two.items() if key != "time"}
+
+
+def test_the_seed_decides(workplace: Path, tmp_path: Path) -> None:
+    first, again, other = (load_file(run(workplace, tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace: Path, tmp_path: Path) -> None:
+    """Latents agree within 1e-3 RMS; the slider itself moves them by more than 20 times that."""
+    path = run(workplace, tmp_path, max_train_steps=4, learning_rate=3e-2)
+    model = load_model(workplace / "model")
+    prompt, seed, steps, guidance = PromptSpec(prompt="a red circle", negative_prompt="blurry"), 7, 4, 5.0
+
+    def ours(network: Any, multiplier: float = 1.0) -> Tensor:
+        return sample(
+            model, network, [prompt], [seed], multiplier, num_steps=steps, guidance_scale=guidance, resolution=(64, 64), batch_size=1
+        )
+
+    def distance(one: Tensor, two: Tensor) -> float:
+        return (one - two).square().mean().sqrt().item()
+
+    plain = ours(None)
+    network, _ = create_network_from_weights(1.0, path, model.vae, [], model.unet, for_inference=True)
+    network.apply_to([], model.unet, apply_text_encoder=False)
+    with_slider = ours(network)
+    assert distance(with_slider, plain) > 2e-2
+    assert torch.equal(ours(network, 0.0), plain)
+    with network.disabled():
+        assert torch.equal(ours(network), plain)
+
+    network.remove()
+    network.set_multiplier(1.0)
+    network.merge_to([], model.unet)
+    assert distance(ours(None), with_slider) < 1e-3
+
+    pipeline = StableDiffusionPipeline.from_pretrained(workplace / "model", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    theirs: Any = pipeline(
+        prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        latents=initial_noise([seed], (4, 8, 8))[0],
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+    )
+    assert distance(theirs.images, with_slider) < 1e-3
+
+
+def test_the_golden_run(tmp_path: Path) -> None:
+    """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.golden_run` writes the file anew."""
+    expected = [float(line) for line in GOLDEN_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert len(expected) == 20
+    assert golden_losses(tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+# -- options -------------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+    "fp16": {"mixed_precision": "fp16"},
+    "text_encoder": {"network_train_unet_only": False, "gradient_checkpointing": True, "calibrate": 1.0, "gradient_accumulation_steps": 2},
+    "per_sample": {"rollout": "per_sample"},
+    "conv": {"network_args": ["conv_dim=2"], "scale_weight_norms": 0.001},
+    "x0": {"score_estimator": "x0", "leco_denoise_guidance_scale": 1.0, "reward_loss": "linear", "preserve_weight": 0.0},
+    "prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1.0},
+    "schedule_free": {"optimizer_type": "AdamWScheduleFree", "max_grad_norm": 0.0},
+    "one": {"train_batch_size": 1, "max_denoising_steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_options_train_in_float32_and_move_the_weights(workplace: Path, tmp_path: Path, name: str) -> None:
+    tensors = load_file(run(workplace, tmp_path, save_state_on_train_end=True, **VARIANTS[name]))
+    state = load_state(tmp_path / "tiny-state")["parts"]["network"]["state"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    moved = [key for key, tensor in tensors.items() if key.endswith("lora_up.weight") and tensor.abs().max() > 0]
+    assert any(key.startswith("lora_unet") for key in moved)
+    assert any(key.startswith("lora_te_text_model") for key in moved) == (name == "text_encoder")
+    if name == "conv":
+        for key in moved:
+            up, down = tensors[key].flatten(1), tensors[key.replace("lora_up", "lora_down")].flatten(1)
+            scale = tensors[key.replace("lora_up.weight", "alpha")] / down.shape[0]
+            assert (up @ down * scale).norm() < 0.00101
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+
+
+def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, *words: str) -> str:
+    """Run the script as a command that has to fail; its one line, without the "error: "."""
+    monkeypatch.setattr("sys.argv", ["train_leco_score.py", "--config_file", str(config), *words])
+    with pytest.raises(SystemExit) as caught:
+        run_main(train_leco_score.main)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("error: ")
+
+
+def cut(path: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes()
+    target.write_bytes(content[: len(content) // 2])
+    return target
+
+
+@pytest.fixture(scope="module")
+def broken(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are wrong, each in its way."""
+    folder = tmp_path_factory.mktemp("broken")
+    fingerprint = load_model(workplace / "model").vae_fingerprint()
+    save_scorer(folder / "foreign.safetensors", tiny_scorer(foreign_vae_fingerprint()))
+    save_scorer(folder / "blind.safetensors", tiny_scorer(fingerprint, noise_aware=False))
+    with_nan = tiny_scorer(fingerprint)
+    torch.nn.init.constant_(with_nan.get_parameter("head.weight"), torch.nan)
+    save_scorer(folder / "nan.safetensors", with_nan)
+    cut(workplace / "scorer.safetensors", folder / "cut.safetensors")
+    (folder / "empty.txt").write_text("# nothing but a comment\n\n", encoding="utf-8")
+    unet = Path("unet/diffusion_pytorch_model.safetensors")
+    for file in (workplace / "model").rglob("*"):
+        if file.is_file():
+            target = folder / "model" / file.relative_to(workplace / "model")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    cut(workplace / "model" / unet, folder / "model" / unet)
+    cut(workplace / "model" / unet, folder / "cut_checkpoint.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pretrained_model_name_or_path": "{broken}/none.safetensors"}, ["none.safetensors"]),
+        ({"pretrained_model_name_or_path": "{broken}/cut_checkpoint.safetensors"}, ["cut_checkpoint.safetensors"]),
+        ({"pretrained_model_name_or_path": "{broken}/model"}, ["model", "unet"]),
+        ({"learning_rat": 1e-4}, ["learning_rat", "learning_rate"]),
+        ({"max_train_steps": "many"}, ["max_train_steps", "'many'", "whole number"]),
+        ({"max_train_steps": 0}, ["max_train_steps is 0", "at least 1"]),
+        ({"scorer": ["{broken}/none.safetensors"]}, ["none.safetensors"]),
+        ({"scorer": ["{broken}/foreign.safetensors"]}, ["foreign", "another VAE"]),
+        ({"scorer": ["{broken}/cut.safetensors"]}, ["cut.safetensors", "truncated"]),
+        ({"scorer": ["{broken}/blind.safetensors"]}, ["blind.safetensors", "score_estimator x0"]),
+        ({"scorer": []}, ["scorer is not set"]),
+        ({"prompts_file": "{broken}/empty.txt"}, ["empty.txt", "no prompts"]),
+        ({"prompts_file": "{broken}/none.txt"}, ["none.txt", "does not exist"]),
+        ({"network_args": ["conv_dimm=4"]}, ["conv_dimm", "conv_dim"]),
+        ({"network_module": "lycoris.nothing"}, ["lycoris.nothing", "networks.lora"]),
+        ({"network_weights": "{broken}/none.safetensors"}, ["network_weights", "does not exist"]),
+        ({"network_weights": "{broken}/cut.safetensors"}, ["cut.safetensors"]),
+        ({"optimizer_type": "AdamWW"}, ["AdamWW", "AdamW"]),
+        ({"optimizer_args": ["betta=1"]}, ["betta"]),
+        ({"lr_scheduler": "cosin"}, ["cosin", "cosine"]),
+        ({"resume": "{broken}"}, ["no saved training state"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    workplace: Path,
+    broken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    says: list[str],
+) -> None:
+    def filled(value: Any) -> Any:
+        return [filled(item) for item in value] if isinstance(value, list) else str(value).format(broken=broken)
+
+    changes = {name: filled(value) if isinstance(value, (str, list)) else value for name, value in changes.items()}
+    output = tmp_path / "out"
+    config = write_toml(tmp_path / "x.toml", settings(workplace, output, **changes))
+    sentence = complaint(monkeypatch, capsys, config)
+    assert all(word in sentence for word in says), sentence
+    assert not output.exists() or not list(output.iterdir())
+
+
+def test_an_output_dir_that_cannot_be_written_to(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out")))
+    assert "output_dir" in sentence and "give another folder" in sentence
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scorer": "nan"}, ["step 1:", "not finite", "timestep"]),
+        ({"learning_rate": 1e30, "max_grad_norm": 0.0}, ["step 2:", "not finite", "timestep"]),
+        ({"learning_rate": 1e6, "max_train_steps": 1, "save_precision": "fp16"}, ["step 1:", "not finite in fp16"]),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_no_slider_is_written(
+    workplace: Path,
+    broken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    says: list[str],
+) -> None:
+    if "scorer" in changes:
+        changes = {"scorer": [str(broken / "nan.safetensors")]}
+    (tmp_path / "one.txt").write_text("a green star\n", encoding="utf-8")
+    values = settings(workplace, tmp_path / "out", prompts_file=str(tmp_path / "one.txt"), **changes)
+    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
+    assert all(word in sentence for word in says), sentence
+    assert "timestep" not in says or "'a green star'" in sentence
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_train_steps": 2}, "nothing is left to train"),
+        ({"train_batch_size": 3}, "batch size"),
+        ({"network_dim": 3}, "network"),
+        ({"optimizer_type": "Prodigy"}, "optimizer"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], says: str
+) -> None:
+    run(workplace, tmp_path / "a", save_state_on_train_end=True)
+    values = settings(workplace, tmp_path / "b", resume=str(tmp_path / "a" / "tiny-state"), **{"max_train_steps": 3, **changes})
+    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
+    assert says in sentence and "resume" in sentence or "nothing is left" in sentence
+    assert not list((tmp_path / "b").iterdir())
