@@ -49,6 +49,16 @@ class PromptEncoder:
             rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
         return Conditioning.cat([rows[key] for key in keys]).to(self._model.device)
 
+    def encode_ahead(self, prompts: Sequence[PromptSpec], resolution: Size, batch_size: int = 32) -> None:
+        """Encode every text of these prompts, so that the text encoders can be freed. `resolution` as in `sample`."""
+        assert self._network is None, "a network with text encoder modules needs the text encoders at every step"
+        texts: dict[Size, dict[str, None]] = {}
+        for prompt in prompts:
+            texts.setdefault(size_of(prompt, resolution), {}).update({prompt.prompt: None, prompt.negative_prompt: None})
+        for size, own in texts.items():
+            for start in range(0, len(own), batch_size):
+                self.encode(list(own)[start : start + batch_size], size)
+
 
 def size_of(prompt: PromptSpec, resolution: Size) -> Size:
     """(height, width) in pixels of a prompt's picture; `resolution` stands in for what the prompt leaves open."""

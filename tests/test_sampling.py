@@ -173,3 +173,14 @@ def test_a_text_encoder_lora_encodes_at_each_multiplier():
     mixed = sample(model, network, PROMPTS[:2], SEEDS[:2], [1.0, -1.0], **RUN)
     down = sample(model, network, PROMPTS[:2], SEEDS[:2], -1.0, **RUN)
     torch.testing.assert_close(mixed[1], down[1], **ROUNDING)
+
+
+def test_texts_encoded_ahead_outlive_the_text_encoders():
+    model = tiny_model()
+    prompts = [PromptSpec(prompt="a cat", negative_prompt="bad"), PromptSpec(prompt="a dog", width=128)]
+    expected = model.encode_prompts(["a dog", ""], (64, 128)).text
+    encoder = PromptEncoder(model)
+    encoder.encode_ahead(prompts, (64, 64), batch_size=1)
+    model.free_text_encoders()
+    assert torch.allclose(encoder.encode(["a dog", ""], (64, 128)).text, expected, atol=1e-5)
+    assert encoder.encode(["a cat", "bad"], (64, 64)).text.shape[0] == 2
