@@ -1,12 +1,12 @@
 """Train a latent scorer: rated pictures in, one .safetensors that scores latents at any noise level out.
 
-Pictures are encoded by the VAE once, into a cache on disk. The scorer learns from noisy latents, so that it can judge a picture that is
-still being made. If a file with class labels is given, its backbone learns those first. What is saved is the average of the weights over
-the steps, at the step where it did best on pictures that training never saw, with a table of how well it does at each noise level.
+Pictures are encoded by the VAE once, into a cache on disk. The scorer learns from noisy latents, so that it can judge a picture in the
+making; given a file of class labels, its backbone learns those first. Saved is the average of the weights over the steps, from where
+it did best on pictures that training never saw, with a table of how well it does at each noise level.
 
     python train_latent_scorer.py --pretrained_model_name_or_path sd15.safetensors --train_data_file ratings.csv --output_dir out
 
-It trains one scorer on one score; it knows no pairs, votes or tags.
+Left out: votes, pairs, tags, and several scores at once.
 """
 
 import dataclasses
@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from library.checkpoints import weights_path
 from library.cli import parse_config, run_main, setup_logging
 from library.config import LoggingConfig, TrainingConfig
 from library.models.loading import load_vae
@@ -40,7 +38,6 @@ from library.scorer_training import (
     add_noise,
     check_loss,
     draw_sigmas,
-    format_table,
     make_optimizer,
     standard_schedule,
 )
@@ -65,8 +62,7 @@ class LatentScorerConfig:
 
 def train(config: LatentScorerConfig) -> Path:
     """Run the whole training and return the path of the scorer. Raises UserError for bad input and for a loss that is not finite."""
-    settings, pretraining = config.training, config.pretraining
-    output_dir, name = config.output.output_dir, config.output.output_name
+    settings, pretraining, output_dir = config.training, config.pretraining, config.output.output_dir
     assert config.data.train_data_file is not None  # DataConfig sees to it
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
@@ -96,25 +92,23 @@ def train(config: LatentScorerConfig) -> Path:
             stage = Stage("classification", labels, pretraining.pretrain_steps, pretraining.pretrain_learning_rate)
             record["pretraining"] = fit(accelerator, Classifier(scorer.backbone, len(labels.classes)), stage, settings, tracker)
             if accelerator.is_main_process:
-                save_backbone(weights_path(output_dir, f"{name}-backbone"), scorer.backbone, dataclasses.replace(spec, training=record))
+                save_backbone(config.output.path("-backbone"), scorer.backbone, dataclasses.replace(spec, training=record))
         first_step = pretraining.pretrain_steps if labels is not None else 0
         stage = Stage(config.scorer.criterion, ratings, settings.max_train_steps, settings.learning_rate, std, first_step)
         record |= fit(accelerator, scorer, stage, settings, tracker)
 
     scorer.spec = dataclasses.replace(spec, training=record)
-    path = weights_path(output_dir, name)
     if accelerator.is_main_process:
-        save_scorer(path, scorer)
-        logger.info("scorer saved to %s", path)
-    return path
+        save_scorer(config.output.path(), scorer)
+        logger.info("scorer saved to %s", config.output.path())
+    return config.output.path()
 
 
 def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: ScorerTrainingConfig, tracker: Tracker) -> dict[str, Any]:
     """Train a model of (latents, sigmas), leave it with its best averaged weights, and say how well it does."""
     criterion, schedule, device = CRITERIA[stage.criterion], standard_schedule(), accelerator.device
     rng = generator(settings.seed, stage.criterion, accelerator.process_index)
-    optimizer = make_optimizer(model, stage.learning_rate, settings.weight_decay)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, settings.lr_warmup_steps, stage.steps)
+    optimizer, lr_scheduler = make_optimizer(model, stage.learning_rate, settings.weight_decay, settings.lr_warmup_steps, stage.steps)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=settings.ema_decay)
     best = BestCheckpoint(model, ema, criterion, stage.data.validation, settings.train_batch_size)
@@ -125,8 +119,7 @@ def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: Scor
     for step in range(stage.steps):
         batch = next(batches).to(device)
         sigmas = draw_sigmas(len(batch), settings.clean_fraction, schedule, rng).to(device)
-        latents = add_noise(batch.latents, sigmas, rng)
-        losses = criterion.loss(prepared(latents, sigmas), batch.targets, stage.std)
+        losses = criterion.loss(prepared(add_noise(batch.latents, sigmas, rng), sigmas), batch.targets, stage.std)
         loss = (losses * batch.weights).sum() / settings.train_batch_size  # a picture counts the same in a bucket's small last batch
         check_loss(loss, step)
 
@@ -146,10 +139,8 @@ def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: Scor
 
     progress.close()
     best.restore()
-    pictures = {"train": len(stage.data.train), "validation": len(stage.data.validation)}
-    accelerator.print(f"{stage.criterion}: best at step {best.step} of {stage.steps}; on {pictures['validation']} pictures not trained on:")
-    accelerator.print(format_table(best.table))
-    return {"criterion": stage.criterion, "pictures": pictures, "steps": stage.steps, "best_step": best.step, "validation": best.table}
+    accelerator.print(f"{stage.criterion}: {best}")
+    return stage.describe() | {"best_step": best.step, "validation": best.table}
 
 
 def main() -> None:

@@ -95,6 +95,10 @@ class OutputConfig:
         if not self.output_name or self.output_name != Path(self.output_name).name:
             raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
 
+    def path(self, ending: str = "") -> Path:
+        """Where the scorer goes, or with an ending to its name, a file beside it."""
+        return self.output_dir / f"{self.output_name}{ending}.safetensors"
+
 
 def make_spec(
     config: ScorerConfig, vae: AutoencoderKL, fingerprint: VaeFingerprint, *, noise_aware: bool, mean: float, std: float

@@ -4,10 +4,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from library.errors import UserError
 from library.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
@@ -30,6 +33,11 @@ class Stage:
     learning_rate: float
     std: float = 1.0
     first_step: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """For the record in the scorer's file."""
+        pictures = {"train": len(self.data.train), "validation": len(self.data.validation)}
+        return {"criterion": self.criterion, "pictures": pictures, "steps": self.steps, "learning_rate": self.learning_rate}
 
 
 class Classifier(nn.Module):
@@ -64,14 +72,17 @@ def add_noise(latents: Tensor, sigmas: Tensor, generator: torch.Generator) -> Te
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels, but not biases and the scales of norms, which are all vectors."""
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int, steps: int
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW, and a schedule of a linear rise and a cosine to 0. Biases and the scales of norms, which are all vectors, do not decay."""
     parameters = list(model.parameters())
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 
 @contextlib.contextmanager
@@ -140,6 +151,9 @@ class BestCheckpoint:
             if value > self.value:
                 self.value, self.step, self.table = value, step, table
                 self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+
+    def __str__(self) -> str:
+        return f"best at step {self.step}, on {len(self._dataset)} validation pictures:\n{format_table(self.table)}"
 
     def restore(self) -> None:
         """Give the model the best weights."""
