@@ -73,7 +73,7 @@ def lora_metadata(
         no_metadata: keep MINIMUM_KEYS only, without which A1111 and Forge hide the file or take it for another family's.
     """
     width, height = resolution or (spec.resolution, spec.resolution)
-    date = datetime.datetime.fromtimestamp(int(started_at if finished_at is None else finished_at), datetime.timezone.utc)
+    date = datetime.datetime.fromtimestamp(int(started_at if finished_at is None else finished_at), datetime.UTC)
     values: dict[str, Any] = {
         "ss_v2": spec.family == "sd2",
         "ss_base_model_version": spec.base_model_version,

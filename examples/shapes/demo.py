@@ -18,7 +18,6 @@ from pathlib import Path
 from examples.shapes.scores import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "examples/shapes/model"
 
 
 def run(title: str, *words: str | Path) -> None:
@@ -53,8 +52,8 @@ def main() -> None:
     judges = [f"examples.shapes.scores:{args.score}", "examples.shapes.judge:caption_obeyed"]
     run(
         "4. Prove it on 32 held-out prompts with 4 seeds each, by the true score that training never saw",
-        *("tools/evaluate_slider.py", "--pretrained_model_name_or_path", MODEL, "--network_weights", slider, "--scorer", scorer),
-        *("--judges", *judges, "--prompts_file", pictures / "held_out_prompts.txt", "--output_dir", evaluation, "--batch_size", "80", "--guidance_scale", "3"),
+        *("tools/evaluate_slider.py", "--config_file", "examples/shapes/evaluation.toml", "--network_weights", slider, "--scorer", scorer),
+        *("--judges", *judges, "--prompts_file", pictures / "held_out_prompts.txt", "--output_dir", evaluation),
     )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     for name, path in {"LoRA": slider, "scorer": scorer, "grid": evaluation / "grid.png", "report": evaluation / "report.html"}.items():
