@@ -138,6 +138,7 @@ def measure(
     network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
     network.to(model.device)
     network.apply_to(model.text_encoders, model.unet)
+    assert settings.prompts_file is not None
     count = settings.seeds_per_prompt
     num_weights = len({*settings.multipliers, 0.0})
     try:
@@ -161,7 +162,7 @@ def measure(
             )
     finally:
         network.remove()
-    files = {"model": model.spec.name, "LoRA": file.name, "prompts file": str(settings.prompts_file), "judges": ", ".join(settings.judges)}
+    files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": ", ".join(settings.judges)}
     return replace(evaluation, settings=files | evaluation.settings)
 
 
