@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from library.cli import parse_config, run_main, setup_logging
+from library.cli import parse_config, run_main
 from library.config import LoggingConfig, TrainingConfig
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint, encode_images
@@ -136,7 +136,6 @@ def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: Scor
         metrics = {"loss": losses.mean().detach(), "lr": lr_scheduler.get_last_lr()[0], f"best_{criterion.selection}": best.value}
         tracker.log(metrics, stage.first_step + step)
         progress.update()
-
     progress.close()
     best.restore()
     accelerator.print(f"{stage.criterion}: {best}")
@@ -144,7 +143,6 @@ def fit(accelerator: Accelerator, model: nn.Module, stage: Stage, settings: Scor
 
 
 def main() -> None:
-    setup_logging()
     train(parse_config(LatentScorerConfig, description=__doc__))
 
 
