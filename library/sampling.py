@@ -72,10 +72,10 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Te
 
 
 def model_autocast(model: DiffusionModel) -> AbstractContextManager:
-    """Autocast to a half-precision model's type; nothing for a float32 model."""
-    if model.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(model.device.type, dtype=model.dtype)
+    """Autocast to a half-precision model's type; nothing for any other model."""
+    if model.dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(model.device.type, dtype=model.dtype)
+    return nullcontext()
 
 
 @torch.no_grad()
