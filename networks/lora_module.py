@@ -24,7 +24,9 @@ class Strength:
         self._captured = False
 
     def in_force(self) -> float | Tensor:
-        inside_backward = torch._C._current_graph_task_id() != -1  # how torch.utils.checkpoint itself knows
+        # torch.utils.checkpoint itself asks like this. torch.compile cannot trace it, and would compile each module on its own, to give up
+        # after eight; while it traces, no backward is running.
+        inside_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         assert self._captured or not inside_backward, (
             "a checkpoint recomputes LoRA modules in backward() without the multiplier of the forward: call "
             "network.enable_gradient_checkpointing() after the model's, or use network.checkpoint(function, *args)"

@@ -104,3 +104,22 @@ def test_in_use_dropout_is_off_and_averaged_weights_are_on() -> None:
         assert not torch.allclose(network.loras[0].lora_up.weight, training, atol=1e-5)
     assert network.loras[0].training
     assert torch.allclose(network.loras[0].lora_up.weight, training, atol=1e-6)
+
+
+def test_torch_compile_takes_the_network_whole_and_obeys_its_multiplier() -> None:
+    """fullgraph: a graph break in a LoRA module is an error. (The eager backend traces like any other, and needs no compiler.)"""
+    model = tiny_model()
+    network = build_network(NetworkConfig(network_dim=2), model, torch.Generator().manual_seed(0), gradient_checkpointing=False)
+    for lora in network.loras:
+        torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    layer = model.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.ff")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
+    outputs = []
+    for multiplier in (torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5]), 1.0, 0.0):
+        network.set_multiplier(multiplier)
+        outputs.append(compiled(x))
+        assert torch.equal(outputs[-1], layer(x))
+    assert not torch.allclose(outputs[0], outputs[1])
+    with network.disabled():
+        assert torch.equal(compiled(x), outputs[3])
