@@ -85,6 +85,9 @@ def train(config: LecoScoreConfig) -> Path:
         model.unet.compile()
 
     encoder = PromptEncoder(model, network)
+    if config.network.network_train_unet_only:
+        encoder.encode_ahead([*prompts, *eval_prompts], config.rollout.size(model.spec.resolution))
+        model.free_text_encoders()
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
     scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
