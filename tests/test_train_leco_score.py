@@ -209,7 +209,7 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
 
     def ours(network: Any, multiplier: float = 1.0) -> Tensor:
         return sample(
-            model, network, [prompt], [seed], multiplier, num_steps=steps, guidance_scale=guidance, resolution=(64, 64), batch_size=1
+            model, network, [prompt], [seed], multiplier, num_steps=steps, guidance_scale=guidance, resolution=(128, 128), batch_size=1
         )
 
     def distance(one: Tensor, two: Tensor) -> float:
@@ -235,9 +235,9 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
     theirs: Any = pipeline(
         prompt.prompt,
         negative_prompt=prompt.negative_prompt,
-        latents=initial_noise([seed], (4, 8, 8))[0],
-        height=64,
-        width=64,
+        latents=initial_noise([seed], (4, 16, 16))[0],
+        height=128,
+        width=128,
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",
