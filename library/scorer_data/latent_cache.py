@@ -61,7 +61,8 @@ class LatentCache:
     def __init__(self, folder: Path) -> None:
         """Open the cache in `folder`; see `open_cache`. Shards that cannot be read count as not there."""
         self.folder = folder
-        self._entries: dict[tuple[str, bool], tuple[CachedLatent, _FileState]] = {}
+        # The state of the file is in the key: shards are read in no order of age, and an outdated latent must not hide the new one.
+        self._entries: dict[tuple[str, bool, _FileState], CachedLatent] = {}
         self._tensors: dict[Path, Tensor] = {}  # memory-mapped: only the rows that are read are ever in memory
         for shard in sorted(folder.glob("*.safetensors")):
             try:
@@ -72,8 +73,7 @@ class LatentCache:
 
     def find(self, path: Path, flipped: bool = False) -> CachedLatent | None:
         """Where the latent of a picture is, or None if it is not cached or the picture's file has changed."""
-        entry = self._entries.get((str(path), flipped))
-        return entry[0] if entry is not None and entry[1] == _FileState.of(path) else None
+        return self._entries.get((str(path), flipped, _FileState.of(path)))
 
     def write(self, bucket: tuple[int, int], pictures: Sequence[tuple[Path, bool]], latents: Tensor) -> None:
         """Add a shard: latents [N, C, h, w] of N (path, flipped), all of one bucket."""
@@ -98,7 +98,7 @@ class LatentCache:
         bucket = (int(header["bucket"][0]), int(header["bucket"][1]))
         for row, entry in enumerate(header["pictures"]):
             state = _FileState(entry["size"], entry["mtime_ns"])
-            self._entries[entry["path"], entry["flipped"]] = CachedLatent(shard, row, bucket), state
+            self._entries[entry["path"], entry["flipped"], state] = CachedLatent(shard, row, bucket)
 
 
 def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> LatentCache:
