@@ -1,6 +1,6 @@
 """The judge of the shapes world: a small network that reads shape and colour back from pictures.
 
-    python -m examples.shapes.judge --steps 1500                        train it, and measure it on drawings it never saw
+    python -m examples.shapes.judge --steps 1200                        train it, and measure it on drawings it never saw
     python -m examples.shapes.judge --measure examples/shapes/model     measure how well samples of a model follow their captions
 
 It sees drawings only, lightly blurred and grained as a VAE leaves them, never a sample. As a judge of

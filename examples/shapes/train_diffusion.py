@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--num_pictures", type=int, default=24_000)
+    parser.add_argument("--num_pictures", type=int, default=16_000)
     parser.add_argument("--save_every_n_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -5,6 +5,9 @@
 SD1's `AutoencoderKL` (8x downsampling, 4 latent channels) with few channels. Loss: L1 + MSE on pixels and a light KL
 term. Left out, since flat shapes do not need them: a perceptual loss, an adversarial loss. The latents' standard
 deviation is measured at the end and stored as `scaling_factor`, as SD1 does.
+
+The VAE in examples/shapes/model was made by this script when the world still had dotted shapes and radii from 10 pixels up,
+which it could not show; a new run draws today's world and gives a slightly different VAE.
 """
 
 import argparse
