@@ -9,7 +9,17 @@ from library.scorers.base import Scorer, ScorerSpec
 from library.types import Conditioning
 
 
-class ChannelScorer(Scorer):
+class StandardisedScorer(Scorer):
+    """A subclass says what the score is in standard deviations around the mean of its spec."""
+
+    def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        return self.standardised(latents, sigmas, cond, prompts) * self.spec.std + self.spec.mean
+
+    def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        raise NotImplementedError
+
+
+class ChannelScorer(StandardisedScorer):
     """The mean of latent channel 0: its gradient is the same everywhere."""
 
     def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
@@ -23,7 +33,7 @@ class CutScorer(ChannelScorer):
         return super().standardised(latents.detach(), sigmas, cond, prompts) + 0 * latents.mean((1, 2, 3))
 
 
-class WavyScorer(Scorer):
+class WavyScorer(StandardisedScorer):
     """Something curved, so that a gradient taken at the wrong place shows."""
 
     def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:

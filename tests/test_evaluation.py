@@ -27,7 +27,7 @@ RUN = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_siz
 class MeanOfChannel(Scorer):
     """A latent scorer with a known answer: the mean of the first channel."""
 
-    def standardised(self, latents: Tensor, sigmas: Tensor, cond, prompts) -> Tensor:
+    def score(self, latents: Tensor, sigmas: Tensor, cond, prompts) -> Tensor:
         assert (sigmas == 0).all()
         return latents[:, 0].mean((1, 2))
 

@@ -81,7 +81,7 @@ def test_gradient_equals_a_finite_difference(estimator: str, kind: str) -> None:
         wide = replace(batch, latents=batch.latents.double())
         scored = objective.estimate(wide, eps, abar.double(), next_abar.double(), belt.solver)
         scorer = objective.reward.scorers[0]
-        loss = -(batch.directions * scorer.standardised(scored.latents, scored.sigmas, None, None)).mean()
+        loss = -(batch.directions * scorer.score(scored.latents, scored.sigmas, None, None)).mean()
         for parameter, step in zip(parameters, direction, strict=True):
             parameter.sub_(distance * step)
         return loss

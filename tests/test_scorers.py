@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorers.base import BackboneScorer, Scorer, ScorerSpec
+from library.scorers.heads import HeadSpec
 from library.scorers.io import (
     FORMAT_KEY,
     SPEC_KEY,
@@ -75,7 +76,7 @@ def test_gradient_equals_finite_difference(kind: str) -> None:
 
 
 def test_mean_and_std_give_the_scores_own_units() -> None:
-    plain, scaled = make_scorer(), make_scorer(mean=5.0, std=2.0)
+    plain, scaled = make_scorer(), make_scorer(heads=(HeadSpec(mean=5.0, std=2.0),))
     latents, sigmas = some_latents(), torch.zeros(3)
     torch.testing.assert_close(scaled(latents, sigmas), plain(latents, sigmas) * 2 + 5)
 
@@ -131,7 +132,7 @@ def test_a_saved_scorer_scores_the_same(kind: str, tmp_path: Path) -> None:
 
 def rewrite(path: Path, **changes: str) -> None:
     """Give a scorer file another header."""
-    header = {FORMAT_KEY: "scorer/1", SPEC_KEY: make_scorer().spec.to_json(), **changes}
+    header = {FORMAT_KEY: "scorer/2", SPEC_KEY: make_scorer().spec.to_json(), **changes}
     save_file(load_file(path), path, {key: value for key, value in header.items() if value})
 
 
@@ -139,7 +140,7 @@ def rewrite(path: Path, **changes: str) -> None:
     ("header", "complaint"),
     [
         ({FORMAT_KEY: ""}, "is not a scorer"),
-        ({FORMAT_KEY: "backbone/1"}, "is not a scorer"),
+        ({FORMAT_KEY: "backbone/2"}, "is not a scorer"),
         ({SPEC_KEY: "{"}, "cannot be read"),
         ({SPEC_KEY: make_scorer().spec.to_json().replace('"latent_resnet"', '"latent_mlp"')}, "does not know"),
         ({SPEC_KEY: make_scorer().spec.to_json().replace("96", "64")}, "does not hold the weights"),
@@ -175,11 +176,11 @@ def test_a_backbone_carries_over_and_the_head_does_not(tmp_path: Path) -> None:
     save_scorer(tmp_path / "scorer.safetensors", source)
     for name in ("backbone", "scorer"):
         target = make_scorer(seed=2)
-        head = target.head.weight.clone()
+        head = target.heads["score"].members[0].weight.clone()
         assert not torch.equal(target.backbone(latents, sigmas), source.backbone(latents, sigmas))
         load_backbone_weights(tmp_path / f"{name}.safetensors", target.backbone, target.spec)
         assert torch.equal(target.backbone(latents, sigmas), source.backbone(latents, sigmas))
-        assert torch.equal(target.head.weight, head)
+        assert torch.equal(target.heads["score"].members[0].weight, head)
     with pytest.raises(UserError, match="another VAE"):
         load_backbone_weights(tmp_path / "backbone.safetensors", source.backbone, dataclasses.replace(source.spec, vae=OTHER_VAE))
     wide = dataclasses.replace(source.spec, architecture={**source.spec.architecture, "channels": [64, 96]})
@@ -187,14 +188,14 @@ def test_a_backbone_carries_over_and_the_head_does_not(tmp_path: Path) -> None:
         load_backbone_weights(tmp_path / "backbone.safetensors", source.backbone, wide)
 
 
-def test_a_subclass_needs_only_its_standardised_score() -> None:
+def test_a_subclass_needs_only_its_score() -> None:
     class MeanScorer(Scorer):
-        def standardised(self, latents, sigmas, cond, prompts):  # noqa: ANN001, ANN202
+        def score(self, latents, sigmas, cond, prompts):  # noqa: ANN001, ANN202
             return latents.mean((1, 2, 3))
 
     spec = ScorerSpec(kind="mean", architecture={}, vae=VAE, mean=1.0, std=3.0)
     latents = some_latents()
-    torch.testing.assert_close(MeanScorer(spec)(latents, torch.zeros(3)), latents.mean((1, 2, 3)) * 3 + 1)
+    torch.testing.assert_close(MeanScorer(spec)(latents, torch.zeros(3)), latents.mean((1, 2, 3)))
 
 
 # -- judges --------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from library.config import build
 from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec
+from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
 from library.scorers.registry import build_scorer
 from tests.tiny_models import save_folder, tiny_model, tiny_vae
@@ -21,7 +22,9 @@ def tiny_scorer(vae: VaeFingerprint, **spec: Any) -> Scorer:
     architecture = {"in_channels": 4, "channels": [8, 16], "blocks": 1, "norm_groups": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=vae, std=0.05, **spec))
+        return build_scorer(
+            ScorerSpec(kind="latent_resnet", architecture=architecture, vae=vae, heads=(HeadSpec(std=0.05),), std=0.05, **spec)
+        )
 
 
 def make_workplace(folder: Path, kind: str = "sd1") -> Path:

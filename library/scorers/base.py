@@ -1,14 +1,19 @@
 """What a scorer is: an opinion about latents at any noise level, and the record of what it was trained for."""
 
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from library.errors import UserError
+from library.models.base import DiffusionModel
 from library.models.vae import VaeFingerprint
+from library.scorers.heads import Head, HeadSpec, score_and_uncertainty
 from library.types import Conditioning
 
 
@@ -20,20 +25,28 @@ class ScorerSpec:
         kind: which backbone, a key of `library.scorers.registry.BACKBONES`.
         architecture: the keyword arguments of that backbone.
         vae: the VAE whose latents it reads.
+        heads: what it puts out, one for each thing that it learned.
+        score_head: name of the head whose reading is the score.
         noise_aware: whether it was trained on noisy latents; if not, only sigma 0 means something.
         uses_prompt: whether the score depends on the prompt.
-        mean, std: mean and standard deviation of the score over its training pictures, in the score's own units; std is above 0.
+        mean, std: mean and standard deviation of the score over a reference set of pictures, in the score's own units; std is above 0.
         training: how it was trained and how well it does, as plain JSON values (the per-sigma table is under "validation").
     """
 
     kind: str
     architecture: dict[str, Any]
     vae: VaeFingerprint
+    heads: tuple[HeadSpec, ...] = (HeadSpec(),)
+    score_head: str = "score"
     noise_aware: bool = True
     uses_prompt: bool = False
     mean: float = 0.0
     std: float = 1.0
     training: dict[str, Any] = field(default_factory=dict)
+
+    def head(self, name: str | None = None) -> HeadSpec:
+        """The head of that name, or the one that is the score."""
+        return next(head for head in self.heads if head.name == (name or self.score_head))
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "vae": self.vae.to_dict()})
@@ -42,13 +55,29 @@ class ScorerSpec:
     def from_json(text: str) -> "ScorerSpec":
         """Raises ValueError, KeyError or TypeError when the text is not what `to_json` writes."""
         values = json.loads(text)
-        return ScorerSpec(**{**values, "vae": VaeFingerprint.from_dict(values["vae"])})
+        heads = tuple(HeadSpec(**{**head, "classes": tuple(head["classes"]), "values": tuple(head["values"])}) for head in values["heads"])
+        return ScorerSpec(**{**values, "vae": VaeFingerprint.from_dict(values["vae"]), "heads": heads})
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a backbone that starts from other models' weights finds them.
+
+    Attributes:
+        model: loads the diffusion model that the run was given. Raises UserError if only a VAE was given.
+        vae: the run's VAE.
+    """
+
+    model: Callable[[], DiffusionModel]
+    vae: AutoencoderKL
 
 
 class Backbone(nn.Module):
     """Latents and their sigma to features: the part of a scorer that is kept when it learns another opinion.
 
-    A backbone is built from JSON values by keyword (`ScorerSpec.architecture`); `presets` names sets of them by size.
+    A backbone is built from JSON values by keyword (`ScorerSpec.architecture`) and then has random weights; those of a file
+    are loaded over them. A new run calls `architecture_for` to make the JSON values and `initialise` to fill in weights that
+    the backbone takes from elsewhere.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -59,28 +88,42 @@ class Backbone(nn.Module):
     ) -> Tensor:  # [B, feature_width]
         raise NotImplementedError
 
+    @classmethod
+    def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
+        """The JSON values of a new backbone. `options` are those of `library.scorer_config.ScorerConfig.backbone_options`.
+
+        Raises:
+            UserError: there is no such size, or an option that this kind does not have.
+        """
+        if size not in cls.presets:
+            raise UserError(f"{cls.__name__} has no size {size!r}; scorer_size can be {', '.join(cls.presets)}")
+        known = inspect.signature(cls.__init__).parameters
+        for name in options:
+            if name not in known:
+                raise UserError(f"scorer_args: {cls.__name__} has no {name!r}; it has {', '.join(key for key in known if key != 'self')}")
+        return {"in_channels": source.vae.config["latent_channels"], **cls.presets[size], **options}
+
+    def initialise(self, source: ModelSource) -> None:
+        """Take weights from the diffusion model, its VAE or a library's pretrained files. Most kinds start from random weights."""
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The trainable parameters from the input to the output, for learning rates that fall with depth. Every one stands in it once."""
+        return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]
+
 
 class Scorer(nn.Module):
-    """A score of latents, in the score's own units; higher is better.
-
-    A subclass implements `standardised`; the scale of the score is applied here, so that the same network can be trained
-    on any score. Gradients flow to the latents.
+    """A score of latents, in the score's own units; higher is better. A subclass implements `score`. Gradients flow to the latents.
 
     Attributes:
         spec: what it is and what it was trained for.
         name: for messages and logs; a loaded scorer has the name of its file.
     """
 
-    score_mean: Tensor
-    score_std: Tensor
-
     def __init__(self, spec: ScorerSpec) -> None:
         super().__init__()
         assert spec.std > 0, f"a score's standard deviation is above 0, not {spec.std}"
         self.spec = spec
         self.name = spec.kind
-        self.register_buffer("score_mean", torch.tensor(float(spec.mean)), persistent=False)  # the spec is what is saved
-        self.register_buffer("score_std", torch.tensor(float(spec.std)), persistent=False)
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
         """Score a batch.
@@ -96,25 +139,42 @@ class Scorer(nn.Module):
         assert latents.ndim == 4, f"latents are [B, C, h, w], not {list(latents.shape)}"
         assert sigmas.shape == latents.shape[:1], f"sigmas are [{latents.shape[0]}], not {list(sigmas.shape)}"
         assert self.spec.uses_prompt is False or cond is not None or prompts is not None, f"scorer {self.name} needs the prompts"
-        scores = self.standardised(latents, sigmas, cond, prompts)
+        scores = self.score(latents, sigmas, cond, prompts)
         assert scores.shape == sigmas.shape, f"a scorer returns [{sigmas.shape[0]}], not {list(scores.shape)}"
-        return scores.float() * self.score_std + self.score_mean
+        return scores.float()
 
-    def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
-        """The score in units of its standard deviation around its mean [B]: what training compares with standardised ratings."""
+    def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        """The score [B] in its own units."""
         raise NotImplementedError
+
+    def score_and_uncertainty(
+        self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The score [B] and the standard deviation that the scorer itself gives it [B], both in the score's units; 0 if it gives none."""
+        scores = self(latents, sigmas, cond, prompts)
+        return scores, torch.zeros_like(scores)
 
 
 class BackboneScorer(Scorer):
-    """A backbone and one linear layer."""
+    """A backbone with a head for each thing that it learned."""
 
     backbone: Backbone
-    head: nn.Linear
 
     def __init__(self, spec: ScorerSpec, backbone: Backbone) -> None:
         super().__init__(spec)
         self.backbone = backbone
-        self.head = nn.Linear(backbone.feature_width, 1)
+        self.heads = nn.ModuleDict({head.name: Head(backbone.feature_width, head) for head in spec.heads})
 
-    def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
-        return self.head(self.backbone(latents, sigmas, cond, prompts)).squeeze(1)
+    def outputs(
+        self, head: str, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
+    ) -> Tensor:  # [B, members, K]
+        """What a criterion learns: the outputs of one head, before they are read."""
+        return self.heads[head](self.backbone(latents, sigmas, cond, prompts))
+
+    def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        return self.score_and_uncertainty(latents, sigmas, cond, prompts)[0]
+
+    def score_and_uncertainty(
+        self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return score_and_uncertainty(self.outputs(self.spec.score_head, latents, sigmas, cond, prompts), self.spec.head())

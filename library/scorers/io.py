@@ -15,7 +15,7 @@ from library.scorers.base import Backbone, Scorer, ScorerSpec
 from library.scorers.registry import BACKBONES, build_scorer
 
 FORMAT_KEY = "leco_score.format"
-SCORER_FORMAT, BACKBONE_FORMAT = "scorer/1", "backbone/1"
+SCORER_FORMAT, BACKBONE_FORMAT = "scorer/2", "backbone/2"
 SPEC_KEY = "leco_score.spec"
 
 
@@ -66,7 +66,7 @@ def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec
     if not stored.vae.matches(spec.vae):
         raise UserError(f"backbone {path} was trained for another VAE; train it on latents of this VAE")
     prefix = "backbone."
-    backbone.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not key.startswith("head.")})
+    backbone.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not key.startswith("heads.")})
 
 
 def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint) -> None:

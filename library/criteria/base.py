@@ -1,0 +1,53 @@
+"""What a scorer can be asked to learn."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from library.scorers.heads import HeadSpec
+
+
+class Criterion(ABC):
+    """A loss, the head that it trains, and the numbers that say how well that went. Stateless.
+
+    Targets are tensors whose first dimension is the picture: scores [N] float32, labels [N] int64, votes [N, 10] float32, tags [N, K]
+    float32 of 0 and 1, pairs [N] float32 (the preference for the first: 1, 0 or 0.5).
+
+    Attributes:
+        name: how a user calls it.
+        target: the column it learns: "score", "label", "votes", "tags" or "pair".
+        selection: the metric that chooses the best checkpoint; higher is better.
+        mixes: whether a mixture of two pictures has the mixture of their targets, so that mixup (arXiv 1710.09412) may be used.
+    """
+
+    name: ClassVar[str]
+    target: ClassVar[str]
+    selection: ClassVar[str]
+    mixes: ClassVar[bool] = False
+
+    @abstractmethod
+    def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
+        """The head for these training targets.
+
+        Args:
+            targets: of the training pictures. classes: names of labels or tags, in the order of their numbers.
+            options: `target_class`, `members`, `hidden` of the HeadSpec.
+
+        Raises:
+            UserError: nothing can be learned from them (a constant score, one class only, an unknown target_class).
+        """
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
+        """Loss of each picture [B].
+
+        Args:
+            outputs: [B, K], one member's; for pairs [B, 2, K], the first's and the second's.
+            targets: [B, ...]; labels as [B, K] probabilities too, when mixup made them.
+        """
+
+    @abstractmethod
+    def metrics(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> dict[str, float]:
+        """Numbers by name over a whole validation set: outputs [N, K] (pairs [N, 2, K]) and targets [N, ...], on the CPU."""

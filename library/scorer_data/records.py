@@ -1,0 +1,138 @@
+"""What a reader of rated pictures yields: pictures, pairs of them, and what had to be left out.
+
+A picture is wherever its bytes are: a file, a member of a tar, a cell of a parquet file. What a row says of it (a score, a label,
+votes, tags) is None where its source does not say it.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+SPLITS = ("train", "val", "test")  # test rows are neither trained on nor validated with
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What tells that a file has not changed: its size in bytes and its time of modification in ns."""
+
+    size: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(path: Path) -> "FileState":
+        """Raises OSError if there is no such file."""
+        status = path.stat()
+        return FileState(status.st_size, status.st_mtime_ns)
+
+
+class Picture(Protocol):
+    """Where a picture's bytes are. Hashable and small: there may be a million."""
+
+    @property
+    def key(self) -> str:
+        """Names the picture, the same in every run on this machine: a path, and the place within it where it is a part of a file."""
+        ...
+
+    def state(self) -> FileState:
+        """Of the file that it is, or is in. Raises OSError if there is none."""
+        ...
+
+    def open(self) -> BinaryIO:
+        """Its bytes. Raises OSError if they cannot be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilePicture:
+    """A picture file, by its absolute path."""
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return str(self.path)
+
+    def state(self) -> FileState:
+        return FileState.of(self.path)
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb")
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePicture:
+    """A picture that is `size` bytes of a file from `offset` on, such as a member of an uncompressed tar; `name` is for messages."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}#{self.offset}+{self.size}"
+
+    def state(self) -> FileState:
+        return FileState.of(self.path)
+
+    def open(self) -> BinaryIO:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatedImage:
+    """One rated picture.
+
+    Attributes:
+        picture: where it is. name: the path as the source has it, with forward slashes: the same on every machine.
+        where: file and line, for messages.
+        score: finite. label: its class. votes: counts of the ratings 1, 2, ... 10. tags: those that apply.
+        prompt: what was asked for when the picture was made.
+        weight: in the loss, relative to the others; above 0.
+        split: one of SPLITS, or None to let the run decide.
+    """
+
+    picture: Picture
+    name: str
+    where: str
+    score: float | None = None
+    label: str | None = None
+    votes: tuple[float, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    prompt: str = ""
+    weight: float = 1.0
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatedPair:
+    """Two pictures of which one was preferred.
+
+    Attributes:
+        first, second: where they are. name: of the pair, as the source has it.
+        preference: 1 when the first is better, 0 when the second is, 0.5 for a tie.
+        where, prompt, weight, split: as in RatedImage.
+    """
+
+    first: Picture
+    second: Picture
+    name: str
+    where: str
+    preference: float
+    prompt: str = ""
+    weight: float = 1.0
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row or a picture that was left out: one sentence that says where it is and why."""
+
+    reason: str
+
+
+Records = Iterator[RatedImage | RatedPair | Skipped]
