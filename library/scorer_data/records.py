@@ -46,13 +46,20 @@ class Picture(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FilePicture:
-    """A picture file, by its absolute path."""
+    """A picture file, by its absolute path, which is kept as text: a `Path` takes several times the memory."""
 
-    path: Path
+    location: str | Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "location", str(self.location))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
 
     @property
     def key(self) -> str:
-        return str(self.path)
+        return str(self.location)
 
     def state(self) -> FileState:
         return FileState.of(self.path)
