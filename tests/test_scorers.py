@@ -21,8 +21,8 @@ from library.scorers.io import (
     save_backbone,
     save_scorer,
 )
+from library.scorers.judges import load_judge
 from library.scorers.latent_resnet import noise_angle
-from library.scorers.pixel import load_judge
 from library.scorers.registry import BACKBONES, build_scorer, get_backbone, preset_architecture
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9))

@@ -33,7 +33,7 @@ from library.report import html_report
 from library.runtime import check_writable, set_num_threads, weight_dtype
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
-from library.scorers.pixel import Judge, load_judge
+from library.scorers.judges import Judge, load_judge
 from library.solvers import SOLVERS
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
