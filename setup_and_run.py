@@ -6,7 +6,8 @@
 The environment is the folder .venv beside this file; `--venv PATH` takes another. It is made if it is not there, and
 packages are installed only if one of them is missing or is not the version that constraints.txt names. So a build of
 torch that you installed into it yourself stays, if it has that version. All that follows the command goes to the
-demonstration or to pytest, which run in this file's folder.
+demonstration or to pytest, which run in this file's folder. `test` without arguments also runs the tests of what needs
+optional packages, which it puts into the folder .optional, where nothing else sees them.
 """
 
 from __future__ import annotations  # so that an old Python gets as far as being told that it is too old
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 CONSTRAINTS = "constraints.txt"
+OPTIONAL, OPTIONAL_FOLDER = "requirements-optional.txt", ".optional"
 REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "requirements-test.txt"]}
 
 
@@ -129,10 +131,29 @@ def run_tests(python: Path, arguments: list[str]) -> int:
     for name, command in checks.items():
         say(f"Running {name}.")
         codes[name] = run(command, environment)
+    if not arguments:
+        codes["optional tests"] = run_optional_tests(python, environment)
     failed = [name for name, code in codes.items() if code]
     if failed:
         print("Failed: " + ", ".join(failed), file=sys.stderr)
     return codes[failed[0]] if failed else 0
+
+
+def run_optional_tests(python: Path, environment: dict[str, str]) -> int:
+    """The tests of what needs optional packages, in a process that sees these packages; the exit code of pip or of pytest."""
+    folder = ROOT / OPTIONAL_FOLDER
+    wanted, installed = ROOT / OPTIONAL, folder / "installed.txt"
+    if not installed.exists() or installed.read_bytes() != wanted.read_bytes():
+        say(f"Installing what {OPTIONAL} names into {folder}.")
+        code = run(
+            [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--upgrade", "--target", folder, "-r", OPTIONAL]
+        )
+        if code:
+            return code
+        installed.write_bytes(wanted.read_bytes())
+    say("Running the tests of what needs optional packages.")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return run([python, "-m", "pytest", "tests/optional"], {**environment, "PYTHONPATH": path})
 
 
 def run(command: list[str | Path], environment: dict[str, str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The two commands of the README: what they install, what they skip, what they run, and what they say when it fails."""
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 
@@ -132,7 +133,48 @@ def test_every_check_runs_and_the_first_failure_is_the_exit_code(monkeypatch: py
 
 def test_no_failure_is_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_and_run, "run", lambda command, environment: 0)
+    monkeypatch.setattr(setup_and_run, "run_optional_tests", lambda python, environment: 0)
     assert setup_and_run.run_tests(Path("python"), []) == 0
+
+
+def test_optional_tests_run_when_pytest_is_given_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(setup_and_run, "run", lambda command, environment: 0)
+    monkeypatch.setattr(setup_and_run, "run_optional_tests", lambda python, environment: 1)
+    assert setup_and_run.run_tests(Path("python"), []) == 1
+    assert "optional tests" in capsys.readouterr().err
+    assert setup_and_run.run_tests(Path("python"), ["-k", "lora"]) == 0
+
+
+def test_optional_packages_are_installed_apart_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str] | None]] = []
+
+    def run(command: list, environment: dict[str, str] | None = None) -> int:
+        (folder / ".optional").mkdir(exist_ok=True)  # as pip does
+        started.append((list(map(str, command)), environment))
+        return 0
+
+    monkeypatch.setattr(setup_and_run, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    (folder / "requirements-optional.txt").write_text("timm==1\n")
+    assert setup_and_run.run_optional_tests(Path("python"), {"OMP_NUM_THREADS": "1"}) == 0
+    assert setup_and_run.run_optional_tests(Path("python"), {}) == 0
+    assert [command[2] for command, _ in started] == ["pip", "pytest", "pytest"]
+    install, tests = started[0][0], started[1]
+    assert "--no-deps" in install and install[install.index("--target") + 1] == str(folder / ".optional")
+    assert tests == (
+        ["python", "-m", "pytest", "tests/optional"],
+        {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder / ".optional"), "mine"])},
+    )
+
+    (folder / "requirements-optional.txt").write_text("timm==2\n")
+    setup_and_run.run_optional_tests(Path("python"), {})
+    assert [command[2] for command, _ in started[3:]] == ["pip", "pytest"]
+
+
+def test_optional_packages_that_cannot_be_installed_are_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "requirements-optional.txt").write_text("no-such-package\n")
+    monkeypatch.setattr(setup_and_run, "run", lambda command: 4)
+    assert setup_and_run.run_optional_tests(Path("python"), {}) == 4
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
