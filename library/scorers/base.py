@@ -110,6 +110,13 @@ class Backbone(nn.Module):
         """The trainable parameters from the input to the output, for learning rates that fall with depth. Every one stands in it once."""
         return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]
 
+    def saved_state(self) -> dict[str, Tensor]:
+        """What its file holds: the state dict, each tensor in the dtype that it is stored in. `load_state_dict` takes it back."""
+        return self.state_dict()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, where the kind is large enough to need it; the others do nothing here."""
+
 
 class Scorer(nn.Module):
     """A score of latents, in the score's own units; higher is better. A subclass implements `score`. Gradients flow to the latents.
@@ -147,6 +154,10 @@ class Scorer(nn.Module):
         """The score [B] in its own units."""
         raise NotImplementedError
 
+    def saved_state(self) -> dict[str, Tensor]:
+        """What its file holds; see `Backbone.saved_state`."""
+        return self.state_dict()
+
     def score_and_uncertainty(
         self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -170,6 +181,9 @@ class BackboneScorer(Scorer):
     ) -> Tensor:  # [B, members, K]
         """What a criterion learns: the outputs of one head, before they are read."""
         return self.heads[head](self.backbone(latents, sigmas, cond, prompts))
+
+    def saved_state(self) -> dict[str, Tensor]:
+        return self.state_dict() | {f"backbone.{name}": tensor for name, tensor in self.backbone.saved_state().items()}
 
     def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
         return self.score_and_uncertainty(latents, sigmas, cond, prompts)[0]

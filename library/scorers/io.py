@@ -1,12 +1,14 @@
 """Scorers as files: one .safetensors with the weights and, in its header, all that is needed to use them."""
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
@@ -16,13 +18,14 @@ from library.scorers.registry import BACKBONES, build_scorer
 
 FORMAT_KEY = "leco_score.format"
 SCORER_FORMAT, BACKBONE_FORMAT = "scorer/2", "backbone/2"
+OLDER_FORMATS = ("scorer/1", "backbone/1")  # one score and no heads
 SPEC_KEY = "leco_score.spec"
 
 
 def save_scorer(path: str | Path, scorer: Scorer, metadata: Mapping[str, str] | None = None) -> None:
     """Write a scorer, its spec and, if given, more metadata (strings) to one file."""
     header = {FORMAT_KEY: SCORER_FORMAT, SPEC_KEY: scorer.spec.to_json(), "torch": torch.__version__, **(metadata or {})}
-    atomic_save_safetensors(scorer.state_dict(), path, header)
+    atomic_save_safetensors(scorer.saved_state(), path, header)
 
 
 def load_scorer(path: str | Path) -> Scorer:
@@ -44,10 +47,10 @@ def load_scorer(path: str | Path) -> Scorer:
     return scorer.eval().requires_grad_(False)
 
 
-def save_backbone(path: str | Path, backbone: nn.Module, spec: ScorerSpec, metadata: Mapping[str, str] | None = None) -> None:
+def save_backbone(path: str | Path, backbone: Backbone, spec: ScorerSpec, metadata: Mapping[str, str] | None = None) -> None:
     """Write a backbone alone, for scorers to start from. Of `spec`, the kind, the architecture and the VAE are what counts."""
     header = {FORMAT_KEY: BACKBONE_FORMAT, SPEC_KEY: spec.to_json(), "torch": torch.__version__, **(metadata or {})}
-    atomic_save_safetensors(backbone.state_dict(), path, header)
+    atomic_save_safetensors(backbone.saved_state(), path, header)
 
 
 def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec) -> None:
@@ -58,15 +61,15 @@ def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec
     """
     path = Path(path)
     _, stored, tensors = _read(path)
-    if (stored.kind, stored.architecture) != (spec.kind, spec.architecture):
-        raise UserError(
-            f"{path} holds a {stored.kind} of {json.dumps(stored.architecture)} and this run builds a {spec.kind} of "
-            f"{json.dumps(spec.architecture)}; give the same scorer_kind and scorer_size to both"
-        )
+    if differences := _differences(stored, spec):
+        raise UserError(f"backbone {path} is not what this run builds: {differences}; give the same scorer_kind and scorer_size to both")
     if not stored.vae.matches(spec.vae):
         raise UserError(f"backbone {path} was trained for another VAE; train it on latents of this VAE")
     prefix = "backbone."
-    backbone.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not key.startswith("heads.")})
+    try:
+        backbone.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not key.startswith("heads.")})
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the weights of the {spec.kind} that its header describes; train it again") from error
 
 
 def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint) -> None:
@@ -76,6 +79,23 @@ def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint) -> None:
             f"scorer {scorer.name} was trained for another VAE (scaling factor {scorer.spec.vae.scaling_factor:g}) than this model's "
             f"({vae.scaling_factor:g}); train a scorer with this model, or take a model that shares the scorer's VAE"
         )
+
+
+def _differences(stored: ScorerSpec, wanted: ScorerSpec) -> str:
+    """What tells two backbones apart, for people; empty if nothing does."""
+    if stored.kind != wanted.kind:
+        return f"a {stored.kind} there, a {wanted.kind} here"
+    there, here = stored.architecture, wanted.architecture
+    return ", ".join(
+        f"{key} is {_brief(there.get(key))} there and {_brief(here.get(key))} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    )
+
+
+def _brief(value: Any) -> str:
+    """As JSON, cut where it is long: an architecture may hold the whole configuration of a U-Net."""
+    return textwrap.shorten(json.dumps(value), 80, placeholder=" ...")
 
 
 def _read(path: Path) -> tuple[str, ScorerSpec, dict[str, Tensor]]:
@@ -90,6 +110,8 @@ def _read(path: Path) -> tuple[str, ScorerSpec, dict[str, Tensor]]:
         raise UserError(f"{path} is not a readable .safetensors file ({error}); it may be truncated: copy or train it again") from error
     file_format = metadata.get(FORMAT_KEY, "")
     if file_format not in (SCORER_FORMAT, BACKBONE_FORMAT):
+        if file_format in OLDER_FORMATS:
+            raise UserError(f"{path} was written by an older version ({file_format}; this one reads {SCORER_FORMAT}): train it again")
         raise UserError(f"{path} is not a scorer; give a file that train_latent_scorer.py wrote")
     try:
         spec = ScorerSpec.from_json(metadata[SPEC_KEY])
