@@ -137,9 +137,17 @@ class RatedPair:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row or a picture that was left out: one sentence that says where it is and why."""
+    """Rows or pictures that were left out.
+
+    Attributes:
+        reason: one sentence that says where, and why.
+        kind: the why alone, in the same words for all of a kind: reports count by it. Empty: counted as "other".
+        count: how many this stands for, where they would be too many to name.
+    """
 
     reason: str
+    kind: str = ""
+    count: int = 1
 
 
 Records = Iterator[RatedImage | RatedPair | Skipped]
