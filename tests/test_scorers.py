@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorers.base import BackboneScorer, Scorer, ScorerSpec
+from library.scorers.conditioning import noise_angle
 from library.scorers.heads import HeadSpec
 from library.scorers.io import (
     FORMAT_KEY,
@@ -22,7 +23,6 @@ from library.scorers.io import (
     save_scorer,
 )
 from library.scorers.judges import load_judge
-from library.scorers.latent_resnet import noise_angle
 from library.scorers.registry import BACKBONES, build_scorer, get_backbone, preset_architecture
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9))
