@@ -74,4 +74,4 @@ class DropPath(nn.Module):
 
 def drop_path_rates(highest: float, blocks: int) -> list[float]:
     """Rates of stochastic depth that rise linearly from 0 at the first block to `highest` at the last."""
-    return torch.linspace(0, highest, blocks).tolist()
+    return [highest * block / max(blocks - 1, 1) for block in range(blocks)]
