@@ -7,8 +7,9 @@ from typing import Any
 from library.errors import UserError
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
 from library.scorers.latent_resnet import LatentResNet
+from library.scorers.latent_vit import LatentViT
 
-BACKBONES: Mapping[str, type[Backbone]] = MappingProxyType({"latent_resnet": LatentResNet})
+BACKBONES: Mapping[str, type[Backbone]] = MappingProxyType({"latent_resnet": LatentResNet, "latent_vit": LatentViT})
 
 
 def get_backbone(kind: str) -> type[Backbone]:
