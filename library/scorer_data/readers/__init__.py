@@ -1,0 +1,1 @@
+"""Where rated pictures come from: one module a format, listed in `registry`."""

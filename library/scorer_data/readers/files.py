@@ -1,0 +1,101 @@
+"""Finding picture files: one listing of each folder instead of a question for each file."""
+
+import glob
+import os
+import unicodedata
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from library.errors import UserError
+from library.scorer_data.readers.base import BadValue
+from library.scorer_data.records import FilePicture
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
+
+
+class PictureFiles:
+    """The files under a folder.
+
+    A folder is listed once, when the first of its files is asked for, and costs 9 bytes a file from then on: a hash of its
+    name, and whether it was found before. (Should two names have one hash, a chance of 1 in 10^7 for a million files, a missing
+    file can look present; reading it fails later, and is reported then.)
+
+    Args:
+        folder: what names are relative to.
+        once: whether a file that is found twice is a mistake.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+
+    def __init__(self, folder: Path, *, once: bool = True) -> None:
+        if not folder.is_dir():
+            raise UserError(f"image_dir {folder} is not a folder; give the folder that the paths are relative to")
+        self.folder, self.once = folder, once
+        self._root = os.path.abspath(folder)
+        self._listings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of each folder: sorted hashes [N] int64, found before [N] bool
+
+    def find(self, name: str) -> FilePicture:
+        """The picture of that name, which may be a path with either slash. Raises BadValue if there is none, or if it was found before."""
+        picture = self.look(name)
+        if picture is None:
+            raise BadValue("picture is missing", f"there is no picture {os.path.join(self.folder, name)}")
+        return picture
+
+    def look(self, name: str) -> FilePicture | None:
+        """As `find`, but None if there is none."""
+        path = os.path.normpath(os.path.join(self._root, name.replace("\\", "/")))
+        folder, file = os.path.split(path)
+        hashes, found = self._listing(folder)
+        if not len(hashes):
+            return None
+        forms = (file,) if file.isascii() else dict.fromkeys((file, *(unicodedata.normalize(form, file) for form in ("NFC", "NFD"))))
+        for form in forms:  # an archive made on macOS has decomposed accents, a list made elsewhere has not
+            code = _code(form)
+            place = int(np.searchsorted(hashes, code))
+            if place < len(hashes) and hashes[place] == code:
+                if self.once and found[place]:
+                    raise BadValue("picture is listed twice", f"picture {name} is listed before; list each picture once")
+                found[place] = True
+                return FilePicture(os.path.join(folder, form))
+        return None
+
+    def _listing(self, folder: str) -> tuple[np.ndarray, np.ndarray]:
+        if folder not in self._listings:
+            real = os.path.realpath(folder)  # a folder that is linked to is the same folder
+            if real not in self._listings:
+                try:
+                    with os.scandir(real) as entries:
+                        hashes = np.sort(np.fromiter((_code(entry.name) for entry in entries if entry.is_file()), dtype=np.int64))
+                except OSError:
+                    hashes = np.empty(0, dtype=np.int64)
+                self._listings[real] = (hashes, np.zeros(len(hashes), dtype=bool))
+            self._listings[folder] = self._listings[real]
+        return self._listings[folder]
+
+
+def _code(name: str) -> int:
+    return hash(os.path.normcase(name))
+
+
+def source_files(path: Path, suffixes: Collection[str]) -> list[Path]:
+    """The file itself, the files of a folder with one of the suffixes, or those of a pattern with * and ?; sorted by name.
+
+    Raises UserError if there is none.
+    """
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file() and not file.name.startswith(".")]
+    else:
+        found = [Path(name) for name in glob.glob(str(path))]
+    if not found:
+        raise UserError(f"there is nothing to read at {path}; give a file, or a folder of files that end in {' or '.join(suffixes)}")
+    return sorted(found)
+
+
+def own_folder(path: Path) -> Path:
+    """The folder that a source is, or is in."""
+    return path if path.is_dir() else path.parent
