@@ -7,6 +7,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+LOG_VARIANCE_RANGE = (-10.0, 10.0)  # of a "gaussian" head: a spread of 0.7 % to 148 times that of the targets; beyond, exp overflows
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
@@ -62,7 +64,7 @@ def read_value(outputs: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
 
 def read_gaussian(outputs: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
     """Mean and log variance of a normal distribution, both in units of the training targets' standard deviation."""
-    return outputs[..., 0] * head.std + head.mean, (outputs[..., 1] / 2).exp() * head.std
+    return outputs[..., 0] * head.std + head.mean, (outputs[..., 1].clamp(*LOG_VARIANCE_RANGE) / 2).exp() * head.std
 
 
 def read_distribution(outputs: Tensor, head: HeadSpec) -> tuple[Tensor, Tensor | None]:
