@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from library.errors import UserError
 from library.scorers.heads import HeadSpec
 
 
@@ -44,10 +45,26 @@ class Criterion(ABC):
         """Loss of each picture [B].
 
         Args:
-            outputs: [B, K], one member's; for pairs [B, 2, K], the first's and the second's.
+            outputs: float32 [B, K], one member's; for pairs [B, 2, K], the first's and the second's.
             targets: [B, ...]; labels as [B, K] probabilities too, when mixup made them.
         """
 
     @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> dict[str, float]:
         """Numbers by name over a whole validation set: outputs [N, K] (pairs [N, 2, K]) and targets [N, ...], on the CPU."""
+
+    def mixable(self, targets: Tensor, head: HeadSpec) -> Tensor:
+        """The targets [B, ...] in a form whose weighted means are targets too; `losses` takes it. For criteria that mix."""
+        return targets
+
+    def _head(self, name: str, options: Mapping[str, Any], **fields: Any) -> HeadSpec:
+        """A HeadSpec with these fields and the options that every criterion has.
+
+        Raises:
+            UserError: a target_class is given, but there are no classes.
+        """
+        if options.get("target_class") and not fields.get("classes"):
+            raise UserError(
+                f"dataset {name} has the target_class {options['target_class']!r}, but {self.name} learns no classes; leave it out"
+            )
+        return HeadSpec(name=name, criterion=self.name, members=options.get("members", 1), hidden=options.get("hidden", 0), **fields)

@@ -1,0 +1,34 @@
+"""The criteria there are. To add one: write a `Criterion` and add it here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from library.criteria.base import Criterion
+from library.criteria.classification import AsymmetricMultilabel, Classification, Multilabel
+from library.criteria.distribution import EarthMovers
+from library.criteria.ordinal import Ordinal
+from library.criteria.preference import Pairwise, Ranking
+from library.criteria.regression import GaussianLikelihood, HuberError, SquaredError
+
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(
+    {
+        criterion.name: criterion
+        for criterion in (
+            SquaredError(),
+            HuberError(),
+            GaussianLikelihood(),
+            Ordinal(),
+            Ranking(),
+            EarthMovers(),
+            Classification(),
+            Multilabel(),
+            AsymmetricMultilabel(),
+            Pairwise(),
+        )
+    }
+)
+
+
+def criteria_of(target: str) -> tuple[str, ...]:
+    """Names of the criteria that learn this column."""
+    return tuple(name for name, criterion in CRITERIA.items() if criterion.target == target)
