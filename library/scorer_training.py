@@ -1,55 +1,33 @@
-"""The parts of a scorer's training: noise, optimizer, averaging, validation at every noise level, the choice of the best."""
+"""The training of a scorer: its noise, its batches, its loop."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate import Accelerator
+from torch import Tensor
 
+from library.augmentation import LatentAugmentation, augment, mixup
+from library.config import OptimizerConfig
+from library.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
+from library.criteria.masked import MaskedCells
 from library.errors import UserError
 from library.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
-from library.scorer_data.batches import LatentDataset
-from library.scorer_data.datasets import RatedData
-from library.scorer_losses import Criterion
-from library.scorers.base import Backbone
+from library.optimizers import evaluating
+from library.runtime import generator
+from library.scorer_balancing import IndependentOptimizers, SummedLosses
+from library.scorer_config import ScorerTrainingConfig
+from library.scorer_data.batches import LatentBatch
+from library.scorer_tasks import Task
+from library.scorer_validation import AveragedWeights, BestState, SigmaTable, selection_value, validate
+from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
+from library.scorers.masked_latents import MaskedLatentPretraining
+from library.tracking import Tracker
+from library.types import Conditioning
 
-TABLE_SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
-SigmaTable = list[dict[str, float]]  # a row for each of TABLE_SIGMAS: sigma, and the metrics by name
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One thing learned: a criterion by name, its pictures, for how long; `std` is the unit of its errors; `first_step` for the logs."""
-
-    criterion: str
-    data: RatedData
-    steps: int
-    learning_rate: float
-    std: float = 1.0
-    first_step: int = 0
-
-    def describe(self) -> dict[str, Any]:
-        """For the record in the scorer's file."""
-        pictures = {"train": len(self.data.train), "validation": len(self.data.validation)}
-        return {"criterion": self.criterion, "pictures": pictures, "steps": self.steps, "learning_rate": self.learning_rate}
-
-
-class Classifier(nn.Module):
-    """A backbone and a linear layer to classes: what pretraining trains. Latents [B, C, h, w] and sigmas [B] to logits [B, classes]."""
-
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.feature_width, num_classes)
-
-    def forward(self, latents: Tensor, sigmas: Tensor) -> Tensor:
-        return self.head(self.backbone(latents, sigmas))
+REFERENCE_PICTURES = 2048  # the scale of a score is measured on so many training pictures
 
 
 def standard_schedule() -> NoiseSchedule:
@@ -72,105 +50,199 @@ def add_noise(latents: Tensor, sigmas: Tensor, generator: torch.Generator) -> Te
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int, steps: int
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW, and a schedule of a linear rise and a cosine to 0. Biases and the scales of norms, which are all vectors, do not decay."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+def share_out(batch_size: int, proportions: Sequence[float]) -> list[int]:
+    """Whole numbers, at least 1 each, that add up to `batch_size` in these proportions as nearly as can be (largest remainders).
+
+    Raises:
+        UserError: there are more shares than pictures in a batch.
+    """
+    if len(proportions) > batch_size:
+        raise UserError(f"train_batch_size is {batch_size}, but there are {len(proportions)} datasets; give each at least one picture")
+    spare, total = batch_size - len(proportions), sum(proportions)
+    ideal = [1 + spare * proportion / total for proportion in proportions]
+    counts = [int(share) for share in ideal]
+    by_remainder = sorted(range(len(ideal)), key=lambda index: counts[index] - ideal[index])
+    for index in by_remainder[: batch_size - sum(counts)]:
+        counts[index] += 1
+    return counts
 
 
-@contextlib.contextmanager
-def averaged(model: nn.Module, ema: EMAModel) -> Iterator[None]:
-    """Within the block the model has its averaged weights and is in evaluation mode."""
-    parameters = list(model.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    model.eval()
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-        model.train()
+class PretrainingScorer(BackboneScorer):
+    """A scorer of which only the backbone is kept; it may also learn to fill in hidden cells."""
+
+    def __init__(self, spec: ScorerSpec, backbone: Backbone) -> None:
+        super().__init__(spec, backbone)
+        if any(head.criterion == MaskedCells.name for head in spec.heads):
+            self.masked = MaskedLatentPretraining(backbone)
 
 
-@torch.no_grad()
-def validate(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    dataset: LatentDataset,
-    criterion: Criterion,
-    *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> SigmaTable:
-    """Metrics over a whole set at each of TABLE_SIGMAS, always with the same noise for one seed. `predict(latents, sigmas)`."""
-    table: SigmaTable = []
-    for sigma in TABLE_SIGMAS:
-        generator = torch.Generator().manual_seed(seed)
-        outputs, targets = [], []
-        for batch in dataset.in_order(batch_size):
-            sigmas = torch.full((len(batch),), sigma, device=device)
-            latents = add_noise(batch.latents.to(device), sigmas, generator)
-            outputs.append(predict(latents, sigmas).float().cpu())
-            targets.append(batch.targets)
-        table.append({"sigma": sigma, **criterion.metrics(torch.cat(outputs), torch.cat(targets))})
-    return table
-
-
-def selection_value(table: SigmaTable, criterion: Criterion) -> float:
-    """The number that chooses the best checkpoint: half the metric on clean latents, half its mean over the noisy levels."""
-    clean = [row[criterion.selection] for row in table if row["sigma"] == 0]
-    noisy = [row[criterion.selection] for row in table if row["sigma"] > 0]
-    return 0.5 * sum(clean) / len(clean) + 0.5 * sum(noisy) / len(noisy)
-
-
-class BestCheckpoint:
-    """Validates the averaged weights when asked and remembers the best.
+@dataclass(frozen=True)
+class Stage:
+    """One training of a scorer.
 
     Attributes:
-        value: the highest selection value so far. step: when it was. table: what was measured then.
+        name: for the logs and the record.
+        tasks: what is learned at once.
+        selecting: names of the tasks by whose metrics the best state is chosen.
+        steps, optimizer: how long, and by what. first_step: where its steps stand in the logs.
     """
 
-    def __init__(self, model: nn.Module, ema: EMAModel, criterion: Criterion, dataset: LatentDataset, batch_size: int) -> None:
-        self.value, self.step = -math.inf, 0
-        self.table: SigmaTable = []
-        self._weights: dict[str, Tensor] = {}
-        self._model, self._ema, self._criterion, self._dataset, self._batch_size = model, ema, criterion, dataset, batch_size
-
-    def consider(self, step: int, device: torch.device | str = "cpu") -> None:
-        """Keep the averaged weights after `step` steps if they are better than all before."""
-        with averaged(self._model, self._ema):
-            table = validate(self._model, self._dataset, self._criterion, batch_size=self._batch_size, device=device)
-            value = selection_value(table, self._criterion)
-            if value > self.value:
-                self.value, self.step, self.table = value, step, table
-                self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
-
-    def __str__(self) -> str:
-        return f"best at step {self.step}, on {len(self._dataset)} validation pictures:\n{format_table(self.table)}"
-
-    def restore(self) -> None:
-        """Give the model the best weights."""
-        self._model.load_state_dict(self._weights)
+    name: str
+    tasks: Sequence[Task]
+    selecting: Sequence[str]
+    steps: int
+    optimizer: OptimizerConfig
+    first_step: int = 0
 
 
-def check_loss(loss: Tensor, step: int) -> None:
-    """Raises UserError naming the step if the loss is not finite."""
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"step {step + 1}: the loss is {loss.item()}, so training stopped; lower learning_rate, or use mixed_precision bf16"
-        )
+class ScorerTrainer:
+    """Trains scorers on one machine's settings.
+
+    Args:
+        encode_prompts: prompts to what the U-Net is told of them; needed by scorers that use the prompt.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: ScorerTrainingConfig,
+        augmentation: LatentAugmentation,
+        tracker: Tracker,
+        encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None,
+    ) -> None:
+        self.accelerator, self.settings, self.augmentation, self.tracker = accelerator, settings, augmentation, tracker
+        self.encode_prompts = encode_prompts
+        self.schedule = standard_schedule()
+
+    def fit(self, scorer: BackboneScorer, stage: Stage) -> dict[str, Any]:
+        """Train a scorer, leave it with its best averaged weights, and return the record of the stage as JSON values."""
+        settings, device = self.settings, self.accelerator.device
+        scorer.to(device).train()
+        rng = generator(settings.seed, stage.name, self.accelerator.process_index)
+        make_balance = IndependentOptimizers if settings.balancing == "independent" else SummedLosses
+        balance = make_balance(self.accelerator, scorer, stage.tasks, settings, stage.optimizer, stage.steps)
+        backbone = [parameter for parameter in scorer.backbone.parameters() if parameter.requires_grad]
+        average = AveragedWeights(scorer, settings.ema_decay)
+        best = BestState(scorer, average)
+        sizes = share_out(settings.train_batch_size, [task.dataset.proportion for task in stage.tasks])
+        batches = [task.train.endless(size, rng) for task, size in zip(stage.tasks, sizes, strict=True)]
+
+        shown = (*(f"loss/{task.name}" for task in stage.tasks), "best")
+        progress = self.tracker.progress(stage.steps, 0, stage.name, shown[-3:])
+        for step in range(stage.steps):
+            for parameter in backbone:
+                parameter.requires_grad_(step >= settings.freeze_backbone_steps)
+            losses = {
+                task.name: self._loss(scorer, task, next(source).to(device), size, rng)
+                for task, source, size in zip(stage.tasks, batches, sizes, strict=True)
+            }
+            values = balance.step(losses)
+            check_losses(values, step)
+            average.step()
+
+            if (step + 1) % settings.validate_every_n_steps == 0 or step + 1 == stage.steps:
+                with contextlib.ExitStack() as stack:
+                    for optimizer in balance.optimizers:
+                        stack.enter_context(evaluating(optimizer))
+                    best.consider(step + 1, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
+            metrics = {f"loss/{name}": value for name, value in values.items()} | balance.metrics() | {"best": best.value}
+            self.tracker.log(metrics, stage.first_step + step)
+            progress.update()
+        progress.close()
+        for parameter in backbone:
+            parameter.requires_grad_(True)
+        best.restore()
+        self.accelerator.print(best.describe([task.name for task in stage.tasks]))
+        return {
+            "steps": stage.steps,
+            "best_step": best.step,
+            "optimizer": stage.optimizer.optimizer_type,
+            "learning_rate": stage.optimizer.learning_rate,
+            "tasks": {task.name: task.describe() for task in stage.tasks},
+            "validation_by_task": dict(best.tables),
+        }
+
+    def measure(self, scorer: BackboneScorer, tasks: Sequence[Task]) -> dict[str, SigmaTable]:
+        """How well a scorer does each task, at each noise level."""
+        return {
+            task.name: validate(
+                lambda batch, sigmas, rng, task=task: mean_outputs(self._outputs(scorer, task, batch, sigmas, rng), task.head),
+                task.validation,
+                lambda outputs, targets, task=task: task.criterion.metrics(outputs, targets, task.head),
+                batch_size=self.settings.train_batch_size,
+                device=self.accelerator.device,
+            )
+            for task in tasks
+        }
+
+    @torch.no_grad()
+    def reference_scale(self, scorer: BackboneScorer, task: Task) -> tuple[float, float]:
+        """Mean and standard deviation of the score over clean training pictures, REFERENCE_PICTURES at most.
+
+        Raises:
+            UserError: the scorer gives all of them one score.
+        """
+        scorer.eval()
+        scores: list[Tensor] = []
+        for batch in task.train.in_order(self.settings.train_batch_size):
+            batch = batch.to(self.accelerator.device)
+            for latents in (batch.latents, batch.second):
+                if latents is not None:
+                    scores.append(scorer(latents, latents.new_zeros(len(latents)), self._cond(scorer, batch), batch.prompts).cpu())
+            if sum(map(len, scores)) >= REFERENCE_PICTURES:
+                break
+        values = torch.cat(scores).double()
+        mean, std = values.mean().item(), values.std(correction=0).item()
+        if not std > 1e-6 * max(1.0, abs(mean)):
+            raise UserError(f"the scorer gives all pictures the score {mean:g}: it learned nothing; train longer, or check the ratings")
+        return mean, std
+
+    def _loss(self, scorer: BackboneScorer, task: Task, batch: LatentBatch, size: int, rng: torch.Generator) -> Callable[[], Tensor]:
+        """A function that computes the mean loss of a task's part of the batch: `size` pictures, or fewer at a bucket's end."""
+
+        def compute() -> Tensor:
+            varied = augment(batch, self.augmentation, rng)
+            if self.settings.mixup_alpha > 0 and task.criterion.mixes:
+                varied = mixup(varied, self.settings.mixup_alpha, task.head, rng)
+            sigmas = draw_sigmas(len(batch), self.settings.clean_fraction, self.schedule, rng).to(batch.latents.device)
+            outputs = self._outputs(scorer, task, varied, sigmas, rng)
+            weights = None
+            if task.head.members > 1:
+                weights = bootstrap_weights(task.head.members, batch.indices, self.settings.seed).to(outputs.device)
+            losses = member_losses(task.criterion, outputs.float(), varied.targets, task.head, weights)
+            return (losses * batch.weights).sum() / size  # a picture counts the same in a bucket's small last batch
+
+        return compute
+
+    def _outputs(self, scorer: BackboneScorer, task: Task, batch: LatentBatch, sigmas: Tensor, rng: torch.Generator) -> Tensor:
+        """Outputs [B, members, K] of a clean batch with noise added, or [B, 2, members, K] of pairs."""
+        cond = self._cond(scorer, batch)
+        with self.accelerator.autocast():
+            if isinstance(scorer, PretrainingScorer) and task.criterion.target == "picture":
+                return scorer.masked(add_noise(batch.latents, sigmas, rng), sigmas, batch.latents, rng)[:, None, None]
+            outputs = scorer.outputs(task.name, add_noise(batch.latents, sigmas, rng), sigmas, cond, batch.prompts)
+            if batch.second is None:
+                return outputs
+            second = scorer.outputs(task.name, add_noise(batch.second, sigmas, rng), sigmas, cond, batch.prompts)
+            return torch.stack([outputs, second], dim=1)
+
+    def _cond(self, scorer: BackboneScorer, batch: LatentBatch) -> Conditioning | None:
+        if not scorer.spec.uses_prompt or self.encode_prompts is None:
+            return None
+        with torch.no_grad():
+            return self.encode_prompts(batch.prompts or [""] * len(batch)).to(self.accelerator.device)
+
+    @staticmethod
+    def _value(stage: Stage, tables: Mapping[str, SigmaTable]) -> float:
+        chosen = [task for task in stage.tasks if task.name in stage.selecting]
+        return sum(selection_value(tables[task.name], task.criterion.selection) for task in chosen) / len(chosen)
 
 
-def format_table(table: SigmaTable) -> str:
-    """A table for people: a row for each sigma, a column for each metric."""
-    names = [name for name in table[0] if name != "sigma"]
-    lines = ["sigma  " + "".join(f"{name.upper():>9}" for name in names)]
-    lines += [f"{row['sigma']:<7g}" + "".join(f"{row[name]:9.4f}" for name in names) for row in table]
-    return "\n".join(lines)
+def check_losses(losses: Mapping[str, Tensor], step: int) -> None:
+    """Raises UserError naming the step if a loss is not finite."""
+    for name, loss in losses.items():
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {step + 1}: the loss of {name} is {loss.item()}, so training stopped; "
+                "lower learning_rate, or use mixed_precision bf16"
+            )

@@ -3,12 +3,11 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
-from scipy import stats
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
@@ -16,26 +15,24 @@ import train_latent_scorer
 from examples.shapes.pictures import to_pixels
 from examples.shapes.scores import brightness
 from examples.shapes.world import draw, random_scene
+from library import scorer_setup
 from library.cli import run_main
 from library.config import build
+from library.criteria.registry import CRITERIA
 from library.errors import UserError
-from library.scorer_losses import CRITERIA, classification_metrics, criteria_of, regression_metrics, score_scale
-from library.scorer_training import (
-    TABLE_SIGMAS,
-    Classifier,
-    add_noise,
-    averaged,
-    check_loss,
-    draw_sigmas,
-    format_table,
-    make_optimizer,
-    selection_value,
-    standard_schedule,
-    validate,
-)
+from library.scorer_balancing import IndependentOptimizers, SummedLosses, parameter_groups
+from library.scorer_config import ScorerTrainingConfig
+from library.scorer_data.batches import LatentBatch
+from library.scorer_data_config import Dataset, Subset, read_dataset_config
+from library.scorer_tasks import PackedTags, Task
+from library.scorer_training import add_noise, check_losses, draw_sigmas, share_out, standard_schedule
+from library.scorer_validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, validate
+from library.scorers.base import BackboneScorer, ScorerSpec
+from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.scorers.latent_resnet import LatentResNet
 from library.tracking import read_metrics
+from tests.test_scorers import VAE
 from tests.tiny_models import tiny_vae
 
 SCHEDULE = standard_schedule()
@@ -43,51 +40,6 @@ SCHEDULE = standard_schedule()
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-# -- criteria ------------------------------------------------------------------------------------------------------------
-
-
-def test_losses_equal_torchs() -> None:
-    outputs, targets = torch.randn(8, generator=rng()) * 3, torch.randn(8, generator=rng(1)) * 3
-    mse, huber = (CRITERIA[name].loss(outputs, targets, 2.0) for name in ("mse", "huber"))
-    torch.testing.assert_close(mse, nn.MSELoss(reduction="none")(outputs / 2, targets / 2))
-    torch.testing.assert_close(huber, nn.HuberLoss(reduction="none")(outputs / 2, targets / 2))
-    logits, classes = torch.randn(8, 3, generator=rng()), torch.arange(8) % 3
-    smoothed = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)(logits, classes)
-    torch.testing.assert_close(CRITERIA["classification"].loss(logits, classes, 1.0), smoothed)
-
-
-@pytest.mark.parametrize("name", CRITERIA)
-def test_every_criterion_gives_one_loss_a_picture_and_its_selection_metric(name: str) -> None:
-    criterion = CRITERIA[name]
-    outputs = torch.randn(6, generator=rng()) if criterion.target == "score" else torch.randn(6, 4, generator=rng())
-    targets = torch.randn(6, generator=rng(1)) if criterion.target == "score" else torch.arange(6) % 4
-    assert criterion.loss(outputs, targets, 1.5).shape == (6,)
-    assert criterion.selection in criterion.metrics(outputs, targets)
-    assert name in criteria_of(criterion.target)
-
-
-def test_regression_metrics_equal_scipys_with_ties() -> None:
-    outputs, targets = torch.randn(200, generator=rng()), torch.randint(0, 5, (200,), generator=rng(1)).float()
-    outputs += targets
-    metrics = regression_metrics(outputs, targets)
-    assert metrics["srcc"] == pytest.approx(np.asarray(stats.spearmanr(outputs.numpy(), targets.numpy()))[0])
-    assert metrics["plcc"] == pytest.approx(np.asarray(stats.pearsonr(outputs.numpy(), targets.numpy()))[0], rel=1e-5)
-    assert metrics["rmse"] == pytest.approx(nn.MSELoss()(outputs, targets).sqrt().item(), rel=1e-5)
-    assert regression_metrics(torch.ones(4), torch.arange(4.0))["srcc"] == 0
-
-
-def test_classification_metrics() -> None:
-    outputs = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4)
-    assert classification_metrics(outputs, torch.tensor([0, 0, 4, 6])) == {"top1": 0.5, "top5": 0.75}
-    assert classification_metrics(outputs[:, :2], torch.tensor([0, 1, 1, 1])) == {"top1": 0.25, "top5": 1.0}
-
-
-def test_score_scale() -> None:
-    assert score_scale(torch.tensor([1.0, 3.0])) == (2.0, 1.0)
-    with pytest.raises(UserError, match="all 3 training scores are 7"):
-        score_scale(torch.tensor([7.0, 7.0, 7.0]))
 
 
 # -- noise ---------------------------------------------------------------------------------------------------------------
@@ -115,28 +67,106 @@ def test_noise_is_the_schedules() -> None:
 # -- the loop's parts ----------------------------------------------------------------------------------------------------
 
 
-def test_norms_and_biases_do_not_decay() -> None:
+def tiny_scorer(*heads: str) -> BackboneScorer:
+    torch.manual_seed(0)
     backbone = LatentResNet(in_channels=4, channels=[8, 16], blocks=1, norm_groups=4)
-    optimizer, lr_scheduler = make_optimizer(Classifier(backbone, 3), 1e-3, 0.05, 2, 10)
-    decayed, spared = optimizer.param_groups
-    norms = [module for module in backbone.modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))]
-    spared_ids = {id(parameter) for parameter in spared["params"]}
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
-    assert norms and all(id(norm.weight) in spared_ids and id(norm.bias) in spared_ids for norm in norms)
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(Classifier(backbone, 3).parameters()))
+    spec = ScorerSpec(
+        kind="latent_resnet", architecture={}, vae=VAE, heads=tuple(HeadSpec(name=name) for name in heads), score_head=heads[0]
+    )
+    return BackboneScorer(spec, backbone)
 
 
-def test_averaged_weights_are_lent_for_the_block_only() -> None:
+def task_of(name: str, weight: float = 1.0) -> Task:
+    dataset = Dataset(name=name, criterion="mse", subsets=(Subset(path=Path("x")),), weight=weight)
+    return Task(dataset, CRITERIA["mse"], HeadSpec(name=name), None, None)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_shared_out_by_proportions() -> None:
+    assert share_out(64, [1, 1, 2]) == [16, 16, 32]
+    assert share_out(7, [1, 1, 1]) in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
+    assert share_out(8, [1000, 1]) == [7, 1] and sum(share_out(61, [0.3, 0.5, 2, 7])) == 61
+    with pytest.raises(UserError, match="train_batch_size is 2"):
+        share_out(2, [1, 1, 1])
+
+
+def test_norms_and_biases_do_not_decay_and_rates_fall_towards_the_input() -> None:
+    scorer = tiny_scorer("score", "other")
+    groups = parameter_groups(scorer, ["score"], 1e-3, 0.5, 0.05)
+    depth = len(scorer.backbone.layers())
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert rates[id(scorer.heads["score"].members[0].weight)] == 1e-3
+    assert rates[id(scorer.backbone.stem.weight)] == pytest.approx(1e-3 * 0.5**depth)
+    assert all(decays[id(parameter)] == (0.05 if parameter.ndim > 1 else 0) for parameter in scorer.backbone.parameters())
+    assert len(rates) == len(list(scorer.backbone.parameters())) + 2
+    assert not any(id(parameter) in rates for parameter in scorer.heads["other"].parameters())
+
+
+def step_once(balance: SummedLosses | IndependentOptimizers, scorer: BackboneScorer, scale: float) -> Tensor:
+    """One step on two opposite wishes for a weight of the backbone, the second `scale` times as loud; how far it moved."""
+    weight = scorer.backbone.stem.weight
+    before = weight.detach().clone()
+    balance.step({"score": lambda: weight.sum(), "other": lambda: -scale * weight.sum()})
+    return weight.detach() - before
+
+
+@pytest.mark.parametrize("scale", [0.5, 100.0])
+def test_independent_lions_do_not_mind_the_scale_of_a_loss_and_a_sum_does(scale: float) -> None:
+    tasks = [task_of("score"), task_of("other")]
+    settings = ScorerTrainingConfig(balancing="independent", weight_decay=0, max_grad_norm=0, lr_warmup_steps=0, lr_scheduler="constant")
+    scorer = tiny_scorer("score", "other")
+    balance = IndependentOptimizers(Accelerator(), scorer, tasks, settings, settings.optimizer_config(), 10)
+    torch.testing.assert_close(step_once(balance, scorer, scale), torch.zeros_like(scorer.backbone.stem.weight), atol=1e-7, rtol=0)
+
+    settings = ScorerTrainingConfig(optimizer_type="Lion", weight_decay=0, max_grad_norm=0, lr_warmup_steps=0, lr_scheduler="constant")
+    scorer = tiny_scorer("score", "other")
+    moved = step_once(SummedLosses(Accelerator(), scorer, tasks, settings, settings.optimizer_config(), 10), scorer, scale)
+    assert (moved.sign() == (1 if scale > 1 else -1)).all()  # the louder wins
+
+
+def test_uncertainty_weights_settle_where_losses_say() -> None:
+    """The minimum of L exp(-s) + s / 2 over s is s = log 2 L."""
+    tasks = [task_of("score"), task_of("other")]
+    settings = ScorerTrainingConfig(
+        balancing="uncertainty", learning_rate=0.05, max_grad_norm=0, lr_warmup_steps=0, lr_scheduler="constant", weight_decay=0
+    )
+    scorer = tiny_scorer("score", "other")
+    balance = SummedLosses(Accelerator(), scorer, tasks, settings, settings.optimizer_config(), 400)
+    for _ in range(400):
+        balance.step({"score": lambda: torch.tensor(4.0), "other": lambda: torch.tensor(0.25)})
+    assert balance.log_variances["score"].item() == pytest.approx(torch.tensor(8.0).log().item(), abs=0.05)
+    assert balance.log_variances["other"].item() == pytest.approx(torch.tensor(0.5).log().item(), abs=0.05)
+    assert "log_variance/score" in balance.metrics()
+
+
+def test_weights_of_the_sum_are_the_datasets() -> None:
+    settings = ScorerTrainingConfig(optimizer_type="Lion", weight_decay=0, max_grad_norm=0, lr_warmup_steps=0, lr_scheduler="constant")
+    scorer = tiny_scorer("score", "other")
+    balance = SummedLosses(Accelerator(), scorer, [task_of("score", 10.0), task_of("other")], settings, settings.optimizer_config(), 10)
+    assert (step_once(balance, scorer, 5.0) < 0).all()
+
+
+def test_averaged_weights_are_lent_for_the_block_only_and_the_best_come_back() -> None:
     model = nn.Linear(2, 1)
-    ema = EMAModel(model.parameters(), decay=0.5)
+    average = AveragedWeights(model, decay=0.5)
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(RuntimeError), averaged(model, ema):
+    with pytest.raises(RuntimeError), average.applied():
         assert torch.equal(model.weight, before) and not model.training
         raise RuntimeError
     assert torch.equal(model.weight, before + 1) and model.training
+    best = BestState(model, average)
+    for step, value in ((1, 0.5), (2, 0.9), (3, 0.7)):
+        average.step()
+        best.consider(step, lambda value=value: {"t": [{"sigma": 0.0, "srcc": value}]}, lambda tables: tables["t"][0]["srcc"])
+        if step == 2:
+            with average.applied():
+                chosen = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight += 1
+    best.restore()
+    assert best.step == 2 and best.value == 0.9 and torch.equal(model.weight, chosen)
 
 
 class FewLatents:
@@ -146,36 +176,118 @@ class FewLatents:
         self.latents = torch.randn(count, 4, 8, 8, generator=rng(5)) * 0.3 + torch.linspace(-1, 1, count).view(-1, 1, 1, 1)
 
     def in_order(self, batch_size: int):  # noqa: ANN201
-        from library.scorer_data.batches import LatentBatch
-
         for latents in self.latents.split(batch_size):
-            yield LatentBatch(latents, latents.mean((1, 2, 3)), torch.ones(len(latents)))
+            count = len(latents)
+            yield LatentBatch(latents=latents, targets=latents.mean((1, 2, 3)), weights=torch.ones(count), indices=torch.arange(count))
 
 
-def predict_mean(latents: Tensor, sigmas: Tensor) -> Tensor:
-    return latents.mean((1, 2, 3)) * (1 + sigmas**2).sqrt()
+def predict_mean(batch: LatentBatch, sigmas: Tensor, generator: torch.Generator) -> Tensor:
+    return add_noise(batch.latents, sigmas, generator).mean((1, 2, 3)) * (1 + sigmas**2).sqrt()
+
+
+def regression_metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    return CRITERIA["mse"].metrics(outputs[:, None], targets, HeadSpec())
 
 
 def test_validation_measures_each_noise_level_with_the_same_noise() -> None:
     data = FewLatents()
-    table = validate(predict_mean, data, CRITERIA["mse"], batch_size=10)  # type: ignore[arg-type]
+    table = validate(predict_mean, data, regression_metrics, batch_size=10)  # type: ignore[arg-type]
     assert [row["sigma"] for row in table] == list(TABLE_SIGMAS)
     assert table[0]["srcc"] == pytest.approx(1) and table[0]["rmse"] == pytest.approx(0, abs=1e-6)
     for row in table[1:]:  # the mean of 256 values with noise of standard deviation sigma
         assert row["rmse"] == pytest.approx(row["sigma"] / 16, rel=0.3)
-    assert table == validate(predict_mean, data, CRITERIA["mse"], batch_size=10)  # type: ignore[arg-type]
+    assert table == validate(predict_mean, data, regression_metrics, batch_size=10)  # type: ignore[arg-type]
     assert "RMSE" in format_table(table) and len(format_table(table).splitlines()) == 1 + len(TABLE_SIGMAS)
 
 
 def test_the_best_is_good_on_clean_and_on_noisy_latents() -> None:
     table = [{"sigma": 0.0, "srcc": 0.8}, {"sigma": 1.0, "srcc": 0.6}, {"sigma": 5.0, "srcc": 0.2}]
-    assert selection_value(table, CRITERIA["mse"]) == pytest.approx(0.5 * 0.8 + 0.5 * 0.4)
+    assert selection_value(table, "srcc") == pytest.approx(0.5 * 0.8 + 0.5 * 0.4)
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
-    check_loss(torch.tensor(1.0), 3)
-    with pytest.raises(UserError, match="step 4: the loss is nan"):
-        check_loss(torch.tensor(float("nan")), 3)
+    check_losses({"score": torch.tensor(1.0)}, 3)
+    with pytest.raises(UserError, match="step 4: the loss of tags is nan"):
+        check_losses({"score": torch.tensor(1.0), "tags": torch.tensor(float("nan"))}, 3)
+
+
+def test_packed_tags_are_what_was_packed() -> None:
+    tags = PackedTags([("a",), ("c", "b", "unknown"), ()], [*"abc", *(str(number) for number in range(9))])
+    assert tags[torch.tensor([1, 0, 2, 1])][:, :3].tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    assert tags[:2].shape == (2, 12) and tags.take(torch.tensor([2, 0]))[torch.tensor([1])][0, 0] == 1 and len(tags) == 3
+
+
+# -- dataset.toml --------------------------------------------------------------------------------------------------------
+
+MIXTURE = """
+[general]
+validation_split = 0.25
+
+[[datasets]]
+name = "bright"
+criterion = "huber"
+proportion = 3
+  [[datasets.subsets]]
+  path = "{folder}/ratings.csv"
+  num_repeats = 2
+
+[[datasets]]
+name = "backdrop"
+criterion = "classification"
+target_class = "dark"
+weight = 0.5
+  [[datasets.subsets]]
+  path = "{folder}/ratings.csv"
+
+[[datasets]]
+name = "words"
+criterion = "multilabel"
+  [[datasets.subsets]]
+  path = "{folder}/ratings.csv"
+
+[[datasets]]
+name = "pairs"
+criterion = "pairwise"
+  [[datasets.subsets]]
+  path = "{folder}/pairs.csv"
+"""
+
+
+def write_mixture(workplace: Path, path: Path, *changes: tuple[str, str]) -> Path:
+    text = MIXTURE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text.replace("{folder}", workplace.as_posix()), encoding="utf-8")
+    return path
+
+
+def test_a_mixture_is_read_with_its_defaults(tmp_path: Path) -> None:
+    first, second, *_ = read_dataset_config(write_mixture(Path("x"), tmp_path / "d.toml"))
+    assert (first.name, first.criterion, first.proportion, first.weight, first.validation_split) == ("bright", "huber", 3, 1.0, 0.25)
+    assert first.subsets == (Subset(path=Path("x/ratings.csv"), num_repeats=2),)
+    assert (second.weight, second.target_class) == (0.5, "dark")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (('criterion = "huber"', 'criterion = "hubber"'), "dataset 1: criterion is 'hubber'"),
+        (("proportion = 3", "propotion = 3"), "dataset 1: there is no key 'propotion' .did you mean 'proportion'"),
+        (("proportion = 3", "proportion = 0"), "proportion is 0, but it must be above 0"),
+        (("weight = 0.5", 'weight = "much"'), "dataset 2: weight is 'much', but it must be a number"),
+        (('name = "words"', 'name = "bright"'), "two datasets have the name 'bright'"),
+        (('name = "words"', 'name = "my.words"'), "name is 'my.words'"),
+        (('path = "{folder}/pairs.csv"', 'paths = "{folder}/pairs.csv"'), "dataset 4, subset 1 has no path"),
+        (("num_repeats = 2", "num_repeats = 0"), "num_repeats is 0"),
+        (("[general]", "[generl]"), "generl is not a table"),
+        (("[general]", "[general"), "is not TOML"),
+    ],
+)
+def test_a_bad_mixture_is_one_sentence(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_dataset_config(write_mixture(Path("x"), tmp_path / "d.toml", change))
+    assert "\n" not in str(caught.value).strip()
 
 
 # -- the script ----------------------------------------------------------------------------------------------------------
@@ -191,8 +303,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = draw(scene).resize((32, 32))
         picture.save(folder / f"{index}.png")
         score = brightness((to_pixels([picture]) + 1) / 2).item()
-        rows.append(f"{index}.png,{score},{scene.background},{'val' if index % 4 == 0 else 'train'}")
-    (folder / "ratings.csv").write_text("\n".join(["path,score,label,split", *rows]), encoding="utf-8")
+        tags = f"{scene.shape} {scene.background} {scene.colour}"
+        rows.append(f"{index}.png,{score},{scene.background},{'val' if index % 4 == 0 else 'train'},{tags}")
+    (folder / "ratings.csv").write_text("\n".join(["path,score,label,split,tags", *rows]), encoding="utf-8")
+    scores = [float(row.split(",")[1]) for row in rows]
+    pairs = [f"{first}.png,{first + 1}.png,{float(scores[first] > scores[first + 1])}" for first in range(95)]
+    (folder / "pairs.csv").write_text("\n".join(["path_a,path_b,label", *pairs]), encoding="utf-8")
     tiny_vae().save_pretrained(folder / "vae")
     return folder
 
@@ -223,13 +339,14 @@ def pool(_vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def test_it_learns_and_the_file_says_how_well(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_latent_scorer, "encode_images", pool)
+    monkeypatch.setattr(scorer_setup, "encode_images", pool)
     path = train(workplace, tmp_path, cache_dir=None, max_train_steps=60, train_batch_size=16, validate_every_n_steps=30)
     scorer = load_scorer(path)
     table = scorer.spec.training["validation"]
     assert [row["sigma"] for row in table] == list(TABLE_SIGMAS)
     assert table[0]["srcc"] > 0.8 and table[0]["srcc"] > table[-1]["srcc"]
-    assert scorer.spec.noise_aware and scorer.spec.training["pictures"] == {"train": 72, "validation": 24}
+    assert scorer.spec.noise_aware and scorer.spec.training["tasks"]["score"]["pictures"] == {"train": 72, "validation": 24}
+    assert scorer.spec.std == pytest.approx(scorer.spec.head().std, rel=0.3)
     assert format_table(table) in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(60))
 
@@ -245,18 +362,63 @@ def test_the_same_seed_gives_the_same_bits(workplace: Path, tmp_path: Path) -> N
 def test_labels_first_and_a_backbone_to_start_from(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = train(workplace, tmp_path / "a", pretrain_data_file=workplace / "ratings.csv", pretrain_steps=4, output_name="bright")
     pretraining = load_scorer(path).spec.training["pretraining"]
-    assert set(pretraining["validation"][0]) == {"sigma", "top1", "top5"} and pretraining["steps"] == 4
+    assert {"sigma", "top1", "top5"} <= set(pretraining["validation_by_task"]["pretraining"][0]) and pretraining["steps"] == 4
     assert "TOP5" in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl")] == list(range(10))
 
     still = {"learning_rate": 1e-12, "weight_decay": 0.0}
     start = load_scorer(train(workplace, tmp_path / "b", backbone_weights=path.with_name("bright-backbone.safetensors"), **still))
     other = load_scorer(train(workplace, tmp_path / "c", **still))
-    from safetensors.torch import load_file
-
     backbone = load_file(path.with_name("bright-backbone.safetensors"))
     assert all(torch.allclose(start.state_dict()[f"backbone.{name}"], tensor, atol=1e-5) for name, tensor in backbone.items())
     assert not torch.allclose(other.state_dict()["backbone.stem.weight"], backbone["stem.weight"], atol=1e-5)
+
+
+@pytest.mark.parametrize("balancing", ["sum", "uncertainty", "independent"])
+def test_several_things_at_once_each_with_its_head(workplace: Path, tmp_path: Path, balancing: str) -> None:
+    mixture = write_mixture(workplace, tmp_path / "mixture.toml")
+    path = train(workplace, tmp_path, train_data_file=None, dataset_config=mixture, balancing=balancing, score_head="backdrop")
+    scorer = load_scorer(path)
+    assert [head.name for head in scorer.spec.heads] == ["backdrop", "bright", "words", "pairs"]
+    assert scorer.spec.score_head == "backdrop" and scorer.spec.head().target_class == "dark"
+    record = scorer.spec.training
+    assert set(record["validation_by_task"]) == {"backdrop", "bright", "words", "pairs"} and "top1" in record["validation"][0]
+    assert record["tasks"]["bright"]["pictures"]["train"] == 144  # repeated
+    assert record["optimizer"] == ("Lion" if balancing == "independent" else "AdamW")
+    metrics = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert all(f"loss/{name}" in metrics for name in ("backdrop", "bright", "words", "pairs"))
+    scores, uncertainty = scorer.score_and_uncertainty(torch.randn(3, 4, 4, 4, generator=rng()), torch.zeros(3))
+    assert scores.shape == (3,) and (uncertainty == 0).all()
+
+
+def test_a_dataset_from_which_nothing_can_be_learned_is_left_out_unless_it_is_the_score(
+    workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_class = ('criterion = "classification"\ntarget_class = "dark"', 'criterion = "classification"\ntarget_class = "green"')
+    mixture = write_mixture(workplace, tmp_path / "mixture.toml", one_class)
+    settings = {"train_data_file": None, "dataset_config": mixture}
+    scorer = load_scorer(train(workplace, tmp_path, **settings))
+    assert [head.name for head in scorer.spec.heads] == ["bright", "words", "pairs"]
+    assert "dataset backdrop is left out" in caplog.text and "green" in caplog.text
+    with pytest.raises(UserError, match="green"):
+        train(workplace, tmp_path, **settings, score_head="backdrop")
+
+
+def test_an_ensemble_disagrees_and_says_so(workplace: Path, tmp_path: Path) -> None:
+    scorer = load_scorer(train(workplace, tmp_path, head_members=4, head_hidden=8, mixup_alpha=0.3, latent_shift=1))
+    latents = torch.randn(5, 4, 4, 4, generator=rng())
+    scores, uncertainty = scorer.score_and_uncertainty(latents, torch.zeros(5))
+    assert (uncertainty > 0).all() and torch.equal(scores, scorer(latents, torch.zeros(5)))
+
+
+def test_the_backbone_waits_while_it_is_frozen(workplace: Path, tmp_path: Path) -> None:
+    start = load_scorer(train(workplace, tmp_path / "a", max_train_steps=1, learning_rate=1e-12, weight_decay=0.0)).state_dict()
+    settings = {"max_train_steps": 4, "ema_decay": 0.0, "validate_every_n_steps": 4, "seed": 0}
+    frozen = load_scorer(train(workplace, tmp_path / "b", freeze_backbone_steps=4, **settings)).state_dict()
+    freed = load_scorer(train(workplace, tmp_path / "c", freeze_backbone_steps=2, **settings)).state_dict()
+    assert all(torch.allclose(frozen[name], start[name], atol=1e-6) for name in start if name.startswith("backbone."))
+    assert not torch.allclose(frozen["heads.score.members.0.weight"], start["heads.score.members.0.weight"], atol=1e-6)
+    assert not torch.allclose(freed["backbone.stem.weight"], start["backbone.stem.weight"], atol=1e-6)
 
 
 def test_a_scorer_that_saw_no_noise_says_so(workplace: Path, tmp_path: Path) -> None:
@@ -278,12 +440,18 @@ def test_a_picture_weighs_what_its_row_says(workplace: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"learning_rate": 1e20, "max_grad_norm": 0, "lr_warmup_steps": 0}, r"step \d+: the loss is (nan|inf)"),
+        ({"learning_rate": 1e20, "max_grad_norm": 0, "lr_warmup_steps": 0}, r"step \d+: the loss of score is (nan|inf)"),
         ({"vae": "no/such/folder"}, "no/such/folder"),
-        ({"train_data_file": "none.csv"}, "there is no data file none.csv"),
+        ({"train_data_file": "none.csv"}, "none.csv"),
         ({"scorer_size": "huge"}, "no size 'huge'"),
         ({"scorer_kind": "latent_mlp"}, "no scorer kind 'latent_mlp'"),
-        ({"criterion": "classification"}, "criterion is 'classification'"),
+        ({"criterion": "clasification"}, "criterion is 'clasification'"),
+        ({"criterion": "pairwise"}, "pair"),
+        ({"criterion": "emd"}, "votes"),
+        ({"scorer_args": ["colour=blue"]}, "no 'colour'"),
+        ({"optimizer_type": "Adamm"}, "optimizer_type is 'Adamm'"),
+        ({"dataset_config": "d.toml"}, "both set"),
+        ({"target_class": "red", "criterion": "classification"}, "red"),
         ({"backbone_weights": "none.safetensors"}, "there is no scorer file"),
         ({"validation_split": 0}, "validation_split is 0"),
         ({"clean_fraction": 1.5}, "clean_fraction is 1.5"),
@@ -301,7 +469,7 @@ def test_bad_input_is_one_sentence(workplace: Path, tmp_path: Path, changes: dic
 def test_a_constant_score_and_a_folder_that_is_none(workplace: Path, tmp_path: Path) -> None:
     rows = [f"{index}.png,5,{'val' if index % 4 == 0 else 'train'}" for index in range(96)]
     (workplace / "constant.csv").write_text("\n".join(["path,score,split", *rows]), encoding="utf-8")
-    with pytest.raises(UserError, match="all 72 training scores are 5"):
+    with pytest.raises(UserError, match="all 72 training scores of dataset score are 5"):
         train(workplace, tmp_path, train_data_file=workplace / "constant.csv")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from library.criteria.base import Criterion
 from library.criteria.classification import AsymmetricMultilabel, Classification, Multilabel
 from library.criteria.distribution import EarthMovers
+from library.criteria.masked import MaskedCells
 from library.criteria.ordinal import Ordinal
 from library.criteria.preference import Pairwise, Ranking
 from library.criteria.regression import GaussianLikelihood, HuberError, SquaredError
@@ -27,6 +28,14 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
         )
     }
 )
+
+
+PRETRAINING_CRITERIA: Mapping[str, Criterion] = MappingProxyType({**CRITERIA, MaskedCells.name: MaskedCells()})
+
+
+def get_criterion(name: str) -> Criterion:
+    """A criterion of training or of pretraining."""
+    return PRETRAINING_CRITERIA[name]
 
 
 def criteria_of(target: str) -> tuple[str, ...]:

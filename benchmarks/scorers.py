@@ -1,0 +1,168 @@
+"""Every scorer with every criterion on the shapes world: what each learns, at what cost.
+
+    python -m benchmarks.scorers --output_dir output/scorers
+
+Draws 2,000 rated pictures, trains each pair of a kind and a criterion for a short and equal number of steps, and writes the tables of
+docs/scorers.md to benchmarks/results/scorers.md. Whatever was learned (a score, votes, stars, preferences), the reading of the scorer is
+held against the true score of validation pictures, at each noise level; classes and tags have their own metrics. A pair that is in
+output_dir already is not trained again, so several processes may share the work by --kinds.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shapes_runs import (
+    ROOT,
+    SIGMAS,
+    activation_bytes,
+    columns_of,
+    count_parameters,
+    drawn_pictures,
+    rated_task,
+    train_scorer,
+    write_results,
+)
+from library.criteria.registry import CRITERIA
+from library.scorer_data.batches import LatentDataset
+from library.scorer_training import add_noise
+from library.scorer_validation import validate
+from library.scorers.base import BackboneScorer
+
+# Settings of each kind at a size that two CPU cores train in a minute; latents are 8x8 to 8x12.
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "latent_resnet": {"scorer_size": "tiny"},
+    "transformers_cnn": {"scorer_kind": "transformers_cnn", "scorer_size": "resnet-tiny"},
+    "latent_vit": {"scorer_kind": "latent_vit", "scorer_size": "tiny"},
+    "unet_encoder": {"scorer_kind": "unet_encoder", "scorer_size": "base"},
+    "pixel": {"scorer_kind": "pixel", "scorer_size": "tiny"},
+}
+SOURCES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ordinal": ("ratings.csv", {"score_column": "stars"}),
+    "pairwise": ("pairs.csv", {}),
+}
+EXAMPLES_TIMED = 64
+
+
+def run(kind: str, criterion: str, pictures: Path, folder: Path, steps: int, truth: LatentDataset) -> dict[str, Any]:
+    """Train one scorer and measure it."""
+    table, extra = SOURCES.get(criterion, ("ratings.csv", {}))
+    started = time.perf_counter()
+    scorer = train_scorer(
+        folder,
+        **KINDS[kind],
+        **extra,
+        criterion=criterion,
+        train_data_file=str(pictures / table),
+        cache_dir=str(pictures / "latents"),
+        max_train_steps=steps,
+        validate_every_n_steps=steps // 2,
+    )
+    seconds = time.perf_counter() - started
+    validation = scorer.spec.training["validation"]
+    row: dict[str, Any] = {"kind": kind, "criterion": criterion, "parameters": count_parameters(scorer), "seconds": seconds, "steps": steps}
+    metric = CRITERIA[criterion].selection
+    row["own_metric"], row["own"] = metric, columns_of(validation, metric)
+    if CRITERIA[criterion].target not in ("label", "tags"):
+        by_truth = true_correlations(scorer, truth)
+        row |= {"srcc": columns_of(by_truth, "srcc"), "plcc": columns_of(by_truth, "plcc")}
+    return row | cost(scorer, truth)
+
+
+def true_correlations(scorer: BackboneScorer, truth: LatentDataset) -> list[dict[str, float]]:
+    """SRCC and PLCC of the score against the true one, at each noise level."""
+    mse, head = CRITERIA["mse"], scorer.spec.head()
+    return validate(
+        lambda batch, sigmas, rng: scorer(add_noise(batch.latents, sigmas, rng), sigmas),
+        truth,
+        lambda outputs, targets: mse.metrics(outputs[:, None], targets, head),
+        batch_size=100,
+    )
+
+
+@torch.no_grad()
+def cost(scorer: BackboneScorer, truth: LatentDataset) -> dict[str, float]:
+    """Milliseconds to score a picture in a batch, and megabytes that its gradient keeps."""
+    latents = next(iter(truth.in_order(EXAMPLES_TIMED))).latents
+    scorer(latents, torch.zeros(len(latents)))  # the first call allocates
+    started = time.perf_counter()
+    for _ in range(3):
+        scorer(latents, torch.zeros(len(latents)))
+    milliseconds = (time.perf_counter() - started) / 3 / len(latents) * 1e3
+    with torch.enable_grad():
+        kept = activation_bytes(scorer, latents[:4]) / min(4, len(latents))
+    return {"score_ms": milliseconds, "activation_mb": kept / 2**20}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The tables."""
+    head = " | ".join(f"{sigma:g}" for sigma in SIGMAS)
+    lines = [
+        "SRCC / PLCC of the score against the true score, by sigma:",
+        "",
+        f"| kind | criterion | {head} |",
+        "|---|---|" + "---|" * len(SIGMAS),
+    ]
+    for row in rows:
+        if "srcc" in row:
+            cells = " | ".join(f"{srcc:.3f} / {plcc:.3f}" for srcc, plcc in zip(row["srcc"], row["plcc"], strict=True))
+            lines.append(f"| {row['kind']} | {row['criterion']} | {cells} |")
+    lines += [
+        "",
+        "The criterion's own metric, by sigma:",
+        "",
+        f"| kind | criterion | metric | {head} |",
+        "|---|---|---|" + "---|" * len(SIGMAS),
+    ]
+    for row in rows:
+        cells = " | ".join(f"{value:.3f}" for value in row["own"])
+        lines.append(f"| {row['kind']} | {row['criterion']} | {row['own_metric']} | {cells} |")
+    lines += ["", "Cost, with criterion mse, on one CPU thread:", ""]
+    lines += [
+        "| kind | parameters | training, s | steps | scoring, ms a picture | kept for the gradient, MB a picture |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["criterion"] == "mse":
+            size, training = f"{row['parameters'] / 1e6:.2f} M", f"{row['seconds']:.0f} | {row['steps']}"
+            lines.append(f"| {row['kind']} | {size} | {training} | {row['score_ms']:.2f} | {row['activation_mb']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--criteria", nargs="+", choices=list(CRITERIA), default=list(CRITERIA))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--count", type=int, default=2000, help="rated pictures")
+    parser.add_argument("--score", default="size")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "scorers")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scorers")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    pictures = args.output_dir / "pictures"
+    ratings = drawn_pictures(pictures, args.count, args.score)
+    truth = rated_task(args.output_dir, train_data_file=str(ratings), cache_dir=str(pictures / "latents")).validation
+    for kind in args.kinds:
+        for criterion in args.criteria:
+            folder = args.output_dir / f"{kind}-{criterion}"
+            if not (folder / "row.json").is_file():
+                row = run(kind, criterion, pictures, folder, args.steps, truth)
+                (folder / "row.json").write_text(json.dumps(row), encoding="utf-8")
+                print(json.dumps(row), flush=True)
+
+    found = [args.output_dir / f"{kind}-{criterion}" / "row.json" for kind in KINDS for criterion in CRITERIA]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.is_file()]
+    write_results(args.results, rows, markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Short trainings of scorers on the shapes world: what the scorer benchmarks share."""
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from examples.shapes.draw_pictures import write_ratings
+from library.config import build
+from library.scorer_setup import load_data, make_source
+from library.scorer_tasks import Task
+from library.scorer_validation import SigmaTable
+from library.scorers.base import BackboneScorer
+from library.scorers.io import load_scorer
+from train_latent_scorer import LatentScorerConfig, train
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "examples" / "shapes" / "model"
+SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # columns of the tables
+BASE: Mapping[str, Any] = {
+    "pretrained_model_name_or_path": str(MODEL),
+    "resolution": "80",
+    "bucket_no_upscale": True,
+    "bucket_reso_steps": 8,
+    "vae_batch_size": 32,
+    "scorer_size": "tiny",
+    "validate_every_n_steps": 100,
+    "lr_warmup_steps": 0.1,
+    "ema_decay": 0.99,
+    "train_batch_size": 64,
+}
+
+
+def drawn_pictures(folder: Path, count: int, score: str, seed: int = 0) -> Path:
+    """A folder of `count` drawings with ratings.csv and pairs.csv, drawn if it is not there. Returns the path of ratings.csv."""
+    path = folder / "ratings.csv"
+    return path if path.is_file() else write_ratings(folder, count, score, seed)
+
+
+def train_scorer(output_dir: Path, **settings: Any) -> BackboneScorer:
+    """Train with BASE changed by `settings`, and load what came of it."""
+    path = train(build(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}))
+    scorer = load_scorer(path)
+    assert isinstance(scorer, BackboneScorer)
+    return scorer
+
+
+def rated_task(output_dir: Path, **settings: Any) -> Task:
+    """What a run with these settings would learn, without learning it."""
+    config, accelerator = build(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}), Accelerator()
+    data = load_data(
+        make_source(config.model, accelerator),
+        accelerator,
+        data=config.data,
+        pretraining=config.pretraining,
+        training=config.training,
+        buckets=config.buckets,
+        variants=config.variants,
+        scorer=config.scorer,
+        output_dir=output_dir,
+    )
+    return data.tasks[0]
+
+
+def write_subset(source: Path, target: Path, rows: Sequence[int], splits: Sequence[str]) -> Path:
+    """A table with these rows of `source` only, each in a split. Paths stay valid when `source`'s folder is the image_dir."""
+    with source.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        entries, columns = list(reader), list(reader.fieldnames or ())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, "split"])
+        writer.writeheader()
+        writer.writerows({**entries[row], "split": split} for row, split in zip(rows, splits, strict=True))
+    return target
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in a random order."""
+    return random.Random(seed).sample(range(count), count)
+
+
+def columns_of(table: SigmaTable, metric: str) -> list[float]:
+    """The metric at each of SIGMAS."""
+    return [next(row[metric] for row in table if row["sigma"] == sigma) for sigma in SIGMAS]
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def activation_bytes(scorer: BackboneScorer, latents: torch.Tensor) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass to the latents, parameters not counted."""
+    own = {parameter.data_ptr() for parameter in scorer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scores = scorer(latents.detach().requires_grad_(True), torch.zeros(len(latents)))
+    assert scores.requires_grad
+    return sum(kept.values())
+
+
+def write_results(path: Path, rows: Iterable[Mapping[str, Any]], markdown: str) -> None:
+    """`path`.json and `path`.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""How well a scorer does on pictures that it never saw, at every noise level, and which of its states was the best."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from library.scorer_data.batches import LatentBatch, LatentDataset
+
+TABLE_SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+SigmaTable = list[dict[str, float]]  # a row for each of TABLE_SIGMAS: sigma, and the metrics by name
+# (clean batch, sigmas [B], generator of the noise) -> outputs [B, ...] of the noisy batch
+Predict = Callable[[LatentBatch, Tensor, torch.Generator], Tensor]
+
+
+@torch.no_grad()
+def validate(
+    predict: Predict,
+    dataset: LatentDataset,
+    metrics: Callable[[Tensor, Tensor], dict[str, float]],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> SigmaTable:
+    """Metrics of (outputs, targets) over a whole set at each of TABLE_SIGMAS, always with the same noise for one seed."""
+    table: SigmaTable = []
+    for sigma in TABLE_SIGMAS:
+        generator = torch.Generator().manual_seed(seed)
+        outputs, targets = [], []
+        for batch in dataset.in_order(batch_size):
+            sigmas = torch.full((len(batch),), sigma, device=device)
+            outputs.append(predict(batch.to(device), sigmas, generator).float().cpu())
+            targets.append(batch.targets)
+        table.append({"sigma": sigma, **metrics(torch.cat(outputs), torch.cat(targets))})
+    return table
+
+
+def selection_value(table: SigmaTable, metric: str) -> float:
+    """The number that chooses the best state: half the metric on clean latents, half its mean over the noisy levels."""
+    clean = [row[metric] for row in table if row["sigma"] == 0]
+    noisy = [row[metric] for row in table if row["sigma"] > 0]
+    return 0.5 * sum(clean) / len(clean) + 0.5 * sum(noisy) / len(noisy)
+
+
+def format_table(table: SigmaTable) -> str:
+    """A table for people: a row for each sigma, a column for each metric."""
+    names = [name for name in table[0] if name != "sigma"]
+    widths = [max(9, len(name) + 2) for name in names]
+    lines = ["sigma  " + "".join(f"{name.upper():>{width}}" for name, width in zip(names, widths, strict=True))]
+    lines += [
+        f"{row['sigma']:<7g}" + "".join(f"{row[name]:{width}.4f}" for name, width in zip(names, widths, strict=True)) for row in table
+    ]
+    return "\n".join(lines)
+
+
+class AveragedWeights:
+    """The exponential average of a model's trainable weights over the steps."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._ema = EMAModel(self._parameters.values(), decay=decay)
+
+    def step(self) -> None:
+        self._ema.step(self._parameters.values())
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the model has its averaged weights and is in evaluation mode."""
+        self._ema.store(self._parameters.values())
+        self._ema.copy_to(self._parameters.values())
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters.values())
+            self._model.train()
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy on the CPU of what training changes: the trainable weights as they are now, and the buffers (of batch norms)."""
+        changing = {**self._parameters, **dict(self._model.named_buffers())}
+        return {name: tensor.detach().cpu().clone() for name, tensor in changing.items()}
+
+
+class BestState:
+    """Remembers the averaged weights that did best.
+
+    Attributes:
+        value: the highest selection value so far. step: after how many steps that was.
+        tables: what was measured then, by task.
+    """
+
+    def __init__(self, model: nn.Module, average: AveragedWeights) -> None:
+        self.value, self.step = -math.inf, 0
+        self.tables: Mapping[str, SigmaTable] = {}
+        self._model, self._average = model, average
+        self._state: dict[str, Tensor] = {}
+
+    def consider(
+        self, step: int, measure: Callable[[], Mapping[str, SigmaTable]], value: Callable[[Mapping[str, SigmaTable]], float]
+    ) -> None:
+        """Keep the averaged weights after `step` steps if `value` of what `measure` finds with them is higher than all before."""
+        with self._average.applied():
+            tables = measure()
+            if value(tables) > self.value or not self._state:  # a value of NaN is never higher, and something must be kept
+                self.value, self.step, self.tables = value(tables), step, tables
+                self._state = self._average.state()
+
+    def restore(self) -> None:
+        """Give the model the best weights."""
+        self._model.load_state_dict(self._state, strict=False)
+
+    def describe(self, names: Sequence[str]) -> str:
+        """The tables of these tasks, for the log."""
+        return "\n".join(f"{name}, best at step {self.step}:\n{format_table(self.tables[name])}" for name in names)
