@@ -1,18 +1,13 @@
 """Judges: opinions about pixels, given as a Python function, that are only ever asked and never differentiated through."""
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.scorers.python_objects import load_object, takes_prompts
 
 
 @dataclass(frozen=True)
@@ -71,47 +66,5 @@ def load_judge(name: str) -> Judge:
     Raises:
         UserError: if there is no such module, file or function, or it cannot take pixels.
     """
-    where, colon, function_name = name.rpartition(":")  # from the right: a Windows path has a colon of its own
-    if not (where and colon and function_name):
-        raise UserError(f"judge {name!r} is not package.module:function or path/to/file.py:function")
-    module = _load_file(Path(where), name) if where.endswith(".py") else _import_module(where, name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-        raise UserError(f"judge {name!r}: {where} has no function {function_name!r}; it has {', '.join(public) or 'none'}")
-    return Judge(name=name, function=function, takes_prompts=_takes_prompts(function, name))
-
-
-def _import_module(dotted: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(dotted)
-    except ModuleNotFoundError as error:
-        raise UserError(f"judge {name!r}: Python finds no module {error.name!r} here; check the name or install it") from error
-
-
-def _load_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"judge {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"judge_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as import does; a dataclass in the file looks itself up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        raise UserError(f"judge {name!r}: running {path} failed with {type(error).__name__}: {error}") from error
-    return module
-
-
-def _takes_prompts(function: Callable[..., object], name: str) -> bool:
-    """Whether the second argument exists and is needed, or is called `prompts`."""
-    positional = [
-        parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    required = [parameter for parameter in positional if parameter.default is parameter.empty]
-    if not positional or len(required) > 2:
-        raise UserError(f"judge {name!r} takes {len(required)} arguments; it must take (pixels) or (pixels, prompts)")
-    return len(required) == 2 or (len(positional) > 1 and positional[1].name == "prompts")
+    function = load_object(name, "judge")
+    return Judge(name=name, function=function, takes_prompts=takes_prompts(function, f"judge {name!r}"))

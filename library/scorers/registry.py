@@ -8,10 +8,11 @@ from library.errors import UserError
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
 from library.scorers.latent_resnet import LatentResNet
 from library.scorers.latent_vit import LatentViT
+from library.scorers.pixel import PixelBackbone
 from library.scorers.unet_encoder import UNetEncoder
 
 BACKBONES: Mapping[str, type[Backbone]] = MappingProxyType(
-    {"latent_resnet": LatentResNet, "latent_vit": LatentViT, "unet_encoder": UNetEncoder}
+    {"latent_resnet": LatentResNet, "latent_vit": LatentViT, "unet_encoder": UNetEncoder, "pixel": PixelBackbone}
 )
 
 

@@ -1,0 +1,93 @@
+"""Weights and folders of other libraries, from local paths only."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from library.errors import UserError
+from library.scorers.image_models.preprocessing import Preprocessing
+
+
+def read_bytes(path: str) -> bytes:
+    """Raises UserError if there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"image model: there is no file {path}; give a local path")
+    return Path(path).read_bytes()
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a file of torch.save that holds tensors only, in float32.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"image model: there is no file {path}; give a local path")
+    try:
+        if Path(path).suffix == ".safetensors":
+            tensors: Any = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"image model: {path} cannot be read ({str(error).splitlines()[0]}); download it again") from error
+    except Exception as error:  # pickle.UnpicklingError: code in the file, or not of torch.save at all
+        raise UserError(f"image model: {path} is not a file of weights alone, and nothing else is read from a file") from error
+    if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"image model: {path} holds no state dict (names and tensors); save one with torch.save(model.state_dict(), ...)")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def load_transformers(cls: Any, folder: str) -> PreTrainedModel:
+    """A model of transformers from a local folder, in float32. Raises UserError if the folder does not hold one, or not all of it."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"image model: {folder} is not the folder of a transformers model: it has no config.json; download the model first")
+    try:
+        model, report = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"image model: {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"image model: {folder} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them")
+    return model
+
+
+def config_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as JSON values, without what only says where it came from."""
+    values = json.loads(config.to_json_string(use_diff=True))
+    return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")}
+
+
+def config_from_values(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The inverse of `config_values`."""
+    return transformers.AutoConfig.for_model(**values)
+
+
+def folder_preprocessing(folder: str, default: Preprocessing) -> Preprocessing:
+    """What preprocessor_config.json says of size, mean and std; `default` where it says nothing."""
+    file = Path(folder) / "preprocessor_config.json"
+    if not file.is_file():
+        return default
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"image model: {file} is not valid JSON ({error})") from error
+    size = values.get("crop_size") if values.get("do_center_crop", False) else None
+    size = size if size is not None else values.get("size", default.size)
+    if isinstance(size, Mapping):
+        size = size.get("height") or size.get("shortest_edge") or default.size
+    normalised = values.get("do_normalize", True)
+    return Preprocessing(
+        size=default.size if size is None else int(size),
+        mean=tuple(values.get("image_mean", default.mean)) if normalised else (0.0,) * 3,
+        std=tuple(values.get("image_std", default.std)) if normalised else (1.0,) * 3,
+    )

@@ -1,0 +1,182 @@
+"""Scorers that decode latents and look at the picture: networks trained on it, and ready-made image scorers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.scorers.base import Backbone, ModelSource
+from library.scorers.conditioning import FiLM, SigmaEmbedding
+from library.scorers.image_models.base import Loaded
+from library.scorers.image_models.preprocessing import Preprocessing
+from library.scorers.image_models.registry import build_image_model, read_image_model
+from library.scorers.image_models.trainable import CONFIGURATIONS
+from library.scorers.pixel_decoder import PixelDecoder, decoder_config, load_tiny_autoencoder
+from library.types import Conditioning
+
+RUNS_VAE = "vae"
+TIMM = "timm:"
+
+
+class PixelBackbone(Backbone):
+    """A decoder and an image model.
+
+    Trained on latents of every noise level, it is told sigma: its features are normalised and modulated by it. Ready-made, an image
+    model's score is its one feature.
+
+    It has no presets: its sizes are those of `trainable.CONFIGURATIONS`, and an architecture needs a decoder too.
+
+    Args:
+        in_channels: latent channels.
+        decoder: configuration of the decoder's autoencoder.
+        image_model: family and arguments of the image model.
+        knows_sigma: whether it is told sigma.
+        decode_tile, decode_batch, decode_checkpointing: `tile`, `batch` and `checkpointing` of PixelDecoder.
+        decoder_folder, pretrained: where `initialise` takes weights from: the folder of a tiny autoencoder (empty: the run's VAE), and
+            the image model's specification (empty: random weights).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        decoder: Mapping[str, Any],
+        image_model: Mapping[str, Any],
+        knows_sigma: bool = True,
+        decode_tile: int = 0,
+        decode_batch: int = 4,
+        decode_checkpointing: bool = True,
+        decoder_folder: str = "",
+        pretrained: str = "",
+    ) -> None:
+        super().__init__()
+        assert in_channels == decoder["latent_channels"], "the decoder is for other latents"
+        self.decoder = PixelDecoder(decoder, tile=decode_tile, batch=decode_batch, checkpointing=decode_checkpointing)
+        self.image_model = build_image_model(image_model)
+        self.feature_width = self.image_model.feature_width
+        self.knows_sigma = knows_sigma
+        self.decoder_folder, self.pretrained = decoder_folder, pretrained
+        if knows_sigma:
+            width = min(self.feature_width, 256)
+            self.sigma_embedding = SigmaEmbedding(width, width)
+            self.norm = nn.LayerNorm(self.feature_width)
+            self.film = FiLM(width, self.feature_width)
+
+    def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
+        features = self.image_model(self.decode(latents, sigmas), prompts)
+        return self.film(self.norm(features), self.sigma_embedding(sigmas)) if self.knows_sigma else features
+
+    def decode(self, latents: Tensor, sigmas: Tensor) -> Tensor:
+        """The pixels [B, 3, H, W] that the image model is shown, about 0..1; within 0..1 for one that was not trained here."""
+        pixels = self.decoder(latents)
+        # A picture in a file is clamped. The gradient passes all the same, or white and black areas could never change.
+        return pixels if self.knows_sigma else pixels + (pixels.clamp(0, 1) - pixels).detach()
+
+    @classmethod
+    def architecture_for(
+        cls,
+        size: str,
+        source: ModelSource,
+        *,
+        decoder: str = RUNS_VAE,
+        image_size: int | None = None,
+        pretrained: str | bool = "",
+        **options: Any,
+    ) -> dict[str, Any]:
+        """As the base class has it.
+
+        Args:
+            size: one of CONFIGURATIONS, or `timm:NAME`.
+            decoder: "vae", the run's own, or the folder of a tiny autoencoder such as TAESD.
+            image_size: side of the square that pictures are resized to; 0 leaves them as they are; None is as the image model has it, and 0
+                for CONFIGURATIONS.
+            pretrained: weights to start from, in place of random ones: the local folder of an image model of transformers, which then is
+                the architecture too; with `timm:NAME`, True for timm's own weights, or a checkpoint file.
+            options: `decode_tile`, `decode_batch`, `decode_checkpointing`.
+        """
+        autoencoder = source.vae if decoder == RUNS_VAE else load_tiny_autoencoder(decoder)
+        if (channels := autoencoder.config["latent_channels"]) != source.vae.config["latent_channels"]:
+            raise UserError(f"decoder {decoder} is for latents of {channels} channels; give one that belongs to this VAE")
+        specification = _specification(size, pretrained)
+        if specification:
+            image_model = read_image_model(specification).architecture
+        else:
+            image_model = {"family": "backbone", "config": CONFIGURATIONS[size], "preprocessing": Preprocessing().to_dict()}
+        if image_size is not None:
+            image_model = {**image_model, "preprocessing": {**image_model["preprocessing"], "size": image_size}}
+        known = ("decode_tile", "decode_batch", "decode_checkpointing")
+        for name in options:
+            if name not in known:
+                raise UserError(f"scorer_args: pixel has no {name!r}; it has decoder, image_size, pretrained, {', '.join(known)}")
+        return {
+            "in_channels": channels,
+            "decoder": decoder_config(autoencoder),
+            "image_model": image_model,
+            "decoder_folder": "" if decoder == RUNS_VAE else decoder,
+            "pretrained": specification if pretrained else "",
+            **options,
+        }
+
+    def initialise(self, source: ModelSource) -> None:
+        self.decoder.take_weights(load_tiny_autoencoder(self.decoder_folder) if self.decoder_folder else source.vae)
+        if self.pretrained:
+            self.image_model.load_state_dict(read_image_model(self.pretrained).weights)
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        parts = [
+            *_parts(getattr(self.image_model, "network", self.image_model)),
+            *([self.sigma_embedding, self.norm, self.film] if self.knows_sigma else []),
+        ]
+        layers = [list(part.parameters()) for part in parts]
+        placed = {parameter for layer in layers for parameter in layer}
+        others = [parameter for parameter in self.image_model.parameters() if parameter not in placed]  # position embeddings and the like
+        return [layer for layer in (others, *layers) if layer]
+
+    def saved_state(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        return {name: tensor.half() if name.startswith("decoder.") else tensor for name, tensor in state.items()}
+
+
+def _specification(size: str, pretrained: str | bool) -> str:
+    """The image model to train as `read_image_model` takes it; empty for one of CONFIGURATIONS with random weights."""
+    if size.startswith(TIMM):
+        weights = "weights=random" if not pretrained else "" if pretrained is True else f"checkpoint={pretrained}"
+        return f"{size}?score=features&{weights}"
+    if size not in CONFIGURATIONS:
+        raise UserError(f"scorer kind pixel has no size {size!r}; it can be {', '.join(CONFIGURATIONS)}, or {TIMM}NAME")
+    return f"backbone:{pretrained}" if pretrained else ""
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Its layers from the input to the output: children, or what they list where they hold lists of layers."""
+    for child in module.children():
+        lists_layers = isinstance(child, nn.ModuleList | nn.Sequential)
+        if lists_layers or any(isinstance(below, nn.ModuleList | nn.Sequential) for below in child.children()):
+            yield from child.children() if lists_layers else _parts(child)
+        else:
+            yield child
+
+
+def ready_made(
+    image_model: Loaded, vae: AutoencoderKL, decoder: AutoencoderKL | AutoencoderTiny, **options: Any
+) -> tuple[dict[str, Any], PixelBackbone]:
+    """A backbone whose one feature is the score of an image model, and its architecture.
+
+    Args:
+        vae: whose latents it reads. decoder: what decodes them, the same or a tiny one.
+        options: `decode_tile`, `decode_batch` and `decode_checkpointing` of PixelBackbone.
+    """
+    architecture = {
+        "in_channels": vae.config["latent_channels"],
+        "decoder": decoder_config(decoder),
+        "image_model": image_model.architecture,
+        "knows_sigma": False,
+        **options,
+    }
+    backbone = PixelBackbone(**architecture)
+    assert backbone.feature_width == 1, "a ready-made scorer puts out one number"
+    backbone.decoder.take_weights(decoder)
+    backbone.image_model.load_state_dict(image_model.weights)
+    return architecture, backbone

@@ -1,0 +1,126 @@
+"""From latents to pixels with a gradient, in as little memory as is asked for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.errors import UserError
+from library.scorers.image_models.preprocessing import even_starts
+
+OVERLAP = 0.25  # of a tile, that its neighbour shows too
+
+
+class PixelDecoder(nn.Module):
+    """The decoder of a VAE, or of a tiny one such as TAESD, frozen.
+
+    A decoder may see the latents in tiles, some at a time, whose pixels are blended where they overlap. With checkpointing, every such
+    portion is decoded once more in the backward pass, so that the activations of one portion are all that is ever held.
+
+    Args:
+        config: of the AutoencoderKL or AutoencoderTiny.
+        tile: side of a tile in latents; 0 decodes whole pictures.
+        batch: tiles (or pictures) decoded at a time; 0 for all.
+        checkpointing: whether to decode again in the backward pass rather than to keep activations.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, tile: int = 0, batch: int = 0, checkpointing: bool = True) -> None:
+        super().__init__()
+        self.tile, self.batch, self.checkpointing = tile, batch, checkpointing
+        self.is_tiny = config["_class_name"] == "AutoencoderTiny"
+        autoencoder: Any = (AutoencoderTiny if self.is_tiny else AutoencoderKL).from_config(dict(config))
+        if checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        # A tiny autoencoder takes scaled latents.
+        self.scaling_factor = 1.0 if self.is_tiny else config["scaling_factor"]
+        self.post_quant = nn.Identity() if self.is_tiny or autoencoder.post_quant_conv is None else autoencoder.post_quant_conv
+        self.decoder = autoencoder.decoder
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PixelDecoder":
+        return super().train(False)  # it is never trained
+
+    def take_weights(self, autoencoder: AutoencoderKL | AutoencoderTiny) -> None:
+        """Copy the weights of an autoencoder of the same configuration, rounded to the fp16 in which they are stored."""
+        state = {f"decoder.{name}": tensor for name, tensor in autoencoder.decoder.state_dict().items()}
+        if not isinstance(self.post_quant, nn.Identity):
+            assert isinstance(autoencoder, AutoencoderKL) and autoencoder.post_quant_conv is not None
+            state |= {f"post_quant.{name}": tensor for name, tensor in autoencoder.post_quant_conv.state_dict().items()}
+        self.load_state_dict({name: tensor.half() for name, tensor in state.items()})
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about 0..1, not clamped."""
+        dtype = next(self.decoder.parameters()).dtype
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.to(dtype) / self.scaling_factor
+            height, width = latents.shape[-2:]
+            if self.tile == 0 or max(height, width) <= self.tile:
+                return self._decode_in_portions(latents)
+            tile = min(self.tile, height), min(self.tile, width)
+            corners = [(top, left) for top in tile_starts(height, tile[0]) for left in tile_starts(width, tile[1])]
+            tiles = torch.cat([latents[..., top : top + tile[0], left : left + tile[1]] for top, left in corners])
+            decoded = self._decode_in_portions(tiles)
+            return blend(decoded.unflatten(0, (len(corners), -1)), corners, decoded.shape[-1] // tile[1])
+
+    def _decode_in_portions(self, latents: Tensor) -> Tensor:
+        portions = latents.split(self.batch or len(latents))
+        if self.checkpointing and torch.is_grad_enabled() and latents.requires_grad and len(portions) > 1:
+            return torch.cat([checkpoint(self._decode, portion, use_reentrant=False) for portion in portions])
+        return torch.cat([self._decode(portion) for portion in portions])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        pixels = self.decoder(self.post_quant(latents))
+        return pixels / 2 + 0.5
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length and overlap by at least OVERLAP of a tile."""
+    overlap = round(OVERLAP * tile)
+    return even_starts(length - overlap, tile - overlap)
+
+
+def blend(tiles: Tensor, corners: Sequence[tuple[int, int]], ratio: int) -> Tensor:
+    """Decoded tiles [N, B, 3, H, W] to whole pictures [B, 3, ...]: the mean of what overlaps, weighted less towards a tile's edges.
+
+    Args:
+        corners: the tiles' upper left corners, in latents. ratio: pixels to a latent.
+    """
+    height, width = tiles.shape[-2:]
+    bottom, right = (max(starts) * ratio for starts in zip(*corners, strict=True))
+    total = tiles.new_zeros(bottom + height, right + width)
+    canvas = tiles.new_zeros(*tiles.shape[1:3], *total.shape)
+    window = torch.outer(_ramp(height), _ramp(width)).to(tiles)
+    for tile, (top, left) in zip(tiles, corners, strict=True):
+        rows, columns = slice(top * ratio, top * ratio + height), slice(left * ratio, left * ratio + width)
+        canvas[..., rows, columns] += tile * window
+        total[rows, columns] += window
+    return canvas / total
+
+
+def _ramp(length: int) -> Tensor:
+    """Rises linearly over OVERLAP of the length to 1, and falls again."""
+    place = torch.arange(length) + 0.5
+    return (torch.minimum(place, length - place) / (OVERLAP * length)).clamp_max(1)
+
+
+def load_tiny_autoencoder(folder: str) -> AutoencoderTiny:
+    """A tiny autoencoder such as TAESD, from the folder of diffusers' AutoencoderTiny. Raises UserError if the folder is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"decoder {folder} is not vae, nor the folder of a tiny autoencoder such as TAESD: it has no config.json")
+    config: Any = AutoencoderTiny.load_config(folder)
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise UserError(f"decoder {folder} is not the folder of a tiny autoencoder such as TAESD; give that, or vae for the run's own VAE")
+    try:
+        return AutoencoderTiny.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"decoder {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def decoder_config(autoencoder: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
+    """Its configuration as JSON values, without where it came from."""
+    config = {key: value for key, value in dict(autoencoder.config).items() if key != "_name_or_path"}
+    return {**config, "_class_name": type(autoencoder).__name__}
