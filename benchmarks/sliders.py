@@ -1,6 +1,7 @@
 """The bar of the main job: sliders for several scores and seeds, judged by the true score that training never saw.
 
     python -m benchmarks.sliders --scores brightness size --seeds 0 1 2
+    python -m benchmarks.sliders --kinds latent_vit unet_encoder pixel --scores brightness --seeds 0 --results benchmarks/results/kinds
 
 Runs the demonstration once for each score and seed and prints a table (also as Markdown and JSON, in benchmarks/results/). A gain
 is in within-prompt standard deviations of the true score over the base model's seeds. A slider passes with a gain of at least 1 at
@@ -9,6 +10,7 @@ scorer of at least 0.95 SRCC on clean held-out pictures.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -20,12 +22,14 @@ from library.scorers.io import load_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTION_JUDGE = "caption_obeyed"
+SIZES = {"transformers_cnn": "resnet-tiny", "unet_encoder": "base"}  # of the kinds of scorer that have no size tiny
 
 
 @dataclass(frozen=True)
 class Row:
-    """One slider. Gains by the true score at -1, -0.5, 0.5 and 1; captions obeyed at -1, 0 and 1, as shares."""
+    """One slider and the kind of its scorer. Gains by the true score at -1, -0.5, 0.5 and 1; captions obeyed at -1, 0 and 1, as shares."""
 
+    kind: str
     score: str
     seed: int
     srcc: float
@@ -42,7 +46,7 @@ class Row:
         return moves and self.srcc >= 0.95 and abs(low - base) <= 0.1 and abs(high - base) <= 0.1
 
 
-def read_row(score: str, seed: int, folder: Path) -> Row:
+def read_row(kind: str, score: str, seed: int, folder: Path) -> Row:
     """The row of a finished demonstration."""
     content = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     evaluation = SliderEvaluation.from_dict(content["sliders"][0])
@@ -51,6 +55,7 @@ def read_row(score: str, seed: int, folder: Path) -> Row:
     truth = next(judge for judge in judges if judge is not captions)
     table = load_scorer(folder / f"{score}.safetensors").spec.training["validation"]
     return Row(
+        kind=kind,
         score=score,
         seed=seed,
         srcc=next(entry["srcc"] for entry in table if entry["sigma"] == 0),
@@ -65,19 +70,20 @@ def read_row(score: str, seed: int, folder: Path) -> Row:
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| score | seed | scorer SRCC | gain at -1 | at -0.5 | at +0.5 | gain at +1 | captions at -1 / 0 / +1 | passes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| scorer | score | seed | SRCC | gain at -1 | at -0.5 | at +0.5 | gain at +1 | captions at -1 / 0 / +1 | passes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [f"{row.gains[i]:+.2f} [{row.intervals[i][0]:+.2f}, {row.intervals[i][1]:+.2f}]" for i in (0, 1, 3, 4)]
         captions = " / ".join(f"{row.captions[i]:.0%}" for i in (0, 2, 4))
         verdict = "yes" if row.passed else "no"
-        lines.append(f"| {row.score} | {row.seed} | {row.srcc:.3f} | {' | '.join(cells)} | {captions} | {verdict} |")
+        lines.append(f"| {row.kind} | {row.score} | {row.seed} | {row.srcc:.3f} | {' | '.join(cells)} | {captions} | {verdict} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=["latent_resnet"], help="kinds of scorer")
     parser.add_argument("--scores", nargs="+", default=["brightness", "size"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "sliders")
@@ -86,13 +92,13 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = []
-    for score in args.scores:
-        for seed in args.seeds:
-            folder = args.output_dir / f"seed{seed}"
-            if not args.collect:
-                command = ["-m", "examples.shapes.demo", "--score", score, "--seed", str(seed), "--output_dir", str(folder)]
-                subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-            rows.append(read_row(score, seed, folder / score))
+    for kind, score, seed in itertools.product(args.kinds, args.scores, args.seeds):
+        folder = args.output_dir / kind / f"seed{seed}"
+        if not args.collect:
+            command = ["-m", "examples.shapes.demo", "--score", score, "--seed", str(seed), "--output_dir", str(folder)]
+            command += ["--scorer_kind", kind, "--scorer_size", SIZES.get(kind, "tiny")]
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        rows.append(read_row(kind, score, seed, folder / score))
     table = markdown(rows)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.with_suffix(".md").write_text(table + "\n", encoding="utf-8")

@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--score", choices=list(SCORES), default="brightness", help="the opinion to learn")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "shapes", help="folder for all results")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trainings (the pictures and the held-out prompts stay the same)")
+    parser.add_argument("--scorer_kind", default="latent_resnet", help="kind of scorer; docs/scorers.md compares them")
+    parser.add_argument("--scorer_size", default="tiny", help="its size")
     args = parser.parse_args()
 
     started, output, seed = time.monotonic(), args.output_dir.resolve() / args.score, str(args.seed)
@@ -42,6 +44,7 @@ def main() -> None:
     run(
         "2. Learn the score from the ratings, in latent space",
         *("train_latent_scorer.py", "--config_file", "examples/shapes/scorer.toml", "--train_data_file", pictures / "ratings.csv"),
+        *("--scorer_kind", args.scorer_kind, "--scorer_size", args.scorer_size),
         *("--output_dir", output, "--output_name", scorer.stem, "--seed", seed),
     )
     run(
