@@ -17,6 +17,7 @@ SPLIT_NAMES: Mapping[str, str] = {
     **{name: "val" for name in ("val", "valid", "validation")},
     **{name: "test" for name in ("test", "testing")},
 }
+_KINDS: Mapping[Any, str] = {str: "a text", bool: "true or false", list: "a list"}
 VOTES = 10  # ratings 1 to 10
 
 
@@ -67,7 +68,7 @@ class ReaderOptions:
         Args:
             targets: those that it can give.
             known: those of image_dir, score_column, score_range and split that it uses.
-            extra: its own options: the type that each must have, or a tuple of the values that it can have.
+            extra: its own options: the type that each must have, or a tuple of the values or types that it can have.
         """
         extra = extra or {}
         if self.target not in targets:
@@ -82,12 +83,11 @@ class ReaderOptions:
             if name in ("score_column", "score_range") and self.target != "score":
                 raise UserError(f"{name} is set for reader {reader!r}, but {self.target} is to be learned and not a score; leave it out")
         for name, value in self.extra.items():
-            allowed = extra[name]
-            if isinstance(allowed, tuple):
-                if value not in allowed:
-                    raise UserError(f"{name} of reader {reader!r} is {value!r}; it can be {', '.join(map(repr, allowed))}")
-            elif not isinstance(value, allowed):
-                raise UserError(f"{name} of reader {reader!r} is {value!r}, but it must be a {allowed.__name__}")
+            allowed = extra[name] if isinstance(extra[name], tuple) else (extra[name],)
+            fits = isinstance(value, allowed) if isinstance(allowed[0], type) else value in allowed
+            if not fits:
+                words = [_KINDS.get(entry, repr(entry)) for entry in allowed]
+                raise UserError(f"{name} of reader {reader!r} is {value!r}; it can be {' or '.join(words)}")
 
 
 Reader = Callable[[Path, ReaderOptions], Records]

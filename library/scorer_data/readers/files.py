@@ -3,14 +3,14 @@
 import glob
 import os
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue
-from library.scorer_data.records import FilePicture
+from library.scorer_data.readers.base import BadValue, Tally
+from library.scorer_data.records import FilePicture, Skipped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 
@@ -99,3 +99,33 @@ def source_files(path: Path, suffixes: Collection[str]) -> list[Path]:
 def own_folder(path: Path) -> Path:
     """The folder that a source is, or is in."""
     return path if path.is_dir() else path.parent
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Their names, sorted, without hidden ones and those that archivers leave behind."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__")))
+
+
+def pictures_below(folder: Path, tally: Tally, *, deep: bool = True) -> Iterator[str]:
+    """The pictures in a folder, and with `deep` in the folders in it: paths relative to it with forward slashes, in order.
+
+    Hidden files are passed over; others that are no pictures, and names that are not UTF-8, are counted in `tally`.
+    """
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if deep and not name.startswith((".", "__")))
+        prefix = "" if root == str(folder) else f"{os.path.relpath(root, folder)}/".replace("\\", "/")
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix not in PICTURE_SUFFIXES:
+                tally.add(Skipped(f"{root}: {name!r} is no picture; pictures end in {', '.join(PICTURE_SUFFIXES)}", "file is no picture"))
+            elif not is_utf8(name):
+                tally.add(Skipped(f"{root}: the name {name!r} is not text in UTF-8; rename it", "name is not UTF-8"))
+            else:
+                yield prefix + name
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text that was read with surrogateescape was UTF-8."""
+    return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)

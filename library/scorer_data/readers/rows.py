@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from library.errors import UserError
+from library.scorer_data.readers.files import is_utf8
 from library.scorer_data.readers.parquet import class_names, open_parquet, text_columns
 from library.scorer_data.records import Skipped
 
@@ -90,14 +91,10 @@ def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
                 continue
             if len(cells) != len(header):
                 yield Skipped(f"{where}: line 1 has {len(header)} columns and this row has {len(cells)}; quote texts", "row cannot be read")
-            elif not all(cell.isascii() or _is_utf8(cell) for cell in cells):
+            elif not all(map(is_utf8, cells)):
                 yield Skipped(f"{where}: this is not text in UTF-8", "row cannot be read")
             else:
                 yield Row(where, dict(zip(header, cells, strict=True)))
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\udc80" <= character <= "\udcff" for character in text)  # what surrogateescape puts for other bytes
 
 
 def _json(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:

@@ -1,0 +1,51 @@
+"""Simulacra Aesthetic Captions (Pressman et al., 2022): 238,000 generated pictures with their prompts and 176,000 ratings from 1 to 10."""
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+from library.errors import UserError
+from library.scorer_data.readers.base import VOTES, BadValue, ReaderOptions, mean_vote, number, score_in_range, ten_votes
+from library.scorer_data.readers.files import PictureFiles, own_folder
+from library.scorer_data.readers.tables import path_text
+from library.scorer_data.records import RatedImage, Records
+
+# The ratings are summed up before they are joined: a picture may have several paths, each of which would count them again.
+_QUERY = f"""
+    SELECT images.id, paths.path, generations.prompt, rated.mean, {", ".join(f"votes_{rating}" for rating in range(1, VOTES + 1))}
+    FROM (
+        SELECT iid, AVG(rating) AS mean, {", ".join(f"SUM(rating = {rating}) AS votes_{rating}" for rating in range(1, VOTES + 1))}
+        FROM ratings GROUP BY iid
+    ) AS rated
+    JOIN images ON images.id = rated.iid
+    JOIN generations ON generations.id = images.gid
+    JOIN paths ON paths.iid = images.id
+    GROUP BY images.id ORDER BY images.id
+"""
+
+
+def read_simulacra(path: Path, options: ReaderOptions) -> Records:
+    """The sqlite file, with the tables images, generations, ratings and paths. The score is the mean of a picture's ratings.
+
+    Options: image_dir, score_range.
+    """
+    options.check("simulacra", targets=("score", "votes"), known=("image_dir", "score_range"))
+    if not path.is_file():
+        raise UserError(f"there is no sqlite file {path}")
+    files = PictureFiles(options.image_dir or own_folder(path))
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        try:
+            rows = database.execute(_QUERY)
+        except sqlite3.Error as error:
+            raise UserError(f"{path} is not the sqlite file of Simulacra Aesthetic Captions: {error}") from error
+        for identifier, name, prompt, mean, *counts in rows:
+            where = f"{path}, image {identifier}"
+            try:
+                votes = ten_votes(counts)
+                score = score_in_range(number(mean, "mean rating"), options)
+                if abs(mean_vote(votes) - score) > 1e-6:
+                    raise BadValue("rating is not one of 1 to 10")
+                name = path_text(name)
+                yield RatedImage(picture=files.find(name), name=name, where=where, score=score, votes=votes, prompt=str(prompt or ""))
+            except BadValue as error:
+                yield error.at(where)
