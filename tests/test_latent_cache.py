@@ -1,242 +1,340 @@
-"""The latent cache: encodes once, knows when to encode again, survives a kill, and hands out batches of one bucket."""
+"""The latent cache: finds what it has, knows when to encode again, never uses what is damaged, and opens fast however it was left."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorer_data import latent_cache
-from library.scorer_data.batches import LatentDataset
+from library.scorer_data import cache_index
 from library.scorer_data.buckets import BucketConfig
-from library.scorer_data.datasets import DataConfig, RatedData, load_rated_data
-from library.scorer_data.latent_cache import LatentCache, encode_missing, open_cache
+from library.scorer_data.cache_shards import ShardReader, read_names
+from library.scorer_data.latent_cache import DamagedLatentsError, LatentCache, open_cache
+from library.scorer_data.records import FilePicture, FileState, SlicePicture
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9))
-BUCKETS = BucketConfig(resolution="48,32", bucket_no_upscale=True, bucket_reso_steps=8)
+BUCKETS = BucketConfig(resolution="64", enable_bucket=False)
+BUCKET = (64, 64)
 
 
-@dataclass
-class Encoder:
-    """Stands in for a VAE: latents are pixels, pooled by 8 and with a fourth channel; counts what it is given."""
-
-    pictures: int = 0
-    batches: list[int] = field(default_factory=list)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        self.pictures += len(pixels)
-        self.batches.append(len(pixels))
-        pooled = torch.nn.functional.avg_pool2d(pixels, 8)
-        return torch.cat([pooled, pooled[:, :1] - pooled[:, 1:2]], dim=1)
+def make_pictures(folder: Path, count: int) -> list[FilePicture]:
+    """Files that only need to be there."""
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    for number in range(count):
+        path = folder / f"{number} ü.png"
+        path.write_bytes(bytes(number + 1))
+        pictures.append(FilePicture(path))
+    return pictures
 
 
-def draw(path: Path, seed: int, size: tuple[int, int] = (32, 32)) -> Path:
-    noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    Image.fromarray(noise.numpy()).save(path)
-    return path
+def make_latents(count: int, seed: int = 0) -> torch.Tensor:
+    """[N, 4, 8, 8], exact in float16."""
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).half().float()
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    return [draw(folder / f"{index} ü.png", index, (48, 32) if index % 3 == 0 else (32, 32)) for index in range(9)]
-
-
-Fill = Callable[..., tuple[LatentCache, Encoder]]
+def pictures(tmp_path: Path) -> list[FilePicture]:
+    return make_pictures(tmp_path / "pictures", 10)
 
 
 @pytest.fixture
-def fill(tmp_path: Path, pictures: list[Path]) -> Fill:
-    """Open the cache anew and fill it: (cache, the encoder it used)."""
-
-    def run(
-        vae: VaeFingerprint = VAE, buckets: BucketConfig = BUCKETS, flips: bool = False, **options: bool
-    ) -> tuple[LatentCache, Encoder]:
-        cache, encoder = open_cache(tmp_path / "cache", vae, buckets), Encoder()
-        encode_missing(cache, pictures, encoder, buckets, flips=flips, batch_size=4, **options)
-        return cache, encoder
-
-    return run
+def cache(tmp_path: Path) -> LatentCache:
+    return open_cache(tmp_path / "cache", VAE, BUCKETS)
 
 
-def read(cache: LatentCache, path: Path, flipped: bool = False) -> Tensor:
-    row = cache.find(path, flipped)
-    assert row is not None
-    return cache.read([row])[0]
+def write(cache: LatentCache, pictures: list[FilePicture], seed: int = 0, variant: str = "") -> torch.Tensor:
+    latents = make_latents(len(pictures), seed)
+    cache.write(BUCKET, [(picture, variant) for picture in pictures], latents)
+    return latents
 
 
-def latents_of(path: Path, mirror: bool = False) -> Tensor:
-    picture = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return Encoder()(picture.flip(3) if mirror else picture)[0]
+def reopen(cache: LatentCache) -> LatentCache:
+    return LatentCache(cache.folder, cache.vae)
 
 
-def test_latents_come_back_and_are_encoded_once(fill: Fill, pictures: list[Path]) -> None:
-    cache, encoder = fill()
-    assert encoder.pictures == 9 and max(encoder.batches) <= 4
-    for path in pictures:
-        torch.testing.assert_close(read(cache, path), latents_of(path), atol=1e-3, rtol=1e-3)
-    assert fill()[1].pictures == 0
+def shards(cache: LatentCache) -> list[Path]:
+    return sorted(path for path in cache.folder.glob("*.safetensors") if path.name != cache_index.INDEX_NAME)
 
 
-def test_a_flip_is_the_encoding_of_the_flipped_picture(fill: Fill, pictures: list[Path]) -> None:
-    fill()
-    cache, encoder = fill(flips=True)
-    assert encoder.pictures == 9  # only the flipped ones were missing
-    for path in pictures:
-        torch.testing.assert_close(read(cache, path, flipped=True), latents_of(path, mirror=True), atol=1e-3, rtol=1e-3)
+# -- finding and reading -------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_file_is_encoded_again_and_only_once(fill: Fill, pictures: list[Path]) -> None:
-    fill()
-    for age in range(1, 7):  # whichever way the names of the old and the new shards sort
-        draw(pictures[4], seed=99 + age)
-        os.utime(pictures[4], ns=(age, age))
-        os.utime(pictures[5], ns=(age, age))
-        cache, encoder = fill()
-        assert encoder.pictures == 2
-        torch.testing.assert_close(read(cache, pictures[4]), latents_of(pictures[4]), atol=1e-3, rtol=1e-3)
-        again, encoder = fill()
-        assert encoder.pictures == 0
-        torch.testing.assert_close(read(again, pictures[4]), latents_of(pictures[4]), atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("is_reopened", [False, True])
+def test_what_was_written_is_found_and_read(cache: LatentCache, pictures: list[FilePicture], is_reopened: bool) -> None:
+    first, second = write(cache, pictures[:6]), write(cache, pictures[6:9], seed=1)
+    flipped = write(cache, pictures[:2], seed=2, variant="flip")
+    used = reopen(cache) if is_reopened else cache
+    expected = torch.cat([first, second])
+    rows = used.find_all(pictures)[:, 0]
+    assert rows.shape == (10,) and rows[9] == -1 and len(set(rows.tolist())) == 10 and len(used) == 11
+    shuffled = torch.tensor([8, 0, 5, 6, 3, 0])
+    assert torch.equal(used.read(rows[shuffled]), expected[shuffled])
+    assert used.read(rows[:2]).dtype == torch.float32
+    row = used.find(pictures[1], "flip")
+    assert row is not None and torch.equal(used.read([row])[0], flipped[1])
+    assert used.find(pictures[2], "flip") is None and used.find(pictures[9]) is None
+    assert used.find_all(pictures, ("", "flip"))[:, 1].ge(0).tolist() == [True] * 2 + [False] * 8
+    assert used.bucket_of(row) == BUCKET and used.buckets_of(rows[:9]).tolist() == [[64, 64]] * 9
+    assert sorted(read_names(shards(cache)[0]) + read_names(shards(cache)[1]) + read_names(shards(cache)[2]))[0][0] == pictures[0].key
 
 
-def test_another_vae_and_another_sizing_have_caches_of_their_own(fill: Fill) -> None:
-    fill()
-    assert fill(vae=VaeFingerprint(scaling_factor=0.13025, probe=(0.7, 0.2, -0.3)))[1].pictures == 9
-    assert fill(buckets=BucketConfig(resolution="32", enable_bucket=False))[1].pictures == 9
-    nearly_the_same = VaeFingerprint(scaling_factor=0.18215, probe=(0.1001, -0.4, 0.9))  # the same VAE on another device
-    assert fill(vae=nearly_the_same)[1].pictures == 0
+def test_a_changed_file_is_not_found(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures)
+    os.utime(pictures[3].path, ns=(5, 5))
+    pictures[4].path.write_bytes(bytes(99))
+    pictures[5].path.unlink()
+    found = reopen(cache).find_all(pictures)[:, 0] >= 0
+    assert found.tolist() == [number not in (3, 4, 5) for number in range(10)]
+    new = write(cache, pictures[3:5], seed=7)
+    again = reopen(cache)
+    assert torch.equal(again.read(again.find_all(pictures[3:5])[:, 0]), new)
 
 
-def test_a_killed_run_goes_on_where_its_last_shard_ends(
-    tmp_path: Path, fill: Fill, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_changes_while_it_is_encoded_is_encoded_again(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    before = pictures[0].state()
+    pictures[0].path.write_bytes(bytes(50))
+    cache.write(BUCKET, [(pictures[0], "")], make_latents(1), [before])
+    assert cache.find(pictures[0]) is None
+
+
+def test_parts_of_a_file_are_pictures_of_their_own(cache: LatentCache, tmp_path: Path) -> None:
+    tar = tmp_path / "pictures.tar"
+    tar.write_bytes(bytes(100))
+    first, second = SlicePicture(tar, 0, 50, "a.png"), SlicePicture(tar, 50, 50, "b.png")
+    cache.write(BUCKET, [(first, "")], make_latents(1))
+    assert cache.find(first) is not None and cache.find(second) is None
+
+
+def test_the_newer_of_two_equal_entries_is_used_until_it_is_damaged(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures[:3])
+    newer = write(cache, pictures[:2], seed=3)
+    assert torch.equal(cache.read(cache.find_all(pictures[:2])[:, 0]), newer)
+
+
+def test_another_vae_and_another_sizing_have_caches_of_their_own(tmp_path: Path, cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures)
+    others = {
+        "scale": open_cache(tmp_path / "cache", VaeFingerprint(scaling_factor=0.13025, probe=VAE.probe), BUCKETS),
+        "probe": open_cache(tmp_path / "cache", VaeFingerprint(scaling_factor=0.18215, probe=(0.7, 0.2, -0.3)), BUCKETS),
+        "size": open_cache(tmp_path / "cache", VAE, BucketConfig(resolution="72", enable_bucket=False)),
+    }
+    assert len({other.folder for other in others.values()} | {cache.folder}) == 4
+    assert all(len(other) == 0 for other in others.values())
+    same_vae_elsewhere = VaeFingerprint(scaling_factor=0.18215, probe=(0.1001, -0.4, 0.9))
+    for buckets in (BUCKETS, BucketConfig(resolution="64", enable_bucket=False, max_crop=0.1)):
+        assert open_cache(tmp_path / "cache", same_vae_elsewhere, buckets).folder == cache.folder
+
+
+def test_a_broken_description_does_not_stand_in_the_way(
+    tmp_path: Path, cache: LatentCache, pictures: list[FilePicture], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(latent_cache, "SHARD_ROWS", 2)
-
-    class Killed(Encoder):
-        def __call__(self, pixels: Tensor) -> Tensor:
-            if self.pictures >= 4:
-                raise KeyboardInterrupt
-            return super().__call__(pixels)
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_missing(open_cache(tmp_path / "cache", VAE, BUCKETS), pictures, Killed(), BUCKETS, flips=False, batch_size=2)
-    cache, encoder = fill()
-    assert encoder.pictures == 5
-    for path in pictures:
-        torch.testing.assert_close(read(cache, path), latents_of(path), atol=1e-3, rtol=1e-3)
+    (cache.folder / "cache.json").write_text("{")
+    other = open_cache(tmp_path / "cache", VAE, BUCKETS)
+    assert other.folder != cache.folder and "cannot be read" in caplog.text
+    write(other, pictures)
+    assert len(open_cache(tmp_path / "cache", VAE, BUCKETS)) == 10
 
 
-def test_a_damaged_shard_is_encoded_again(fill: Fill, pictures: list[Path]) -> None:
-    cache, _ = fill()
-    shard = next(cache.folder.glob("0048x0032*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-10])
-    again, encoder = fill()
-    assert encoder.pictures == 3
-    torch.testing.assert_close(read(again, pictures[0]), latents_of(pictures[0]), atol=1e-3, rtol=1e-3)
+def test_a_cache_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        open_cache(tmp_path / "file", VAE, BUCKETS)
 
 
-def test_an_unreadable_picture_stops_the_run_or_is_reported(tmp_path: Path, fill: Fill, pictures: list[Path]) -> None:
-    pictures[1].write_bytes(b"")
-    pictures[2].write_bytes(pictures[2].read_bytes()[:-200])  # its size can be read and its pixels cannot
-    with pytest.raises(UserError, match=r"1 ü\.png cannot be read"):
-        fill()
-    cache, encoder = open_cache(tmp_path / "cache", VAE, BUCKETS), Encoder()
-    skipped = encode_missing(cache, pictures, encoder, BUCKETS, flips=True, batch_size=4, skip_bad_images=True)
-    assert len(skipped) == 2 and encoder.pictures == 14
-    assert cache.find(pictures[1]) is None and cache.find(pictures[2]) is None and cache.find(pictures[3]) is not None
+# -- damage --------------------------------------------------------------------------------------------------------------
 
 
-def test_latents_that_are_not_finite_name_the_picture(tmp_path: Path, pictures: list[Path]) -> None:
-    def broken(pixels: Tensor) -> Tensor:
-        latents = Encoder()(pixels)
-        latents[1] = torch.nan
-        return latents
-
-    cache = open_cache(tmp_path / "cache", VAE, BUCKETS)
-    with pytest.raises(UserError, match=r"NaN or infinity of picture .*2 ü\.png"):  # the second of the 32x32 ones
-        encode_missing(cache, pictures, broken, BUCKETS, flips=False, batch_size=4)
-
-
-# -- batches -------------------------------------------------------------------------------------------------------------
+def damage(shard: Path, row: int) -> None:
+    """Turn one bit of a latent."""
+    content = bytearray(shard.read_bytes())
+    stored = load_file(shard)["latents"][row].numpy().tobytes()
+    content[content.index(stored) + 5] ^= 4
+    status = shard.stat()
+    shard.write_bytes(content)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it: unseen
 
 
-def dataset(fill: Fill, pictures: list[Path], flips: bool = False) -> LatentDataset:
-    cache, _ = fill(flips=flips)
-    found = [[cache.find(path, flipped) for path in pictures] for flipped in ((False, True) if flips else (False,))]
-    rows = [[row for row in variant if row is not None] for variant in found]
-    targets = torch.arange(len(pictures)).float()
-    return LatentDataset(cache, rows[0], targets, targets + 1, rows[1] if flips else None)
+def test_a_damaged_latent_is_reported_dropped_and_encoded_again(
+    cache: LatentCache, pictures: list[FilePicture], caplog: pytest.LogCaptureFixture
+) -> None:
+    latents = write(cache, pictures)
+    damage(shards(cache)[0], 4)
+    used = reopen(cache)
+    rows = used.find_all(pictures)[:, 0]
+    assert torch.equal(used.read(rows[5:]), latents[5:])  # the others are as they were
+    with pytest.raises(DamagedLatentsError) as caught:
+        used.read(rows)
+    assert caught.value.rows.tolist() == [rows[4]]
+    assert pictures[4].key in caplog.text and "damaged" in caplog.text
+    for later in (used, reopen(cache), reopen(cache)):
+        assert later.find(pictures[4]) is None and later.find(pictures[3]) is not None
+    new = write(cache, pictures[4:5], seed=9)
+    row = reopen(cache).find(pictures[4])
+    assert row is not None and torch.equal(reopen(cache).read([row]), new)
 
 
-def test_an_epoch_holds_every_picture_once_in_batches_of_one_bucket(fill: Fill, pictures: list[Path]) -> None:
-    data = dataset(fill, pictures)
-    batches = list(data.epoch(4, torch.Generator().manual_seed(0)))
-    assert sorted(len(batch) for batch in batches) == [2, 3, 4]
-    assert sorted(torch.cat([batch.targets for batch in batches]).tolist()) == list(range(9))
-    for batch in batches:
-        assert batch.latents.shape[1:] == ((4, 4, 6) if batch.targets[0] % 3 == 0 else (4, 4, 4))
-        assert batch.latents.dtype == torch.float32 and torch.equal(batch.weights, batch.targets + 1)
-        for latents, target in zip(batch.latents, batch.targets.int().tolist(), strict=True):
-            torch.testing.assert_close(latents, latents_of(pictures[target]), atol=1e-3, rtol=1e-3)
+def test_verifying_reads_everything(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures[:5])
+    write(cache, pictures[5:], seed=1)
+    assert cache.verify() == 0
+    damage(shards(cache)[0], 1)
+    damage(shards(cache)[1], 3)
+    damage(shards(cache)[1], 4)
+    assert reopen(cache).verify() == 3 and (reopen(cache).find_all(pictures) < 0).sum() == 3
 
 
-def test_the_same_seed_draws_the_same_batches(fill: Fill, pictures: list[Path]) -> None:
-    data = dataset(fill, pictures)
-    first, second, other = ([batch.targets.tolist() for batch in data.epoch(2, torch.Generator().manual_seed(seed))] for seed in (3, 3, 4))
-    assert first == second != other
+@pytest.mark.parametrize("harm", ["cut", "emptied", "foreign", "no keys", "deleted"])
+def test_a_shard_that_is_not_whole_is_left_out(
+    cache: LatentCache, pictures: list[FilePicture], harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(cache, pictures[:5])
+    latents = write(cache, pictures[5:], seed=1)
+    shard = next(path for path in shards(cache) if read_names(path)[0][0] == pictures[0].key)
+    reopen(cache)  # writes the index, which then is outdated
+    if harm == "cut":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif harm == "emptied":
+        shard.write_bytes(b"")
+    elif harm == "foreign":
+        save_file({"weight": torch.zeros(3)}, shard)
+    elif harm == "no keys":
+        save_file({name: value for name, value in load_file(shard).items() if name != "keys"}, shard, {"leco_score.bucket": "64,64"})
+    else:
+        shard.unlink()
+    again = reopen(cache)
+    rows = again.find_all(pictures)[:, 0]
+    assert (rows[:5] == -1).all() and torch.equal(again.read(rows[5:]), latents)
+    assert (shard.name in caplog.text) == (harm != "deleted")
 
 
-def test_half_of_the_pictures_are_mirrored(fill: Fill, pictures: list[Path]) -> None:
-    data, generator = dataset(fill, pictures, flips=True), torch.Generator().manual_seed(0)
-    mirrored = plain = 0
-    for _ in range(20):
-        for batch in data.epoch(4, generator):
-            for latents, target in zip(batch.latents, batch.targets.int().tolist(), strict=True):
-                mirrored += torch.allclose(latents, latents_of(pictures[target], mirror=True), atol=1e-3)
-                plain += torch.allclose(latents, latents_of(pictures[target]), atol=1e-3)
-    assert mirrored + plain == 180 and 60 < mirrored < 120
-    assert all(torch.allclose(batch.latents[0], latents_of(pictures[int(batch.targets[0])]), atol=1e-3) for batch in data.in_order(1))
+def test_a_shard_that_vanishes_in_a_running_training_is_damage(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures[:5])
+    write(cache, pictures[5:], seed=1)
+    used = reopen(cache)
+    rows = used.find_all(pictures)[:, 0]
+    gone = next(path for path in shards(cache) if read_names(path)[0][0] == pictures[0].key)
+    gone.unlink()
+    with pytest.raises(DamagedLatentsError) as caught:
+        used.read(rows)
+    assert caught.value.rows.tolist() == sorted(rows[:5].tolist())
+    used.read(rows[5:])
 
 
-def load(tmp_path: Path, rows: str, target: str = "score", **values: object) -> RatedData:
-    path = tmp_path / "pictures" / "list.csv"
-    path.write_text(rows, encoding="utf-8")
-    config = DataConfig(train_data_file=path, **values)  # type: ignore[arg-type]
-    cache = open_cache(tmp_path / "cache", VAE, BUCKETS)
-    return load_rated_data(path, target, config=config, buckets=BUCKETS, cache=cache, encode=Encoder())
+def test_latents_beyond_float16_are_kept_in_float32(
+    cache: LatentCache, pictures: list[FilePicture], caplog: pytest.LogCaptureFixture
+) -> None:
+    latents = make_latents(3)
+    latents[1, 0, 0, 0] = 1e5
+    cache.write(BUCKET, [(picture, "") for picture in pictures[:3]], latents)
+    used = reopen(cache)
+    assert torch.equal(used.read(used.find_all(pictures[:3])[:, 0]), latents) and "65504" in caplog.text
 
 
-def test_rated_data_from_a_manifest(tmp_path: Path, pictures: list[Path]) -> None:
-    rows = [f"{path.name},{index},{'val' if index < 3 else 'train' if index < 8 else 'test'}" for index, path in enumerate(pictures)]
-    data = load(tmp_path, "\n".join(["path,score,split", *rows]), flip_aug=True)
-    assert data.train.targets.tolist() == [3, 4, 5, 6, 7] and data.validation.targets.tolist() == [0, 1, 2]
-    assert data.train.flipped_rows is not None and data.validation.flipped_rows is None
+def test_a_full_disk_leaves_no_half_shard(cache: LatentCache, pictures: list[FilePicture], monkeypatch: pytest.MonkeyPatch) -> None:
+    write(cache, pictures[:2])
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(cache, pictures[2:], seed=1)
+    monkeypatch.undo()
+    assert len(list(cache.folder.iterdir())) == 2  # the description and the shard from before
+    assert (reopen(cache).find_all(pictures)[:, 0] >= 0).sum() == 2 == (cache.find_all(pictures)[:, 0] >= 0).sum()
 
 
-def test_labels_are_numbered_in_alphabetical_order(tmp_path: Path, pictures: list[Path]) -> None:
-    rows = [f"{path.name},{'cb'[index % 2]},{'val' if index < 3 else 'train'}" for index, path in enumerate(pictures)]
-    data = load(tmp_path, "\n".join(["path,label,split", *rows]), "label")
-    assert data.classes == ("b", "c") and data.validation.targets.tolist() == [1, 0, 1]
-    assert data.train.targets.dtype == torch.int64
+# -- the index -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "target", "complaint"),
-    [
-        ("path,score,split\n0 ü.png,1,val\n1 ü.png,2,val\n2 ü.png,3,train\n", "score", "leaves 1 pictures for training"),
-        ("path,score,split\n0 ü.png,1,val\n1 ü.png,2,train\n2 ü.png,3,train\n", "score", "leaves 1 pictures for validation"),
-        ("path,label,split\n0 ü.png,a,val\n1 ü.png,a,val\n2 ü.png,a,train\n3 ü.png,a,train\n", "label", "all labels in .* are a,"),
-    ],
-)
-def test_too_little_to_learn_from(tmp_path: Path, pictures: list[Path], rows: str, target: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
-        load(tmp_path, rows, target)
+def test_the_index_saves_reading_the_shards_and_is_not_needed(
+    cache: LatentCache, pictures: list[FilePicture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = write(cache, pictures[:6])
+    reopen(cache)
+    index = cache.folder / cache_index.INDEX_NAME
+    read: list[Path] = []
+    real = cache_index.read_shard
+    monkeypatch.setattr(cache_index, "read_shard", lambda path: read.append(path) or real(path))
+    assert len(reopen(cache)) == 6 and read == []
+    write(cache, pictures[6:], seed=1)
+    assert len(reopen(cache)) == 10 and len(read) == 1  # the new one only
+    for harm in (b"", index.read_bytes()[:100], None):
+        index.unlink() if harm is None else index.write_bytes(harm)
+        read.clear()
+        again = reopen(cache)
+        assert len(again) == 10 and len(read) == 2
+        assert torch.equal(again.read(again.find_all(pictures[:6])[:, 0]), latents)
+
+
+def test_the_index_follows_when_shards_go(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    written = {number: write(cache, pictures[number : number + 2], seed=number) for number in range(0, 10, 2)}
+    reopen(cache)
+    for path in shards(cache)[1:4:2]:
+        path.unlink()
+    again = reopen(cache)
+    rows = again.find_all(pictures)[:, 0]
+    assert (rows >= 0).sum() == 6 == len(again)
+    for number, latents in written.items():
+        if rows[number] >= 0:
+            assert torch.equal(again.read(rows[number : number + 2]), latents)
+
+
+def test_a_cache_sees_what_others_wrote_and_its_rows_keep_their_numbers(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    write(cache, pictures[:3])
+    other = reopen(cache)
+    before = other.find_all(pictures)[:, 0]
+    latents = write(cache, pictures[3:], seed=1)
+    assert other.find(pictures[5]) is None
+    other.refresh()
+    rows = other.find_all(pictures)[:, 0]
+    assert torch.equal(rows[:3], before[:3]) and torch.equal(other.read(rows[3:]), latents)
+
+
+def test_keys_are_told_apart() -> None:
+    state = FileState(1, 2)
+    keys = [
+        cache_index.latent_key("a", "", state),
+        cache_index.latent_key("a", "flip", state),
+        cache_index.latent_key("aflip", "", state),
+        cache_index.latent_key("a", "", FileState(12, 2)),
+        cache_index.latent_key("a", "", FileState(1, 22)),
+        cache_index.latent_key("\udcff", "", state),  # a file name that is not UTF-8
+    ]
+    assert len(set(keys)) == 6 and all(len(key) == 16 for key in keys)
+
+
+def test_looking_up_a_hundred_thousand_keys(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    index = cache_index.CacheIndex()
+    keys = generator.integers(0, 256, (100_000, 16), dtype=np.uint8).view("S16").reshape(-1)
+    for part in np.split(keys, 10):
+        index.add(cache_index.Shard(name=f"{len(index.shards)}", file=FileState(0, 0), bucket=BUCKET, rows=len(part)), part)
+    order = generator.permutation(100_000)
+    assert (index.look_up(keys[order]) == order).all()
+    absent = generator.integers(0, 256, (1000, 16), dtype=np.uint8).view("S16").reshape(-1)
+    assert (index.look_up(absent) == -1).all()
+    index.forget(np.arange(500))
+    assert (index.look_up(keys[:1000]) == np.where(np.arange(1000) < 500, -1, np.arange(1000))).all()
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_last_used_shards_stay_mapped(cache: LatentCache, pictures: list[FilePicture]) -> None:
+    for number, picture in enumerate(pictures):
+        write(cache, [picture], seed=number)
+    index = cache_index.open_index(cache.folder)
+    reader = ShardReader(cache.folder, 3 * 512)
+    maps = lambda: sum(cache.folder.name in line for line in Path("/proc/self/maps").read_text().splitlines())  # noqa: E731
+    before = maps() if Path("/proc/self/maps").exists() else None
+    for shard in index.shards * 2:
+        latents, whole = reader.read(shard, np.array([0]))
+        assert latents.shape == (1, 4, 8, 8) and whole.all()
+    if before is not None:
+        assert maps() - before == 3

@@ -1,81 +1,170 @@
 """Batches of cached latents with what is to be learned about them."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.scorer_data.latent_cache import CachedLatent, LatentCache
+from library.errors import UserError
+from library.scorer_data.latent_cache import DamagedLatentsError, LatentCache
+
+BLOCK_BYTES = 2**29  # of shards whose latents are shuffled together: 16384 latents of 4 x 64 x 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentBatch:
-    """Clean latents [B, C, h, w], targets [B] (float scores, or int64 classes) and weights [B]."""
+    """B pictures of one bucket, or B pairs whose first pictures are of one bucket and whose second ones are.
+
+    Attributes:
+        latents: clean latents [B, C, h, w], of the first picture of pairs.
+        targets: [B, ...], as the criterion has them.
+        weights: [B].
+        indices: which pictures of their dataset these are [B] int64.
+        second: latents of the second pictures [B, C, h2, w2], for pairs.
+        prompts: what was asked for, where that is known.
+    """
 
     latents: Tensor
     targets: Tensor
     weights: Tensor
+    indices: Tensor
+    second: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def to(self, device: torch.device | str) -> "LatentBatch":
-        return LatentBatch(self.latents.to(device), self.targets.to(device), self.weights.to(device))
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 class LatentDataset:
-    """Pictures of one split: where their latents are, their targets and their weights.
+    """Pictures, or pairs of them: where their latents are, their targets and their weights.
+
+    Shuffling: if the shards with the pictures take at most BLOCK_BYTES, an epoch is a uniformly random order, cut into batches of one
+    bucket. Beyond that, the shards are shuffled and taken in blocks of that size, and the pictures are shuffled within their block, so
+    that a hard disk reads shards and not single latents; `encode_missing` sees to it that a shard is itself a fair sample.
+
+    A picture whose latent turns out to be damaged is left out from then on; where another variant of it is whole, that stands in.
 
     Args:
         cache: holds the latents.
-        rows: one a picture.
-        flipped_rows: the mirrored ones, in the same order, or None to do without.
-        targets: [N]. weights: [N].
+        rows: of the pictures as they are [N] int64.
+        targets: what is to be learned, indexed by a tensor of pictures' numbers [B], which gives [B, ...].
+        weights: [N].
+        variant_rows: rows that a picture is drawn from in training [N, V] int64, -1 where there is none; None is `rows` alone.
+        second_rows, second_variant_rows: of pairs' second pictures. A pair's pictures are drawn in the same variant.
+        prompts: [N] texts.
     """
 
     def __init__(
         self,
         cache: LatentCache,
-        rows: Sequence[CachedLatent],
-        targets: Tensor,
+        rows: Tensor,
+        targets: Any,
         weights: Tensor,
-        flipped_rows: Sequence[CachedLatent] | None = None,
+        *,
+        variant_rows: Tensor | None = None,
+        second_rows: Tensor | None = None,
+        second_variant_rows: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> None:
-        assert len(rows) == len(targets) == len(weights) and (flipped_rows is None or len(flipped_rows) == len(rows))
-        self.cache, self.rows, self.targets, self.weights, self.flipped_rows = cache, rows, targets, weights, flipped_rows
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(row.bucket, []).append(index)
-        self.buckets = {bucket: torch.tensor(groups[bucket]) for bucket in sorted(groups)}  # indices [n] of each (width, height)
+        variant_rows = rows[:, None] if variant_rows is None else variant_rows
+        assert len(rows) == len(targets) == len(weights) == len(variant_rows) and bool((rows >= 0).all())
+        self.cache, self.targets, self.weights, self.prompts = cache, targets, weights, prompts
+        # [N, P, 1 + V]: of each of a pair's pictures (P is 1 or 2), the plain row and those to draw from
+        parts = [torch.cat([rows[:, None], variant_rows], 1)]
+        if second_rows is not None:
+            drawn = second_rows[:, None] if second_variant_rows is None else second_variant_rows
+            assert len(second_rows) == len(rows) and drawn.shape == variant_rows.shape
+            parts.append(torch.cat([second_rows[:, None], drawn], 1))
+        self._rows = torch.stack(parts, 1)
+        sizes = torch.cat([cache.buckets_of(self._rows[:, part, 0]) for part in range(len(parts))], 1)  # [N, 2 P]
+        kinds, self._kind_of = sizes.unique(dim=0, return_inverse=True)
+        self.buckets = {tuple(kind): (self._kind_of == number).nonzero().flatten() for number, kind in enumerate(kinds.tolist())}
+        """Indices [n] of the pictures of each bucket (width, height); of pairs, (width, height, width, height)."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[LatentBatch]:
         """Every picture once, in random order; a batch holds pictures of one bucket, so the last of each bucket may be smaller."""
-        batches: list[Tensor] = []
-        for indices in self.buckets.values():
-            batches += indices[torch.randperm(len(indices), generator=generator)].split(batch_size)
-        for position in torch.randperm(len(batches), generator=generator).tolist():
-            indices = batches[position]
-            mirrored = torch.rand(len(indices), generator=generator) < 0.5
-            yield self._batch(indices, mirrored.tolist())
+        carried: dict[int, Tensor] = {}  # of each bucket, what filled no batch of the blocks before
+        blocks = self._blocks(generator)
+        for number, block in enumerate(blocks):
+            batches: list[Tensor] = []
+            for kind in range(len(self.buckets)):
+                indices = block[self._kind_of[block] == kind]
+                shuffled = indices[torch.randperm(len(indices), generator=generator)]
+                queue = torch.cat([carried.pop(kind, shuffled[:0]), shuffled]).split(batch_size)
+                if queue and len(queue[-1]) < batch_size and number + 1 < len(blocks):
+                    carried[kind] = queue[-1]
+                    queue = queue[:-1]
+                batches += [batch for batch in queue if len(batch)]
+            for position in torch.randperm(len(batches), generator=generator).tolist():
+                yield from self._batch(*self._draw(batches[position], generator))
 
     def endless(self, batch_size: int, generator: torch.Generator) -> Iterator[LatentBatch]:
-        """One epoch after another."""
+        """One epoch after another. Raises UserError when no latent is left whole."""
         while True:
-            yield from self.epoch(batch_size, generator)
+            is_empty = True
+            for batch in self.epoch(batch_size, generator):
+                is_empty = False
+                yield batch
+            if is_empty:
+                raise UserError(f"no latent of {self.cache.folder} can be read; run again to encode the pictures anew")
 
     def in_order(self, batch_size: int) -> Iterator[LatentBatch]:
-        """Every picture once, unmirrored, bucket by bucket: for validation."""
+        """Every picture once, as it is, bucket by bucket: for validation."""
         for indices in self.buckets.values():
-            for batch in indices.split(batch_size):
-                yield self._batch(batch, [False] * len(batch))
+            by_row = indices[self._rows[indices, 0, 0].argsort(stable=True)]  # as they lie on the disk
+            for batch in by_row.split(batch_size):
+                yield from self._batch(batch, self._rows[batch, :, 0])
 
-    def _batch(self, indices: Tensor, mirrored: Sequence[bool]) -> LatentBatch:
-        rows = [
-            self.flipped_rows[index] if flip and self.flipped_rows is not None else self.rows[index]
-            for index, flip in zip(indices.tolist(), mirrored, strict=True)
-        ]
-        return LatentBatch(self.cache.read(rows), self.targets[indices], self.weights[indices])
+    def _blocks(self, generator: torch.Generator) -> list[Tensor]:
+        """The pictures' indices in blocks of whole shards, in random order; one block, not shuffled, if all of it is small."""
+        shards, sizes = self.cache.shards_of(self._rows[:, 0, 0].clamp_min(0))
+        used = shards.unique()
+        if int(sizes[used].sum()) <= BLOCK_BYTES:
+            return [torch.arange(len(self))]
+        used = used[torch.randperm(len(used), generator=generator)]
+        place = torch.zeros(len(sizes), dtype=torch.int64)
+        place[used] = (sizes[used].cumsum(0) - 1) // BLOCK_BYTES  # of each shard, its block
+        block_of = place[shards]
+        return list(block_of.argsort(stable=True).split(block_of.bincount().tolist()))
+
+    def _draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Choose a variant of each picture: indices [B] of those that have one left, and rows [B, P]."""
+        possible = (self._rows[indices, :, 1:] >= 0).all(1)  # [B, V]
+        draws = torch.rand(possible.shape, generator=generator).masked_fill(~possible, -1)
+        chosen = self._rows[indices, :, 1 + draws.argmax(1)]  # [B, P]
+        kept = possible.any(1)
+        return indices[kept], chosen[kept]
+
+    def _batch(self, indices: Tensor, rows: Tensor) -> Iterator[LatentBatch]:
+        """The batch of these pictures in these rows [B, P], without those that are damaged; none if all are."""
+        while True:
+            kept = (rows >= 0).all(1)
+            indices, rows = indices[kept], rows[kept]
+            if not len(indices):
+                return
+            try:
+                latents = [self.cache.read(part) for part in rows.unbind(1)]
+                break
+            except DamagedLatentsError as error:
+                damaged = torch.from_numpy(error.rows)
+                self._rows[torch.isin(self._rows, damaged)] = -1
+                rows = rows.masked_fill(torch.isin(rows, damaged), -1)
+        prompts = None if self.prompts is None else tuple(self.prompts[int(index)] for index in indices)
+        yield LatentBatch(
+            latents=latents[0],
+            targets=self.targets[indices],
+            weights=self.weights[indices],
+            indices=indices,
+            second=latents[1] if len(latents) == 2 else None,
+            prompts=prompts,
+        )

@@ -1,197 +1,223 @@
 """Latents of pictures on disk, so that a picture is read and encoded once.
 
-A cache is a folder of shards and a `cache.json` that says which VAE and which sizing its latents belong to. A shard is a
-.safetensors file with one tensor `latents` [N, C, h, w], float16, of one bucket; its header lists the N pictures, each
-with the size and the time of its file, so that a picture that has changed is encoded again. A shard is written whole or
-not at all: a run that was killed goes on where its last shard ends. Shards are read memory-mapped, row by row.
+A cache is a folder of shards (see `library.scorer_data.cache_shards`) and a `cache.json` that says which VAE and which sizing its
+latents belong to. Any number of processes may write to it at once. Shards are whole or not there: a run that was killed goes on where
+its last shard ends. Latents are read memory-mapped and compared with their checksums; one that is damaged is never used.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
-import safetensors.torch
+import numpy as np
 import torch
-from PIL import ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
-from library.atomic_files import atomic_save_safetensors, atomic_write_text
+from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorer_data.buckets import BucketConfig, choose_bucket
-from library.scorer_data.pictures import cover, picture_size, read_picture, to_pixels
+from library.scorer_data.buckets import BucketConfig
+from library.scorer_data.cache_index import latent_key, open_index
+from library.scorer_data.cache_shards import KEY_DTYPE, ShardReader, read_names, write_shard
+from library.scorer_data.records import FileState, Picture
 
 logger = logging.getLogger(__name__)
 
-ENTRIES_KEY = "leco_score.pictures"
-SHARD_ROWS = 1024  # what a kill can cost, and a file of 8 MB for 64x64 latents of 4 channels
+FORMAT = 2  # of the shards
+DESCRIPTION_NAME = "cache.json"
+DAMAGED_NAME = "damaged.txt"  # lines "shard row"
+MAX_MAPPED_BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class CachedLatent:
-    """Where a latent is: a row of a shard, and the (width, height) in pixels of its bucket."""
+class DamagedLatentsError(Exception):
+    """Some of the latents to be read are not what was written. The cache has forgotten them: the next run encodes them again.
 
-    shard: Path
-    row: int
-    bucket: tuple[int, int]
+    Attributes:
+        rows: of the damaged ones.
+    """
 
-
-@dataclass(frozen=True)
-class _FileState:
-    """What tells that a file has not changed since it was encoded."""
-
-    size: int
-    mtime_ns: int
-
-    @staticmethod
-    def of(path: Path) -> "_FileState":
-        status = path.stat()
-        return _FileState(status.st_size, status.st_mtime_ns)
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__(f"{len(rows)} latents are damaged")
+        self.rows = rows
 
 
 class LatentCache:
-    """The latents that one VAE makes of pictures sized in one way. Found by (path, whether it is flipped)."""
+    """The latents that one VAE makes of pictures sized in one way. Found by picture and variant, then known by their row number."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vae: VaeFingerprint) -> None:
         """Open the cache in `folder`; see `open_cache`. Shards that cannot be read count as not there."""
-        self.folder = folder
-        # The state of the file is in the key: shards are read in no order of age, and an outdated latent must not hide the new one.
-        self._entries: dict[tuple[str, bool, _FileState], CachedLatent] = {}
-        self._tensors: dict[Path, Tensor] = {}  # memory-mapped: only the rows that are read are ever in memory
-        for shard in sorted(folder.glob("*.safetensors")):
+        self.folder, self.vae = folder, vae
+        self._index = open_index(folder)
+        self._reader = ShardReader(folder, MAX_MAPPED_BYTES)
+        self._forget_damaged()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def find(self, picture: Picture, variant: str = "") -> int | None:
+        """The row of a picture's latent, or None if it is not cached, its file has changed or is gone."""
+        row = int(self.find_all([picture], [variant])[0, 0])
+        return None if row < 0 else row
+
+    def find_all(self, pictures: Iterable[Picture], variants: Sequence[str] = ("",)) -> Tensor:
+        """Rows [N, V] int64 of N pictures in V variants, -1 where `find` gives None."""
+        keys = []
+        for picture in pictures:
             try:
-                with safe_open(shard, framework="pt") as file:
-                    self._index(shard, (file.metadata() or {})[ENTRIES_KEY])
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
-                logger.warning("latent cache: %s cannot be read (%s); its pictures are encoded again", shard, error)
+                state = picture.state()
+            except OSError:
+                keys += [b""] * len(variants)
+            else:
+                keys += [latent_key(picture.key, variant, state) for variant in variants]
+        rows = self._index.look_up(np.array(keys, dtype=KEY_DTYPE))
+        return torch.from_numpy(rows).reshape(-1, len(variants))
 
-    def find(self, path: Path, flipped: bool = False) -> CachedLatent | None:
-        """Where the latent of a picture is, or None if it is not cached or the picture's file has changed."""
-        return self._entries.get((str(path), flipped, _FileState.of(path)))
+    def bucket_of(self, row: int) -> tuple[int, int]:
+        """(width, height) in pixels of the bucket of a row."""
+        return self._index.shards[int(self._index.shards_of(np.array(row)))].bucket
 
-    def write(self, bucket: tuple[int, int], pictures: Sequence[tuple[Path, bool]], latents: Tensor) -> None:
-        """Add a shard: latents [N, C, h, w] of N (path, flipped), all of one bucket."""
-        assert len(pictures) == len(latents)
-        entries = [{"path": str(path), "flipped": flipped, **asdict(_FileState.of(path))} for path, flipped in pictures]
-        text = json.dumps({"bucket": bucket, "pictures": entries})
-        name = f"{bucket[0]:04d}x{bucket[1]:04d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        atomic_save_safetensors({"latents": latents.half()}, self.folder / name, {ENTRIES_KEY: text})
-        self._index(self.folder / name, text)
+    def buckets_of(self, rows: Tensor) -> Tensor:
+        """(width, height) of the buckets [N, 2] of rows [N]."""
+        buckets = np.array([shard.bucket for shard in self._index.shards], dtype=np.int64).reshape(-1, 2)
+        return torch.from_numpy(buckets[self._index.shards_of(rows.numpy())])
 
-    def read(self, rows: Sequence[CachedLatent]) -> Tensor:
-        """Latents [N, C, h, w] of rows of one bucket, float32."""
-        return torch.stack([self._shard(row.shard)[row.row] for row in rows]).float()
+    def shards_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the shards [N] that rows [N] are in, and the size in bytes of every shard [S]."""
+        sizes = torch.tensor([shard.file.size for shard in self._index.shards], dtype=torch.int64)
+        return torch.from_numpy(self._index.shards_of(rows.numpy())), sizes
 
-    def _shard(self, path: Path) -> Tensor:
-        if path not in self._tensors:
-            self._tensors[path] = safetensors.torch.load_file(path)["latents"]
-        return self._tensors[path]
+    def refresh(self) -> None:
+        """See what other processes have written meanwhile. Rows keep their numbers."""
+        self._index.read_new_shards(self.folder)
 
-    def _index(self, shard: Path, text: str) -> None:
-        header = json.loads(text)
-        bucket = (int(header["bucket"][0]), int(header["bucket"][1]))
-        for row, entry in enumerate(header["pictures"]):
-            state = _FileState(entry["size"], entry["mtime_ns"])
-            self._entries[entry["path"], entry["flipped"], state] = CachedLatent(shard, row, bucket)
+    def write(
+        self,
+        bucket: tuple[int, int],
+        pictures: Sequence[tuple[Picture, str]],
+        latents: Tensor,
+        states: Sequence[FileState] | None = None,
+    ) -> None:
+        """Add a shard: latents [N, C, h, w] of N (picture, variant), all of one bucket.
+
+        Args:
+            states: of the pictures' files when they were read; now, if not given.
+
+        Raises:
+            UserError: it cannot be written; nothing is left of it then.
+        """
+        assert len(pictures) == len(latents) > 0
+        states = [picture.state() for picture, _ in pictures] if states is None else states
+        keys = [latent_key(picture.key, variant, state) for (picture, variant), state in zip(pictures, states, strict=True)]
+        key_array = np.array(keys, dtype=KEY_DTYPE)
+        names = [(picture.key, variant) for picture, variant in pictures]
+        self._index.add(write_shard(self.folder, bucket, key_array, names, latents), key_array)
+
+    def read(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """Latents [N, C, h, w] of rows of one bucket, float32.
+
+        Raises:
+            DamagedLatentsError: naming the rows whose latents are damaged or gone. Read the others by a second call.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        shard_numbers = self._index.shards_of(wanted)
+        latents, damaged = None, []
+        for number in np.unique(shard_numbers):
+            places = np.flatnonzero(shard_numbers == number)
+            own_rows = wanted[places] - self._index.first_rows[number]
+            try:
+                copies, whole = self._reader.read(self._index.shards[number], own_rows)
+            except (SafetensorError, OSError, KeyError) as error:
+                logger.warning("latent cache: %s cannot be read: %s", self.folder / self._index.shards[number].name, error)
+                damaged.append(wanted[places])
+                continue
+            damaged.append(wanted[places][~whole])
+            if latents is None:
+                latents = torch.empty((len(wanted), *copies.shape[1:]))
+            latents[torch.from_numpy(places)] = copies.float()
+        bad = np.unique(np.concatenate(damaged))
+        if len(bad):
+            self._report_damaged(bad)
+            raise DamagedLatentsError(bad)
+        assert latents is not None
+        return latents
+
+    def verify(self) -> int:
+        """Read everything, report and forget what is damaged, and return how much that is."""
+        damaged = 0
+        for number, shard in enumerate(self._index.shards):
+            first = int(self._index.first_rows[number])
+            try:
+                self.read(range(first, first + shard.rows))
+            except DamagedLatentsError as error:
+                damaged += len(error.rows)
+        return damaged
+
+    def _report_damaged(self, rows: np.ndarray) -> None:
+        """Say so, and remember it for the next run."""
+        lines = []
+        for row, number in zip(rows, self._index.shards_of(rows), strict=True):
+            shard, own_row = self._index.shards[number], int(row - self._index.first_rows[number])
+            name = ""
+            with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, IndexError):
+                name = f" (picture {read_names(self.folder / shard.name)[own_row][0]})"
+            logger.warning(
+                "latent cache: row %d of %s%s is damaged; it is left out, and encoded again by the next run", own_row, shard.name, name
+            )
+            lines.append(f"{shard.name} {own_row}\n")
+        with contextlib.suppress(OSError), (self.folder / DAMAGED_NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        self._index.forget(rows)
+
+    def _forget_damaged(self) -> None:
+        """Do not find what an earlier run found damaged."""
+        with contextlib.suppress(FileNotFoundError):
+            first_rows = dict(zip((shard.name for shard in self._index.shards), self._index.first_rows.tolist(), strict=False))
+            rows = []
+            for line in (self.folder / DAMAGED_NAME).read_text(encoding="utf-8").splitlines():
+                name, _, row = line.partition(" ")
+                if name in first_rows and row.isdecimal():
+                    rows.append(first_rows[name] + int(row))
+            self._index.forget(np.array(rows, dtype=np.int64))
 
 
 def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> LatentCache:
-    """The cache for this VAE and this sizing within `cache_dir`, new if there is none yet. Raises UserError if it cannot be written."""
-    sizing = asdict(buckets)
-    for description in sorted(cache_dir.glob("*/cache.json")):
-        try:
-            stored = json.loads(description.read_text(encoding="utf-8"))
-            if stored["buckets"] == sizing and VaeFingerprint.from_dict(stored["vae"]).matches(vae):
-                return LatentCache(description.parent)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("latent cache: %s cannot be read (%s) and is left alone", description, error)
-    text = json.dumps({"vae": vae.to_dict(), "buckets": sizing}, indent=1)
-    folder = cache_dir / f"{buckets.width}x{buckets.height}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    atomic_write_text(folder / "cache.json", text)
-    return LatentCache(folder)
-
-
-def encode_missing(
-    cache: LatentCache,
-    paths: Sequence[Path],
-    encode: Callable[[Tensor], Tensor],
-    buckets: BucketConfig,
-    *,
-    flips: bool,
-    batch_size: int,
-    skip_bad_images: bool = False,
-) -> list[str]:
-    """Fill the cache with what is not in it yet, with a progress bar.
-
-    Args:
-        encode: pixels [B, 3, H, W] in -1..1 to scaled latents [B, C, h, w].
-        flips: also encode each picture mirrored: a mirrored latent is not the latent of the mirrored picture.
-        skip_bad_images: leave out pictures that cannot be read.
-
-    Returns:
-        One sentence for each picture left out.
+    """The cache for this VAE and this sizing within `cache_dir`, new if there is none yet. Several processes may call it at once.
 
     Raises:
-        UserError: naming the picture that cannot be read.
+        UserError: it cannot be written to.
     """
-    skipped: list[str] = []
-    todo: dict[tuple[int, int], list[tuple[Path, tuple[bool, ...]]]] = {}
-    for path in tqdm(paths, desc="Looking through pictures", unit="picture", leave=False):
-        missing = tuple(flipped for flipped in ((False, True) if flips else (False,)) if cache.find(path, flipped) is None)
-        if missing:
-            with _skipping(skipped, skip_bad_images):
-                todo.setdefault(choose_bucket(*picture_size(path), buckets), []).append((path, missing))
-
-    with tqdm(total=sum(map(len, todo.values())), desc="Encoding pictures", unit="picture", disable=not todo) as progress:
-        for bucket in sorted(todo):
-            pending: list[tuple[Path, bool]] = []
-            latents: list[Tensor] = []
-            for batch in _chunks(todo[bucket], batch_size):
-                rows, pictures = [], []
-                for path, missing in batch:
-                    with _skipping(skipped, skip_bad_images):
-                        picture = cover(read_picture(path), bucket)
-                        rows += [(path, flipped) for flipped in missing]
-                        pictures += [ImageOps.mirror(picture) if flipped else picture for flipped in missing]
-                if pictures:
-                    latents.append(_encode(encode, to_pixels(pictures), rows))
-                    pending += rows
-                if len(pending) >= SHARD_ROWS:
-                    cache.write(bucket, pending, torch.cat(latents))
-                    pending, latents = [], []
-                progress.update(len(batch))
-            if pending:
-                cache.write(bucket, pending, torch.cat(latents))
-    return skipped
+    sizing = {name: value for name, value in asdict(buckets).items() if name != "max_crop"}  # which pictures, not how they are sized
+    text = json.dumps({"format": FORMAT, "vae": vae.to_dict(), "buckets": sizing}, indent=1)
+    identity = hashlib.sha256(json.dumps([FORMAT, vae.scaling_factor, sizing]).encode()).hexdigest()[:8]
+    for number in count(1):  # VAEs whose latents have one scale are told apart by their probes alone
+        folder = cache_dir / f"{buckets.width}x{buckets.height}-{identity}-{number}"
+        if not (folder / DESCRIPTION_NAME).is_file():
+            _make_folder(folder, text)
+        try:
+            if VaeFingerprint.from_dict(json.loads((folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))["vae"]).matches(vae):
+                return LatentCache(folder, vae)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("latent cache: %s cannot be read (%s); delete its folder", folder / DESCRIPTION_NAME, error)
+    raise AssertionError("unreachable")
 
 
-@torch.no_grad()
-def _encode(encode: Callable[[Tensor], Tensor], pixels: Tensor, rows: Sequence[tuple[Path, bool]]) -> Tensor:
-    latents = encode(pixels).cpu()
-    bad = ~latents.isfinite().flatten(1).all(1)
-    if bad.any():
-        path = rows[int(bad.nonzero()[0])][0]
-        raise UserError(f"the VAE made NaN or infinity of picture {path}; try another VAE file")
-    return latents
-
-
-@contextlib.contextmanager
-def _skipping(skipped: list[str], wanted: bool) -> Iterator[None]:
-    """Turn a picture's UserError into a line of the report, if that is wanted."""
+def _make_folder(folder: Path, description: str) -> None:
+    """Make a cache's folder with its description, both at once, unless another process was quicker."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    atomic_write_text(unfinished / DESCRIPTION_NAME, description)
     try:
-        yield
-    except UserError as error:
-        if not wanted:
-            raise
-        skipped.append(str(error))
-
-
-def _chunks(items: Sequence[tuple[Path, tuple[bool, ...]]], size: int) -> Iterator[Sequence[tuple[Path, tuple[bool, ...]]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+        os.rename(unfinished, folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not (folder / DESCRIPTION_NAME).is_file():
+            raise UserError(
+                f"the latent cache {folder} cannot be made ({error.strerror}); delete it or choose another cache_dir"
+            ) from error

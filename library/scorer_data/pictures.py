@@ -1,51 +1,64 @@
-"""Picture files as RGB pixels, whatever they are."""
+"""Pictures as RGB pixels, whatever they are."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from library.errors import UserError
+from library.scorer_data.records import Picture
 
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(picture: Picture) -> Image.Image:
     """Read a picture as 8-bit RGB.
 
-    Turned as its EXIF says, transparency laid over white, 16-bit greys reduced to 8, CMYK converted, and of an animation the first frame.
+    Turned as its EXIF says, transparency laid over white, 16-bit and float greys reduced to 8 bits, CMYK converted, and of an animation
+    the first frame. Colour profiles are not applied.
 
     Raises:
-        UserError: if the file is not a whole picture.
+        UserError: if it is not a whole picture, or has more pixels than Pillow thinks safe (179 million).
     """
     try:
-        with Image.open(path) as file:
+        with picture.open() as stream, Image.open(stream) as file:
             file.load()
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in _SIXTEEN_BIT_MODES:
-                values = np.asarray(picture).astype(np.float64)  # [H, W]
-                largest = 65535 if picture.mode != "I" or values.max() > 255 else 255
-                picture = Image.fromarray(np.round(values.clip(0, largest) * (255 / largest)).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
+            return _to_rgb(_turned(file))
+    except UnidentifiedImageError as error:
+        raise UserError(f"picture {picture.key} cannot be read: it is empty or of no known format") from error
+    except Exception as error:  # decoders raise what they like on bytes that are not what they say
+        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ") or type(error).__name__
+        raise UserError(f"picture {picture.key} cannot be read: {reason}") from error
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height as seen, without decoding the picture. Raises UserError if it is none."""
+def _turned(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF says that it is seen; as it is stored if its EXIF is broken."""
     try:
-        with Image.open(path) as file:
-            turned = file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-            return (file.height, file.width) if turned else file.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(picture).astype(np.float64)  # [H, W]
+        largest = 65535 if picture.mode != "I" or values.max() > 255 else 255
+        picture = _grey(values / largest)
+    elif picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        picture = _grey(values / next(largest for largest in (1, 255, 65535, np.inf) if values.max() <= largest))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """Values [H, W] in 0..1 as an 8-bit picture."""
+    return Image.fromarray(np.round(values.clip(0, 1) * 255).astype(np.uint8))
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -1,0 +1,232 @@
+"""Filling a latent cache: pictures are read by threads, encoded in batches of one bucket, and written shard by shard."""
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.runtime import free_cores
+from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
+from library.scorer_data.latent_cache import LatentCache
+from library.scorer_data.npz_cache import NpzCache
+from library.scorer_data.pictures import read_picture, to_pixels
+from library.scorer_data.pixel_augmentation import PLAIN, render
+from library.scorer_data.records import FilePicture, FileState, Picture, Skipped, SlicePicture
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Tensor], Tensor]
+Bucket = tuple[int, int]
+
+SHARD_ROWS = 1024
+SHARD_BYTES = 2**25  # 1024 latents of 4 x 64 x 64, or 256 of 4 x 128 x 128
+PENDING_BYTES = 2**28  # of all buckets' shards in the making
+WRITE_SECONDS = 300.0  # the longest that an encoded latent waits to be written, which is what a kill can cost
+LOOK_UP_CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture, the state of its file, and the variants of it that are missing."""
+
+    picture: Picture
+    state: FileState
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture read: what is to be encoded of it, and what another program has encoded."""
+
+    job: _Job
+    bucket: Bucket
+    images: dict[str, Image.Image]
+    npz: dict[str, Tensor] = field(default_factory=dict)
+
+
+def encode_missing(
+    cache: LatentCache,
+    pictures: Iterable[Picture],
+    encode: Encode,
+    buckets: BucketConfig,
+    *,
+    variants: Sequence[str] = (PLAIN,),
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    read_npz: bool = True,
+) -> list[Skipped]:
+    """Fill the cache with what is not in it yet, with a progress bar.
+
+    Of several processes each takes its share of the pictures, told by their keys. Files are taken in a random order that is always the
+    same, so that each shard is a fair sample of the pictures however they were sorted; parts of other files come in the order given.
+
+    Args:
+        encode: pixels [B, 3, H, W] in -1..1 to scaled latents [B, C, h, w].
+        variants: what to encode of each picture; see `PixelAugmentation.names`.
+        read_npz: take over what sd-scripts cached beside the pictures, where it is of the same VAE.
+
+    Returns:
+        One sentence for each picture that was left out.
+
+    Raises:
+        UserError: the cache cannot be written to.
+    """
+    skipped: list[Skipped] = []
+    share = [picture for picture in dict.fromkeys(pictures) if _order(picture.key) % num_processes == process_index]
+    jobs = _missing(cache, share, tuple(variants), skipped)
+    jobs.sort(key=lambda job: _order(job.picture.key) if isinstance(job.picture, (FilePicture, SlicePicture)) else 0)
+    if not jobs:
+        return skipped
+
+    npz = NpzCache(cache.vae.scaling_factor) if read_npz else None
+    filler = _Filler(cache, encode, batch_size, npz, skipped)
+    progress = tqdm(total=len(jobs), desc="Encoding pictures", unit="picture", disable=process_index != 0)
+    try:
+        for prepared in _prepare_all(jobs, buckets, npz, threads=max(1, free_cores() // num_processes)):
+            if isinstance(prepared, Skipped):
+                skipped.append(prepared)
+            else:
+                filler.take(prepared)
+            progress.update()
+    except KeyboardInterrupt:
+        filler.write_all()  # what is encoded is not lost
+        raise
+    finally:
+        progress.close()
+    filler.finish()
+    return skipped
+
+
+def _missing(cache: LatentCache, pictures: Sequence[Picture], variants: tuple[str, ...], skipped: list[Skipped]) -> list[_Job]:
+    jobs = []
+    for start in range(0, len(pictures), LOOK_UP_CHUNK):
+        chunk = pictures[start : start + LOOK_UP_CHUNK]
+        absent = cache.find_all(chunk, variants) < 0
+        for number in absent.any(1).nonzero().flatten().tolist():
+            try:
+                state = chunk[number].state()  # as it is before it is read: if it changes meanwhile, the latent is outdated, not wrong
+            except OSError as error:
+                skipped.append(Skipped(f"picture {chunk[number].key} cannot be read: {error.strerror or error}"))
+            else:
+                wanted = tuple(variant for variant, is_absent in zip(variants, absent[number].tolist(), strict=True) if is_absent)
+                jobs.append(_Job(chunk[number], state, wanted))
+    return jobs
+
+
+def _order(key: str) -> int:
+    """A random number that a key always has."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _prepare_all(jobs: Sequence[_Job], buckets: BucketConfig, npz: NpzCache | None, threads: int) -> Iterator[_Prepared | Skipped]:
+    """Pictures in order, read by threads: Pillow decodes and resizes without Python's lock."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="read_picture") as pool:
+        reading: deque[Future[_Prepared | Skipped]] = deque()
+        try:
+            for job in jobs:
+                reading.append(pool.submit(_prepare, job, buckets, npz))
+                if len(reading) > 4 * threads:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
+        finally:
+            for future in reading:
+                future.cancel()
+
+
+def _prepare(job: _Job, buckets: BucketConfig, npz: NpzCache | None) -> _Prepared | Skipped:
+    try:
+        picture = read_picture(job.picture)
+    except UserError as error:
+        return Skipped(str(error))
+    bucket = choose_bucket(*picture.size, buckets)
+    cut = crop_share(*picture.size, bucket)
+    if buckets.enable_bucket and cut > buckets.max_crop:
+        width, height = picture.size
+        return Skipped(
+            f"picture {job.picture.key} is {width}x{height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off {cut:.0%}: "
+            f"max_crop is {buckets.max_crop:g}"
+        )
+    cached = {} if npz is None else npz.find(job.picture, job.state, bucket, job.variants)
+    to_encode = [variant for variant in job.variants if variant not in cached or npz is None or not npz.trusted]
+    images = {variant: render(picture, bucket, variant, job.picture.key) for variant in to_encode}
+    return _Prepared(job, bucket, images, cached)
+
+
+class _Filler:
+    """Batches of pictures and shards of latents in the making, for each bucket."""
+
+    def __init__(self, cache: LatentCache, encode: Encode, batch_size: int, npz: NpzCache | None, skipped: list[Skipped]) -> None:
+        self.cache, self.encode, self.batch_size, self.npz, self.skipped = cache, encode, batch_size, npz, skipped
+        self._batches: dict[Bucket, list[tuple[_Job, str, Image.Image]]] = {}
+        self._pending: dict[Bucket, list[tuple[_Job, str, Tensor]]] = {}
+        self._last_write = time.monotonic()
+
+    def take(self, prepared: _Prepared) -> None:
+        """Encode a picture, soon."""
+        job, bucket = prepared.job, prepared.bucket
+        images = dict(prepared.images)
+        if self.npz is not None and prepared.npz:
+            if self.npz.trusted is None:
+                variant = next(iter(prepared.npz))
+                self.npz.compare(prepared.npz[variant], self._encode([images[variant]])[0], job.picture)
+            if self.npz.trusted:
+                for variant, latents in prepared.npz.items():
+                    images.pop(variant, None)
+                    self._keep(bucket, job, variant, latents)
+        batch = self._batches.setdefault(bucket, [])
+        batch += [(job, variant, image) for variant, image in images.items()]
+        while len(batch) >= self.batch_size:
+            self._encode_batch(bucket, batch[: self.batch_size])
+            del batch[: self.batch_size]
+
+    def finish(self) -> None:
+        """Encode and write all that was taken."""
+        for bucket, batch in self._batches.items():
+            if batch:
+                self._encode_batch(bucket, batch)
+        self.write_all()
+
+    def write_all(self) -> None:
+        """Write all that was encoded."""
+        for bucket in list(self._pending):
+            self._write(bucket)
+        self._last_write = time.monotonic()
+
+    def _encode_batch(self, bucket: Bucket, batch: Sequence[tuple[_Job, str, Image.Image]]) -> None:
+        latents = self._encode([image for _, _, image in batch])
+        finite = latents.isfinite().flatten(1).all(1).tolist()
+        for (job, variant, _), row, is_finite in zip(batch, latents, finite, strict=True):
+            if is_finite:
+                self._keep(bucket, job, variant, row)
+            else:
+                self.skipped.append(Skipped(f"picture {job.picture.key}: the VAE makes NaN or infinity of it; try another VAE file"))
+
+    @torch.no_grad()
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.encode(to_pixels(images)).float().cpu()
+
+    def _keep(self, bucket: Bucket, job: _Job, variant: str, latents: Tensor) -> None:
+        rows = self._pending.setdefault(bucket, [])
+        rows.append((job, variant, latents))
+        if len(rows) >= SHARD_ROWS or len(rows) * latents.numel() * 2 >= SHARD_BYTES:
+            self._write(bucket)
+        elif sum(len(rows) * rows[0][2].nbytes for rows in self._pending.values()) >= PENDING_BYTES:
+            self._write(max(self._pending, key=lambda bucket: len(self._pending[bucket])))
+        elif time.monotonic() - self._last_write >= WRITE_SECONDS:
+            self.write_all()
+
+    def _write(self, bucket: Bucket) -> None:
+        rows = self._pending.pop(bucket)
+        pictures = [(job.picture, variant) for job, variant, _ in rows]
+        self.cache.write(bucket, pictures, torch.stack([latents for _, _, latents in rows]), [job.state for job, _, _ in rows])
