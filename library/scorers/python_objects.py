@@ -12,12 +12,12 @@ from typing import Any
 from library.errors import UserError
 
 
-def load_object(name: str, what: str) -> Callable[..., Any]:
+def load_object(name: str, what: str, *, classes: bool = False) -> Callable[..., Any]:
     """Find a function or class by name.
 
     Args:
         name: `package.module:object`, or `path/to/file.py:object` relative to the working directory.
-        what: what it is for, as the first word of messages.
+        what: what it is for, as the first word of messages. classes: whether a class will do, for the message that lists what there is.
 
     Raises:
         UserError: if there is no such module, file or object.
@@ -32,7 +32,7 @@ def load_object(name: str, what: str) -> Callable[..., Any]:
         public = [
             key
             for key, value in vars(module).items()
-            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
+            if (inspect.isfunction(value) or (classes and inspect.isclass(value))) and value.__module__ == module.__name__
         ]
         raise UserError(f"{title}: {where} has no function {object_name!r}; it has {', '.join(public) or 'none'}")
     return found

@@ -30,7 +30,7 @@ class UserPython(ImageModel):
     def __init__(self, *, name: str, preprocessing: Mapping[str, Any]) -> None:
         super().__init__(preprocessing)
         logger.info("the scorer runs the Python code of %s", name)
-        found = load_object(name, "image model")
+        found = load_object(name, "image model", classes=True)
         if inspect.isclass(found):
             if not issubclass(found, nn.Module):
                 raise UserError(f"image model {name!r} is a class, but no torch.nn.Module; derive it from that, or name a function")

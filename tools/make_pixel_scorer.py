@@ -1,0 +1,157 @@
+"""Make a scorer file of a ready-made image scorer: an aesthetic predictor, a classifier, PickScore, an ONNX file, your own class ...
+
+    python tools/make_pixel_scorer.py --pretrained_model_name_or_path sd15.safetensors --image_model "classifier:nsfw_folder?class=nsfw" \
+        --reference_dir pictures --output nsfw.safetensors
+
+The file holds a decoder and the image scorer, and train_leco_score.py takes it like any other; since it never saw noise, use
+score_estimator x0. docs/pixel_scorers.md lists what there is and how it is written. Prints whether a gradient reaches the latents.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
+
+from library.cli import parse_config, run_main
+from library.config import check_at_least, option
+from library.errors import UserError
+from library.models.loading import load_vae
+from library.models.vae import VaeFingerprint, encode_images, place_vae, probe_picture
+from library.runtime import set_num_threads
+from library.scorer_config import VaeConfig
+from library.scorer_data.pictures import cover, read_picture, to_pixels
+from library.scorer_data.records import FilePicture
+from library.scorers.base import BackboneScorer, ScorerSpec
+from library.scorers.image_models.registry import read_image_model
+from library.scorers.io import save_scorer
+from library.scorers.pixel import RUNS_VAE, ready_made
+from library.scorers.pixel_decoder import load_tiny_autoencoder
+from library.scorers.pixel_gradient import measure_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelScorerConfig:
+    """What looks at the picture, how it is decoded, and what its scores are measured on."""
+
+    image_model: str = option("", help="Image scorer, family:argument?key=value&key=value; see docs/pixel_scorers.md.")
+    decoder: str = option(RUNS_VAE, help="vae, the model's own, or the folder of a tiny autoencoder such as TAESD, which is far faster.")
+    decode_tile: int = option(0, help="Side in latents of the tiles that are decoded; 0 for whole pictures. Bounds memory.")
+    decode_batch: int = option(1, help="Tiles or pictures decoded at a time; 0 for all.")
+    decode_checkpointing: bool = option(True, help="Decode again in the backward pass rather than to keep activations.")
+    reference_dir: Path | None = option(None, help="Pictures whose scores' mean and standard deviation become the unit of the reward.")
+    num_reference: int = option(200, help="How many of them to take, evenly over the folder.")
+    resolution: int = option(512, help="Longer side in pixels at which they are scored.")
+    output: Path = option(Path("pixel_scorer.safetensors"), help="The scorer file to write.")
+    num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
+
+    def __post_init__(self) -> None:
+        if not self.image_model:
+            raise UserError("image_model is not set; give an image scorer such as classifier:FOLDER?class=nsfw")
+        if self.output.suffix != ".safetensors":
+            raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
+        if 0 < self.decode_tile < 8:
+            raise UserError(f"decode_tile is {self.decode_tile}; it must be 0, or at least 8 latents")
+        check_at_least(self, 0, "decode_tile", "decode_batch")
+        check_at_least(self, 1, "num_threads")
+        check_at_least(self, 2, "num_reference")
+        check_at_least(self, 64, "resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePixelScorerConfig:
+    vae: VaeConfig
+    pixel_scorer: PixelScorerConfig
+
+
+def main() -> None:
+    config = parse_config(MakePixelScorerConfig, description="Make a scorer file of a ready-made image scorer.")
+    settings = config.pixel_scorer
+    set_num_threads(settings.num_threads)
+    vae = load_vae(config.vae.path, family=config.vae.model_family)
+    scorer = make_scorer(vae, settings)
+    save_scorer(settings.output, scorer)
+    print(f"wrote {settings.output}")
+
+
+def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig) -> BackboneScorer:
+    """Build, measure and describe the scorer."""
+    image_model = read_image_model(settings.image_model)
+    decoder = vae if settings.decoder == RUNS_VAE else load_tiny_autoencoder(settings.decoder)
+    if decoder.config["latent_channels"] != vae.config["latent_channels"]:
+        raise UserError(f"decoder {settings.decoder} is for other latents than this model's; give one that belongs to this VAE")
+    architecture, backbone = ready_made(
+        image_model,
+        vae,
+        decoder,
+        decode_tile=settings.decode_tile,
+        decode_batch=settings.decode_batch,
+        decode_checkpointing=settings.decode_checkpointing,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place_vae(vae, device)
+    backbone.to(device).eval().requires_grad_(False)
+
+    gradient = measure_gradient(backbone, test_latents(vae, settings.resolution))
+    print(gradient)
+    scores = torch.tensor(list(reference_scores(vae, backbone, settings)))
+    if len(scores):
+        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        if std == 0:
+            raise UserError(f"all {len(scores)} pictures of reference_dir have the score {mean:g}; give pictures that differ in it")
+        print(f"scores of {len(scores)} pictures: mean {mean:.4g}, standard deviation {std:.4g}")
+    else:
+        mean, std = 0.0, 1.0
+        print("no reference_dir: the reward's unit is 1 of this score, so its weight is not comparable with other scorers'")
+    spec = ScorerSpec(
+        kind="pixel",
+        architecture=architecture,
+        vae=VaeFingerprint.of(vae),
+        noise_aware=False,
+        uses_prompt=backbone.image_model.uses_prompt,
+        mean=mean,
+        std=std,
+        training={"image_model": settings.image_model, "reference_pictures": len(scores), "gradient": gradient.to_dict()},
+    )
+    scorer = BackboneScorer(spec, backbone)
+    passed_on = {"weight": torch.ones(1, 1), "bias": torch.zeros(1)}
+    scorer.heads.load_state_dict({f"{spec.score_head}.members.0.{name}": tensor for name, tensor in passed_on.items()})
+    return scorer.cpu()
+
+
+@torch.no_grad()
+def test_latents(vae: AutoencoderKL, resolution: int) -> Tensor:
+    """Latents [1, C, h, w] of a synthetic picture in landscape, 4 to 3."""
+    size = (resolution * 3 // 4 // 8 * 8, resolution // 8 * 8)
+    return encode_images(vae, F.interpolate(probe_picture().to(vae.device), size, mode="bilinear"))
+
+
+@torch.no_grad()
+def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: PixelScorerConfig) -> Iterator[float]:
+    """Scores of the reference pictures, through VAE and decoder as those of a training run are. A prompt is read from a .txt beside."""
+    if settings.reference_dir is None:
+        return
+    files = sorted(file for file in settings.reference_dir.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+    if len(files) < 2:
+        raise UserError(f"reference_dir {settings.reference_dir} has {len(files)} pictures; give at least two, best a few hundred")
+    count = min(settings.num_reference, len(files))
+    for file in tqdm([files[index * len(files) // count] for index in range(count)], desc="reference pictures", unit="picture"):
+        picture = read_picture(FilePicture(str(file.absolute())))
+        scale = settings.resolution / max(picture.size)
+        width, height = (max(8, round(side * scale / 8) * 8) for side in picture.size)
+        latents = encode_images(vae, to_pixels([cover(picture, (width, height))]).to(vae.device))
+        caption = file.with_suffix(".txt")
+        prompt = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
+        yield float(backbone(latents, latents.new_zeros(1), prompts=[prompt]))
+
+
+if __name__ == "__main__":
+    run_main(main)
