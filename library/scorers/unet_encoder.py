@@ -62,6 +62,8 @@ class UNetEncoder(Backbone):
         super().__init__()
         if tuning not in TUNINGS:
             raise UserError(f"scorer_args: tuning is {tuning!r}; it can be {', '.join(TUNINGS)}")
+        if lora_rank < 1:
+            raise UserError(f"scorer_args: lora_rank is {lora_rank}; it must be 1 or more, such as 16")
         self.tuning, self.use_prompt, self.feature_width = tuning, use_prompt, width
         self.taps = tap_names(taps, unet)
         self.unet = build_first_half(unet, self.taps[-1])
@@ -85,7 +87,8 @@ class UNetEncoder(Backbone):
     def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
         if size not in cls.presets:
             raise UserError(f"unet_encoder has no size {size!r}; scorer_size can be {', '.join(cls.presets)}")
-        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self" and name not in FROM_THE_MODEL]
+        parameters = inspect.signature(cls.__init__).parameters
+        known = [name for name in parameters if name != "self" and name not in FROM_THE_MODEL]
         for name in options:
             if name not in known:
                 raise UserError(f"scorer_args: unet_encoder has no {name!r}; it has {', '.join(known)}")
@@ -94,6 +97,7 @@ class UNetEncoder(Backbone):
             "unet": distinctive_config(model.unet),
             "prompt_tokens": model.encode_prompts([""]).text.shape[1],
             "num_timesteps": len(model.schedule),
+            **{name: parameters[name].default for name in known if parameters[name].default is not inspect.Parameter.empty},
             **cls.presets[size],
             **options,
         }
