@@ -97,7 +97,7 @@ def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels:
     heights = [max(picture.height for picture in row) for row in pictures]
     canvas = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * (width + GAP), HEADER + sum(heights) + GAP * len(rows)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    bold, plain = _font(16, bold=True), _font(12)
+    bold, plain = font(16, bold=True), font(12)
     for column, label in enumerate(column_labels):
         draw.text((LABEL_WIDTH + column * (width + GAP) + width // 2, HEADER // 2), label, fill=INK, font=bold, anchor="mm")
     top = HEADER
@@ -128,7 +128,7 @@ def _resize(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font that matplotlib brings, so that a grid looks the same on every system."""
     file = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", file)), size)
