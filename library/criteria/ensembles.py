@@ -52,8 +52,6 @@ def mean_outputs(outputs: Tensor, head: HeadSpec) -> Tensor:
         return _log_mean_exp(outputs.log_softmax(-1))
     if head.readout == "ordinal":
         return _log_mean_exp(F.logsigmoid(outputs)) - _log_mean_exp(F.logsigmoid(-outputs))
-    if head.readout == "class":
-        return outputs.log_softmax(-1).mean(-2)
     return outputs.mean(-2)
 
 
