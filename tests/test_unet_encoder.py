@@ -270,7 +270,7 @@ def test_checkpointing_changes_no_gradient(tuning: str) -> None:
                     branch.lora_up.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     checkpointed.backbone.enable_gradient_checkpointing()
     calls = []
-    encoder_of(checkpointed).unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(None))
+    encoder_of(checkpointed).unet.get_submodule("down_blocks.0.resnets.0").register_forward_pre_hook(lambda *_: calls.append(None))
     expected, found = gradients(plain), gradients(checkpointed)
     assert len(calls) == 2  # once more in the backward pass
     assert expected.keys() == found.keys()
@@ -286,7 +286,7 @@ def test_it_computes_in_mixed_precision(tuning: str) -> None:
         scores = scorer(some_latents(), SIGMAS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, rtol=0.1, atol=0.05)
-    encoder_of(scorer).unet.to(torch.bfloat16)  # half the memory for what stays frozen
+    encoder_of(scorer).unet.bfloat16()  # half the memory for what stays frozen
     torch.testing.assert_close(scorer(some_latents(), SIGMAS), expected, rtol=0.1, atol=0.05)
     with pytest.raises(AssertionError, match="half precision cannot tell noise levels apart"):
         scorer.to(torch.bfloat16)(some_latents(), SIGMAS)
@@ -326,11 +326,11 @@ def test_a_backbone_carries_over_and_the_head_does_not(tmp_path: Path) -> None:
     save_scorer(tmp_path / "scorer.safetensors", source)
     for name in ("backbone", "scorer"):
         target = make_scorer(model=model, seed=2)
-        head = target.heads["score"].members[0].weight.clone()
+        head = target.get_parameter("heads.score.members.0.weight").clone()
         assert not torch.equal(target.backbone(some_latents(), SIGMAS), source.backbone(some_latents(), SIGMAS))
         load_backbone_weights(tmp_path / f"{name}.safetensors", target.backbone, target.spec)
         assert torch.equal(target.backbone(some_latents(), SIGMAS), source.backbone(some_latents(), SIGMAS))
-        assert torch.equal(target.heads["score"].members[0].weight, head)
+        assert torch.equal(target.get_parameter("heads.score.members.0.weight"), head)
     full = make_scorer(model=model, tuning="full")
     with pytest.raises(UserError, match='tuning is "lora" there and "full" here'):
         load_backbone_weights(tmp_path / "backbone.safetensors", full.backbone, full.spec)

@@ -138,12 +138,11 @@ class UNetEncoder(Backbone):
             trained = list(self.unet.named_parameters())
         elif self.tuning == "lora":
             trained = [(lora.path, parameter) for lora in self.lora.loras for parameter in lora.parameters()]
-        layers: dict[str, list[nn.Parameter]] = {"stem": []}
-        layers |= {path: [] for path, _ in self.unet.named_modules() if path.startswith("down_blocks.") and path.count(".") == 1}
-        layers |= {MID_BLOCK: [], "readout": list(self.readout.parameters())}
+        blocks = [*(f"down_blocks.{index}" for index in range(len(self.unet.down_blocks))), MID_BLOCK]
+        layers: dict[str, list[nn.Parameter]] = {name: [] for name in ("stem", *blocks)}
         for path, parameter in trained:
-            layers[next((block for block in layers if path.startswith(f"{block}.")), "stem")].append(parameter)
-        return [parameters for parameters in layers.values() if parameters]
+            layers[next((block for block in blocks if path.startswith(f"{block}.")), "stem")].append(parameter)
+        return [*(parameters for parameters in layers.values() if parameters), list(self.readout.parameters())]
 
     def saved_state(self) -> dict[str, Tensor]:
         """Frozen weights in fp16, in which checkpoints come; trained ones and buffers as they are."""
@@ -158,7 +157,7 @@ class UNetEncoder(Backbone):
             self.lora.enable_gradient_checkpointing()
 
     def _timesteps(self, sigmas: Tensor) -> Tensor:
-        assert self.alphas_cumprod.dtype != torch.float16 and self.alphas_cumprod.dtype != torch.bfloat16, (
+        assert self.alphas_cumprod.dtype in (torch.float32, torch.float64), (
             "half precision cannot tell noise levels apart: keep the scorer in float32 and use autocast, or cast only its `unet`"
         )
         return NoiseSchedule(alphas_cumprod=self.alphas_cumprod).timesteps_of(sigmas)

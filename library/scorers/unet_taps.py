@@ -25,7 +25,7 @@ def tap_names(taps: str | Sequence[str], config: Mapping[str, Any]) -> list[str]
 
     Args:
         taps: "all" of the down and mid blocks (LRM, arXiv 2502.01051), "first_third" of the network's down, mid and up blocks (which is
-            enough, says PAVRM), or names of blocks.
+            enough for PAVRM, arXiv 2511.21541), or names of blocks.
         config: of the U-Net.
 
     Raises:
