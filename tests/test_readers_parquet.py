@@ -115,6 +115,13 @@ def test_pick_a_pic_without_pictures_finds_them_by_their_uid(tmp_path: Path) -> 
     }
 
 
+def test_pictures_of_a_relative_source_have_the_same_key_wherever_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet.write_table(pyarrow.table({"image": [encoded(1)], "score": [1.0]}), tmp_path / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    [image], _ = read(Path("x.parquet"))
+    assert image.picture.key == f"{tmp_path}/x.parquet#image[0,0]"
+
+
 def test_a_file_that_is_no_parquet_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "x.parquet", "path,score\n")
     with pytest.raises(UserError, match="is not a parquet file"):

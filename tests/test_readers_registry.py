@@ -1,10 +1,13 @@
 """Options, recognition, reports and splits: what is the same for all readers."""
 
 import logging
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from library.criteria.registry import get_criterion
 from library.errors import UserError
 from library.scorer_data.readers.base import TARGETS, ReaderOptions
 from library.scorer_data.readers.registry import READERS, read_records, recognise
@@ -53,6 +56,27 @@ def test_a_near_name_is_offered_and_scores_belong_to_scores(tmp_path: Path) -> N
         read(path, target="label", score_range=[1, 2])
     with pytest.raises(UserError, match="reader is 'csv'; it can be auto, table, folders"):
         read_records(path, "csv")
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text(encoding="utf-8")
+
+
+def test_every_reader_is_in_the_docs_with_an_example_that_it_takes(tmp_path: Path) -> None:
+    subsets = [
+        (get_criterion(dataset["criterion"]).target, subset)
+        for block in re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)
+        for dataset in tomllib.loads(block)["datasets"]
+        for subset in dataset["subsets"]
+    ]
+    assert {subset["reader"] for _, subset in subsets if "reader" in subset} == set(READERS)
+    assert re.findall(r"^### (\w+)$", DOCS, re.MULTILINE) == list(READERS)
+    for target, subset in subsets:
+        keys = {key: value for key, value in subset.items() if key not in ("path", "reader", "image_dir", "num_repeats")}
+        options = ReaderOptions.of(keys, target=target, image_dir=tmp_path)
+        if subset.get("reader") in ("folders", "score_folders", "webdataset"):  # the pictures are in the source itself
+            options = ReaderOptions.of(keys, target=target)
+        with pytest.raises(UserError, match="there is|is not a folder|has no folders|none of the"):  # and not: there is no such option
+            next(read_records(tmp_path / "none", subset.get("reader", "table"), options))
 
 
 # -- recognition ---------------------------------------------------------------------------------------------------------

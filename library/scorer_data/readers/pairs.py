@@ -79,7 +79,7 @@ def read_pick_a_pic(path: Path, options: ReaderOptions) -> Records:
     tally = Tally()
     files = None
     for source in source_files(path, (".parquet",)):
-        schema = open_parquet(source).schema_arrow
+        location, schema = source.absolute(), open_parquet(source).schema_arrow
         stored = [picture_column(schema, name) for name in ("jpg_0", "jpg_1")]
         if None in stored and files is None:
             files = PictureFiles(options.image_dir or own_folder(path), once=False)
@@ -93,7 +93,7 @@ def read_pick_a_pic(path: Path, options: ReaderOptions) -> Records:
                 if uids[0] == uids[1]:
                     raise BadValue("both pictures are the same")
                 first, second = (
-                    ParquetPicture(source, *row.place, column) if column else _by_uid(files, uid)
+                    ParquetPicture(location, *row.place, column) if column else _by_uid(files, uid)
                     for column, uid in zip(stored, uids, strict=True)
                 )
                 yield _pair(

@@ -74,7 +74,7 @@ def read_table(path: Path, options: ReaderOptions) -> Records:
     columns = Columns.of(options)
     files = PictureFiles(options.image_dir or own_folder(path))
     for source in source_files(path, ROW_FORMATS):
-        stored = _stored_pictures(source, columns)
+        location, stored = source.absolute(), _stored_pictures(source, columns)
         needed: Needed = [columns.needed(options.target), *([] if stored else [(columns.path,)])]
         for row in read_rows(source, needed, columns.read()):
             if isinstance(row, Skipped):
@@ -82,7 +82,7 @@ def read_table(path: Path, options: ReaderOptions) -> Records:
                 continue
             try:
                 if stored and row.place:
-                    picture, name = ParquetPicture(source, *row.place, stored), f"{source.name}#{row.place[0]},{row.place[1]}"
+                    picture, name = ParquetPicture(location, *row.place, stored), f"{source.name}#{row.place[0]},{row.place[1]}"
                 else:
                     name = path_text(row.get(columns.path))
                     picture = files.find(name)

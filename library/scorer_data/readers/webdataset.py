@@ -37,7 +37,7 @@ def read_webdataset(path: Path, options: ReaderOptions) -> Records:
         extra={f"{name}_column": str for name in names},
     )
     columns = Columns.of(options)
-    for shard in _shards(path):
+    for shard in _shards(path.absolute()):
         if not shard.is_file():
             yield Skipped(f"there is no shard {shard}", "shard is missing")
             continue
@@ -99,7 +99,7 @@ def _record(shard: Path, tar: tarfile.TarFile, key: str, sample: Sample, columns
         values = _flat(values)
         values.setdefault(columns.label, texts.get(".cls"))
         values.setdefault(columns.prompt, texts.get(".txt", "").strip())
-        picture = SlicePicture(shard.absolute(), member.offset_data, member.size, member.name)
+        picture = SlicePicture(shard, member.offset_data, member.size, member.name)
         return rated_image(Row(where, values), picture, f"{shard.name}/{member.name}", columns, options)
     except BadValue as error:
         return error.at(where)
