@@ -61,7 +61,9 @@ class NetworkFile(ImageModel):
     def predict(self, views: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if not self._network:
             file: Any = self.file
-            self._network.append(self.build(file.cpu().numpy().tobytes()).eval().requires_grad_(False))
+            self._network.append(self.build(file.cpu().numpy().tobytes()).eval())
+            for parameter in self._network[0].parameters():
+                parameter.requires_grad_(False)  # one by one: a ScriptModule does not take it whole
         network = self._network[0].to(views.device, views.dtype)
         outputs = network(views.permute(0, 2, 3, 1) if self.layout == "nhwc" else views)
         numbers = (outputs if isinstance(outputs, Tensor) else list(outputs)[self.output]).reshape(len(views), -1)
