@@ -138,8 +138,8 @@ def test_crops_are_parts_of_the_picture_and_the_same_every_time(cache: LatentCac
     assert augmentation.names == ("", "flip", "crop:1@0.8", "crop:2@0.8+flip")
     filled, encoder, _ = fill(cache, pictures, augmentation.names)
     assert encoder.pictures == 36 and fill(cache, pictures, augmentation.names)[1].pictures == 0
-    first = read(filled, pictures[1], "crop:1@0.8")
-    assert first.shape == read(filled, pictures[1]).shape and not torch.allclose(first, read(filled, pictures[1]), atol=0.05)
+    crops, plain = ([read(filled, picture, variant) for picture in pictures] for variant in ("crop:1@0.8", ""))
+    assert sum(not torch.allclose(crop, whole, atol=0.05) for crop, whole in zip(crops, plain, strict=True)) >= 6
     # other settings cost their own variants only
     assert fill(cache, pictures, PixelAugmentation(flip_aug=True, crop_variants=2, crop_min_area=0.5).names)[1].pictures == 18
 

@@ -6,7 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]
 Bucket = tuple[int, int]
 
+IN_ANY_ORDER = (FilePicture, SlicePicture)  # what can be read in any order at the same cost
 SHARD_ROWS = 1024
 SHARD_BYTES = 2**25  # 1024 latents of 4 x 64 x 64, or 256 of 4 x 128 x 128
 PENDING_BYTES = 2**28  # of all buckets' shards in the making
@@ -84,7 +87,7 @@ def encode_missing(
     skipped: list[Skipped] = []
     share = [picture for picture in dict.fromkeys(pictures) if _order(picture.key) % num_processes == process_index]
     jobs = _missing(cache, share, tuple(variants), skipped)
-    jobs.sort(key=lambda job: _order(job.picture.key) if isinstance(job.picture, (FilePicture, SlicePicture)) else 0)
+    jobs.sort(key=lambda job: _order(job.picture.key) if isinstance(job.picture, IN_ANY_ORDER) else 0)
     if not jobs:
         return skipped
 
@@ -130,11 +133,12 @@ def _order(key: str) -> int:
 
 def _prepare_all(jobs: Sequence[_Job], buckets: BucketConfig, npz: NpzCache | None, threads: int) -> Iterator[_Prepared | Skipped]:
     """Pictures in order, read by threads: Pillow decodes and resizes without Python's lock."""
+    opening_parts = Lock()
     with ThreadPoolExecutor(threads, thread_name_prefix="read_picture") as pool:
         reading: deque[Future[_Prepared | Skipped]] = deque()
         try:
             for job in jobs:
-                reading.append(pool.submit(_prepare, job, buckets, npz))
+                reading.append(pool.submit(_prepare, job, buckets, npz, opening_parts))
                 if len(reading) > 4 * threads:
                     yield reading.popleft().result()
             while reading:
@@ -144,9 +148,11 @@ def _prepare_all(jobs: Sequence[_Job], buckets: BucketConfig, npz: NpzCache | No
                 future.cancel()
 
 
-def _prepare(job: _Job, buckets: BucketConfig, npz: NpzCache | None) -> _Prepared | Skipped:
+def _prepare(job: _Job, buckets: BucketConfig, npz: NpzCache | None, opening_parts: Lock) -> _Prepared | Skipped:
+    # a cell of a parquet file costs its whole row group, which its reader keeps: once, and not once for each thread
+    opening = nullcontext() if isinstance(job.picture, IN_ANY_ORDER) else opening_parts
     try:
-        picture = read_picture(job.picture)
+        picture = read_picture(job.picture, opening)
     except UserError as error:
         return Skipped(str(error))
     bucket = choose_bucket(*picture.size, buckets)

@@ -22,9 +22,9 @@ from library.scorer_data.records import FilePicture, FileState, Picture
 logger = logging.getLogger(__name__)
 
 SDXL_SCALING_FACTOR = 0.13025
-# Relative RMS between latents of one VAE: the posterior's spread is about 0.01 of them, another resampling filter up to some 0.2. Those of
-# two unrelated VAEs are about sqrt(2) apart.
-TOLERANCE = 0.4
+# Relative RMS between latents of one picture. On seven photographs and the VAE of examples/shapes the posterior's spread makes 0.04 and
+# resampling by area, as sd-scripts does, in place of Lanczos another 0.04 at most; two unrelated VAEs are about sqrt(2) apart.
+TOLERANCE = 0.3
 _KEYS = {PLAIN: "latents", FLIPPED: "latents_flipped"}
 
 

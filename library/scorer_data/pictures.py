@@ -1,6 +1,8 @@
 """Pictures as RGB pixels, whatever they are."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,20 +13,26 @@ from library.errors import UserError
 from library.scorer_data.records import Picture
 
 EXIF_ORIENTATION = 0x0112
+_UNGUARDED = nullcontext()
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def read_picture(picture: Picture) -> Image.Image:
+def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUARDED) -> Image.Image:
     """Read a picture as 8-bit RGB.
 
     Turned as its EXIF says, transparency laid over white, 16-bit and float greys reduced to 8 bits, CMYK converted, and of an animation
     the first frame. Colour profiles are not applied.
 
+    Args:
+        opening: entered while its bytes are fetched, such as a lock.
+
     Raises:
         UserError: if it is not a whole picture, or has more pixels than Pillow thinks safe (179 million).
     """
     try:
-        with picture.open() as stream, Image.open(stream) as file:
+        with opening:
+            stream = picture.open()
+        with stream, Image.open(stream) as file:
             file.load()
             return _to_rgb(_turned(file))
     except UnidentifiedImageError as error:
