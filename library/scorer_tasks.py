@@ -41,6 +41,7 @@ class Task:
     Attributes:
         dataset: as the user described it.
         train, validation: share no picture.
+        train_pictures: a number for the picture of each row of `train`; a picture that counts twice has two rows.
     """
 
     dataset: Dataset
@@ -48,6 +49,7 @@ class Task:
     head: HeadSpec
     train: LatentDataset
     validation: LatentDataset
+    train_pictures: Tensor
 
     @property
     def name(self) -> str:
@@ -160,7 +162,8 @@ def make_task(
         second = cache.find_all(rows.second, variants)
         usable &= second[:, 0] >= 0
     is_train = torch.tensor(rows.is_train, dtype=torch.bool)
-    train, validation = (usable & is_train).nonzero().flatten(), (usable & ~is_train).nonzero().flatten()[:max_validation_pictures]
+    train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
+    validation = validation[:max_validation_pictures]
     for name, indices in (("training", train), ("validation", validation)):
         if len(indices) < 2:
             raise UserError(
@@ -184,7 +187,7 @@ def make_task(
 
     repeated = torch.repeat_interleave(train, torch.tensor(rows.repeats)[train])
     logger.info("dataset %s: %d pictures to train on, %d to validate with", dataset.name, len(train), len(validation))
-    return Task(dataset, criterion, head, part(repeated, vary=True), part(validation, vary=False))
+    return Task(dataset, criterion, head, part(repeated, vary=True), part(validation, vary=False), repeated)
 
 
 def load_tasks(
@@ -274,6 +277,11 @@ def _target(record: RatedImage | RatedPair, target: str) -> Any:
     if isinstance(record, RatedPair):
         return record.preference if target == "pair" else None
     return None if target == "pair" else getattr(record, "score" if target == "picture" else target)
+
+
+def _shuffled(indices: Tensor) -> Tensor:
+    """In an order that is random and always the same: sources are often sorted, and the first ones are then of one kind."""
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
 
 
 def _encode_targets(

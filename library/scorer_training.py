@@ -208,7 +208,8 @@ class ScorerTrainer:
             outputs = self._outputs(scorer, task, varied, sigmas, rng)
             weights = None
             if task.head.members > 1:
-                weights = bootstrap_weights(task.head.members, batch.indices, self.settings.seed).to(outputs.device)
+                pictures = task.train_pictures[batch.indices.cpu()]
+                weights = bootstrap_weights(task.head.members, pictures, self.settings.seed).to(outputs.device)
             losses = member_losses(task.criterion, outputs.float(), varied.targets, task.head, weights)
             return (losses * batch.weights).sum() / size  # a picture counts the same in a bucket's small last batch
 

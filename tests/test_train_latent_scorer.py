@@ -78,7 +78,7 @@ def tiny_scorer(*heads: str) -> BackboneScorer:
 
 def task_of(name: str, weight: float = 1.0) -> Task:
     dataset = Dataset(name=name, criterion="mse", subsets=(Subset(path=Path("x")),), weight=weight)
-    return Task(dataset, CRITERIA["mse"], HeadSpec(name=name), None, None)  # type: ignore[arg-type]
+    return Task(dataset, CRITERIA["mse"], HeadSpec(name=name), None, None, torch.zeros(0))  # type: ignore[arg-type]
 
 
 def test_a_batch_is_shared_out_by_proportions() -> None:
