@@ -47,7 +47,8 @@ def test_only_the_official_test_pictures_are_for_testing(ava: Path) -> None:
     assert counts(skipped) == {"picture is not in the split": 2}
     write(lists / "animal_train.jpgl", "954184\n")
     write(lists / "animal_test.jpgl", "953619\n")
-    assert [image.split for image in read(ava, split="animal")[0]] == ["test", None]
+    animals, _ = read(ava, split="animal")
+    assert [(image.name, image.split) for image in animals] == [("953619.jpg", "test"), ("954184.jpg", None)]
     with pytest.raises(UserError, match="there is no list generic_ss_train.jpgl"):
         read(ava, split="generic_ss")
 
