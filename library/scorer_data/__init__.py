@@ -1,1 +1,1 @@
-"""Rated pictures as batches of latents: `manifest` -> `pictures`, `buckets` -> `latent_cache` -> `batches`."""
+"""Rated pictures as batches of latents: `readers` -> `pictures`, `buckets` -> `latent_cache` -> `batches`."""
