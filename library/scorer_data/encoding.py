@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]
 Bucket = tuple[int, int]
 
+UNREADABLE = "picture cannot be read"  # the kind of Skipped
 IN_ANY_ORDER = (FilePicture, SlicePicture)  # what can be read in any order at the same cost
 SHARD_ROWS = 1024
 SHARD_BYTES = 2**25  # 1024 latents of 4 x 64 x 64, or 256 of 4 x 128 x 128
@@ -85,7 +86,7 @@ def encode_missing(
         UserError: the cache cannot be written to.
     """
     skipped: list[Skipped] = []
-    share = [picture for picture in dict.fromkeys(pictures) if _order(picture.key) % num_processes == process_index]
+    share = [picture for picture in dict.fromkeys(pictures) if share_of(picture.key, num_processes) == process_index]
     jobs = _missing(cache, share, tuple(variants), skipped)
     jobs.sort(key=lambda job: _order(job.picture.key) if isinstance(job.picture, IN_ANY_ORDER) else 0)
     if not jobs:
@@ -119,11 +120,16 @@ def _missing(cache: LatentCache, pictures: Sequence[Picture], variants: tuple[st
             try:
                 state = chunk[number].state()  # as it is before it is read: if it changes meanwhile, the latent is outdated, not wrong
             except OSError as error:
-                skipped.append(Skipped(f"picture {chunk[number].key} cannot be read: {error.strerror or error}"))
+                skipped.append(Skipped(f"picture {chunk[number].key} cannot be read: {error.strerror or error}", UNREADABLE))
             else:
                 wanted = tuple(variant for variant, is_absent in zip(variants, absent[number].tolist(), strict=True) if is_absent)
                 jobs.append(_Job(chunk[number], state, wanted))
     return jobs
+
+
+def share_of(key: str, num_processes: int) -> int:
+    """Which process encodes the picture of that key. It does not depend on what is cached, which processes see at different times."""
+    return _order(key) % num_processes
 
 
 def _order(key: str) -> int:
@@ -154,14 +160,15 @@ def _prepare(job: _Job, buckets: BucketConfig, npz: NpzCache | None, opening_par
     try:
         picture = read_picture(job.picture, opening)
     except UserError as error:
-        return Skipped(str(error))
+        return Skipped(str(error), UNREADABLE)
     bucket = choose_bucket(*picture.size, buckets)
     cut = crop_share(*picture.size, bucket)
     if buckets.enable_bucket and cut > buckets.max_crop:
         width, height = picture.size
         return Skipped(
             f"picture {job.picture.key} is {width}x{height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off {cut:.0%}: "
-            f"max_crop is {buckets.max_crop:g}"
+            f"max_crop is {buckets.max_crop:g}",
+            "picture is longer than max_crop allows",
         )
     cached = {} if npz is None else npz.find(job.picture, job.state, bucket, job.variants)
     to_encode = [variant for variant in job.variants if variant not in cached or npz is None or not npz.trusted]
@@ -216,7 +223,8 @@ class _Filler:
             if is_finite:
                 self._keep(bucket, job, variant, row)
             else:
-                self.skipped.append(Skipped(f"picture {job.picture.key}: the VAE makes NaN or infinity of it; try another VAE file"))
+                reason = f"picture {job.picture.key}: the VAE makes NaN or infinity of it; try another VAE file"
+                self.skipped.append(Skipped(reason, "the VAE makes NaN or infinity of the picture"))
 
     @torch.no_grad()
     def _encode(self, images: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,123 @@
+"""tools/cache_latents.py: what it encodes is what training looks for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.cli import run_main
+from library.models.vae import VaeFingerprint
+from library.scorer_data import encoding
+from library.scorer_data.buckets import BucketConfig
+from library.scorer_data.latent_cache import LatentCache, open_cache
+from library.scorer_data.records import FilePicture
+from tests.tiny_models import tiny_vae
+from tools import cache_latents
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZING = ["--resolution", "64", "--no-enable_bucket"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE, and pictures of which three are rated."""
+    folder = tmp_path_factory.mktemp("cache latents")
+    tiny_vae().save_pretrained(folder / "vae")
+    (folder / "photos" / "sub folder").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name in ("a.png", "b ü.png", "c.png", "sub folder/d.jpg"):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "photos" / name)
+    (folder / "photos" / "notes.txt").write_text("none")
+    (folder / "photos" / "broken.png").write_bytes(b"")
+    (folder / "ratings.csv").write_text("path,score\nphotos/a.png,1\nphotos/b ü.png,2\nphotos/c.png,3\n", encoding="utf-8")
+    return folder
+
+
+def words(workplace: Path, cache_dir: Path, *more: str) -> list[str]:
+    return ["--vae", str(workplace / "vae"), "--model_family", "sd1", "--cache_dir", str(cache_dir), "--num_threads", "1", *SIZING, *more]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *arguments])
+    run_main(cache_latents.main)
+
+
+def cached(workplace: Path, cache_dir: Path) -> LatentCache:
+    return open_cache(cache_dir, VaeFingerprint.of(tiny_vae()), BucketConfig(resolution="64", enable_bucket=False))
+
+
+def found(cache: LatentCache, workplace: Path, variants: tuple[str, ...] = ("",)) -> list[bool]:
+    names = ("a.png", "b ü.png", "c.png", "sub folder/d.jpg", "broken.png")
+    return (cache.find_all([FilePicture(workplace / "photos" / name) for name in names], variants) >= 0).all(1).tolist()
+
+
+def test_a_folder_of_pictures(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    run(monkeypatch, *words(workplace, tmp_path, "--picture_folder", str(workplace / "photos")))
+    assert found(cached(workplace, tmp_path), workplace) == [True] * 4 + [False]
+    assert "broken.png" in caplog.text and "cannot be read" in caplog.text
+
+
+def test_the_pictures_that_a_training_would_ask_for(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, *words(workplace, tmp_path, "--train_data_file", str(workplace / "ratings.csv"), "--flip_aug", "--crop_variants", "1"))
+    cache = cached(workplace, tmp_path)
+    assert found(cache, workplace, ("", "flip", "crop:1@0.8")) == [True] * 3 + [False] * 2 and len(cache) == 9
+
+
+def test_a_cache_can_be_verified(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    arguments = words(workplace, tmp_path, "--train_data_file", str(workplace / "ratings.csv"))
+    run(monkeypatch, *arguments)
+    [shard] = tmp_path.glob("*/0064x0064*.safetensors")
+    latents = cached(workplace, tmp_path).read([1])[0].half().numpy().tobytes()
+    content = shard.read_bytes()
+    assert content.count(latents) == 1
+    shard.write_bytes(content.replace(latents, bytes(len(latents))))
+    run(monkeypatch, *arguments, "--verify_cache")
+    assert "1 of 3 latents are damaged" in caplog.text
+    cache = cached(workplace, tmp_path)
+    assert found(cache, workplace) == [True] * 3 + [False] * 2 and cache.verify() == 1  # the old row, which is found no more
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ([], "train_data_file is not set"),
+        (["--picture_folder", "nowhere"], "picture_folder nowhere is not a folder"),
+        (["--picture_folder", ".", "--crop_min_area", "0"], "crop_min_area is 0.0"),
+        (["--picture_folder", ".", "--crop_variants", "-1"], "crop_variants is -1"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    complaint: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *words(workplace, tmp_path, *more))
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate(workplace: Path, tmp_path: Path) -> None:
+    # on GPUs `accelerate launch` does it; on CPUs it starts a single process, so torch's own launcher starts them here
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = words(workplace, tmp_path, "--picture_folder", str(workplace / "photos"))
+    command = [*launch, str(ROOT / "tools" / "cache_latents.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cache = cached(workplace, tmp_path)
+    assert found(cache, workplace) == [True] * 4 + [False] and len(cache) == 4
+    assert done.stderr.count("holds 4 latents") == 1
+    keys = [str(workplace / "photos" / name) for name in ("a.png", "b ü.png", "c.png", "sub folder/d.jpg")]
+    shares = {encoding.share_of(key, 2) for key in keys}
+    assert len(list(cache.folder.glob("0064x0064*.safetensors"))) == len(shares)

@@ -1,0 +1,105 @@
+"""Fill the latent cache ahead of training, on as many devices as there are.
+
+    python tools/cache_latents.py --config_file scorer.toml
+    accelerate launch --num_processes 4 tools/cache_latents.py --config_file scorer.toml
+    python tools/cache_latents.py --vae sd15_vae.safetensors --model_family sd1 --picture_folder photos --cache_dir latents
+
+The options are those of train_latent_scorer.py, so that it finds everything that it asks for: the same pictures, sizes and variants. Of a
+folder of pictures nothing else needs to be known. Killed, it goes on where it was. With --verify_cache, everything that is in the
+cache is compared with its checksum before, and what is damaged is encoded again.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
+
+from library.cli import parse_config, run_main
+from library.config import TrainingConfig, option
+from library.errors import UserError
+from library.models.loading import load_vae
+from library.models.vae import VaeFingerprint, encode_images
+from library.runtime import create_accelerator, set_num_threads
+from library.scorer_config import DataConfig
+from library.scorer_data.encoding import encode_missing
+from library.scorer_data.latent_cache import open_cache
+from library.scorer_data.readers.base import Tally
+from library.scorer_data.readers.files import pictures_below
+from library.scorer_data.records import FilePicture, Picture
+from library.scorer_data.skips import SkipReport
+from library.scorer_tasks import collect, pictures_of
+from train_latent_scorer import LatentScorerConfig
+
+logger = logging.getLogger("cache_latents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig(DataConfig):
+    """The pictures: those of the data that a scorer is to be trained on, and those of a folder."""
+
+    picture_folder: Path | None = option(None, help="Folder whose pictures are all encoded, without ratings; enough by itself.")
+    verify_cache: bool = option(False, help="Read all that is cached and encode again what is damaged.")
+
+    def __post_init__(self) -> None:
+        if self.has_ratings or self.picture_folder is None:
+            super().__post_init__()
+        if self.picture_folder is not None and not self.picture_folder.is_dir():
+            raise UserError(f"picture_folder {self.picture_folder} is not a folder")
+
+    @property
+    def has_ratings(self) -> bool:
+        return self.train_data_file is not None or self.dataset_config is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLatentsConfig(LatentScorerConfig):
+    data: PicturesConfig
+
+
+def pictures(config: CacheLatentsConfig) -> Iterator[Picture]:
+    """Every picture that training would look at, and those of picture_folder. Raises UserError if a source cannot be read."""
+    data = config.data
+    rated = (*(data.datasets() if data.has_ratings else ()), *config.pretraining.datasets())
+    yield from pictures_of(collect(dataset, data.validation_split) for dataset in rated)
+    if data.picture_folder is not None:
+        for name in pictures_below(data.picture_folder, Tally()):
+            yield FilePicture((data.picture_folder / name).absolute())
+
+
+def main() -> None:
+    config = parse_config(CacheLatentsConfig, description="Encode pictures by a VAE into the cache that train_latent_scorer.py reads.")
+    set_num_threads(config.training.num_threads)
+    accelerator = create_accelerator(TrainingConfig(mixed_precision=config.training.mixed_precision))
+    vae = load_vae(config.model.path, family=config.model.model_family).to(accelerator.device)
+    cache_dir, fingerprint = config.data.cache_dir or config.output.output_dir / "latent_cache", VaeFingerprint.of(vae)
+    if config.data.verify_cache and accelerator.is_main_process:
+        cache = open_cache(cache_dir, fingerprint, config.buckets)
+        total = len(cache)
+        logger.info("%d of %d latents are damaged", cache.verify(), total)
+    accelerator.wait_for_everyone()
+
+    cache, report = open_cache(cache_dir, fingerprint, config.buckets), SkipReport()
+    for skipped in encode_missing(
+        cache,
+        pictures(config),
+        lambda pixels: encode_images(vae, pixels.to(accelerator.device)),
+        config.buckets,
+        variants=config.variants.names,
+        batch_size=config.data.vae_batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        read_npz=config.data.use_npz_caches,
+    ):
+        report.add(skipped)
+    report.log(logger)
+    accelerator.wait_for_everyone()
+    cache.refresh()
+    if accelerator.is_main_process:
+        logger.info("%s holds %d latents", cache.folder, len(cache))
+
+
+if __name__ == "__main__":
+    run_main(main)
