@@ -29,7 +29,6 @@ from library.scorers.heads import HeadSpec
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MIN_TAG_COUNT = 5  # a tag on fewer training pictures teaches nothing
 HEAD_SAMPLE = 100_000  # targets that a head's scale and levels are taken from
 

@@ -411,6 +411,20 @@ def test_an_ensemble_disagrees_and_says_so(workplace: Path, tmp_path: Path) -> N
     assert (uncertainty > 0).all() and torch.equal(scores, scorer(latents, torch.zeros(5)))
 
 
+def test_a_transformer_first_fills_in_pictures_that_nobody_rated(workplace: Path, tmp_path: Path) -> None:
+    settings = {"pretrain_data_file": workplace, "pretrain_criterion": "masked", "pretrain_steps": 30, "pretrain_learning_rate": 3e-3}
+    scorer = load_scorer(train(workplace, tmp_path, scorer_kind="latent_vit", validate_every_n_steps=10, **settings))
+    pretraining = scorer.spec.training["pretraining"]
+    assert pretraining["tasks"]["pretraining"]["criterion"] == "masked"
+    assert sum(pretraining["tasks"]["pretraining"]["pictures"].values()) == 96
+    losses = [record["loss/pretraining"] for record in read_metrics(tmp_path / "metrics.jsonl")[:30]]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    with pytest.raises(UserError, match="scorer_kind to latent_vit"):
+        train(workplace, tmp_path / "resnet", **settings)
+    with pytest.raises(UserError, match="give a folder"):
+        train(workplace, tmp_path / "table", scorer_kind="latent_vit", **{**settings, "pretrain_data_file": workplace / "ratings.csv"})
+
+
 def test_the_backbone_waits_while_it_is_frozen(workplace: Path, tmp_path: Path) -> None:
     start = load_scorer(train(workplace, tmp_path / "a", max_train_steps=1, learning_rate=1e-12, weight_decay=0.0)).state_dict()
     settings = {"max_train_steps": 4, "ema_decay": 0.0, "validate_every_n_steps": 4, "seed": 0}
