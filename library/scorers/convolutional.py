@@ -52,3 +52,12 @@ class PadToEven(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate")
+
+
+def pad_before_halving(module: nn.Module) -> None:
+    """Put a PadToEven before every convolution within `module` that cuts its input into patches of 2 x 2."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and child.kernel_size == child.stride == (2, 2):
+            setattr(module, name, nn.Sequential(PadToEven(), child))
+        else:
+            pad_before_halving(child)

@@ -9,10 +9,19 @@ from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
 from library.scorers.latent_resnet import LatentResNet
 from library.scorers.latent_vit import LatentViT
 from library.scorers.pixel import PixelBackbone
+from library.scorers.timm_backbone import TimmBackbone
+from library.scorers.transformers_cnn import TransformersCnn
 from library.scorers.unet_encoder import UNetEncoder
 
 BACKBONES: Mapping[str, type[Backbone]] = MappingProxyType(
-    {"latent_resnet": LatentResNet, "latent_vit": LatentViT, "unet_encoder": UNetEncoder, "pixel": PixelBackbone}
+    {
+        "latent_resnet": LatentResNet,
+        "transformers_cnn": TransformersCnn,
+        "timm": TimmBackbone,
+        "latent_vit": LatentViT,
+        "unet_encoder": UNetEncoder,
+        "pixel": PixelBackbone,
+    }
 )
 
 

@@ -13,10 +13,10 @@ from library.errors import UserError
 from library.scorers.base import Backbone, ModelSource
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.convolutional import (
-    PadToEven,
     adapt_first_weights,
     first_convolution,
     group_norm,
+    pad_before_halving,
     replace_batch_norms,
     set_stem_stride,
 )
@@ -187,8 +187,6 @@ class TransformersCnn(Backbone):
                 replace_batch_norms(model, replacement)
         else:
             stem = model.embeddings
-            for stage in model.encoder.stages:
-                if len(stage.downsampling_layer):  # a norm and a convolution with kernel and stride 2
-                    stage.downsampling_layer.insert(1, PadToEven())
+            pad_before_halving(model.encoder)
         set_stem_stride(stem, self.stem_stride)
         return stem, model.encoder.stages
