@@ -264,11 +264,10 @@ def _records(subset: Subset, target: str) -> Records:
         return
     if not subset.path.is_dir():
         raise UserError(f"masked pretraining learns from the pictures of a folder, and {subset.path} is none; give a folder")
-    for path in sorted(subset.path.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            yield RatedImage(
-                picture=FilePicture(path.absolute()), name=path.relative_to(subset.path).as_posix(), where=str(path), score=0.0
-            )
+    tally, folder = Tally(), subset.path.absolute()
+    for name in pictures_below(folder, tally):
+        yield RatedImage(picture=FilePicture(folder / name), name=name, where=str(folder / name), score=0.0)
+    yield from tally.skipped()
 
 
 def _target(record: RatedImage | RatedPair, target: str) -> Any:
