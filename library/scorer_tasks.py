@@ -19,7 +19,8 @@ from library.scorer_data.batches import LatentDataset
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.encoding import encode_missing
 from library.scorer_data.latent_cache import LatentCache
-from library.scorer_data.readers.base import ReaderOptions
+from library.scorer_data.readers.base import ReaderOptions, Tally
+from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.readers.registry import read_records
 from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped
 from library.scorer_data.skips import SkipReport
