@@ -1,5 +1,6 @@
 """From latents to pixels with a gradient, in as little memory as is asked for."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def load_tiny_autoencoder(folder: str) -> AutoencoderTiny:
 
 
 def decoder_config(autoencoder: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
-    """Its configuration as JSON values, without where it came from."""
-    config = {key: value for key, value in dict(autoencoder.config).items() if key != "_name_or_path"}
+    """The arguments that it was made with, as JSON values, and the name of its class."""
+    arguments = inspect.signature(type(autoencoder).__init__).parameters
+    config = {key: value for key, value in dict(autoencoder.config).items() if key in arguments}
     return {**config, "_class_name": type(autoencoder).__name__}

@@ -106,7 +106,7 @@ class TimmModel(ImageModel):
         self.network = import_timm().create_model(name, pretrained=False, num_classes=classes, **(model_args or {}))
         self.class_index, self.score = class_index, score
         if score == "features":
-            self.feature_width = self.network.num_features
+            self.feature_width = self.network.head_hidden_size
 
     @classmethod
     def read(cls, argument: str, options: dict[str, str]) -> Loaded:
@@ -122,7 +122,9 @@ class TimmModel(ImageModel):
             raise UserError(f"image model: timm cannot make {argument!r} ({' '.join(str(error).split())[:300]})") from error
         if checkpoint:
             load_checkpoint(model, checkpoint)
-        if class_index >= model.num_classes and score != "features":
+        if score == "features":
+            model.reset_classifier(0)
+        elif class_index >= model.num_classes:
             raise UserError(f"image model: class is {class_index}, but timm's {argument} has {model.num_classes} classes, from 0 on")
         architecture = {
             "name": model.pretrained_cfg["architecture"],

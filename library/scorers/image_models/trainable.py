@@ -38,26 +38,30 @@ class TransformersBackbone(ImageModel):
 
     Args:
         config: its configuration.
+        pooler: whether its own pooling, where it has some, is used; a classifier's folder comes without.
     """
 
     example = "backbone:FOLDER"
 
-    def __init__(self, *, config: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> None:
+    def __init__(self, *, config: Mapping[str, Any], preprocessing: Mapping[str, Any], pooler: bool = True) -> None:
         super().__init__(preprocessing)
         built = config_from_values(config)
         self.network = transformers.AutoModel.from_config(built)
+        if not pooler:
+            self.network.pooler = None
         self.feature_width = feature_width(built)
 
     @classmethod
     def read(cls, argument: str, options: dict[str, str]) -> Loaded:
-        network = load_transformers(transformers.AutoModel, argument)
+        network = load_transformers(transformers.AutoModel, argument, without="pooler")
         size = getattr(network.config, "image_size", 224)
         preprocessing = take_preprocessing(
             options, folder_preprocessing(argument, Preprocessing(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD))
         )
         feature_width(network.config)
         weights = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-        return Loaded({"config": config_values(network.config), "preprocessing": preprocessing}, weights)
+        pooler = getattr(network, "pooler", True) is not None
+        return Loaded({"config": config_values(network.config), "preprocessing": preprocessing, "pooler": pooler}, weights)
 
     def predict(self, views: Tensor, prompts: Sequence[str] | None) -> Tensor:
         outputs = self.network(pixel_values=views)

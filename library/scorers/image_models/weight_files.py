@@ -47,16 +47,25 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def load_transformers(cls: Any, folder: str) -> PreTrainedModel:
-    """A model of transformers from a local folder, in float32. Raises UserError if the folder does not hold one, or not all of it."""
+def load_transformers(cls: Any, folder: str, without: str = "") -> PreTrainedModel:
+    """A model of transformers from a local folder, in float32.
+
+    Args:
+        without: name of a part that may be missing; it is then None.
+
+    Raises:
+        UserError: if the folder does not hold one, or not all of it.
+    """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"image model: {folder} is not the folder of a transformers model: it has no config.json; download the model first")
     try:
         model, report = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"image model: {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if without and missing and all(key.startswith(f"{without}.") for key in missing):
+        setattr(model, without, None)
+    elif missing:
         raise UserError(f"image model: {folder} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them")
     return model
 
