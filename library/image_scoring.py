@@ -141,7 +141,7 @@ class JudgeRater:
             if len(images) > 1:
                 return [outcome for row, image in enumerate(images) for outcome in self._score(pixels[row : row + 1], [image])]
             reason = str(error) if isinstance(error, UserError) else f"judge {self.name} failed with {type(error).__name__}: {error}"
-            return [Skipped(f"picture {images[0].name}: {_one_line(reason)}", NO_SCORE)]
+            return [Skipped(f"picture {images[0].name}: {' '.join(reason.split())}", NO_SCORE)]
         return [_outcome(score, image, self.name) for score, image in zip(scores.tolist(), images, strict=True)]
 
 
@@ -190,7 +190,7 @@ class CommandRater:
         except OSError as error:
             return Skipped(f"picture {image.name} cannot be read: {error.strerror or error}", UNREADABLE)
         if done.returncode:
-            reason = f"{self.name} ended with code {done.returncode}: {_one_line(done.stderr)}"
+            reason = f"{self.name} ended with code {done.returncode}: {_last_line(done.stderr)}"
             return Skipped(f"picture {image.name}: {reason}", "command failed")
         lines = done.stdout.split("\n") if done.stdout.strip() else [""]
         return _parse([line for line in lines if line.strip()][-1:] or [""], [image], self.name)[0]
@@ -206,7 +206,7 @@ class CommandRater:
             except subprocess.TimeoutExpired as error:
                 raise UserError(f"command {self.command!r} took longer than {limit:g} s; raise command_timeout") from error
         if done.returncode:
-            raise UserError(f"command {self.command!r} ended with code {done.returncode}: {_one_line(done.stderr)}")
+            raise UserError(f"command {self.command!r} ended with code {done.returncode}: {_last_line(done.stderr)}")
         lines = done.stdout.splitlines()
         if len(lines) != len(images):
             raise UserError(
@@ -319,7 +319,7 @@ def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> lis
         try:
             outcomes.append(_outcome(float(line), image, name))
         except ValueError:
-            reason = f"picture {image.name}: {name} said {_one_line(line)[:60]!r}, which is no number"
+            reason = f"picture {image.name}: {name} said {line.strip()[:60]!r}, which is no number"
             outcomes.append(Skipped(reason, NO_SCORE))
     return outcomes
 
@@ -330,7 +330,7 @@ def _outcome(score: float, image: RatedImage, name: str, uncertainty: float | No
     return Rating(score, uncertainty)
 
 
-def _one_line(text: str) -> str:
-    """The last line of a message: what a Python traceback ends with."""
+def _last_line(text: str) -> str:
+    """What a program says at the end, such as the error below a traceback."""
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else ""
