@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of the shards
 DESCRIPTION_NAME = "cache.json"
 DAMAGED_NAME = "damaged.txt"  # lines "shard row"
-MAX_MAPPED_BYTES = 2**30
+MAX_MAPPED_BYTES = 3 * 2**28  # a block of `library.scorer_data.batches`, and half as much for pairs and late variants
+LOOK_UP_CHUNK = 2**14
 
 
 class DamagedLatentsError(Exception):
@@ -69,16 +70,11 @@ class LatentCache:
 
     def find_all(self, pictures: Iterable[Picture], variants: Sequence[str] = ("",)) -> Tensor:
         """Rows [N, V] int64 of N pictures in V variants, -1 where `find` gives None."""
-        keys = []
-        for picture in pictures:
-            try:
-                state = picture.state()
-            except OSError:
-                keys += [b""] * len(variants)
-            else:
-                keys += [latent_key(picture.key, variant, state) for variant in variants]
-        rows = self._index.look_up(np.array(keys, dtype=KEY_DTYPE))
-        return torch.from_numpy(rows).reshape(-1, len(variants))
+        remaining, parts = iter(pictures), [np.zeros(0, dtype=np.int64)]
+        while chunk := list(islice(remaining, LOOK_UP_CHUNK)):
+            keys = [key for picture in chunk for key in _keys_of(picture, variants)]
+            parts.append(self._index.look_up(np.array(keys, dtype=KEY_DTYPE)))
+        return torch.from_numpy(np.concatenate(parts)).reshape(-1, len(variants))
 
     def bucket_of(self, row: int) -> tuple[int, int]:
         """(width, height) in pixels of the bucket of a row."""
@@ -186,6 +182,15 @@ class LatentCache:
                 if name in first_rows and row.isdecimal():
                     rows.append(first_rows[name] + int(row))
             self._index.forget(np.array(rows, dtype=np.int64))
+
+
+def _keys_of(picture: Picture, variants: Sequence[str]) -> list[bytes]:
+    """A key for each variant; of a picture that is gone, keys that nothing has."""
+    try:
+        state = picture.state()
+    except OSError:
+        return [b""] * len(variants)
+    return [latent_key(picture.key, variant, state) for variant in variants]
 
 
 def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> LatentCache:
