@@ -25,7 +25,7 @@ from library.runtime import check_writable, create_accelerator, describe_device,
 from library.scorer_config import DataConfig, OutputConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pixel_augmentation import PixelAugmentation
-from library.scorer_setup import load_data, make_backbone, make_source
+from library.scorer_setup import load_data, make_backbone, make_prompt_encoder, make_source
 from library.scorer_training import PretrainingScorer, ScorerTrainer, Stage
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
@@ -72,7 +72,7 @@ def train(config: LatentScorerConfig) -> Path:
         scorer=config.scorer,
         output_dir=output.output_dir,
     )
-    backbone, architecture = make_backbone(config.scorer, source)
+    backbone, architecture = make_backbone(config.scorer, source, gradient_checkpointing=settings.gradient_checkpointing)
     spec = ScorerSpec(
         kind=config.scorer.scorer_kind,
         architecture=architecture,
@@ -84,7 +84,8 @@ def train(config: LatentScorerConfig) -> Path:
     )
     if config.scorer.backbone_weights is not None:
         load_backbone_weights(config.scorer.backbone_weights, backbone, spec)
-    encode_prompts = source.model().encode_prompts if spec.uses_prompt else None
+    encode_prompts = make_prompt_encoder(source, accelerator) if spec.uses_prompt else None
+    del source  # the rest of the model is not needed
 
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
     with Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:

@@ -75,6 +75,7 @@ def train(config: LecoScoreConfig) -> Path:
         model.vae_fingerprint(),
         needs_noise_aware=config.score.score_estimator == "prev",
         force=config.score.force_scorer,
+        gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
     check_writable(saving.output_dir)
     model.set_attention(config.training.attention)

@@ -34,6 +34,7 @@ from library.scorer_data.batches import LatentDataset
 from library.scorer_training import add_noise
 from library.scorer_validation import validate
 from library.scorers.base import BackboneScorer
+from library.scorers.heads import HeadSpec
 
 # Settings of each kind at a size that two CPU cores train in a minute; latents are 8x8 to 8x12.
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -78,11 +79,11 @@ def run(kind: str, criterion: str, pictures: Path, folder: Path, steps: int, tru
 
 def true_correlations(scorer: BackboneScorer, truth: LatentDataset) -> list[dict[str, float]]:
     """SRCC and PLCC of the score against the true one, at each noise level."""
-    mse, head = CRITERIA["mse"], scorer.spec.head()
+    mse, scores = CRITERIA["mse"], HeadSpec()  # a head whose outputs are scores
     return validate(
         lambda batch, sigmas, rng: scorer(add_noise(batch.latents, sigmas, rng), sigmas),
         truth,
-        lambda outputs, targets: mse.metrics(outputs[:, None], targets, head),
+        lambda outputs, targets: mse.metrics(outputs[:, None], targets, scores),
         batch_size=100,
     )
 

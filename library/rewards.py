@@ -43,13 +43,22 @@ class Reward:
         return RewardOutput(total, {name: term.detach() for name, term in terms.items()})
 
 
-def load_reward(paths: Sequence[str], weights: Sequence[float], vae: VaeFingerprint, *, needs_noise_aware: bool, force: bool) -> Reward:
+def load_reward(
+    paths: Sequence[str],
+    weights: Sequence[float],
+    vae: VaeFingerprint,
+    *,
+    needs_noise_aware: bool,
+    force: bool,
+    gradient_checkpointing: bool = False,
+) -> Reward:
     """Load scorer files and check that they can judge this model's latents at the noise levels they will be shown.
 
     Args:
         weights: one a file; none is 1 for each.
         needs_noise_aware: whether noisy latents will be scored.
         force: use a scorer all the same when it never saw noise.
+        gradient_checkpointing: let scorers that can save memory do so.
 
     Raises:
         UserError: a file that is no scorer, one for another VAE, a noise-blind one that is needed noise-aware, weights that do not match.
@@ -66,6 +75,8 @@ def load_reward(paths: Sequence[str], weights: Sequence[float], vae: VaeFingerpr
             if not force:
                 raise UserError(advice.format(path) + "; use score_estimator x0, or train the scorer with noise, or set force_scorer")
             logger.warning(advice.format(path) + "; used all the same (force_scorer)")
+        if gradient_checkpointing:
+            scorer.enable_gradient_checkpointing()
         scorers.append(scorer.requires_grad_(False).eval())
     names = [scorer.name for scorer in scorers]
     if len(set(names)) < len(names):

@@ -154,6 +154,7 @@ class ScorerTrainingConfig:
     mixup_alpha: float = option(0.0, help="Mix pictures and their targets by Beta(alpha, alpha), where the criterion allows; 0 does not.")
     validate_every_n_steps: int = option(200, help="How often the average is validated; the best one is kept.")
     max_validation_pictures: int = option(5000, help="Most pictures of a dataset to validate with, chosen at random.")
+    gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time; for the large kinds.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the scorer computes in; no is float32.")
     seed: int = option(0, help="Seed of every random draw of the run.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")

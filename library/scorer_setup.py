@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from library.scorer_data.pixel_augmentation import PixelAugmentation
 from library.scorer_tasks import Task, load_tasks
 from library.scorers.base import Backbone, ModelSource
 from library.scorers.registry import get_backbone
+from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +34,14 @@ class ScorerData:
 
 
 def make_source(config: VaeConfig, accelerator: Accelerator) -> ModelSource:
-    """The run's VAE, and the whole model for those who ask for it."""
+    """The run's VAE on its device, and for those who ask for it the whole model on the CPU: mostly, only parts of it are needed."""
     vae = load_vae(config.path, family=config.model_family).to(accelerator.device)
 
     @functools.cache
     def model() -> DiffusionModel:
         if not config.pretrained_model_name_or_path:
             raise UserError("this scorer needs the whole diffusion model; give it by pretrained_model_name_or_path, not only a vae")
-        path = config.pretrained_model_name_or_path
-        return load_model(path, family=config.model_family, vae=config.vae, device=accelerator.device)
+        return load_model(config.pretrained_model_name_or_path, family=config.model_family, vae=config.vae)
 
     return ModelSource(model, vae)
 
@@ -72,13 +73,23 @@ def load_data(
     return ScorerData(tasks, pretraining_tasks)
 
 
-def make_backbone(config: ScorerConfig, source: ModelSource) -> tuple[Backbone, dict[str, Any]]:
+def make_backbone(config: ScorerConfig, source: ModelSource, *, gradient_checkpointing: bool = False) -> tuple[Backbone, dict[str, Any]]:
     """A new backbone of the kind, size and settings asked for, and its architecture."""
     kind = get_backbone(config.scorer_kind)
     architecture = kind.architecture_for(config.scorer_size, source, **config.backbone_options)
     backbone = kind(**architecture)
     backbone.initialise(source)
+    if gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in backbone.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     logger.info("scorer %s: %.2f M parameters, %.2f M of them trained", config.scorer_kind, total / 1e6, trained / 1e6)
     return backbone, architecture
+
+
+def make_prompt_encoder(source: ModelSource, accelerator: Accelerator) -> Callable[[Sequence[str]], Conditioning]:
+    """Prompts to conditioning, by the model's text encoders on the run's device."""
+    model = source.model()
+    for text_encoder in model.text_encoders:
+        text_encoder.to(accelerator.device)
+    return model.encode_prompts

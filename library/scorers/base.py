@@ -158,6 +158,9 @@ class Scorer(nn.Module):
         """What its file holds; see `Backbone.saved_state`."""
         return self.state_dict()
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, where the scorer is large enough to need it."""
+
     def score_and_uncertainty(
         self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -184,6 +187,9 @@ class BackboneScorer(Scorer):
 
     def saved_state(self) -> dict[str, Tensor]:
         return self.state_dict() | {f"backbone.{name}": tensor for name, tensor in self.backbone.saved_state().items()}
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.backbone.enable_gradient_checkpointing()
 
     def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
         return self.score_and_uncertainty(latents, sigmas, cond, prompts)[0]
