@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data import encoding
 from library.scorer_data.buckets import BucketConfig
@@ -207,19 +208,33 @@ def test_latents_that_are_not_finite_name_the_picture(cache: LatentCache, pictur
 # -- kills, and several processes ----------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_loses_nothing_that_was_encoded(cache: LatentCache, pictures: list[FilePicture]) -> None:
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_run_that_ends_early_loses_nothing_that_was_encoded(
+    cache: LatentCache, pictures: list[FilePicture], reason: type[BaseException]
+) -> None:
     class Interrupted(Encoder):
         def __call__(self, pixels: Tensor) -> Tensor:
             if self.pictures >= 4:
-                raise KeyboardInterrupt
+                raise reason
             return super().__call__(pixels)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(reason):
         encode_missing(cache, pictures, Interrupted(), BUCKETS, batch_size=2)
     filled, encoder, _ = fill(cache, pictures)
     assert encoder.pictures == 5
     for picture in pictures:
         assert_close(read(filled, picture), latents_of(picture))
+
+
+def test_a_full_disk_ends_in_its_own_sentence(cache: LatentCache, pictures: list[FilePicture], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        fill(cache, pictures)
+    monkeypatch.undo()
+    assert fill(cache, pictures)[1].pictures == 9
 
 
 def test_what_is_encoded_is_written_after_a_while(cache: LatentCache, pictures: list[FilePicture], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The latent cache: finds what it has, knows when to encode again, never uses what is damaged, and opens fast however it was left."""
 
+import json
 import os
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def test_a_broken_description_does_not_stand_in_the_way(
     assert len(open_cache(tmp_path / "cache", VAE, BUCKETS)) == 10
 
 
+def test_a_cache_of_the_first_version_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    old = tmp_path / "cache" / "64x64-0123456789ab"
+    old.mkdir(parents=True)
+    (old / "cache.json").write_text(json.dumps({"vae": VAE.to_dict(), "buckets": {}}))
+    assert open_cache(tmp_path / "cache", VAE, BUCKETS).folder != old and "64x64-0123456789ab is of an earlier version" in caplog.text
+
+
 def test_a_cache_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
@@ -186,6 +195,7 @@ def test_verifying_reads_everything(cache: LatentCache, pictures: list[FilePictu
     damage(shards(cache)[1], 3)
     damage(shards(cache)[1], 4)
     assert reopen(cache).verify() == 3 and (reopen(cache).find_all(pictures) < 0).sum() == 3
+    assert reopen(cache).verify() == 0  # what is damaged is forgotten
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "foreign", "no keys", "deleted"])

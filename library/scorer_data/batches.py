@@ -46,8 +46,8 @@ class LatentDataset:
     """Pictures, or pairs of them: where their latents are, their targets and their weights.
 
     Shuffling: if the shards with the pictures take at most BLOCK_BYTES, an epoch is a uniformly random order, cut into batches of one
-    bucket. Beyond that, the shards are shuffled and taken in blocks of that size, and the pictures are shuffled within their block, so
-    that a hard disk reads shards and not single latents; `encode_missing` sees to it that a shard is itself a fair sample.
+    bucket. Beyond that, the shards are shuffled and taken in blocks of that size, and pictures are shuffled within their block: that
+    bounds what is in memory, and `encode_missing` sees to it that a shard is itself a fair sample of the files.
 
     A picture whose latent turns out to be damaged is left out from then on; where another variant of it is whole, that stands in.
 

@@ -76,6 +76,11 @@ class CacheIndex:
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return np.where(self._keys[places] == keys, self._rows[places], -1)
 
+    def rows(self) -> np.ndarray:
+        """The rows of all latents that can be found, in order."""
+        self._sort_in()
+        return np.sort(self._rows)
+
     def forget(self, rows: np.ndarray) -> None:
         """Do not find these rows any more."""
         self._sort_in()

@@ -91,7 +91,7 @@ def _checksums(latents: Tensor) -> list[int]:
 
 
 class ShardReader:
-    """Reads rows of memory-mapped shards, of which it keeps the last used ones mapped.
+    """Reads rows of memory-mapped shards, of which it keeps the last used ones mapped. They must not be shortened meanwhile.
 
     Args:
         max_mapped_bytes: bounds what the process holds of the cache. It is clean file memory, which the system takes back when it

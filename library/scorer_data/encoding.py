@@ -4,9 +4,9 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -95,19 +95,20 @@ def encode_missing(
     npz = NpzCache(cache.vae.scaling_factor) if read_npz else None
     filler = _Filler(cache, encode, batch_size, npz, skipped)
     progress = tqdm(total=len(jobs), desc="Encoding pictures", unit="picture", disable=process_index != 0)
+    threads = max(1, free_cores() // num_processes)
     try:
-        for prepared in _prepare_all(jobs, buckets, npz, threads=max(1, free_cores() // num_processes)):
-            if isinstance(prepared, Skipped):
-                skipped.append(prepared)
-            else:
-                filler.take(prepared)
-            progress.update()
-    except KeyboardInterrupt:
-        filler.write_all()  # what is encoded is not lost
+        with progress, closing(_prepare_all(jobs, buckets, npz, threads)) as everything:
+            for prepared in everything:
+                if isinstance(prepared, Skipped):
+                    skipped.append(prepared)
+                else:
+                    filler.take(prepared)
+                progress.update()
+        filler.finish()
+    except BaseException:
+        with suppress(UserError):  # a full disk is what ended it
+            filler.write_all()  # so that what is encoded is not lost
         raise
-    finally:
-        progress.close()
-    filler.finish()
     return skipped
 
 
@@ -137,7 +138,9 @@ def _order(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
-def _prepare_all(jobs: Sequence[_Job], buckets: BucketConfig, npz: NpzCache | None, threads: int) -> Iterator[_Prepared | Skipped]:
+def _prepare_all(
+    jobs: Sequence[_Job], buckets: BucketConfig, npz: NpzCache | None, threads: int
+) -> Generator[_Prepared | Skipped, None, None]:
     """Pictures in order, read by threads: Pillow decodes and resizes without Python's lock."""
     opening_parts = Lock()
     with ThreadPoolExecutor(threads, thread_name_prefix="read_picture") as pool:

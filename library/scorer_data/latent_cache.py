@@ -116,7 +116,7 @@ class LatentCache:
         names = [(picture.key, variant) for picture, variant in pictures]
         self._index.add(write_shard(self.folder, bucket, key_array, names, latents), key_array)
 
-    def read(self, rows: Sequence[int] | Tensor) -> Tensor:
+    def read(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Latents [N, C, h, w] of rows of one bucket, float32.
 
         Raises:
@@ -146,12 +146,12 @@ class LatentCache:
         return latents
 
     def verify(self) -> int:
-        """Read everything, report and forget what is damaged, and return how much that is."""
-        damaged = 0
-        for number, shard in enumerate(self._index.shards):
-            first = int(self._index.first_rows[number])
+        """Read everything that can be found, report and forget what is damaged, and return how much that is."""
+        rows, damaged = self._index.rows(), 0
+        for part in np.split(rows, np.flatnonzero(np.diff(self._index.shards_of(rows))) + 1):  # shard by shard
             try:
-                self.read(range(first, first + shard.rows))
+                if len(part):
+                    self.read(part)
             except DamagedLatentsError as error:
                 damaged += len(error.rows)
         return damaged
@@ -201,6 +201,9 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
     """
     sizing = {name: value for name, value in asdict(buckets).items() if name != "max_crop"}  # which pictures, not how they are sized
     text = json.dumps({"format": FORMAT, "vae": vae.to_dict(), "buckets": sizing}, indent=1)
+    for description in cache_dir.glob(f"*/{DESCRIPTION_NAME}"):
+        if b'"format"' not in description.read_bytes():
+            logger.info("latent cache: %s is of an earlier version and is not used; it can be deleted", description.parent)
     identity = hashlib.sha256(json.dumps([FORMAT, vae.scaling_factor, sizing]).encode()).hexdigest()[:8]
     for number in count(1):  # VAEs whose latents have one scale are told apart by their probes alone
         folder = cache_dir / f"{buckets.width}x{buckets.height}-{identity}-{number}"
