@@ -39,7 +39,8 @@ def set_stem_stride(module: nn.Module, stride: int) -> None:
 
 
 def adapt_first_weights(weight: Tensor, in_channels: int) -> Tensor:
-    """Weights [C, 3, k, k] of a convolution over colours for other inputs [C, in_channels, k, k]: repeated, and scaled to the same sum.
+    """Weights [C, 3, k, k] of a convolution over colours for other inputs [C, in_channels, k, k]: repeated, as timm repeats them, and
+    scaled so that the outputs stay about as large.
 
     Which colour meets which latent channel means nothing; the patterns in space are what is kept.
     """

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from library.errors import UserError
@@ -128,7 +129,7 @@ class TransformersCnn(Backbone):
                 raise UserError(f"scorer_args: norm is {norm!r}, but it must be one of {', '.join(NORMS)}")
         elif norm is not None:
             raise UserError(f"scorer_args: norm is for a resnet; a {model_type} has layer norms that belong to it")
-        self.norms = norm
+        self.norms, self.gradient_checkpointing = norm, False
         self.config = _make_config(model_type, in_channels, config, drop_path)
         self.stem, self.stages = self._parts(AutoModel.from_config(self.config))
 
@@ -143,7 +144,11 @@ class TransformersCnn(Backbone):
         embedding = self.sigma_embedding(sigmas)
         hidden = latents.to(self.norm.weight.dtype)
         for part, film in zip((self.stem, *self.stages), self.films, strict=True):
-            hidden = film(part(hidden), embedding)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(part, hidden, use_reentrant=False)
+            else:
+                hidden = part(hidden)
+            hidden = film(hidden, embedding)
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
 
@@ -177,6 +182,9 @@ class TransformersCnn(Backbone):
     def layers(self) -> list[list[nn.Parameter]]:
         parts = [(self.sigma_embedding, self.stem, self.films[0]), *zip(self.stages, self.films[1:], strict=True), (self.norm,)]
         return [[parameter for module in group for parameter in module.parameters()] for group in parts]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
 
     def _parts(self, model: Any) -> tuple[nn.Module, nn.ModuleList]:
         """Stem and stages of a model of transformers, made fit for latents."""
