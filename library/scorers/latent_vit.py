@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from library.errors import UserError
 from library.scorers.base import Backbone
 from library.scorers.conditioning import DropPath, FiLM, SigmaEmbedding, drop_path_rates
 from library.types import Conditioning
@@ -136,6 +137,9 @@ class LatentViT(Backbone):
         dropout: inside the feed-forwards and on the features.
         drop_path: highest rate of stochastic depth.
         gradient_checkpointing: recompute the blocks in the backward pass, for memory.
+
+    Raises:
+        UserError: width is no multiple of 4 * heads, or there is no such `position` or `sigma_input`.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -161,8 +165,11 @@ class LatentViT(Backbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        assert width % (4 * heads) == 0, f"the width of a head is a multiple of 4, not {width} / {heads}"
-        assert position in POSITIONS and sigma_input in SIGMA_INPUTS, (position, sigma_input)
+        if width % (4 * heads) != 0:
+            raise UserError(f"latent_vit: width is {width} and heads is {heads}, but width must be a multiple of 4 * heads")
+        for name, value, allowed in (("position", position, POSITIONS), ("sigma_input", sigma_input, SIGMA_INPUTS)):
+            if value not in allowed:
+                raise UserError(f"latent_vit: {name} is {value!r}, but it must be {' or '.join(allowed)}")
         self.in_channels, self.width, self.heads, self.patch = in_channels, width, heads, patch
         self.position, self.gradient_checkpointing = position, gradient_checkpointing
         sigma_width = SIGMA_WIDTH if sigma_input == "adaln" else 0
@@ -175,6 +182,10 @@ class LatentViT(Backbone):
             channels = width // 2
         self.stem = nn.Sequential(*layers)
         self.to_tokens = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        for layer in [*self.stem, self.to_tokens]:  # torch's own start shrinks the pictures' part of a token to 7 % after two convolutions
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is self.to_tokens else "relu")
+                nn.init.zeros_(layer.bias)
         self.places = nn.Parameter(0.02 * torch.randn(1, width, LEARNED_GRID, LEARNED_GRID)) if position == "learned" else None
         self.registers = nn.Parameter(0.02 * torch.randn(registers, width))
         self.blocks = nn.ModuleList(
