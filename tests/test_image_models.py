@@ -1,6 +1,8 @@
 """Image models: their scores against a plain computation with transformers, their files, and pictures that no part of is cut off."""
 
+import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
+from library.scorers.image_models import metric_packages
 from library.scorers.image_models.base import ImageModel, Specification
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, even_starts, resized
 from library.scorers.image_models.registry import IMAGE_MODELS, build_image_model, read_image_model
@@ -354,6 +357,45 @@ def test_a_wrong_option_is_named(tmp_path: Path, options: str, message: str) -> 
     torch.jit.script(TwoNumbers()).save(tmp_path / "network.pt")
     with pytest.raises(UserError, match=message):
         read_image_model(f"torchscript:{tmp_path}/network.pt?{options}")
+
+
+class StandIn(nn.Module):
+    """What pyiqa and imscore promise of their models."""
+
+    lower_better = True
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.mean((1, 2, 3))[:, None]
+
+    def score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        return torch.stack([pixels.mean((1, 2, 3)), torch.tensor([float(len(prompt)) for prompt in prompts])], 1)
+
+
+def test_metrics_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against stand-ins: the packages are large, and fetch their weights from the network."""
+    pyiqa = types.ModuleType("pyiqa")
+    made = []
+    vars(pyiqa).update(
+        list_models=lambda metric_mode: ["niqe"] if metric_mode == "NR" else ["psnr"],
+        create_metric=lambda name, as_loss, device: made.append((name, as_loss)) or StandIn(),
+    )
+    imscore = types.ModuleType("imscore.stand_in.model")
+    vars(imscore).update(Scorer=StandIn)
+    for name, module in (("pyiqa", pyiqa), ("imscore", imscore), ("imscore.stand_in", imscore), ("imscore.stand_in.model", imscore)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(metric_packages, "import_torchvision", lambda: None)
+
+    pixels = some_pixels().requires_grad_()
+    scores = make("pyiqa:niqe")(pixels)
+    torch.testing.assert_close(scores[:, 0], -pixels.mean((1, 2, 3)))  # lower is better there, higher is better here
+    assert made == [("niqe", True)] and torch.autograd.grad(scores.sum(), pixels)[0].abs().min() > 0
+    with pytest.raises(UserError, match="it has niqe"):
+        make("pyiqa:psnr")
+
+    model = make("imscore:stand_in.Scorer?class=1")
+    assert model.uses_prompt and model(pixels, ["ab", "abcd"]).tolist() == [[2.0], [4.0]]
+    with pytest.raises(UserError, match="no scorer 'Other'"):
+        make("imscore:stand_in.Other")
 
 
 def test_a_file_with_code_in_it_is_not_read(tmp_path: Path) -> None:

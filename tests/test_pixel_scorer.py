@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
 from tiny_models import tiny_model, tiny_vae
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from library.scorers.pixel_decoder import PixelDecoder, blend, decoder_config, l
 from library.scorers.pixel_gradient import measure_gradient
 from library.scorers.registry import build_scorer
 from library.types import PromptSpec
+from tests.tiny_leco_run import make_workplace, run
 from tools import make_pixel_scorer
 
 
@@ -176,6 +178,18 @@ def test_only_the_image_model_is_trained_layer_by_layer() -> None:
     assert not any(module.training for module in scorer.backbone.decoder.modules())
     scorer(some_latents(), torch.ones(2)).sum().backward()
     assert all(parameter.grad is not None for parameter in trainable)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(trained: bool, nsfw: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        scorer = trained_scorer() if trained else make(tiny_vae(), nsfw)
+        if checkpointing:
+            scorer.backbone.enable_gradient_checkpointing()
+        latents = some_latents().requires_grad_()
+        gradients.append(torch.autograd.grad(scorer(latents, torch.zeros(2)).sum(), latents)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_trained_one_survives_its_file(tmp_path: Path) -> None:
@@ -332,6 +346,18 @@ def test_it_is_refused_for_noisy_latents_and_for_another_vae(tmp_path: Path, nsf
     assert load_reward([path], [], own, needs_noise_aware=True, force=True).scorers
     with pytest.raises(UserError, match="another VAE"):
         load_reward([path], [], VaeFingerprint.of(tiny_vae(seed=5)), needs_noise_aware=False, force=False)
+
+
+def test_a_slider_is_trained_with_it(tmp_path: Path) -> None:
+    """train_leco_score.py takes the file as it is, with score_estimator x0, and refuses it with prev."""
+    workplace = make_workplace(tmp_path / "workplace")
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    save_scorer(tmp_path / "pick.safetensors", make(tiny_model("sd1").vae, f"pickscore:{tmp_path}/clip"))
+    changes = {"scorer": [str(tmp_path / "pick.safetensors")]}
+    with pytest.raises(UserError, match="clean latents only"):
+        run(workplace, tmp_path / "prev", score_estimator="prev", **changes)
+    slider = load_file(run(workplace, tmp_path / "x0", score_estimator="x0", **changes))
+    assert any(tensor.abs().max() > 0 for name, tensor in slider.items() if "lora_up" in name)
 
 
 # -- the tool ------------------------------------------------------------------------------------------------------------

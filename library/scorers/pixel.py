@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.scorers.base import Backbone, ModelSource
@@ -56,7 +58,7 @@ class PixelBackbone(Backbone):
         self.decoder = PixelDecoder(decoder, tile=decode_tile, batch=decode_batch, checkpointing=decode_checkpointing)
         self.image_model = build_image_model(image_model)
         self.feature_width = self.image_model.feature_width
-        self.knows_sigma = knows_sigma
+        self.knows_sigma, self.gradient_checkpointing = knows_sigma, False
         self.decoder_folder, self.pretrained = decoder_folder, pretrained
         if knows_sigma:
             width = min(self.feature_width, 256)
@@ -65,7 +67,11 @@ class PixelBackbone(Backbone):
             self.film = FiLM(width, self.feature_width)
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
-        features = self.image_model(self.decode(latents, sigmas), prompts)
+        pixels = self.decode(latents, sigmas)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            features = checkpoint(self.image_model, pixels, prompts, use_reentrant=False)
+        else:
+            features = self.image_model(pixels, prompts)
         return self.film(self.norm(features), self.sigma_embedding(sigmas)) if self.knows_sigma else features
 
     def decode(self, latents: Tensor, sigmas: Tensor) -> Tensor:
@@ -133,6 +139,9 @@ class PixelBackbone(Backbone):
         placed = {parameter for layer in layers for parameter in layer}
         others = [parameter for parameter in self.image_model.parameters() if parameter not in placed]  # position embeddings and the like
         return [layer for layer in (others, *layers) if layer]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True  # of the image model; the decoder has a setting of its own
 
     def saved_state(self) -> dict[str, Tensor]:
         state = self.state_dict()
