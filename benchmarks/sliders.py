@@ -22,7 +22,13 @@ from library.scorers.io import load_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTION_JUDGE = "caption_obeyed"
-SIZES = {"transformers_cnn": "resnet-tiny", "unet_encoder": "base"}  # of the kinds of scorer that have no size tiny
+# Size and steps of the kinds of scorer that are not trained as the demonstration trains its own: slower ones are given fewer steps.
+SCORERS = {
+    "transformers_cnn": ("resnet-tiny", 1000),
+    "unet_encoder": ("base", 300),
+    "latent_vit": ("tiny", 600),
+    "pixel": ("tiny", 300),
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ def main() -> None:
         folder = args.output_dir / kind / f"seed{seed}"
         if not args.collect:
             command = ["-m", "examples.shapes.demo", "--score", score, "--seed", str(seed), "--output_dir", str(folder)]
-            command += ["--scorer_kind", kind, "--scorer_size", SIZES.get(kind, "tiny")]
+            size, steps = SCORERS.get(kind, ("tiny", 2000))
+            command += ["--scorer_kind", kind, "--scorer_size", size, "--scorer_steps", str(steps)]
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         rows.append(read_row(kind, score, seed, folder / score))
     table = markdown(rows)

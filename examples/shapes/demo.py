@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the trainings (the pictures and the held-out prompts stay the same)")
     parser.add_argument("--scorer_kind", default="latent_resnet", help="kind of scorer; docs/scorers.md compares them")
     parser.add_argument("--scorer_size", default="tiny", help="its size")
+    parser.add_argument("--scorer_steps", type=int, default=2000, help="steps of its training")
     args = parser.parse_args()
 
     started, output, seed = time.monotonic(), args.output_dir.resolve() / args.score, str(args.seed)
@@ -45,6 +46,7 @@ def main() -> None:
         "2. Learn the score from the ratings, in latent space",
         *("train_latent_scorer.py", "--config_file", "examples/shapes/scorer.toml", "--train_data_file", pictures / "ratings.csv"),
         *("--scorer_kind", args.scorer_kind, "--scorer_size", args.scorer_size),
+        *("--max_train_steps", str(args.scorer_steps)),
         *("--output_dir", output, "--output_name", scorer.stem, "--seed", seed),
     )
     run(
