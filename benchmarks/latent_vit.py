@@ -229,10 +229,36 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def kept_for_backward(backbone: Backbone, side: int) -> float:
+    """MiB of activations that a forward pass over one picture of side x side latents keeps for the backward pass, each counted once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(torch.zeros(1, 4, side, side, requires_grad=True), torch.zeros(1))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    return sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights) / 2**20
+
+
+def print_memory() -> None:
+    """Tokens, and MiB without and with gradient checkpointing, of the four layers with patch 1."""
+    for side in (32, 64, 96):
+        built = [
+            get_backbone("latent_vit")(in_channels=4, **FOUR_LAYERS | {"patch": 1, "gradient_checkpointing": on}) for on in (False, True)
+        ]
+        print(f"| {side}x{side} | {side**2} | {' | '.join(f'{kept_for_backward(backbone, side):.1f}' for backbone in built)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "latent_vit")
+    parser.add_argument("--memory", action="store_true", help="only count the memory that grows with the size of the latents")
     args = parser.parse_args()
+    if args.memory:
+        return print_memory()
     torch.set_num_threads(1)
     results = args.results.with_suffix(".json")
     rows = {row["name"]: row for row in (json.loads(results.read_text(encoding="utf-8")) if results.exists() else [])}
