@@ -5,10 +5,12 @@
 The layout of SD1's `AutoencoderKL` (8x downsampling, 4 latent channels) with 1.8 M parameters, trained from random weights on crops of
 the photographs and, for a quarter of every batch, of the clip-art that `benchmarks.package_pictures` unpacks; on their training parts
 only. Loss: L1 + MSE on pixels and a light KL term, as examples/shapes/train_vae.py. Left out: a perceptual loss, an adversarial loss;
-so it blurs what SD1's VAE would invent. Writes DATA_DIR/photo_vae, prints its PSNR on photographs that it never saw, and draws some.
+so it blurs what SD1's VAE would invent. Writes DATA_DIR/photo_vae with its PSNR on photographs
+that it never saw (training.json), and some of them beside what it makes of them.
 """
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from benchmarks.package_pictures import clipart, photographs, split
-from library.atomic_files import atomic_write_bytes
+from library.atomic_files import atomic_write_text
+from library.models.loading import load_vae
 from library.models.vae import decode_latents, encode_images
 from library.plots import image_grid
 from library.runtime import generator
@@ -152,14 +155,13 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    photos, unseen_photos = split(photographs(args.data_dir), NUM_TEST_PHOTOGRAPHS)
-    drawings, unseen_drawings = split_clipart(args.data_dir)
+    photos, _ = split(photographs(args.data_dir), NUM_TEST_PHOTOGRAPHS)
+    drawings, _ = split_clipart(args.data_dir)
     photo_crops = Crops(photos, generator(args.seed, "photographs"))
     drawing_crops = Crops([path for path, _ in drawings], generator(args.seed, "clipart"))
     num_photos = round(PHOTO_SHARE * args.batch_size)
 
-    vae, started = build_vae(), time.perf_counter()
-    print(f"{sum(parameter.numel() for parameter in vae.parameters()) / 1e6:.2f} M parameters")
+    vae, started = build_vae(), time.process_time()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05)
     progress = tqdm(range(args.steps), desc="VAE", mininterval=10)
@@ -180,12 +182,23 @@ def main() -> None:
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     folder = args.data_dir / "photo_vae"
     vae.save_pretrained(folder)
-    for name, paths in (("photographs", unseen_photos), ("drawings", [path for path, _ in unseen_drawings[::10]])):
-        values = report(vae, paths, folder / f"{name}.png")
-        print(f"PSNR on {len(paths)} unseen {name}: " + ", ".join(f"{value:.1f} dB at {size} pixels" for size, value in values.items()))
-    text = f"{args.steps} steps in {(time.perf_counter() - started) / 60:.1f} minutes"
-    atomic_write_bytes(folder / "training.txt", text.encode())
-    print(f"scaling factor {1 / latents.std().item():.4f}, {text}, saved to {folder}")
+    measure(
+        folder, args.data_dir, {"steps": args.steps, "batch_size": args.batch_size, "cpu_minutes": (time.process_time() - started) / 60}
+    )
+
+
+def measure(folder: Path, data_dir: Path, training: dict[str, float]) -> None:
+    """Write training.json: how the VAE was trained, and its PSNR in dB on pictures that it never saw; and pictures to look at."""
+    vae = load_vae(folder)
+    _, photos = split(photographs(data_dir), NUM_TEST_PHOTOGRAPHS)
+    _, drawings = split_clipart(data_dir)
+    record: dict[str, Any] = {**training, "parameters": sum(parameter.numel() for parameter in vae.parameters())}
+    record["scaling_factor"] = vae.config["scaling_factor"]
+    for name, paths in (("photographs", photos), ("drawings", [path for path, _ in drawings[::10]])):
+        record[name] = {"pictures": len(paths), "psnr": report(vae, paths, folder / f"{name}.png")}
+    text = json.dumps(record, indent=1)
+    atomic_write_text(folder / "training.json", text)
+    print(text)
 
 
 if __name__ == "__main__":
