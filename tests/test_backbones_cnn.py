@@ -1,6 +1,7 @@
 """The convolutional backbones: latents of any size, what sigma reaches, stems, norms, pretrained weights."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AutoModel, ConvNextV2Config, ResNetConfig
 
+from benchmarks import normalisation
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorers.base import Backbone, ModelSource, ScorerSpec
@@ -26,7 +28,7 @@ CONVNEXT: dict[str, Any] = TransformersCnn.presets["convnextv2-micro"]
 SMALL: dict[str, Callable[..., Backbone]] = {
     "latent_resnet": lambda **options: LatentResNet(in_channels=4, **LatentResNet.presets["tiny"], **options),
     "resnet": lambda **options: TransformersCnn(in_channels=4, **RESNET, **options),
-    "resnet_batch_norm": lambda **options: TransformersCnn(in_channels=4, **RESNET, norm="batch", **options),
+    "resnet_group_norm": lambda **options: TransformersCnn(in_channels=4, **RESNET, norm="group", **options),
     "resnet_stride_2": lambda **options: TransformersCnn(in_channels=4, **RESNET, stem_stride=2, **options),
     "convnextv2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, **options),
     "convnextv2_stride_2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, stem_stride=2, **options),
@@ -148,9 +150,8 @@ def test_stochastic_depth_is_for_training(name: str) -> None:
     assert not torch.equal(backbone(latents, sigmas), backbone(latents, sigmas))
 
 
-@pytest.mark.parametrize("name", ["resnet_batch_norm", "convnextv2"])
-def test_a_file_brings_it_back(name: str, tmp_path: Path, source: ModelSource) -> None:
-    preset, options = ("resnet-tiny", {"norm": "batch"}) if name == "resnet_batch_norm" else ("convnextv2-micro", {"drop_path": 0.1})
+@pytest.mark.parametrize(("preset", "options"), [("resnet-tiny", {"norm": "batch"}), ("convnextv2-micro", {"drop_path": 0.1})])
+def test_a_file_brings_it_back(preset: str, options: dict[str, Any], tmp_path: Path, source: ModelSource) -> None:
     architecture = TransformersCnn.architecture_for(preset, source, **options)
     scorer = build_scorer(ScorerSpec(kind="transformers_cnn", architecture=architecture, vae=VaeFingerprint(1.0, (0.5,))))
     latents, sigmas = noise(4, 4, 8, 8), torch.tensor([0.0, 1.0, 2.0, 5.0])
@@ -226,7 +227,7 @@ def test_group_norm_takes_the_place_of_every_batch_norm() -> None:
     def count(backbone: nn.Module, kind: type[nn.Module]) -> int:
         return sum(isinstance(module, kind) for module in backbone.modules())
 
-    batch, group = make("resnet_batch_norm"), make("resnet")
+    batch, group = make("resnet"), make("resnet_group_norm")
     assert count(batch, nn.BatchNorm2d) == count(group, nn.GroupNorm) > 5
     assert count(group, nn.BatchNorm2d) == count(batch, nn.GroupNorm) == 0
 
@@ -262,7 +263,7 @@ def test_pretrained_weights_compute_what_they_computed(model_type: str, size: st
         hidden = stage(hidden)
     torch.testing.assert_close(hidden, expected)
     if model_type == "resnet":
-        assert architecture["norm"] == "batch" and architecture["config"]["hidden_act"] == "gelu"
+        assert architecture["config"]["hidden_act"] == "gelu"
 
 
 def test_pretrained_must_be_of_that_size(tmp_path: Path, source: ModelSource) -> None:
@@ -307,3 +308,27 @@ def test_what_cannot_be_is_named(preset: str, options: dict[str, Any], complaint
 def test_without_timm_its_package_is_named() -> None:
     with pytest.raises(UserError, match="pip install"):
         BACKBONES["timm"](in_channels=4, model="resnet18")
+
+
+# -- the comparison that the defaults come from ----------------------------------------------------------------------------------
+
+
+def test_the_comparison_trains_each_variant(tmp_path: Path) -> None:
+    path, variants = tmp_path / "normalisation.json", [variant for variant in normalisation.VARIANTS if variant.group in ("stem", "sigma")]
+    result = normalisation.run(variants, seeds=[0], steps=2, count=20, path=path)
+    assert json.loads(path.read_text()) == result
+    for variant in result["variants"]:
+        (run,) = variant["runs"]
+        assert list(run["srcc"]) == ["0.0", "0.5", "1.0", "2.0", "5.0"] and variant["parameters"] < 1e6
+        assert all(-1 <= value <= 1 for row in run["srcc"].values() for value in row.values())
+    assert len(normalisation.format_table(result).splitlines()) == len(variants) + 2
+
+
+def test_a_perfect_answer_correlates() -> None:
+    class Perfect(nn.Module):
+        def forward(self, latents: Tensor, sigmas: Tensor) -> Tensor:
+            return torch.stack([latents.mean((1, 2, 3)), -latents.mean((1, 2, 3))], dim=1)
+
+    latents = torch.arange(6.0).view(6, 1, 1, 1).expand(-1, 4, 2, 2)
+    pictures = normalisation.Pictures(latents, torch.arange(6.0).view(6, 1).expand(-1, 2))
+    assert normalisation.correlations(Perfect(), pictures, sigma=0.0) == pytest.approx({"brightness": 1.0, "size": -1.0})

@@ -84,7 +84,7 @@ class TransformersCnn(Backbone):
         model_type: "resnet" or "convnextv2".
         config: keyword arguments of transformers' configuration of that type.
         stem_stride: of the first convolution: 1, or 2 where latents are large.
-        norm: of a ResNet: "group" or "batch". A ConvNeXt V2 has its own.
+        norm: of a ResNet: "batch" (if not set), or "group" for batches too small for statistics. A ConvNeXt V2 has its own.
         dropout: on the features.
         drop_path: highest rate of stochastic depth; ConvNeXt V2 only.
         pretrained: folder of a model of transformers to start from; it is only read by `initialise`.
@@ -124,7 +124,7 @@ class TransformersCnn(Backbone):
         if model_type == "resnet":
             if drop_path:
                 raise UserError("scorer_args: a resnet of transformers has no drop_path; take a convnextv2, or the kind latent_resnet")
-            norm = norm or "group"
+            norm = norm or "batch"
             if norm not in NORMS:
                 raise UserError(f"scorer_args: norm is {norm!r}, but it must be one of {', '.join(NORMS)}")
         elif norm is not None:
@@ -165,8 +165,6 @@ class TransformersCnn(Backbone):
                     f"the model in {architecture['pretrained']} is no {size}, by its {wrong[0]}; give the scorer_size that it is"
                 )
             architecture["config"] = found
-            if loaded.model_type == "resnet":
-                architecture.setdefault("norm", "batch")  # its weights mean little without the norms that they were learned with
         return architecture
 
     def initialise(self, source: ModelSource) -> None:
