@@ -26,8 +26,8 @@ CAPTION_JUDGE = "caption_obeyed"
 SCORERS = {
     "transformers_cnn": ("resnet-tiny", 1000),
     "unet_encoder": ("base", 300),
-    "latent_vit": ("tiny", 600),
-    "pixel": ("tiny", 300),
+    "latent_vit": ("tiny", 400),
+    "pixel": ("tiny", 150),
 }
 
 
