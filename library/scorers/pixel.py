@@ -67,16 +67,16 @@ class PixelBackbone(Backbone):
             self.film = FiLM(width, self.feature_width)
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
-        pixels = self.decode(latents, sigmas)
+        pixels = self.decode(latents)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             features = checkpoint(self.image_model, pixels, prompts, use_reentrant=False)
         else:
             features = self.image_model(pixels, prompts)
         return self.film(self.norm(features), self.sigma_embedding(sigmas)) if self.knows_sigma else features
 
-    def decode(self, latents: Tensor, sigmas: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """The pixels [B, 3, H, W] that the image model is shown, about 0..1; within 0..1 for one that was not trained here."""
-        pixels = self.decoder(latents)
+        pixels = self.decoder(latents)  # noisy ones as they are: their variance is that of clean ones; docs/pixel_scorers.md
         # A picture in a file is clamped. The gradient passes all the same, or white and black areas could never change.
         return pixels if self.knows_sigma else pixels + (pixels.clamp(0, 1) - pixels).detach()
 

@@ -44,7 +44,7 @@ def measure_gradient(backbone: PixelBackbone, latents: Tensor) -> GradientReport
     """The gradient of a ready-made score of one picture's clean latents [1, C, h, w], which best are not square."""
     assert len(latents) == 1
     latents = latents.detach().clone().requires_grad_()
-    pixels = backbone.decode(latents, latents.new_zeros(1))
+    pixels = backbone.decode(latents)
     score = backbone.image_model(pixels, [PROMPT]).sum()
     none = GradientReport(reaches_latents=False, regions={})
     if not score.requires_grad:
