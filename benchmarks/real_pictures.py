@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.package_pictures import photographs, split
-from benchmarks.photo_crops import DISTORTIONS, SIZES, write_cuts
+from benchmarks.photo_crops import DISTORTIONS, SIZES, colourfulness, write_cuts
 from benchmarks.photo_vae import NUM_TEST_PHOTOGRAPHS, split_clipart
 from benchmarks.real_pictures_report import markdown
 from benchmarks.same_content import same_content
@@ -36,7 +36,7 @@ from benchmarks.timm_network import BATCH_SIZE, LEARNING_RATE, Stack, fit, outpu
 from library.atomic_files import atomic_write_text
 from library.criteria.metrics import spearman, top_k_accuracy
 from library.models.loading import load_vae
-from library.models.vae import encode_images
+from library.models.vae import decode_latents, encode_images
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
 from library.scorers.optional_packages import import_timm
@@ -159,11 +159,21 @@ def distilled(place: Place) -> dict[str, Any]:
     return result
 
 
+@torch.no_grad()
+def left_by_the_vae(place: Place) -> dict[str, Any]:
+    """How much of the opinion survives the VAE: the function of pixels on the test cuts, against itself on what the VAE makes of them."""
+    cuts = stacks([Path(row["path"]) for row in test_cuts(place)], torch.zeros(len(test_cuts(place))), unchanged, BUCKETS)
+    pixels = [chunk for stack in cuts for chunk in stack.inputs.split(32)]
+    restored = [decode_latents(place.vae, place.encode(chunk)).clamp(-1, 1) for chunk in pixels]
+    before, after = (torch.cat([colourfulness(chunk / 2 + 0.5) for chunk in chunks]) for chunks in (pixels, restored))
+    return {"test": len(before), "srcc": spearman(before, after)}
+
+
 def distortions(place: Place) -> dict[str, Any]:
     """SRCC with the strength of the distortion, on cuts of photographs never seen."""
     cuts, folder = write_cuts(place.data_dir), place.runs / "distortions"
     test = test_cuts(place)
-    seconds = train(place, cuts, folder)
+    seconds = train(place, cuts, folder, clean_fraction=1)
     scorer_file = folder / "scorer.safetensors"
     scored = score(write_rows(place.runs / "distorted.csv", test), folder / "scores", place.vae_dir, scorer=scorer_file)
     assert [row["path"] for row in scored] == [row["path"] for row in test]
@@ -175,7 +185,6 @@ def distortions(place: Place) -> dict[str, Any]:
         "seconds": seconds,
         "parameters": num_parameters(scorer),
         "srcc": by_kind(test, torch.tensor([float(row["score"]) for row in scored])),
-        "by sigma, validation": scorer.spec.training["validation"],
     }
 
 
@@ -213,7 +222,7 @@ def subjects(place: Place) -> dict[str, Any]:
     training, test = split_clipart(place.data_dir)
     rows = [{"path": path, "label": subject, "split": "train" if number % 10 else "val"} for number, (path, subject) in enumerate(training)]
     table = write_rows(place.runs / "clipart.csv", rows)
-    seconds = train(place, table, place.runs / "clipart", criterion="classification")
+    seconds = train(place, table, place.runs / "clipart", criterion="classification", clean_fraction=1)
     scorer = place.scorer("clipart")
     names = sorted({subject for _, subject in training})
     order = [scorer.spec.head().classes.index(name) for name in names]
@@ -231,7 +240,6 @@ def subjects(place: Place) -> dict[str, Any]:
         "seconds": seconds,
         "parameters": num_parameters(scorer),
         **accuracy(network, labelled(test, names, place.encode)),
-        "by sigma, validation": scorer.spec.training["validation"],
     }
 
 
@@ -287,6 +295,7 @@ def num_parameters(module: nn.Module) -> int:
 
 STAGES: Mapping[str, Callable[[Place], dict[str, Any]]] = {
     "distilled": distilled,
+    "distilled, left by the VAE": left_by_the_vae,
     "distortions": distortions,
     "same content": one_content,
     "subjects": subjects,
@@ -299,7 +308,7 @@ STAGES: Mapping[str, Callable[[Place], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=ROOT / "output" / "real_pictures")
-    parser.add_argument("--steps", type=int, default=300, help="of every training")
+    parser.add_argument("--steps", type=int, default=400, help="of every training")
     parser.add_argument("--stages", nargs="*", choices=list(STAGES), default=list(STAGES), help="what to do; others stay as they are")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "real_pictures")
     parser.add_argument("--packages_dir", type=Path, help="where timm and torchvision are, such as .optional, if they are not installed")
@@ -316,9 +325,9 @@ def main() -> None:
     place = Place(data_dir, load_vae(data_dir / "photo_vae"), args.steps)
     file: Path = args.results.with_suffix(".json")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    results |= {"steps": args.steps, "batch_size": BATCH_SIZE, "vae": json.loads((place.vae_dir / "training.json").read_text())}
+    results |= {"batch_size": BATCH_SIZE, "vae": json.loads((place.vae_dir / "training.json").read_text())}
     for stage in args.stages:
-        results[stage] = STAGES[stage](place)
+        results[stage] = {"steps": args.steps, **STAGES[stage](place)}
         atomic_write_text(file, json.dumps(results, indent=1) + "\n")
         atomic_write_text(args.results.with_suffix(".md"), markdown(results))
     print(markdown(results))

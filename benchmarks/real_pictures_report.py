@@ -36,8 +36,7 @@ def _pictures(results: Mapping[str, Any]) -> list[str]:
     return [
         "# Real pictures",
         "Made by `python -m benchmarks.real_pictures`; what is measured, and on what, is in its docstring and in "
-        "`benchmarks/package_pictures.py`. Every training is "
-        f"{results['steps']} steps of {results['batch_size']} pictures, on one core; one run each.",
+        f"`benchmarks/package_pictures.py`. Every training has batches of {results['batch_size']} pictures and one core; one run each.",
         f"The VAE has {vae['parameters'] / 1e6:.1f} M parameters and was trained for {vae['steps']} steps "
         f"({vae['cpu_minutes']:.0f} minutes on one core). PSNR on pictures that it never saw: {psnr}.",
     ]
@@ -46,17 +45,15 @@ def _pictures(results: Mapping[str, Any]) -> list[str]:
 def _subjects(results: Mapping[str, Any]) -> list[str]:
     part = results["subjects"]
     rows = [
-        (row["network"], f"{row['parameters'] / 1e6:.1f} M", row["top1"], row["top5"], f"{row['seconds']:.0f}")
+        (row["network"], f"{row['parameters'] / 1e6:.1f} M", row["steps"], row["top1"], row["top5"], f"{row['seconds']:.0f}")
         for row in _networks(results, "subjects")
     ]
     return [
         "## Subjects of clip-art",
         f"{part['classes']} classes, {part['train']} drawings to train with, {part['tested']} never seen; always saying the most frequent "
-        f"class is right for {part['most frequent class']:.1%}. `latent_resnet` is trained on all noise levels, the others on clean "
-        "pictures only; its CPU seconds are those of the whole script, with reading and encoding the pictures and validating.",
-        table(["network", "parameters", "top-1", "top-5", "CPU seconds"], rows),
-        "`latent_resnet` on noisy latents (validation drawings):",
-        _sigmas(part["by sigma, validation"], "top1"),
+        f"class is right for {part['most frequent class']:.1%}. All are trained on clean pictures only; the CPU seconds of `latent_resnet` "
+        "are those of the whole script, with reading and encoding the pictures and validating.",
+        table(["network", "parameters", "steps", "top-1", "top-5", "CPU seconds"], rows),
     ]
 
 
@@ -64,16 +61,14 @@ def _distortions(results: Mapping[str, Any]) -> list[str]:
     part = results["distortions"]
     kinds = ("overall", "blur", "jpeg", "noise", "exposure")
     rows = [
-        (row["network"], f"{row['parameters'] / 1e6:.1f} M", *(row["srcc"][kind] for kind in kinds), f"{row['seconds']:.0f}")
+        (row["network"], f"{row['parameters'] / 1e6:.1f} M", row["steps"], *(row["srcc"][kind] for kind in kinds), f"{row['seconds']:.0f}")
         for row in _networks(results, "distortions")
     ]
     return [
         "## How much a photograph was made worse",
         f"SRCC with the strength; {part['train']} cuts to train with, {part['test']} cuts of {part['test'] // 8} photographs never seen. "
         "The network is not told the kind of the distortion.",
-        table(["network", "parameters", *kinds, "CPU seconds"], rows),
-        "`latent_resnet` on noisy latents (cuts of validation photographs):",
-        _sigmas(part["by sigma, validation"], "srcc"),
+        table(["network", "parameters", "steps", *kinds, "CPU seconds"], rows),
     ]
 
 
@@ -83,13 +78,15 @@ def _sigmas(rows: Sequence[Mapping[str, float]], metric: str) -> str:
 
 def _distilled(results: Mapping[str, Any]) -> list[str]:
     part = results["distilled"]
-    rows = [(name, part[name]["test"], part[name]["srcc"]) for name in ("cuts", "whole photographs")]
+    rows = [(f"scorer, {name}", part[name]["test"], part[name]["srcc"]) for name in ("cuts", "whole photographs")]
+    if left := results.get("distilled, left by the VAE"):
+        rows.append(("the function itself, on what the VAE makes of the cuts", left["test"], left["srcc"]))
     buckets = [(size, row["test"], row["srcc"], row["mean error"]) for size, row in part["by bucket"].items()]
     return [
         "## An opinion distilled: colourfulness",
         f"A function of pixels labels {part['train']} cuts (`tools/score_images.py --judge`), and the table is what "
-        "`train_latent_scorer.py` learns from. SRCC of scorer and function on photographs never seen:",
-        table(["pictures", "test", "SRCC"], rows),
+        f"`train_latent_scorer.py` learns from, here in {part['steps']} steps. SRCC with the function on photographs never seen:",
+        table(["who, on what", "test", "SRCC"], rows),
         "The same cuts by their bucket; the mean error, in standard deviations of the score, says whether a bucket is favoured:",
         table(["bucket", "test", "SRCC", "mean error"], buckets),
         _sigmas(part["by sigma, validation"], "srcc"),
