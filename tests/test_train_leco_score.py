@@ -311,7 +311,7 @@ def broken(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_scorer(folder / "foreign.safetensors", tiny_scorer(foreign_vae_fingerprint()))
     save_scorer(folder / "blind.safetensors", tiny_scorer(fingerprint, noise_aware=False))
     with_nan = tiny_scorer(fingerprint)
-    torch.nn.init.constant_(with_nan.get_parameter("head.weight"), torch.nan)
+    torch.nn.init.constant_(with_nan.get_parameter("heads.score.members.0.weight"), torch.nan)
     save_scorer(folder / "nan.safetensors", with_nan)
     cut(workplace / "scorer.safetensors", folder / "cut.safetensors")
     (folder / "empty.txt").write_text("# nothing but a comment\n\n", encoding="utf-8")
