@@ -185,6 +185,8 @@ def test_a_backbone_carries_over_and_the_head_does_not(tmp_path: Path) -> None:
         assert torch.equal(target.heads["score"].members[0].weight, head)
     with pytest.raises(UserError, match="another VAE"):
         load_backbone_weights(tmp_path / "backbone.safetensors", source.backbone, dataclasses.replace(source.spec, vae=OTHER_VAE))
+    freer = dataclasses.replace(source.spec, architecture={**source.spec.architecture, "dropout": 0.3})
+    load_backbone_weights(tmp_path / "backbone.safetensors", make_scorer(seed=2).backbone, freer)  # the weights are the same
     wide = dataclasses.replace(source.spec, architecture={**source.spec.architecture, "channels": [64, 96]})
     with pytest.raises(UserError, match="same scorer_kind and scorer_size"):
         load_backbone_weights(tmp_path / "backbone.safetensors", source.backbone, wide)

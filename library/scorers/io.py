@@ -22,6 +22,10 @@ OLDER_FORMATS = ("scorer/1", "backbone/1")  # one score and no heads
 SPEC_KEY = "leco_score.spec"
 
 
+# Values of an architecture that make no difference to what its weights are.
+SAME_WEIGHTS = ("dropout", "drop_path", "gradient_checkpointing", "pretrained", "decoder_folder")
+
+
 def save_scorer(path: str | Path, scorer: Scorer, metadata: Mapping[str, str] | None = None) -> None:
     """Write a scorer, its spec and, if given, more metadata (strings) to one file."""
     header = {FORMAT_KEY: SCORER_FORMAT, SPEC_KEY: scorer.spec.to_json(), "torch": torch.__version__, **(metadata or {})}
@@ -89,7 +93,7 @@ def _differences(stored: ScorerSpec, wanted: ScorerSpec) -> str:
     return ", ".join(
         f"{key} is {_brief(there.get(key))} there and {_brief(here.get(key))} here"
         for key in {**there, **here}
-        if there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and key not in SAME_WEIGHTS
     )
 
 

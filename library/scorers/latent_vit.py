@@ -245,6 +245,9 @@ class LatentViT(Backbone):
         pooled = torch.cat([tokens[:, -num_patches:].mean(1), self.pooling(tokens, angles)], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
+
     def layers(self) -> list[list[nn.Parameter]]:
         blocks = [list(block.parameters()) for block in self.blocks]
         last = [*self.pooling.parameters(), *self.norm.parameters()]
