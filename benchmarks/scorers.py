@@ -114,7 +114,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "srcc" in row:
             cells = " | ".join(f"{srcc:.3f} / {plcc:.3f}" for srcc, plcc in zip(row["srcc"], row["plcc"], strict=True))
-            lines.append(f"| {row['kind']} | {row['criterion']} | {cells} |")
+            lines.append(f"| {row['kind']} | {row['criterion']} | {row['steps']} | {cells} |")
     lines += [
         "",
         "The criterion's own metric, by sigma:",
@@ -124,7 +124,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = " | ".join(f"{value:.3f}" for value in row["own"])
-        lines.append(f"| {row['kind']} | {row['criterion']} | {row['own_metric']} | {cells} |")
+        lines.append(f"| {row['kind']} | {row['criterion']} | {row['steps']} | {row['own_metric']} | {cells} |")
     lines += ["", "Cost, with criterion mse, in CPU time of one thread:", ""]
     lines += [
         "| kind | parameters | training, s | steps | scoring, ms a picture | kept for the gradient, MB a picture |",

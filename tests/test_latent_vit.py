@@ -120,6 +120,8 @@ def test_checkpointing_changes_memory_and_nothing_else() -> None:
     gradients, saved = [], []
     for checkpointing in (False, True):
         vit, latents = make_vit(), noise(2, 4, 8, 8).requires_grad_()
+        if checkpointing:
+            vit.enable_gradient_checkpointing()
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             loss = vit(latents, torch.ones(2)).square().sum()
