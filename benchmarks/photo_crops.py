@@ -79,11 +79,19 @@ def random_cut(photograph: Image.Image, size: tuple[int, int], rng: torch.Genera
     return photograph.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
 
 
-def write_cuts(data_dir: Path) -> Path:
+def worsen(picture: Image.Image, kind: str, strength: float, rng: torch.Generator, enlarge: int = 1) -> Image.Image:
+    """The picture distorted; with `enlarge` above 1, as a smaller one is that is enlarged so many times afterwards."""
+    if enlarge == 1:
+        return DISTORTIONS[kind](picture, strength, rng)
+    small = picture.resize((picture.width // enlarge, picture.height // enlarge), Image.Resampling.LANCZOS)
+    return DISTORTIONS[kind](small, strength, rng).resize(picture.size, Image.Resampling.BICUBIC)
+
+
+def write_cuts(data_dir: Path, enlarge: int = 1) -> Path:
     """Cut all photographs; returns the path of crops.csv. Made at the first call, the same in every run."""
-    folder = data_dir / "crops"
+    folder = data_dir / ("crops" if enlarge == 1 else f"crops-{enlarge}x")
     if not (folder / "crops.csv").is_file():
-        unfinished = data_dir / "crops.part"
+        unfinished = data_dir / f"{folder.name}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         seen, test = split(photographs(data_dir), NUM_TEST_PHOTOGRAPHS)
@@ -92,12 +100,12 @@ def write_cuts(data_dir: Path) -> Path:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "kind", "photograph", "split"])
             for part, paths in parts.items():
-                writer.writerows(_cuts(paths, part, unfinished))
+                writer.writerows(_cuts(paths, part, unfinished, enlarge))
         unfinished.rename(folder)
     return folder / "crops.csv"
 
 
-def _cuts(paths: Sequence[Path], part: str, folder: Path) -> list[tuple[str, str, str, str, str]]:
+def _cuts(paths: Sequence[Path], part: str, folder: Path, enlarge: int) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for path in tqdm(paths, desc=f"cutting {part} photographs", unit="picture"):
         rng = generator(0, "cuts", path.stem)
@@ -107,7 +115,7 @@ def _cuts(paths: Sequence[Path], part: str, folder: Path) -> list[tuple[str, str
             strength = torch.rand((), generator=rng).item()
             size = SIZES[int(torch.randint(len(SIZES), (), generator=rng))]
             name = f"{part}-{path.stem}-{number}.png"
-            DISTORTIONS[kind](random_cut(photograph, size, rng), strength, rng).save(folder / name)
+            worsen(random_cut(photograph, size, rng), kind, strength, rng, enlarge).save(folder / name)
             rows.append((name, f"{strength:.6f}", kind, path.stem, part))
     return rows
 

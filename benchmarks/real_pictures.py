@@ -43,6 +43,7 @@ from library.scorers.optional_packages import import_timm
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = {"resolution": "128", "min_bucket_reso": 96, "max_bucket_reso": 160, "bucket_reso_steps": 16}
+ENLARGE = 2  # what a VAE hides of a picture it may show of the same picture enlarged
 COLOURFULNESS = "benchmarks.photo_crops:colourfulness"
 
 
@@ -169,23 +170,26 @@ def left_by_the_vae(place: Place) -> dict[str, Any]:
     return {"test": len(before), "srcc": spearman(before, after)}
 
 
-def distortions(place: Place) -> dict[str, Any]:
+def distortions(place: Place, enlarge: int = 1) -> dict[str, Any]:
     """SRCC with the strength of the distortion, on cuts of photographs never seen."""
-    cuts, folder = write_cuts(place.data_dir), place.runs / "distortions"
-    test = test_cuts(place)
+    cuts, folder = write_cuts(place.data_dir, enlarge), place.runs / f"distortions-{enlarge}x"
+    test = test_cuts(place, enlarge)
     seconds = train(place, cuts, folder, clean_fraction=1)
-    scorer_file = folder / "scorer.safetensors"
-    scored = score(write_rows(place.runs / "distorted.csv", test), folder / "scores", place.vae_dir, scorer=scorer_file)
+    table = write_rows(folder / "test.csv", test)
+    scored = score(table, folder / "scores", place.vae_dir, scorer=folder / "scorer.safetensors")
     assert [row["path"] for row in scored] == [row["path"] for row in test]
-    scorer = place.scorer(folder.name)
     return {
         "train": sum(row["split"] == "train" for row in read_rows(cuts)),
         "test": len(test),
-        "network": "latent_resnet",
+        "network": "latent_resnet" + (f", enlarged {enlarge} times" if enlarge > 1 else ""),
         "seconds": seconds,
-        "parameters": num_parameters(scorer),
+        "parameters": num_parameters(place.scorer(folder.name)),
         "srcc": by_kind(test, torch.tensor([float(row["score"]) for row in scored])),
     }
+
+
+def distortions_enlarged(place: Place) -> dict[str, Any]:
+    return distortions(place, ENLARGE)
 
 
 def distortions_on_pixels(place: Place) -> dict[str, Any]:
@@ -202,8 +206,8 @@ def distortions_on_pixels(place: Place) -> dict[str, Any]:
     return {"network": name, "seconds": seconds, "parameters": num_parameters(network), "srcc": by_kind(test, scores)}
 
 
-def test_cuts(place: Place) -> list[dict[str, str]]:
-    cuts = write_cuts(place.data_dir)
+def test_cuts(place: Place, enlarge: int = 1) -> list[dict[str, str]]:
+    cuts = write_cuts(place.data_dir, enlarge)
     return [{**row, "path": str(cuts.parent / row["path"])} for row in read_rows(cuts) if row["split"] == "test"]
 
 
@@ -214,7 +218,7 @@ def by_kind(test: Sequence[Mapping[str, str]], scores: Tensor) -> dict[str, floa
 
 
 def one_content(place: Place) -> dict[str, Any]:
-    return same_content(place.unseen, place.vae, place.scorer("colourfulness"), place.scorer("distortions"))
+    return same_content(place.unseen, place.vae, place.scorer("colourfulness"), place.scorer(f"distortions-{ENLARGE}x"), ENLARGE)
 
 
 def subjects(place: Place) -> dict[str, Any]:
@@ -297,6 +301,7 @@ STAGES: Mapping[str, Callable[[Place], dict[str, Any]]] = {
     "distilled": distilled,
     "distilled, left by the VAE": left_by_the_vae,
     "distortions": distortions,
+    "distortions, enlarged": distortions_enlarged,
     "same content": one_content,
     "subjects": subjects,
     "subjects, timm on latents": subjects_on_latents,

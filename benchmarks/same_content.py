@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.photo_crops import DISTORTIONS, SIZES, colourfulness
+from benchmarks.photo_crops import DISTORTIONS, SIZES, colourfulness, worsen
 from library.criteria.metrics import spearman
 from library.models.vae import encode_images
 from library.runtime import generator
@@ -21,14 +21,20 @@ SQUARES = (96, 128, 160, 192, 256)  # pixels; training saw areas of 128 x 128
 
 
 @torch.no_grad()
-def same_content(paths: Sequence[Path], vae: AutoencoderKL, colours: BackboneScorer, distortion: BackboneScorer) -> dict[str, Any]:
-    """One content at several sizes, and on several canvases: how much a score moves against its value at 128 x 128."""
+def same_content(
+    paths: Sequence[Path], vae: AutoencoderKL, colours: BackboneScorer, distortion: BackboneScorer, enlarge: int
+) -> dict[str, Any]:
+    """One content at several sizes, and on several canvases: how much a score moves against its value at 128 x 128.
+
+    Args:
+        enlarge: of the pictures that `distortion` was trained on; see `worsen`.
+    """
     middles = [middle(path) for path in paths]
     kinds = list(DISTORTIONS)
 
     def distorted(picture: Image.Image, number: int) -> Image.Image:
         rng = generator(0, "same content", number)
-        return DISTORTIONS[kinds[number % len(kinds)]](picture, torch.rand((), generator=rng).item(), rng)
+        return worsen(picture, kinds[number % len(kinds)], torch.rand((), generator=rng).item(), rng, enlarge)
 
     def squares(side: int) -> list[Image.Image]:
         return [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in middles]
