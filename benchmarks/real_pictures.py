@@ -66,11 +66,11 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def train(place: "Place", table: Path, output_dir: Path, **settings: Any) -> float:
+def train(place: "Place", table: Path | None, output_dir: Path, **settings: Any) -> float:
     """Train a scorer by the script; returns the CPU seconds, reading and encoding the pictures among them."""
     defaults = {
         "vae": place.vae_dir,
-        "train_data_file": table,
+        **({"train_data_file": table} if table else {}),
         "cache_dir": place.runs / "latent_cache",
         "output_dir": output_dir,
         "max_train_steps": place.steps,
@@ -163,62 +163,82 @@ def distilled(place: Place) -> dict[str, Any]:
 @torch.no_grad()
 def left_by_the_vae(place: Place) -> dict[str, Any]:
     """How much of the opinion survives the VAE: the function of pixels on the test cuts, against itself on what the VAE makes of them."""
-    cuts = stacks([Path(row["path"]) for row in test_cuts(place)], torch.zeros(len(test_cuts(place))), unchanged, BUCKETS)
-    pixels = [chunk for stack in cuts for chunk in stack.inputs.split(32)]
+    cuts = write_cuts(place.data_dir)
+    paths = [cuts.parent / row["path"] for row in read_rows(cuts) if row["split"] == "test"]
+    stacked = stacks(paths, torch.zeros(len(paths)), unchanged, BUCKETS)
+    pixels = [chunk for stack in stacked for chunk in stack.inputs.split(32)]
     restored = [decode_latents(place.vae, place.encode(chunk)).clamp(-1, 1) for chunk in pixels]
     before, after = (torch.cat([colourfulness(chunk / 2 + 0.5) for chunk in chunks]) for chunks in (pixels, restored))
     return {"test": len(before), "srcc": spearman(before, after)}
 
 
-def distortions(place: Place, enlarge: int = 1) -> dict[str, Any]:
-    """SRCC with the strength of the distortion, on cuts of photographs never seen."""
-    cuts, folder = write_cuts(place.data_dir, enlarge), place.runs / f"distortions-{enlarge}x"
-    test = test_cuts(place, enlarge)
-    seconds = train(place, cuts, folder, clean_fraction=1)
-    table = write_rows(folder / "test.csv", test)
-    scored = score(table, folder / "scores", place.vae_dir, scorer=folder / "scorer.safetensors")
-    assert [row["path"] for row in scored] == [row["path"] for row in test]
+def distortions(place: Place) -> dict[str, Any]:
+    """SRCC with the strength of each distortion on cuts of photographs never seen: one backbone, a head for each kind."""
+    cuts, folder = write_cuts(place.data_dir, ENLARGE), place.runs / "distortions"
+    rows = read_rows(cuts)
+    tables = []
+    for kind in DISTORTIONS:
+        mine = [{**row, "path": cuts.parent / row["path"]} for row in rows if row["kind"] == kind]
+        table = write_rows(folder / f"{kind}.csv", mine)
+        tables.append(f'[[datasets]]\nname = "{kind}"\ncriterion = "mse"\n[[datasets.subsets]]\npath = "{table.as_posix()}"\n')
+    atomic_write_text(folder / "dataset.toml", "\n".join(tables))
+    seconds = train(place, None, folder, dataset_config=folder / "dataset.toml", clean_fraction=1, scorer_size="tiny")
+    scorer, test = place.scorer("distortions"), test_cuts(place)
+    stacked = stacks([Path(row["path"]) for row in test], torch.arange(len(test)), place.encode, BUCKETS)
+
+    @torch.no_grad()
+    def read(latents: Tensor) -> Tensor:
+        return torch.cat([scorer.outputs(kind, latents, latents.new_zeros(len(latents))).mean(1) for kind in DISTORTIONS], dim=1)
+
+    outputs, order = outputs_of(read, stacked)
     return {
-        "train": sum(row["split"] == "train" for row in read_rows(cuts)),
+        "train": sum(row["split"] == "train" for row in rows),
         "test": len(test),
-        "network": "latent_resnet" + (f", enlarged {enlarge} times" if enlarge > 1 else ""),
+        "network": "latent_resnet",
         "seconds": seconds,
-        "parameters": num_parameters(place.scorer(folder.name)),
-        "srcc": by_kind(test, torch.tensor([float(row["score"]) for row in scored])),
+        "parameters": num_parameters(scorer),
+        "srcc": by_kind(test, outputs[order.argsort()]),
     }
-
-
-def distortions_enlarged(place: Place) -> dict[str, Any]:
-    return distortions(place, ENLARGE)
 
 
 def distortions_on_pixels(place: Place) -> dict[str, Any]:
     """The same by a network that sees what the VAE may have lost."""
-    cuts, test = write_cuts(place.data_dir), test_cuts(place)
+    cuts, test, kinds = write_cuts(place.data_dir, ENLARGE), test_cuts(place), list(DISTORTIONS)
     training = [row for row in read_rows(cuts) if row["split"] == "train"]
-    strengths = torch.tensor([float(row["score"]) for row in training])
-    stacked = stacks([cuts.parent / row["path"] for row in training], strengths, unchanged, BUCKETS)
-    network, seconds = fit(stacked, 1, lambda out, wanted: F.mse_loss(out.squeeze(1), (wanted - 0.5) * 12**0.5), place.steps)
+    targets = torch.tensor(
+        [[float(row["score"]), kinds.index(row["kind"])] for row in training]
+    )  # [N, 2]: strength, and whose head learns it
+    stacked = stacks([cuts.parent / row["path"] for row in training], targets, unchanged, BUCKETS)
+
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        mine = outputs.gather(1, wanted[:, 1:].long()).squeeze(1)
+        return F.mse_loss(mine, (wanted[:, 0] - 0.5) * 12**0.5)
+
+    network, seconds = fit(stacked, len(kinds), loss, place.steps)
     # Buckets come in another order than the rows: a target tells which row it is.
     outputs, order = outputs_of(network, stacks([Path(row["path"]) for row in test], torch.arange(len(test)), unchanged, BUCKETS))
-    scores = outputs.squeeze(1)[order.argsort()]
     name = "timm resnet18, half width, pixels"
-    return {"network": name, "seconds": seconds, "parameters": num_parameters(network), "srcc": by_kind(test, scores)}
+    srcc = by_kind(test, outputs[order.argsort()])
+    return {"network": name, "seconds": seconds, "parameters": num_parameters(network), "srcc": srcc}
 
 
-def test_cuts(place: Place, enlarge: int = 1) -> list[dict[str, str]]:
-    cuts = write_cuts(place.data_dir, enlarge)
+def test_cuts(place: Place) -> list[dict[str, str]]:
+    cuts = write_cuts(place.data_dir, ENLARGE)
     return [{**row, "path": str(cuts.parent / row["path"])} for row in read_rows(cuts) if row["split"] == "test"]
 
 
-def by_kind(test: Sequence[Mapping[str, str]], scores: Tensor) -> dict[str, float]:
+def by_kind(test: Sequence[Mapping[str, str]], outputs: Tensor) -> dict[str, float]:
+    """SRCC of each kind's strengths with the output that stands for it: outputs [N, kinds] of the N test cuts."""
     strengths = torch.tensor([float(row["score"]) for row in test])
-    chosen = {kind: torch.tensor([row["kind"] == kind for row in test]) for kind in DISTORTIONS}
-    return {"overall": spearman(scores, strengths)} | {kind: spearman(scores[rows], strengths[rows]) for kind, rows in chosen.items()}
+    result = {}
+    for column, kind in enumerate(DISTORTIONS):
+        chosen = torch.tensor([row["kind"] == kind for row in test])
+        result[kind] = spearman(outputs[chosen, column], strengths[chosen])
+    return result
 
 
 def one_content(place: Place) -> dict[str, Any]:
-    return same_content(place.unseen, place.vae, place.scorer("colourfulness"), place.scorer(f"distortions-{ENLARGE}x"), ENLARGE)
+    return same_content(place.unseen, place.vae, place.scorer("colourfulness"))
 
 
 def subjects(place: Place) -> dict[str, Any]:
@@ -301,7 +321,6 @@ STAGES: Mapping[str, Callable[[Place], dict[str, Any]]] = {
     "distilled": distilled,
     "distilled, left by the VAE": left_by_the_vae,
     "distortions": distortions,
-    "distortions, enlarged": distortions_enlarged,
     "same content": one_content,
     "subjects": subjects,
     "subjects, timm on latents": subjects_on_latents,

@@ -10,10 +10,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.photo_crops import DISTORTIONS, SIZES, colourfulness, worsen
+from benchmarks.photo_crops import SIZES, colourfulness
 from library.criteria.metrics import spearman
 from library.models.vae import encode_images
-from library.runtime import generator
 from library.scorer_data.pictures import to_pixels
 from library.scorers.base import BackboneScorer
 
@@ -21,50 +20,26 @@ SQUARES = (96, 128, 160, 192, 256)  # pixels; training saw areas of 128 x 128
 
 
 @torch.no_grad()
-def same_content(
-    paths: Sequence[Path], vae: AutoencoderKL, colours: BackboneScorer, distortion: BackboneScorer, enlarge: int
-) -> dict[str, Any]:
-    """One content at several sizes, and on several canvases: how much a score moves against its value at 128 x 128.
-
-    Args:
-        enlarge: of the pictures that `distortion` was trained on; see `worsen`.
-    """
+def same_content(paths: Sequence[Path], vae: AutoencoderKL, colours: BackboneScorer) -> dict[str, Any]:
+    """One content at several sizes, and on several canvases: how far colourfulness moves from its value at 128 x 128."""
     middles = [middle(path) for path in paths]
-    kinds = list(DISTORTIONS)
-
-    def distorted(picture: Image.Image, number: int) -> Image.Image:
-        rng = generator(0, "same content", number)
-        return worsen(picture, kinds[number % len(kinds)], torch.rand((), generator=rng).item(), rng, enlarge)
 
     def squares(side: int) -> list[Image.Image]:
         return [picture.resize((side, side), Image.Resampling.LANCZOS) for picture in middles]
 
-    def canvases(size: tuple[int, int]) -> list[Image.Image]:
-        return [mirrored_around(picture, size) for picture in squares(96)]
-
-    def scores(scorer: BackboneScorer, pictures: Sequence[Image.Image]) -> Tensor:
+    def scored(pictures: Sequence[Image.Image]) -> Tensor:
         chunks = to_pixels(pictures).split(16)
-        return torch.cat([scorer(encode_images(vae, chunk), torch.zeros(len(chunk))) for chunk in chunks])
+        return torch.cat([colours(encode_images(vae, chunk), torch.zeros(len(chunk))) for chunk in chunks])
 
     def judged(pictures: Sequence[Image.Image]) -> Tensor:
         return colourfulness(to_pixels(pictures) / 2 + 0.5)
 
+    sizes = {f"{side}x{side}": squares(side) for side in SQUARES}
+    canvases = {f"{width}x{height}": [mirrored_around(picture, (width, height)) for picture in squares(96)] for width, height in SIZES}
     result: dict[str, Any] = {"pictures": len(paths)}
-    sets = {f"{side}x{side}": squares(side) for side in SQUARES}
-    result["sizes: colourfulness"] = against({name: scores(colours, set_) for name, set_ in sets.items()}, "128x128", colours.spec.std)
-    result["sizes: colourfulness, the judge itself"] = against(
-        {name: judged(set_) for name, set_ in sets.items()}, "128x128", colours.spec.std
-    )
-    worse = {name: [distorted(picture, number) for number, picture in enumerate(set_)] for name, set_ in sets.items()}
-    result["sizes: distortion"] = against({name: scores(distortion, set_) for name, set_ in worse.items()}, "128x128", distortion.spec.std)
-    sets = {f"{width}x{height}": canvases((width, height)) for width, height in SIZES}
-    result["canvases: colourfulness"] = against({name: scores(colours, set_) for name, set_ in sets.items()}, "128x128", colours.spec.std)
-    judge = {name: judged(set_) for name, set_ in sets.items()}
-    result["canvases: colourfulness, the judge itself"] = against(judge, "128x128", colours.spec.std)
-    worse = {name: [distorted(picture, number) for number, picture in enumerate(set_)] for name, set_ in sets.items()}
-    result["canvases: distortion"] = against(
-        {name: scores(distortion, set_) for name, set_ in worse.items()}, "128x128", distortion.spec.std
-    )
+    for name, sets in (("sizes", sizes), ("canvases", canvases)):
+        for who, ask in (("scorer", scored), ("the function itself", judged)):
+            result[f"{name}, {who}"] = against({size: ask(pictures) for size, pictures in sets.items()}, "128x128", colours.spec.std)
     return result
 
 
