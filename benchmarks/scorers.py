@@ -108,8 +108,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "SRCC / PLCC of the score against the true score, by sigma:",
         "",
-        f"| kind | criterion | {head} |",
-        "|---|---|" + "---|" * len(SIGMAS),
+        f"| kind | criterion | steps | {head} |",
+        "|---|---|---|" + "---|" * len(SIGMAS),
     ]
     for row in rows:
         if "srcc" in row:
@@ -119,8 +119,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "The criterion's own metric, by sigma:",
         "",
-        f"| kind | criterion | metric | {head} |",
-        "|---|---|---|" + "---|" * len(SIGMAS),
+        f"| kind | criterion | steps | metric | {head} |",
+        "|---|---|---|---|" + "---|" * len(SIGMAS),
     ]
     for row in rows:
         cells = " | ".join(f"{value:.3f}" for value in row["own"])
