@@ -182,7 +182,15 @@ def distortions(place: Place) -> dict[str, Any]:
         table = write_rows(folder / f"{kind}.csv", mine)
         tables.append(f'[[datasets]]\nname = "{kind}"\ncriterion = "mse"\n[[datasets.subsets]]\npath = "{table.as_posix()}"\n')
     atomic_write_text(folder / "dataset.toml", "\n".join(tables))
-    seconds = train(place, None, folder, dataset_config=folder / "dataset.toml", clean_fraction=1, scorer_size="tiny")
+    seconds = train(
+        place,
+        None,
+        folder,
+        dataset_config=folder / "dataset.toml",
+        clean_fraction=1,
+        scorer_size="tiny",
+        validate_every_n_steps=place.steps,
+    )
     scorer, test = place.scorer("distortions"), test_cuts(place)
     stacked = stacks([Path(row["path"]) for row in test], torch.arange(len(test)), place.encode, BUCKETS)
 
