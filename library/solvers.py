@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.noise_schedule import abar_to_sigma, eps_to_x0, per_sample
+from library.types import History
 
 
 def ddim_step(latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor) -> Tensor:
@@ -43,27 +44,44 @@ def guided_eps(uncond: Tensor, cond: Tensor, scales: Tensor) -> Tensor:
     return uncond + per_sample(scales, cond) * (cond - uncond)
 
 
-def _deterministic(latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None) -> Tensor:
+def _ddim(
+    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
+) -> Tensor:
     """`ddim_step` with the signature that every solver has."""
     return ddim_step(latents, eps, abar, next_abar)
 
 
+def _euler_ancestral(
+    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
+) -> Tensor:
+    """`euler_ancestral_step` with the signature that every solver has."""
+    assert noise is not None
+    return euler_ancestral_step(latents, eps, abar, next_abar, noise)
+
+
 @dataclass(frozen=True)
 class Solver:
-    """A sampler step. step(latents, eps, abar, next_abar, noise) -> next latents; noise is None unless `needs_noise`."""
+    """A sampler.
+
+    Attributes:
+        step: step(latents, eps, abar, next_abar, noise, history) -> next latents; linear in latents and eps.
+        needs_noise: whether step takes fresh noise [B, C, h, w]; else it is None.
+        needs_history: whether step takes a `History`; else it is None.
+    """
 
     name: str
-    needs_noise: bool
     step: Callable[..., Tensor]
+    needs_noise: bool = False
+    needs_history: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
-        Solver("ddim", False, _deterministic),
-        Solver("euler", False, _deterministic),
-        Solver("euler_a", True, euler_ancestral_step),
-        Solver("ddpm", True, euler_ancestral_step),
+        Solver("ddim", _ddim),
+        Solver("euler", _ddim),
+        Solver("euler_a", _euler_ancestral, needs_noise=True),
+        Solver("ddpm", _euler_ancestral, needs_noise=True),
     )
 }
 

@@ -81,6 +81,19 @@ class PromptSpec:
     direction: float = 1.0
 
 
+@dataclass(frozen=True)
+class History:
+    """What a multistep solver remembers of B samples: the clean latents that the step before foresaw.
+
+    Attributes:
+        x0: [B, C, h, w]; anything where there was no step before.
+        abar: where they were foreseen [B]; 0 where there was no step before.
+    """
+
+    x0: Tensor
+    abar: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
     """The belt at one moment: where each of B trajectories stands.
@@ -94,6 +107,8 @@ class RolloutBatch:
         cond, uncond: conditioning of the two branches, B rows each.
         prompts: the B prompts.
         noise: fresh standard normal noise [B, C, h, w] for a solver that draws some, else None.
+        history: of a solver that remembers, else None.
+        added_noise: the noise in the latents, where it is known because a finished picture was noised [B, C, h, w].
     """
 
     latents: Tensor
@@ -107,6 +122,8 @@ class RolloutBatch:
     uncond: Conditioning
     prompts: list[PromptSpec]
     noise: Tensor | None = None
+    history: History | None = None
+    added_noise: Tensor | None = None
 
     @property
     def directions(self) -> Tensor:
@@ -125,18 +142,18 @@ class RewardOutput:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What an objective makes of a batch.
+    """What a term of the training objective makes of a batch.
 
     Attributes:
         loss: a scalar to minimise.
-        sample_losses: what each sample contributes, no gradient [B]; says which prompt a non-finite loss came from.
-        next_latents: where each trajectory goes on, no gradient [B, C, h, w].
+        sample_losses: what each sample contributes, no gradient [B].
+        samples: what each sample is, in words [B]; a loss that is not finite is reported with them.
         metrics: numbers to log.
         num_unet_evaluations: forward passes of one sample, a backward counted as two.
     """
 
     loss: Tensor
     sample_losses: Tensor
-    next_latents: Tensor
+    samples: Sequence[str]
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
     num_unet_evaluations: int = 0
