@@ -70,6 +70,8 @@ class PromptSpec:
         guidance_scale: None takes the run's.
         weight: how often it is drawn, relative to the others; above 0.
         direction: +1 when a positive multiplier is to raise the score on this prompt, -1 when it is to lower it.
+        seed: which seed measurements and previews of this prompt begin with; None is their own.
+        num_steps: steps of the sampler; None takes the run's.
     """
 
     prompt: str
@@ -79,6 +81,8 @@ class PromptSpec:
     guidance_scale: float | None = None
     weight: float = 1.0
     direction: float = 1.0
+    seed: int | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class RolloutBatch:
         noise: fresh standard normal noise [B, C, h, w] for a solver that draws some, else None.
         history: of a solver that remembers, else None.
         added_noise: the noise in the latents, where it is known because a finished picture was noised [B, C, h, w].
+        tail_timesteps: where all samples stand at one place near the end, the timesteps from there to the end [K + 1], else None.
     """
 
     latents: Tensor
@@ -124,6 +129,7 @@ class RolloutBatch:
     noise: Tensor | None = None
     history: History | None = None
     added_noise: Tensor | None = None
+    tail_timesteps: Tensor | None = None
 
     @property
     def directions(self) -> Tensor:
