@@ -112,6 +112,8 @@ def score_and_uncertainty(outputs: Tensor, head: HeadSpec) -> tuple[Tensor, Tens
     0 where there is one member and it states none.
     """
     scores, stated = READOUTS[head.readout](outputs.float(), head)  # [B, members]
+    if stated is None and scores.shape[1] == 1:  # not the root of a constant 0, whose gradient is not a number
+        return scores.mean(1), torch.zeros_like(scores[:, 0])
     variance = scores.var(1, correction=0)
     if stated is not None:
         variance = variance + stated.square().mean(1)
