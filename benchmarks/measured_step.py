@@ -17,7 +17,7 @@ from library.models.base import DiffusionModel
 from library.network_setup import build_network
 from library.objectives.score import ScoreConfig, ScoreObjective
 from library.optimizers import create_optimizer, create_scheduler
-from library.rewards import Reward
+from library.rewards import Goal, Reward
 from library.rollout import ROLLOUTS, RolloutConfig
 from library.runtime import generator
 from library.sampling import PromptEncoder, model_autocast
@@ -71,7 +71,7 @@ class MeasuredStep:
         self.belt = ROLLOUTS[settings.rollout](model, self.network, PROMPTS, encoder, rollout, generator(settings.seed, "rollout"))
         scorer = untrained_scorer(model, settings.scorer_size)
         config = ScoreConfig(scorer=("untrained",), score_estimator=settings.score_estimator)
-        self.objective = ScoreObjective(model, self.network, Reward([scorer], [1.0]), config, self.belt.solver, settings.num_steps)
+        self.objective = ScoreObjective(model, self.network, Reward([Goal(scorer=scorer)]), config, self.belt.solver, settings.num_steps)
 
     def __call__(self, part: Part) -> LossOutput:
         with part("belt batch"):

@@ -11,7 +11,7 @@ import torch
 from library.checkpoints import load_state, save_state
 from library.models.base import DiffusionModel
 from library.objectives.score import ScoreConfig, ScoreObjective
-from library.rewards import Reward
+from library.rewards import Goal, Reward
 from library.rollout import Belt, RolloutConfig
 from library.sampling import PromptEncoder, model_autocast
 from library.types import LossOutput, PromptSpec
@@ -44,7 +44,7 @@ class Run:
         config = RolloutConfig(prompts_file="-", train_batch_size=3, max_denoising_steps=6)
         self.belt = Belt(self.model, self.network, PROMPTS, PromptEncoder(self.model), config, torch.Generator().manual_seed(0))
         self.objective = ScoreObjective(
-            self.model, self.network, Reward([scorer], [1.0]), ScoreConfig(scorer=("-",), reward_loss="linear"), self.belt.solver, 6
+            self.model, self.network, Reward([Goal(scorer=scorer)]), ScoreConfig(scorer=("-",), reward_loss="linear"), self.belt.solver, 6
         )
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.monitor import Effect, Monitor, MonitorConfig, due
-from library.rewards import Reward
+from library.rewards import Goal, Reward
 from library.rollout import RolloutConfig
 from library.sampling import PromptEncoder, sample
 from library.scorers.base import Scorer
@@ -41,7 +41,7 @@ def monitor_for(
     network = network_of(model)
     rollout = RolloutConfig(prompts_file="-", max_denoising_steps=3, leco_denoise_guidance_scale=2.0)
     config = MonitorConfig(**{"eval_seeds_per_prompt": 2, "num_sample_prompts": 2, **settings})
-    reward = Reward([scorer_for(model, scorer)], [1.0])
+    reward = Reward([Goal(scorer=scorer_for(model, scorer))])
     return Monitor(model, network, reward, prompts, PromptEncoder(model, network), rollout, config), model, network
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, decode_latents
-from library.rewards import load_reward
+from library.rewards import RewardConfig, load_reward
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec
 from library.scorers.image_models.base import Loaded
 from library.scorers.image_models.registry import read_image_model
@@ -328,7 +328,7 @@ def test_a_score_of_picture_and_prompt_is_given_the_prompts(tmp_path: Path) -> N
     tiny_clip().save_pretrained(tmp_path / "clip")
     vae = tiny_vae()
     save_scorer(tmp_path / "pick.safetensors", make(vae, f"pickscore:{tmp_path}/clip"))
-    reward = load_reward([str(tmp_path / "pick.safetensors")], [], VaeFingerprint.of(vae), needs_noise_aware=False, force=False)
+    reward = load_reward(RewardConfig(scorer=(str(tmp_path / "pick.safetensors"),)), VaeFingerprint.of(vae), needs_noise_aware=False)
     latents = some_latents(1).expand(2, -1, -1, -1)
     first, second = reward(latents, torch.zeros(2), None, [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a ship")]).total
     assert first != second
@@ -342,10 +342,10 @@ def test_it_is_refused_for_noisy_latents_and_for_another_vae(tmp_path: Path, nsf
     save_scorer(path, make(vae, nsfw))
     own = VaeFingerprint.of(vae)
     with pytest.raises(UserError, match="clean latents only"):
-        load_reward([path], [], own, needs_noise_aware=True, force=False)
-    assert load_reward([path], [], own, needs_noise_aware=True, force=True).scorers
+        load_reward(RewardConfig(scorer=(path,)), own, needs_noise_aware=True)
+    assert load_reward(RewardConfig(scorer=(path,), force_scorer=True), own, needs_noise_aware=True).scorers
     with pytest.raises(UserError, match="another VAE"):
-        load_reward([path], [], VaeFingerprint.of(tiny_vae(seed=5)), needs_noise_aware=False, force=False)
+        load_reward(RewardConfig(scorer=(path,)), VaeFingerprint.of(tiny_vae(seed=5)), needs_noise_aware=False)
 
 
 def test_a_slider_is_trained_with_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from library.models.base import DiffusionModel
 from library.objectives.score import ESTIMATORS, ScoreConfig, ScoreObjective
-from library.rewards import Reward
+from library.rewards import Goal, Reward
 from library.rollout import Belt, RolloutConfig
 from library.sampling import PromptEncoder
 from library.scorers.base import Scorer
@@ -40,7 +40,7 @@ def setup(
     )
     belt = Belt(model, network, PROMPTS, PromptEncoder(model, network), rollout, torch.Generator().manual_seed(0))
     config = ScoreConfig(scorer=("-",), **settings)
-    objective = ScoreObjective(model, network, Reward([scorer_for(model, scorer)], [1.0]), config, belt.solver, 6)
+    objective = ScoreObjective(model, network, Reward([Goal(scorer=scorer_for(model, scorer))]), config, belt.solver, 6)
     return model, network, belt, objective
 
 
