@@ -243,7 +243,8 @@ class Belt:
         prompts = [pool.prompts[index] for index in pool.chosen]
         default = self.config.leco_denoise_guidance_scale
         scales = [default if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts]
-        multipliers = [self.config.train_multipliers[turn % len(self.config.train_multipliers)] for turn in pool.turns]
+        in_turn = [self.config.train_multipliers[turn % len(self.config.train_multipliers)] for turn in pool.turns]
+        multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
         cond, uncond = self._conditioning(prompts, pool.size, torch.tensor(multipliers, device=device))
         noise = torch.randn(pool.latents.shape, generator=self.generator).to(device) if self.solver.needs_noise else None
         return RolloutBatch(

@@ -72,6 +72,7 @@ class PromptSpec:
         direction: +1 when a positive multiplier is to raise the score on this prompt, -1 when it is to lower it.
         seed: which seed measurements and previews of this prompt begin with; None is their own.
         num_steps: steps of the sampler; None takes the run's.
+        multiplier: of the LoRA while it is rolled out; None takes the run's train_multipliers in turn.
     """
 
     prompt: str
@@ -83,6 +84,7 @@ class PromptSpec:
     direction: float = 1.0
     seed: int | None = None
     num_steps: int | None = None
+    multiplier: float | None = None
 
 
 @dataclass(frozen=True)
