@@ -66,13 +66,10 @@ class RewardConfig:
         help="Take a score for this many of its own standard deviations of uncertainty worse than it says, for scorers that state one; "
         "default 1. 0 believes the mean.",
     )
-    reward_smoothing: float = option(
-        0.0, help="Take the score's gradient this far to the worse side, relative to the latents' size (try 0.02): against sharp peaks."
-    )
     force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "scorer_pessimism", "reward_smoothing")
+        check_at_least(self, 0, "scorer_pessimism")
         count = self.num_scores
         counted = "the one score of an ensemble" if self.scorer_ensemble else f"{count} scorers"
         if len(self.scorer_weights) not in (0, count):
