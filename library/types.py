@@ -1,7 +1,7 @@
 """The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -132,6 +132,14 @@ class RolloutBatch:
     history: History | None = None
     added_noise: Tensor | None = None
     tail_timesteps: Tensor | None = None
+
+    def mirrored(self) -> "RolloutBatch":
+        """The batch and, below it, the same batch with the opposite multipliers [2 B]."""
+        assert self.tail_timesteps is None
+        twice = {name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        twice["multipliers"] = torch.cat([self.multipliers, -self.multipliers])
+        history = None if self.history is None else History(self.history.x0.repeat(2, 1, 1, 1), self.history.abar.repeat(2))
+        return replace(self, **twice, cond=self.cond.repeat(2), uncond=self.uncond.repeat(2), prompts=self.prompts * 2, history=history)
 
     @property
     def directions(self) -> Tensor:
