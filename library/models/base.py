@@ -12,11 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from library.errors import UserError
+from library.models.prompt_chunks import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
+
+TimeIds = tuple[int, int, int, int, int, int]
+"""What SDXL is told of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,12 @@ class DiffusionModel(ABC):
         unet, vae: diffusers modules.
         text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
+        prompt_weighting: whether brackets and BREAK in prompts mean what they mean in A1111, or are characters.
+        prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
+        told_size: whether the U-Net is told the picture's size and crop.
     """
+
+    told_size = False
 
     def __init__(
         self,
@@ -134,15 +143,56 @@ class DiffusionModel(ABC):
         self.text_encoders = list(text_encoders)
         self.tokenizers = list(tokenizers)
         self.clip_skip: int | None = None
+        self.prompt_weighting = True
+        self.prompt_chunks = 1
 
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, time_ids: Sequence[TimeIds] | None = None
+    ) -> Conditioning:
         """Prompts -> conditioning of as many rows, on the text encoders' device and in their dtype.
 
+        All rows are as long as the longest prompt needs, and at least `prompt_chunks` chunks of 77 tokens; the pooled embedding is
+        that of the first chunk.
+
         Args:
-            prompts: what is beyond 75 tokens is cut off, with a warning.
-            size: (height, width) in pixels of the pictures to be made, where the family is told (SDXL); None is the native size.
+            prompts: of any length, with A1111's weights (`library.prompt_syntax`) unless `prompt_weighting` is off.
+            size, time_ids: see `time_ids`.
         """
+        assert self.text_encoders, "the text encoders were freed"
+        count, texts, pooled = len(prompts), [], None
+        for text_encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            ids, weights = self._tokenize(prompts, tokenizer, text_encoder)  # [N, B, 77]
+            # chunk after chunk: a LoRA's multipliers, one a prompt, are repeated for each
+            hidden, pooled = self._hidden_states(text_encoder, ids.flatten(0, 1).to(text_encoder.device))
+            hidden = apply_weights(hidden, weights.flatten(0, 1))
+            texts.append(hidden.unflatten(0, (-1, count)).transpose(0, 1).flatten(1, 2))  # [B, N * 77, D]
+        text = torch.cat(texts, dim=-1)
+        return Conditioning(text, None if pooled is None else pooled[:count], self.time_ids(count, size, time_ids, text.device))
+
+    def expect_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise `prompt_chunks` to what these prompts need, so that their conditionings can be joined with each other's."""
+        assert self.tokenizers, "the text encoders were freed"
+        if prompts:
+            self.prompt_chunks = len(self._tokenize(prompts, self.tokenizers[0], self.text_encoders[0])[0])
+
+    def time_ids(
+        self,
+        count: int,
+        size: tuple[int, int] | None = None,
+        own: Sequence[TimeIds] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor | None:
+        """`Conditioning.time_ids` [count, 6], or None for a family that is not told sizes.
+
+        Args:
+            size: (height, width) in pixels of the pictures to be made, told as whole pictures; None is the native size.
+            own: what is told of each picture, in place of that.
+        """
+        return None
+
+    @abstractmethod
+    def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net reads of a text encoder's output for [B, 77] tokens: [B, 77, D], and the pooled embedding [B, P] if it has one."""
 
     @abstractmethod
     def _added_cond(self, cond: Conditioning) -> dict[str, Tensor] | None:
@@ -240,11 +290,7 @@ class DiffusionModel(ABC):
             except (ModuleNotFoundError, ValueError) as error:  # not installed (pip install xformers); no GPU
                 logger.warning("xformers cannot be used (%s); sdpa is used instead.", str(error).splitlines()[0])
 
-    def _token_ids(self, prompts: Sequence[str], tokenizer: Any, text_encoder: PreTrainedModel) -> Tensor:
-        """[B, 77] on the text encoder's device, padded and cut."""
+    def _tokenize(self, prompts: Sequence[str], tokenizer: Any, text_encoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """Token ids and their weights, both [N, B, 77], on the CPU."""
         length = text_encoder.config.max_position_embeddings
-        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-            if len(ids) > length:
-                logger.warning("A prompt has %d tokens; only the first %d are used: %r", len(ids) - 2, length - 2, prompt)
-        batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(text_encoder.device)
+        return tokenize(prompts, tokenizer, length, weighting=self.prompt_weighting, min_chunks=self.prompt_chunks)

@@ -1,12 +1,13 @@
 """Stable Diffusion XL: two text encoders, and a U-Net that is told the pooled prompt and the picture's size and crop."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.base import DiffusionModel, Family, TextEncoderSlot
+from library.models.base import DiffusionModel, Family, TextEncoderSlot, TimeIds
 from library.types import Conditioning
 
 PENULTIMATE = 2
@@ -15,17 +16,23 @@ PENULTIMATE = 2
 class SDXL(DiffusionModel):
     """Both text encoders give their last hidden state but one, without layer norm, side by side; arXiv 2307.01952, section 2.1."""
 
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See the base class; the picture is told to be `size` large and not cropped."""
-        assert self.text_encoders, "the text encoders were freed"
-        outputs = [
-            text_encoder(self._token_ids(prompts, tokenizer, text_encoder), output_hidden_states=True)
-            for text_encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
-        ]
-        text = torch.cat([output.hidden_states[-PENULTIMATE] for output in outputs], dim=-1)
+    told_size = True
+
+    def time_ids(
+        self,
+        count: int,
+        size: tuple[int, int] | None = None,
+        own: Sequence[TimeIds] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor | None:
         height, width = size or (self.spec.resolution, self.spec.resolution)
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=text.device)
-        return Conditioning(text, outputs[-1].text_embeds, time_ids.repeat(len(prompts), 1))
+        rows = [(height, width, 0, 0, height, width)] * count if own is None else own
+        assert len(rows) == count, "one row a prompt"
+        return torch.tensor(rows, dtype=torch.float32, device=device)
+
+    def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = text_encoder(token_ids, output_hidden_states=True)
+        return output.hidden_states[-PENULTIMATE], getattr(output, "text_embeds", None)
 
     def set_clip_skip(self, clip_skip: int) -> None:
         if clip_skip != PENULTIMATE:

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, nothing added to the U-Net's inputs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,15 +11,12 @@ from library.types import Conditioning
 class StableDiffusion(DiffusionModel):
     """The last hidden state of the text encoder, after the final layer norm; SD2's encoder comes without its last layer."""
 
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """See the base class; `size` makes no difference."""
-        assert self.text_encoders, "the text encoders were freed"
-        text_encoder: Any = self.text_encoders[0]
-        output = text_encoder(self._token_ids(prompts, self.tokenizers[0], text_encoder), output_hidden_states=True)
+    def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = text_encoder(token_ids, output_hidden_states=True)
         if self.clip_skip is None:
-            return Conditioning(output.last_hidden_state)
+            return output.last_hidden_state, None
         core = getattr(text_encoder, "text_model", text_encoder)  # transformers 5.6 took the inner module away
-        return Conditioning(core.final_layer_norm(output.hidden_states[-self.clip_skip]))
+        return core.final_layer_norm(output.hidden_states[-self.clip_skip]), None
 
     def _added_cond(self, cond: Conditioning) -> dict[str, Tensor] | None:
         return None
