@@ -23,16 +23,18 @@ from library.errors import UserError
 from library.models.loading import load_model
 from library.monitor import Monitor, MonitorConfig, due
 from library.network_setup import build_network, in_use
-from library.objectives.score import ScoreConfig, ScoreObjective
+from library.objectives.base import Term, Workbench
+from library.objectives.registry import ObjectiveConfig, build_terms
+from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
 from library.prompts import load_prompts
-from library.rewards import load_reward
-from library.rollout import ROLLOUTS, RolloutConfig
+from library.rewards import RewardConfig, load_reward
+from library.rollout import RolloutConfig
 from library.runtime import all_reduce_grads, check_writable, create_accelerator, describe_device, generator, set_num_threads, weight_dtype
 from library.sampling import PromptEncoder, model_autocast
 from library.slider_files import SliderFiles, restore, states_of
 from library.tracking import Tracker
-from library.types import LossOutput, RolloutBatch
+from library.types import LossOutput
 
 logger = logging.getLogger("train_leco_score")
 
@@ -40,6 +42,8 @@ logger = logging.getLogger("train_leco_score")
 @dataclass(frozen=True, kw_only=True)
 class LecoScoreConfig:
     model: ModelConfig
+    objective: ObjectiveConfig
+    reward: RewardConfig
     score: ScoreConfig
     rollout: RolloutConfig
     network: NetworkConfig
@@ -70,11 +74,9 @@ def train(config: LecoScoreConfig) -> Path:
         device=accelerator.device,
     )
     reward = load_reward(
-        config.score.scorer,
-        config.score.scorer_weights,
+        config.reward,
         model.vae_fingerprint(),
-        needs_noise_aware=config.score.score_estimator == "prev",
-        force=config.score.force_scorer,
+        needs_noise_aware=ESTIMATORS[config.score.score_estimator](config.score).noisy,
         gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
     check_writable(saving.output_dir)
@@ -86,16 +88,20 @@ def train(config: LecoScoreConfig) -> Path:
         model.unet.compile()
 
     encoder = PromptEncoder(model, network)
+    workbench = Workbench(
+        model=model,
+        network=network,
+        encoder=encoder,
+        generator=lambda name: generator(seed, name, accelerator.process_index),
+        rollout=config.rollout,
+    )
+    terms = build_terms(workbench, config.objective, score=config.score, reward=reward, prompts=prompts)
+    encoder.encode_ahead(eval_prompts, config.rollout.size(model.spec.resolution))
     if config.network.network_train_unet_only:
-        encoder.encode_ahead([*prompts, *eval_prompts], config.rollout.size(model.spec.resolution))
         model.free_text_encoders()
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
     scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
-    belt = ROLLOUTS[config.rollout.rollout](
-        model, network, prompts, encoder, config.rollout, generator(seed, "rollout", accelerator.process_index)
-    )
-    objective = ScoreObjective(model, network, reward, config.score, belt.solver, config.rollout.max_denoising_steps)
     monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor)
     files = SliderFiles(saving, config.network, model.spec, config.rollout.size(model.spec.resolution), _training_metadata(config))
 
@@ -103,11 +109,10 @@ def train(config: LecoScoreConfig) -> Path:
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
-        parts["belt"] = belt
+        parts |= {f"term {term.name}": term for term in terms}
 
     def state(step: int) -> dict:
-        evaluations = unet_evaluations + belt.num_unet_evaluations
-        return {"step": step, "unet_evaluations": evaluations, "rng": rng_state(), "parts": states_of(parts)}
+        return {"step": step, "unet_evaluations": unet_evaluations, "rng": rng_state(), "parts": states_of(parts)}
 
     first_step = done = unet_evaluations = 0
     if saving.resume is not None:
@@ -115,7 +120,7 @@ def train(config: LecoScoreConfig) -> Path:
         restore(parts, saved["parts"], saving.resume)
         optimizer_train_mode(optimizer.optimizer)
         restore_rng_state(saved["rng"])
-        first_step, unet_evaluations, belt.num_unet_evaluations = saved["step"], saved["unet_evaluations"], 0
+        first_step, unet_evaluations = saved["step"], saved["unet_evaluations"]
         if first_step >= config.training.max_train_steps:
             raise UserError(
                 f"{saving.resume} was saved after step {first_step} and max_train_steps is {config.training.max_train_steps}, so nothing "
@@ -130,21 +135,17 @@ def train(config: LecoScoreConfig) -> Path:
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
-            outs = []
+            outs: dict[str, list[LossOutput]] = {term.name: [] for term in terms}
             for _ in range(config.training.gradient_accumulation_steps):
-                batch = belt.batch()
-                with model_autocast(model):
-                    out = objective(batch)
-                _check_finite(out, batch, step)
-                accelerator.backward(out.loss / config.training.gradient_accumulation_steps)
-                belt.advance(out.next_latents)
-                outs.append(out)
+                for term in terms:  # each with its own backward pass, so that memory is that of the largest
+                    with model_autocast(model):
+                        out = term()
+                    _check_finite(out, step)
+                    accelerator.backward(out.loss * term.weight / config.training.gradient_accumulation_steps)
+                    unet_evaluations += out.num_unet_evaluations
+                    outs[term.name].append(out)
             all_reduce_grads(network.parameters(), accelerator)
-            unet_evaluations += sum(out.num_unet_evaluations for out in outs)
-            metrics = _mean_metrics(outs) | {
-                "lr": scheduler.get_last_lr()[0],
-                "unet_evaluations": unet_evaluations + belt.num_unet_evaluations,
-            }
+            metrics = _mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
             if config.optimizer.max_grad_norm:
                 norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
                 metrics["grad_norm"] = torch.as_tensor(norm)
@@ -189,20 +190,26 @@ def train(config: LecoScoreConfig) -> Path:
     return files.slider_path
 
 
-def _check_finite(out: LossOutput, batch: RolloutBatch, step: int) -> None:
+def _check_finite(out: LossOutput, step: int) -> None:
     bad = (~torch.isfinite(out.sample_losses)).nonzero().flatten().tolist()
     if bad:
-        prompt, timestep = batch.prompts[bad[0]].prompt, int(batch.timesteps[bad[0]])
         raise UserError(
-            f"step {step + 1}: the loss of prompt {prompt!r} at timestep {timestep} is not finite, so training stopped and no slider was "
-            "written; lower learning_rate, or use mixed_precision bf16 or no"
+            f"step {step + 1}: the loss of {out.samples[bad[0]]} is not finite, so training stopped and no slider was written; lower "
+            "learning_rate, or use mixed_precision bf16 or no"
         )
 
 
-def _mean_metrics(outs: list[LossOutput]) -> dict[str, float | Tensor]:
-    """The loss and the metrics of one update, over its batches."""
-    means = {name: torch.stack([torch.as_tensor(out.metrics[name]) for out in outs]).mean() for name in outs[0].metrics}
-    return {**means, "loss": torch.stack([out.loss.detach() for out in outs]).mean()}
+def _mean_metrics(terms: list[Term], outs: dict[str, list[LossOutput]]) -> dict[str, float | Tensor]:
+    """The loss and the metrics of one update, over its batches; with several terms a metric's name begins with its term's."""
+    metrics, losses = {}, []
+    for term in terms:
+        prefix = f"{term.name}/" if len(terms) > 1 else ""
+        own = outs[term.name]
+        metrics |= {prefix + name: torch.stack([torch.as_tensor(out.metrics[name]) for out in own]).mean() for name in own[0].metrics}
+        losses.append(torch.stack([out.loss.detach() for out in own]).mean())
+        if prefix:
+            metrics[f"{term.name}/loss"] = losses[-1]
+    return {**metrics, "loss": torch.stack([term.weight * loss for term, loss in zip(terms, losses, strict=True)]).sum()}
 
 
 def _training_metadata(config: LecoScoreConfig) -> dict:
@@ -216,7 +223,7 @@ def _training_metadata(config: LecoScoreConfig) -> dict:
         "seed": config.training.seed,
         "mixed_precision": config.training.mixed_precision,
         "clip_skip": config.model.clip_skip,
-        "leco_scorer": [Path(path).name for path in config.score.scorer],
+        "leco_scorer": [Path(path).name for path in config.reward.scorer],
         "leco_score_estimator": config.score.score_estimator,
         "leco_preserve_weight": config.score.preserve_weight,
     }

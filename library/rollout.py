@@ -167,7 +167,8 @@ class Belt:
         )
         if not fits:
             raise UserError(
-                "resume: the saved rollout has other prompts, sizes, steps, sampler or batch size than this run; resume with the same settings"
+                "resume: the saved rollout has other prompts, sizes, steps, sampler or batch size than this run; "
+                "resume with the same settings"
             )
         for old, pool in zip(saved, self.pools, strict=True):
             pool.latents = old["latents"].to(self.model.device)

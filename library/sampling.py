@@ -51,7 +51,8 @@ class PromptEncoder:
 
     def encode_ahead(self, prompts: Sequence[PromptSpec], resolution: Size, batch_size: int = 32) -> None:
         """Encode every text of these prompts, so that the text encoders can be freed. `resolution` as in `sample`."""
-        assert self._network is None, "a network with text encoder modules needs the text encoders at every step"
+        if self._network is not None:  # its encodings change with every step, so there is nothing to do ahead
+            return
         texts: dict[Size, dict[str, None]] = {}
         for prompt in prompts:
             texts.setdefault(size_of(prompt, resolution), {}).update({prompt.prompt: None, prompt.negative_prompt: None})

@@ -1,4 +1,4 @@
-"""What training minimises is a sum of terms; each draws its own batches, so that a slider can learn from words, pictures and scores at once."""
+"""What training minimises is a sum of terms, each with its own batches: a slider can learn from words, pictures and scores at once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,151 +1,160 @@
 """The LECO-score step: move the LoRA so that the latents which the next step leads to score higher.
 
 One U-Net call with gradient predicts the noise of the conditional branch; the unconditional branch and the frozen model
-are predicted in one call without. An estimator turns the guided prediction into the latents that are scored. The
-score's gradient is taken with respect to the prediction, normalised, and handed to the U-Net as a linear loss, so the
-scorer and the U-Net are never in one graph and the scorer's scale does not matter.
+are predicted in one call without. An estimator says which latents the guided prediction leads to. The score's gradient is
+taken at those latents, normalised, and handed back as a linear loss, so the scorer and the U-Net are never in one graph and
+neither the scorer's scale nor the number of steps matters.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from library.config import check_at_least, option
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.noise_schedule import abar_to_sigma, eps_to_x0
-from library.objectives.preservation import eps_drift
+from library.noise_schedule import eps_to_x0
+from library.objectives.draft import Draft
+from library.objectives.estimators import Foreseen, Predict, Scene
+from library.objectives.goals import ascent_direction
+from library.objectives.gradients import score_gradients
+from library.objectives.preservation import asymmetry, eps_drift, statistics_drift
+from library.objectives.reward_shapes import SHAPES
+from library.objectives.score_config import ESTIMATORS, ScoreConfig
+from library.objectives.x0_renoise import X0Renoise
 from library.rewards import Reward
 from library.solvers import Solver, guided_eps
 from library.types import Conditioning, LossOutput, RolloutBatch
 from networks.lora import LoRANetwork
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """What is scored, how the score becomes a loss, and what holds the model in place."""
-
-    scorer: tuple[str, ...] = option((), help="Latent scorer files, made by train_latent_scorer.py.")
-    scorer_weights: tuple[float, ...] = option((), help="Weight of each scorer; below 0 lowers that score. Default 1 each.")
-    score_estimator: str = option(
-        "prev",
-        choices=("prev", "x0"),  # the keys of ESTIMATORS, below
-        help="Latents to score: prev, the next step's (needs a noise-aware scorer), or x0, the clean latents foreseen.",
-    )
-    reward_loss: str = option(
-        "hinge", choices=("hinge", "linear"), help="hinge stops pushing a sample that is hinge_margin above the frozen model; linear never."
-    )
-    hinge_margin: float = option(
-        5.0, help="Gain over the frozen model at which hinge stops, over a whole trajectory, in standard deviations of the score."
-    )
-    reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.")
-    preserve_weight: float = option(
-        3.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
-    )
-    normalize_gradient: bool = option(True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.")
-    min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).")
-    max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).")
-    force_scorer: bool = option(False, help="Use a scorer that never saw noise with score_estimator prev all the same.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 0, "hinge_margin", "reward_weight", "preserve_weight", "min_timestep")
-        if not self.scorer:
-            raise UserError("scorer is not set; give the .safetensors file that train_latent_scorer.py wrote")
-        if not self.min_timestep < self.max_timestep <= 1000:
-            raise UserError(
-                f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep} leave no step to train; use 0 <= min < max <= 1000"
-            )
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Latents to score [B, C, h, w], the sigma they are at [B], and how far they follow the step's own move [B].
-
-    A change of eps moves the next latents by sigma - next_sigma, in units of x / sqrt(abar); `lever` is how many times that
-    these latents move, so that a margin means the same gain over a trajectory whatever is scored.
-    """
-
-    latents: Tensor
-    sigmas: Tensor
-    lever: Tensor
-
-
-def score_prev(batch: RolloutBatch, eps: Tensor, abar: Tensor, next_abar: Tensor, solver: Solver) -> Scored:
-    """The seed's choice: the latents that the sampler's next step leads to, at that step's noise."""
-    latents = solver.step(batch.latents, eps, abar, next_abar, batch.noise)
-    return Scored(latents, abar_to_sigma(next_abar), torch.ones_like(abar))
-
-
-def score_x0(batch: RolloutBatch, eps: Tensor, abar: Tensor, next_abar: Tensor, solver: Solver) -> Scored:
-    """The clean latents that the prediction foresees, as ReFL scores them (arXiv 2304.05977): sharp at low noise, a blur at high."""
-    sigma, next_sigma = abar_to_sigma(abar), abar_to_sigma(next_abar)
-    return Scored(eps_to_x0(batch.latents, eps, abar), torch.zeros_like(abar), sigma / (sigma - next_sigma))
-
-
-ESTIMATORS: dict[str, Callable[[RolloutBatch, Tensor, Tensor, Tensor, Solver], Scored]] = {"prev": score_prev, "x0": score_x0}
-
-
 class ScoreObjective:
-    """Loss of one belt batch.
+    """Loss of one batch.
 
-    Minimising `-reward_weight <g, eps> + preserve_weight |eps - eps_frozen|^2`, with g the score's gradient at RMS 1, moves eps
-    by `reward_weight / (2 preserve_weight)` RMS along g at most: the trained slider has a strength by construction.
+    Minimising `-reward_weight <g, eps - eps_frozen> + preserve_weight |eps - eps_frozen|^2`, with g the score's gradient at RMS 1,
+    moves eps by `reward_weight / (2 preserve_weight)` RMS along g at most: the trained slider has a strength by construction.
+
+    Args:
+        num_steps: of the sampler; a gain over a whole trajectory is this many times that of one step.
     """
 
     def __init__(
-        self, model: DiffusionModel, network: LoRANetwork, reward: Reward, config: ScoreConfig, solver: Solver, num_steps: int
+        self,
+        model: DiffusionModel,
+        network: LoRANetwork,
+        reward: Reward,
+        config: ScoreConfig,
+        solver: Solver,
+        num_steps: int,
     ) -> None:
         self.model, self.network, self.reward, self.config, self.solver = model, network, reward, config, solver
-        self.estimate = ESTIMATORS[config.score_estimator]
-        self.step_margin = config.hinge_margin / num_steps
-        self.needs_frozen = config.reward_loss == "hinge" or config.preserve_weight > 0
+        self.estimator = ESTIMATORS[config.score_estimator](config)
+        self.num_steps = num_steps
+        self.needs_frozen = (
+            config.reward_loss != "linear"
+            or self.estimator.at_frozen
+            or reward.needs_frozen
+            or max(config.preserve_weight, config.stat_guard, config.odd_weight) > 0
+        )
+        if config.paired_signs and network.text_encoder_loras:
+            raise UserError("paired_signs trains the U-Net only; set network_train_unet_only = true")
+        if isinstance(self.estimator, Draft) and solver.needs_noise:
+            raise UserError(f"score_estimator draft needs a sampler that draws no noise, and {solver.name} does; use ddim or dpmpp_2m")
 
-    def __call__(self, batch: RolloutBatch) -> LossOutput:
-        abar, next_abar = self.model.schedule.abar(batch.timesteps), self.model.schedule.abar(batch.next_timesteps)
-        uncond, frozen = self._predict_without_gradient(batch)
+    def __call__(self, batch: RolloutBatch, generator: torch.Generator | None = None) -> tuple[LossOutput, Tensor]:
+        """The loss, and the guided prediction along which the trajectories go on [B, C, h, w], without gradient.
+
+        Args:
+            generator: for an estimator that draws noise of its own.
+        """
+        own = len(batch.latents)
+        batch = batch.mirrored() if self.config.paired_signs else batch
+        scene = Scene(batch=batch, schedule=self.model.schedule, solver=self.solver)
+        uncond, frozen = self._predict_without_gradient(batch, own)
         self.network.set_multiplier(batch.multipliers)
         eps = self.model.predict_eps(batch.latents, batch.timesteps, batch.cond)
 
-        direction, reward, gain = self._ascent(batch, eps.detach(), uncond, frozen, abar, next_abar)
-        trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
-        losses = -self.config.reward_weight * (direction * eps).mean((1, 2, 3))
-        drift = eps_drift(eps, frozen) if frozen is not None else torch.zeros_like(losses)
-        losses = (losses + self.config.preserve_weight * drift) * trained
+        noise = self._noise(batch, generator)
+        foreseen = self.estimator.foresee(scene, self._guide(eps, uncond, batch), self._predictor(batch, frozen=False))
+        base = None
+        if frozen is not None:
+            with torch.no_grad():
+                base = self.estimator.foresee(scene, self._guide(frozen, uncond, batch), self._predictor(batch, frozen=True))
+        direction, reward, gain = self._ascent(batch, foreseen, base, noise)
 
-        next_latents = self.solver.step(batch.latents, self._guide(eps.detach(), uncond, batch), abar, next_abar, batch.noise)
-        rows = len(batch.latents)
+        trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
+        losses = -self.config.reward_weight * self._move(direction, foreseen, base, batch)
         metrics: dict[str, float | Tensor] = {
             "reward": reward.mean(),
             "gain_per_step": gain.mean(),
             "pushed": (direction.abs().amax((1, 2, 3)) > 0).float().mean(),
-            "eps_drift": drift.detach().mean().sqrt(),
         }
-        return LossOutput(
+        if frozen is not None:
+            drift = eps_drift(eps, frozen)
+            losses = losses + self.config.preserve_weight * drift
+            metrics["eps_drift"] = drift.detach().mean().sqrt()
+            if self.config.stat_guard:
+                x0, frozen_x0 = (eps_to_x0(batch.latents, self._guide(part, uncond, batch), scene.abar) for part in (eps, frozen))
+                moved = statistics_drift(x0, frozen_x0, scene.abar)
+                losses = losses + self.config.stat_guard * moved
+                metrics["statistics_drift"] = moved.detach().mean().sqrt()
+            if self.config.odd_weight:
+                uneven = asymmetry(eps[:own], eps[own:], frozen[:own]).repeat(2)
+                losses = losses + self.config.odd_weight * uneven
+                metrics["asymmetry"] = uneven.detach().mean().sqrt()
+        losses = losses * trained
+        tail = 0 if batch.tail_timesteps is None else len(batch.tail_timesteps) - 2  # steps that the estimator took itself
+        guided, consulted = uncond is not None, frozen is not None
+        rows = len(batch.latents)
+        out = LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
-            next_latents=next_latents,
+            samples=[
+                f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(batch.prompts, batch.timesteps, strict=True)
+            ],
             metrics=metrics,
-            num_unet_evaluations=rows * (3 + (uncond is not None) + (frozen is not None)),
+            num_unet_evaluations=rows * (3 + guided) + own * consulted + tail * rows * (3 + guided + consulted * (1 + guided)),
         )
+        return out, self._guide(eps.detach(), uncond, batch)[:own]
 
     @torch.no_grad()
-    def _predict_without_gradient(self, batch: RolloutBatch) -> tuple[Tensor | None, Tensor | None]:
-        """eps of the unconditional branch with the LoRA and of the conditional one without it, in one call; None where not needed."""
-        rows: list[tuple[Conditioning, Tensor]] = []
+    def _predict_without_gradient(self, batch: RolloutBatch, own: int) -> tuple[Tensor | None, Tensor | None]:
+        """eps of the unconditional branch with the LoRA and of the conditional one without it, in one call; None where not needed.
+
+        Args:
+            own: how many rows differ in more than the multiplier; the frozen model is asked for these alone.
+        """
+        rows: list[tuple[Tensor, Tensor, Conditioning, Tensor]] = []
         guided = bool((batch.guidance_scales != 1).any())
         if guided:
-            rows.append((batch.uncond, batch.multipliers))
+            rows.append((batch.latents, batch.timesteps, batch.uncond, batch.multipliers))
         if self.needs_frozen:
-            rows.append((self._frozen_cond(batch), torch.zeros_like(batch.multipliers)))
+            frozen_cond = self._frozen_cond(batch)[:own]
+            rows.append((batch.latents[:own], batch.timesteps[:own], frozen_cond, torch.zeros_like(batch.multipliers[:own])))
         if not rows:
             return None, None
-        self.network.set_multiplier(torch.cat([multipliers for _, multipliers in rows]))
-        cond = Conditioning.cat([part for part, _ in rows])
-        outputs = self.model.predict_eps(batch.latents.repeat(len(rows), 1, 1, 1), batch.timesteps.repeat(len(rows)), cond)
-        parts = list(outputs.chunk(len(rows)))
-        return (parts.pop(0) if guided else None), (parts.pop(0) if self.needs_frozen else None)
+        latents, timesteps, conds, multipliers = zip(*rows, strict=True)
+        self.network.set_multiplier(torch.cat(multipliers))
+        outputs = self.model.predict_eps(torch.cat(latents), torch.cat(timesteps), Conditioning.cat(conds))
+        parts = list(outputs.split([len(part) for part in latents]))
+        uncond = parts.pop(0) if guided else None
+        return uncond, parts[0].repeat(len(batch.latents) // own, 1, 1, 1) if parts else None
+
+    def _predictor(self, batch: RolloutBatch, *, frozen: bool) -> Predict:
+        """The guided prediction at later latents of the batch's trajectories; its unconditional branch carries no gradient."""
+        multipliers = torch.zeros_like(batch.multipliers) if frozen else batch.multipliers
+
+        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            self.network.set_multiplier(batch.multipliers)
+            uncond = None
+            if bool((batch.guidance_scales != 1).any()):
+                with torch.no_grad():
+                    uncond = self.model.predict_eps(latents, timesteps, batch.uncond)
+            self.network.set_multiplier(multipliers)
+            cond = self._frozen_cond(batch) if frozen else batch.cond
+            return self._guide(self.model.predict_eps(latents, timesteps, cond), uncond, batch)
+
+        return predict
 
     def _frozen_cond(self, batch: RolloutBatch) -> Conditioning:
         if not self.network.text_encoder_loras:
@@ -157,30 +166,64 @@ class ScoreObjective:
     def _guide(self, eps: Tensor, uncond: Tensor | None, batch: RolloutBatch) -> Tensor:
         return eps if uncond is None else guided_eps(uncond, eps, batch.guidance_scales)
 
-    def _ascent(
-        self, batch: RolloutBatch, eps: Tensor, uncond: Tensor | None, frozen: Tensor | None, abar: Tensor, next_abar: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each sample's eps should go.
+    def _noise(self, batch: RolloutBatch, generator: torch.Generator | None) -> Tensor:
+        """Noise for the estimator's views [V, B, C, h, w]; nothing is drawn for one that looks at the latents themselves."""
+        views = self.estimator.num_views if isinstance(self.estimator, X0Renoise) else 0
+        return torch.randn(views, *batch.latents.shape, generator=generator).to(batch.latents.device)
+
+    def _ascent(self, batch: RolloutBatch, foreseen: Foreseen, base: Foreseen | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each sample's latents should go.
 
         Returns:
-            The direction in eps [B, C, h, w] (0 for a sample that hinge lets rest), the reward [B], and the gain over the frozen
-            model in the wanted direction [B] (NaN when the frozen model was not consulted).
+            The direction in the foreseen latents [B, C, h, w] (0 for a sample that is to rest), the reward [B], and the gain over
+            the frozen model in the wanted direction [B] (NaN when the frozen model was not consulted).
         """
-        eps = eps.requires_grad_()
-        with torch.enable_grad():
-            scored = self.estimate(batch, self._guide(eps, uncond, batch), abar, next_abar, self.solver)
-            reward = self.reward(scored.latents, scored.sigmas, batch.cond, batch.prompts).total
-            (gradient,) = torch.autograd.grad(reward.sum(), eps)
-        if self.config.normalize_gradient:
-            gradient = gradient / gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-        else:  # the plain gradient of the mean reward: `losses` averages over elements, the reward does not
-            gradient = gradient * gradient[0].numel()
-        wanted = batch.directions
-        gain = torch.full_like(reward, torch.nan)
-        if frozen is not None:
-            with torch.no_grad():
-                base = self.estimate(batch, self._guide(frozen, uncond, batch), abar, next_abar, self.solver)
-                gain = wanted * (reward - self.reward(base.latents, base.sigmas, batch.cond, batch.prompts).total)
-        if self.config.reward_loss == "hinge":
-            wanted = wanted * (gain < self.step_margin * batch.multipliers.abs() * scored.lever)
-        return gradient * wanted.view(-1, 1, 1, 1), reward.detach(), gain
+        count, config, directions = len(batch.latents), self.config, batch.directions
+
+        def score(at: Foreseen, *, gradient: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            latents, sigmas, scales = self.estimator.look(at, noise)
+            views = len(latents) // count
+            cond, prompts, signs = batch.cond.repeat(views), batch.prompts * views, directions.repeat(views)
+            if not gradient:
+                with torch.no_grad():
+                    terms = self.reward(latents, sigmas, cond, prompts, signs).terms
+                return {name: term.view(views, count).mean(0) for name, term in terms.items()}, {}
+            values, slopes = score_gradients(self.reward, latents.detach(), sigmas, cond, prompts, signs, config.reward_smoothing)
+            means = {name: value.view(views, count).mean(0) for name, value in values.items()}
+            return means, {
+                name: (scales.view(-1, 1, 1, 1) * slope).view(views, count, *slope.shape[1:]).mean(0) for name, slope in slopes.items()
+            }
+
+        values, gradients = score(foreseen, gradient=not self.estimator.at_frozen)
+        base_values = None
+        if base is not None:
+            base_values, base_gradients = score(base, gradient=self.estimator.at_frozen)
+            gradients = gradients or base_gradients
+        reward = self._total(values)
+        gain = torch.full_like(reward, torch.nan) if base_values is None else directions * (reward - self._total(base_values))
+        if not config.normalize_gradient:  # the plain gradient of the mean reward: `losses` averages over elements, the reward does not
+            shape = directions.view(-1, 1, 1, 1) * batch.latents[0].numel()
+            slopes = [goal.weight * gradients[goal.name] for goal in self.reward.goals if goal.sign]
+            return shape * torch.stack(slopes).sum(0) * self._push(batch, foreseen)(gain).view(-1, 1, 1, 1), reward, gain
+        push, share = self._push(batch, foreseen), foreseen.share / self.num_steps
+        return ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, share), reward, gain
+
+    def _total(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([goal.weight * values[goal.name] for goal in self.reward.goals if goal.sign]).sum(0)
+
+    def _push(self, batch: RolloutBatch, foreseen: Foreseen) -> Callable[[Tensor], Tensor]:
+        """How much a sample is pushed, by its gain [B] over the frozen model in the wanted direction."""
+        config = self.config
+        shape = SHAPES["linear" if self.estimator.at_frozen else config.reward_loss]
+        wanted = config.reward_target if config.reward_loss == "target" else config.hinge_margin
+        margin = wanted * batch.multipliers.abs() * foreseen.share / self.num_steps
+        return lambda gain: shape(gain, margin)
+
+    def _move(self, direction: Tensor, foreseen: Foreseen, base: Foreseen | None, batch: RolloutBatch) -> Tensor:
+        """How far the prediction has moved along the direction [B], with gradient: RMS of eps, from the frozen model's prediction."""
+        moved = foreseen.latents - (foreseen.latents if base is None else base.latents).detach()
+        along = (direction * moved).mean((1, 2, 3))
+        if not self.config.normalize_gradient:
+            return along
+        strength = batch.multipliers.abs() if self.estimator.at_frozen else 1.0
+        return strength * along / (foreseen.reach * batch.guidance_scales).abs()
