@@ -1,93 +1,158 @@
 """Which strength deserves to be called 1? A slider is measured on a ladder of multipliers, and the multiplier at which it
-does what is wanted of it is folded into its alpha."""
+does what is wanted of it is folded into its alpha.
 
-from dataclasses import dataclass
+Then it is said what a weight does, with intervals, and whether that holds on seeds that had no part in choosing the strength.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
-
-@dataclass(frozen=True, kw_only=True)
-class ResponseCurve:
-    """Gain of the training score and drift over the multiplier.
-
-    Attributes:
-        multipliers: ascending [M], symmetric around the 0 among them.
-        gains: in within-prompt standard deviations [M], 0 at multiplier 0.
-        drifts: mean RMS distance of the latents from the base model's [M], 0 at multiplier 0.
-    """
-
-    multipliers: tuple[float, ...]
-    gains: tuple[float, ...]
-    drifts: tuple[float, ...]
+from library.response_curve import CurveSummary, ResponseCurve, summarise_curve
+from library.statistics import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The multiplier that is to become 1.
+    """The multiplier that is to become 1, and what weights then do.
 
     Attributes:
         scale: what to multiply alpha with, above 0.
-        gain: the smaller of the two gains (up at +scale, down at -scale), in within-prompt standard deviations.
+        gain: at weight +1, in within-prompt standard deviations: the target, where it is reached.
         reached: whether that is the target.
-        note: one sentence in plain words.
+        note: in plain words, for a person who downloads the file.
+        choice: the first sentence of the note: which strength was chosen.
+        target: the gain that was asked for.
+        up, down: gain at +1 and at -1 with intervals, as the ladder predicts it.
+        curve: over the calibrated weight; None where nothing was measured.
+        line: its slope, R2 and usable range.
+        verified_up, verified_down: the gains at +1 and -1 on other seeds; None before `verified`.
+        judges: what the judges say of +1 and -1, by name, in their own within-prompt standard deviations.
     """
 
     scale: float
     gain: float
     reached: bool
     note: str
+    choice: str = ""
+    target: float | None = None
+    up: Interval | None = None
+    down: Interval | None = None
+    curve: ResponseCurve | None = None
+    line: CurveSummary | None = None
+    verified_up: Interval | None = None
+    verified_down: Interval | None = None
+    judges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def verified(self, measured: ResponseCurve) -> "Calibration":
+        """With the gains at weight +1 and -1 (multipliers `scale` and -`scale` of `measured`) on prompts' seeds that chose nothing.
+
+        Judges that were asked here replace those of the ladder.
+        """
+        again = measured.rescaled(self.scale)
+        up, down = again.interval_at(1.0), again.interval_at(-1.0)
+        judges = {name: (again.gain_at(1.0, name), again.gain_at(-1.0, name)) for name in again.judges} or self.judges
+        return _with_note(replace(self, verified_up=up, verified_down=down, judges=judges))
+
+    @property
+    def preferred_weight(self) -> float:
+        """1, or the strongest usable weight where 1 is too much."""
+        if self.line is None or self.line.usable[1] <= 0:
+            return 1.0
+        return min(1.0, self.line.usable[1])
+
+    def metadata(self) -> dict[str, object]:
+        """`ss_leco_` entries of the LoRA's metadata."""
+        entries: dict[str, object] = {"leco_calibration_scale": round(self.scale, 6), "leco_calibration_target": self.target}
+        intervals = {"gain_up": self.up, "gain_down": self.down, "verified_up": self.verified_up, "verified_down": self.verified_down}
+        for name, interval in intervals.items():
+            if interval is not None:
+                entries[f"leco_{name}"] = _rounded(interval)
+        if self.line is not None:
+            entries["leco_slope"] = _rounded(self.line.slope)
+            entries["leco_r2"] = None if math.isnan(self.line.r2) else round(self.line.r2, 4)
+            entries["leco_usable_range"] = [round(end, 2) for end in self.line.usable]
+        if self.judges:
+            entries["leco_judges"] = {name: [round(gain, 3) for gain in gains] for name, gains in self.judges.items()}
+        return entries
 
 
 def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
-    """The smallest multiplier s with a gain of at least the target at +s and at most minus the target at -s.
+    """The smallest multiplier s whose gain is the target; it becomes weight +1. What -s does is told, not promised.
 
-    The curve is read by linear interpolation, and only as far out as both its arms keep going their way and stay within
-    `max_drift`. Where the target is not reached, s is the end of that range; where the range is empty, 1.
+    The promise is made for +1 and not for the mean of both signs, so that it is literally true of the weight that people use. The curve
+    is read by monotone cubic interpolation, and only as far out as its upper arm keeps rising and both arms stay within `max_drift`.
+    Where the target is not reached, s is the end of that range; where the range is empty, 1.
     """
     multipliers = np.array(response.multipliers)
     assert np.array_equal(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {response.multipliers}"
     assert target_gain > 0, f"the target is above 0, not {target_gain}"
     centre = len(multipliers) // 2
-    rungs = multipliers[centre:]  # [K], 0 first
-    arms = np.stack([np.array(response.gains)[centre:], -np.array(response.gains)[centre::-1]])  # [2, K], up and down
+    rungs, arm = multipliers[centre:], np.array(response.gains)[centre:]  # [K], 0 first
     drifts = np.maximum(np.array(response.drifts)[centre:], np.array(response.drifts)[centre::-1])  # [K]
 
-    falling = (np.diff(arms, axis=1) <= 0).any(0)
+    falling = np.diff(arm) <= 0
     monotone_end = float(rungs[np.argmax(falling)] if falling.any() else rungs[-1])
     drift_end = float(rungs[-1]) if max_drift is None else _first_crossing(rungs, drifts, max_drift, beyond=float(rungs[-1]))
     end = min(monotone_end, drift_end)
     if end == 0:
-        return Calibration(
-            scale=1.0,
-            gain=float(np.interp(1.0, rungs, arms.min(0))),
-            reached=False,
-            note="The slider does not move its training score both ways even when it is weakest, so its strength was left as trained.",
-        )
-    wanted = max(_first_crossing(rungs, arm, target_gain, beyond=np.inf) for arm in arms)
-    scale = min(wanted, end)
-    gain = min(float(np.interp(scale, rungs, arm)) for arm in arms)
+        choice = "The slider does not raise its training score even when it is weakest, so its strength was left as trained."
+        return _calibration(response, 1.0, target_gain, False, choice, max_drift)
+    wanted = _first_crossing(rungs, arm, target_gain, beyond=np.inf)
     if wanted <= end:
-        note = f"Weight 1 is {scale:.3g} of the trained strength and moves the training score by {gain:.2f} standard deviations."
-        return Calibration(scale=scale, gain=gain, reached=True, note=note)
+        return _calibration(response, wanted, target_gain, True, f"Weight 1 is {wanted:.3g} of the trained strength.", max_drift)
+    reason = "the largest that was tried"
     if end < rungs[-1]:
-        reason = "the pictures drift too far" if drift_end < monotone_end else "the score stops following the weight"
-        limit = f"beyond which {reason}"
-    else:
-        limit = "the largest that was tried"
-    note = (
-        f"The target of {target_gain:.3g} standard deviations is not reached: weight 1 is {scale:.3g} of the trained strength, {limit}, "
-        f"and moves the training score by {gain:.2f} standard deviations."
+        reason = "beyond which " + ("the pictures drift too far" if drift_end < monotone_end else "the score stops following the weight")
+    choice = f"The target of {target_gain:.3g} standard deviations is not reached: weight 1 is {end:.3g} of the trained strength, {reason}."
+    return _calibration(response, end, target_gain, False, choice, max_drift)
+
+
+def _calibration(response: ResponseCurve, scale: float, target: float, reached: bool, choice: str, max_drift: float | None) -> Calibration:
+    curve = response.rescaled(scale)
+    up, down = curve.interval_at(1.0), curve.interval_at(-1.0)
+    chosen = Calibration(
+        scale=scale,
+        gain=up.value,
+        reached=reached,
+        note="",
+        choice=choice,
+        target=target,
+        up=up,
+        down=down,
+        curve=curve,
+        line=summarise_curve(curve, max_drift),
+        judges={name: (curve.gain_at(1.0, name), curve.gain_at(-1.0, name)) for name in curve.judges},
     )
-    return Calibration(scale=scale, gain=gain, reached=False, note=note)
+    return _with_note(chosen)
+
+
+def _with_note(calibration: Calibration) -> Calibration:
+    up, down, line = calibration.up, calibration.down, calibration.line
+    assert up is not None and down is not None and line is not None
+    words = [calibration.choice, f"Weight +1 {_moves(up)} and weight -1 {_moves(down)}; {line}."]
+    if calibration.verified_up is not None and calibration.verified_down is not None:
+        words.append(f"On other seeds +1 {_moves(calibration.verified_up)} and -1 {_moves(calibration.verified_down)}.")
+    words += [f"Judge {name}: {up_gain:+.2f} at +1, {down_gain:+.2f} at -1." for name, (up_gain, down_gain) in calibration.judges.items()]
+    return replace(calibration, note=" ".join(words))
+
+
+def _moves(gain: Interval) -> str:
+    low, high = sorted((abs(gain.low), abs(gain.high)))
+    interval = "" if math.isnan(gain.low) or gain.low * gain.high <= 0 else f" ({low:.2f} to {high:.2f})"
+    return f"{'raises' if gain.value >= 0 else 'lowers'} the training score by {abs(gain.value):.2f}{interval} standard deviations"
 
 
 def _first_crossing(x: np.ndarray, y: np.ndarray, level: float, beyond: float) -> float:
-    """The smallest x where the line through (x, y) reaches `level`; `beyond` if it never does."""
-    above = np.flatnonzero(y >= level)
-    if len(above) == 0:
-        return beyond
-    right = int(above[0])
-    if right == 0:
+    """The smallest x where the monotone cubic through (x, y) reaches `level`; `beyond` if it never does."""
+    if y[0] >= level:
         return float(x[0])
-    left = right - 1
-    return float(x[left] + (x[right] - x[left]) * (level - y[left]) / (y[right] - y[left]))
+    roots = np.atleast_1d(PchipInterpolator(x, y).solve(level, extrapolate=False))
+    return float(np.nanmin(roots)) if np.isfinite(roots).any() else beyond
+
+
+def _rounded(interval: Interval) -> list[float | None]:
+    return [None if math.isnan(bound) else round(bound, 4) for bound in (interval.value, interval.low, interval.high)]

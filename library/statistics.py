@@ -42,6 +42,7 @@ class Response:
         moved: share of pairs that moved the way the multiplier's sign says; NaN at multiplier 0.
         monotone: whether the mean gain rises with every multiplier.
         slope, r2: of the straight line through the mean gains, in the score's units per unit of multiplier.
+        directions: +1 or -1 for each of the P prompts: which way a positive multiplier is to move it; empty is +1 for all.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Response:
     monotone: bool
     slope: float
     r2: float
+    directions: tuple[float, ...] = ()
+
+    @property
+    def signs(self) -> np.ndarray:
+        """+1 or -1 for each prompt [P]."""
+        return np.array(self.directions) if self.directions else np.ones(len(self.values))
 
     @property
     def gains_std(self) -> tuple[Interval, ...]:
@@ -80,6 +87,7 @@ class Response:
             "monotone": self.monotone,
             "slope": self.slope,
             "r2": nan_to_none(self.r2),
+            "directions": list(self.directions),
             "values": self.values.tolist(),
         }
 
@@ -96,6 +104,7 @@ class Response:
             monotone=data["monotone"],
             slope=data["slope"],
             r2=none_to_nan(data["r2"]),
+            directions=tuple(data.get("directions", ())),
         )
 
 
@@ -122,6 +131,53 @@ def bootstrap_means(values: np.ndarray, rng: np.random.Generator, num_resamples:
         row[:] = values[prompts, rng.integers(num_seeds, size=(num_prompts, num_seeds))].mean((0, 1))
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     return tuple(Interval(*map(float, row)) for row in zip(values.mean((0, 1)), low, high, strict=True))
+
+
+def bootstrap_gains(
+    changes: np.ndarray, base_scores: np.ndarray, rng: np.random.Generator, num_resamples: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean gains in within-prompt standard deviations, and resamples of them in which the unit is as uncertain as it is.
+
+    Prompts are drawn with replacement, then seeds within each; the unit is that of the drawn prompts with all their seeds, because
+    seeds drawn with replacement would spread too little.
+
+    Args:
+        changes: against the base model's score of the same prompt and seed, in the wanted direction [P, S, M].
+        base_scores: of the base model [P, S']; S' may be larger than S, for a unit that is better known.
+
+    Returns:
+        The gains [M] and their resamples [num_resamples, M].
+
+    Raises:
+        UserError: the base model's score does not vary over seeds, so that there is no unit.
+    """
+    num_prompts, num_seeds, num_multipliers = changes.shape
+    unit = within_prompt_std(base_scores)
+    if unit == 0:
+        raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other prompts")
+    variances = base_scores.var(axis=1, ddof=1)  # [P]
+    resamples = np.empty((num_resamples, num_multipliers))
+    for row in resamples:
+        prompts = rng.integers(num_prompts, size=num_prompts)
+        drawn = changes[prompts[:, None], rng.integers(num_seeds, size=(num_prompts, num_seeds))]
+        row[:] = drawn.mean((0, 1)) / (math.sqrt(variances[prompts].mean()) or math.nan)
+    return changes.mean((0, 1)) / unit, resamples
+
+
+def percentile_interval(value: float, resamples: np.ndarray) -> Interval:
+    """The estimate with the 2.5 and 97.5 percentiles of its resamples [R] (NaN among them is left out)."""
+    low, high = np.nanpercentile(resamples, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high))
+
+
+def paired_difference(first: "Response", second: "Response", rng: np.random.Generator) -> tuple[Interval, ...]:
+    """How much more the first slider gains than the second, one a multiplier, in the base model's within-prompt standard deviations.
+
+    Both were measured on the same prompts, seeds and multipliers, so what prompts and seeds do to both falls out of the difference.
+    """
+    assert first.values.shape == second.values.shape, "sliders measured on different prompts, seeds or multipliers have no pairs"
+    signs = first.signs[:, None, None]
+    return tuple(difference / first.std for difference in bootstrap_means((first.values - second.values) * signs, rng))
 
 
 def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -166,6 +222,7 @@ def summarise_response(
         monotone=bool(np.all(np.diff(line) > 0)),
         slope=slope,
         r2=r2,
+        directions=() if (signs == 1).all() else tuple(map(float, signs)),
     )
 
 

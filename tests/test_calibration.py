@@ -1,10 +1,18 @@
 """Choosing the strength that is called 1, on curves whose answer is known."""
 
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from library.calibration import ResponseCurve, choose_scale
+from library.calibration import Calibration, choose_scale
+from library.errors import UserError
+from library.response_curve import ResponseCurve, response_curve, summarise_curve
 from library.sampling import sample
+from library.statistics import Interval, bootstrap_gains, within_prompt_std
 from library.types import PromptSpec
 from tests.test_sampling import network_for
 from tests.tiny_models import tiny_model
@@ -12,25 +20,36 @@ from tests.tiny_models import tiny_model
 MULTIPLIERS = (-2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
-def curve(gain, drift=abs) -> ResponseCurve:
+def curve(gain, drift=abs, clipped=None) -> ResponseCurve:
     return ResponseCurve(
-        multipliers=MULTIPLIERS, gains=tuple(gain(value) for value in MULTIPLIERS), drifts=tuple(drift(value) for value in MULTIPLIERS)
+        multipliers=MULTIPLIERS,
+        gains=tuple(gain(value) for value in MULTIPLIERS),
+        drifts=tuple(drift(value) for value in MULTIPLIERS),
+        clipped=() if clipped is None else tuple(clipped(value) for value in MULTIPLIERS),
     )
+
+
+# ---- the strength ----
 
 
 def test_straight_line():
     chosen = choose_scale(curve(lambda m: 4 * m), target_gain=1.3)
     assert chosen.reached and chosen.scale == pytest.approx(1.3 / 4) and chosen.gain == pytest.approx(1.3)
+    assert chosen.down and chosen.down.value == pytest.approx(-1.3) and chosen.line and chosen.line.r2 == pytest.approx(1)
+    assert chosen.line.slope.value == pytest.approx(1.3)
 
 
-def test_the_weaker_side_decides():
+def test_plus_one_is_promised_and_minus_one_is_told():
     chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), target_gain=1.0)
-    assert chosen.reached and chosen.scale == pytest.approx(1.25) and chosen.gain == pytest.approx(1.0)
+    assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.gain == pytest.approx(1.0)
+    assert chosen.down and chosen.down.value == pytest.approx(-0.4)
+    assert "+1 raises the training score by 1.00" in chosen.note and "-1 lowers the training score by 0.40" in chosen.note
 
 
 def test_a_bent_curve_is_read_between_its_rungs():
-    chosen = choose_scale(curve(lambda m: m * abs(m)), target_gain=1.625)  # 1 at 1, 2.25 at 1.5: the middle of that chord
-    assert chosen.scale == pytest.approx(1.25) and chosen.gain == pytest.approx(1.625)
+    """tanh at 0.62, between rungs: a chord would read 0.0084 less there, and miss the strength by 1.4 %."""
+    chosen = choose_scale(curve(lambda m: math.tanh(m)), target_gain=math.tanh(0.62))
+    assert chosen.scale == pytest.approx(0.62, rel=0.003)
 
 
 def test_out_of_reach_takes_the_end_of_the_ladder_and_says_so():
@@ -52,9 +71,150 @@ def test_it_stops_at_the_drift_limit():
     assert choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), target_gain=1.0, max_drift=0.3).reached
 
 
-def test_a_dead_side_leaves_the_slider_as_it_is():
-    chosen = choose_scale(curve(lambda m: m if m > 0 else 0.1 * abs(m)), target_gain=1.0)
-    assert not chosen.reached and chosen.scale == 1.0 and "left as trained" in chosen.note
+def test_a_dead_upper_arm_leaves_the_slider_as_it_is():
+    chosen = choose_scale(curve(lambda m: m if m < 0 else -0.1 * m), target_gain=1.0)
+    assert not chosen.reached and chosen.scale == 1.0 and "left as trained" in chosen.note and chosen.gain == pytest.approx(-0.1)
+
+
+# ---- the curve of the calibrated slider ----
+
+
+def test_slope_and_r2_are_those_of_the_least_squares_line_within_two():
+    """Trained twice too strong: only multipliers up to 1 are weights up to 2."""
+    chosen = choose_scale(curve(lambda m: 2 * math.tanh(m)), target_gain=2 * math.tanh(0.5))
+    weights = np.array([-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2])
+    gains = 2 * np.tanh(weights / 2)
+    assert chosen.line
+    assert chosen.line.slope.value == pytest.approx(np.polyfit(weights, gains, 1)[0])
+    assert chosen.line.r2 == pytest.approx(np.corrcoef(weights, gains)[0, 1] ** 2)
+    assert chosen.line.usable == chosen.line.measured == pytest.approx((-2.0, 2.0))
+
+
+def test_usable_range_ends_where_the_curve_turns():
+    line = summarise_curve(curve(lambda m: m if m <= 1 else 2 - m))
+    assert line.usable == (-2.0, pytest.approx(1.0))
+
+
+def test_usable_range_ends_where_the_pictures_clip_or_drift():
+    line = summarise_curve(curve(lambda m: m, clipped=lambda m: 0.3 + 0.04 * max(m, 0.0)))
+    assert line.usable == (-2.0, pytest.approx(1.2))  # a rise of 0.05 is at 1.25; the range is on multiples of 0.1
+    line = summarise_curve(curve(lambda m: m, drift=lambda m: 0.1 * abs(m)), max_drift=0.151)
+    assert line.usable == (pytest.approx(-1.5), pytest.approx(1.5))
+
+
+def test_usable_range_ends_where_the_weight_no_longer_says_how_much():
+    """Rises everywhere, but from 0.5 on so little that the effect per weight is halved at 1."""
+    line = summarise_curve(curve(lambda m: m if m < 0.6 else 0.5 + 1e-3 * m))
+    assert line.usable[0] == -2.0 and line.usable[1] in (0.9, 1.0)  # the cubic bends a little before its rungs
+
+
+def test_no_usable_range():
+    line = summarise_curve(curve(lambda m: -m))
+    assert line.usable == (0.0, 0.0) and "no usable range" in str(line)
+
+
+def test_what_was_not_measured_is_not_claimed():
+    chosen = choose_scale(curve(lambda m: 0.7 * m), target_gain=1.0)  # scale 1.43: measured to weight 1.4
+    assert chosen.line and chosen.line.measured[1] == pytest.approx(1.4) and chosen.line.usable == chosen.line.measured
+    assert "measured from -1.4 to +1.4" in chosen.note
+    assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
+
+
+def test_preferred_weight_is_the_strongest_usable_one_up_to_1():
+    chosen = choose_scale(curve(lambda m: m), target_gain=1.0)
+    assert chosen.preferred_weight == 1.0 and chosen.line
+    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.7))).preferred_weight == 0.7
+    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == 1.0
+
+
+# ---- from scores to the curve, with its noise ----
+
+
+def scores_of(rng: np.random.Generator, num_prompts: int, num_seeds: int, weights: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    """Scores [P, S, M] of a slider whose true gain is `slope` per weight in units of a within-prompt standard deviation of 3."""
+    base = 10 * rng.normal(size=(num_prompts, 1)) + 3 * rng.normal(size=(num_prompts, num_seeds))
+    effect = 3 * slope * (1 + 0.3 * rng.normal(size=(num_prompts, num_seeds)))  # differs from pair to pair
+    return base[:, :, None] + effect[:, :, None] * weights
+
+
+def test_response_curve_is_in_within_prompt_standard_deviations():
+    rng = np.random.default_rng(0)
+    weights = np.array([-1.0, 0.0, 1.0])
+    scores = scores_of(rng, 5, 3, weights)
+    response = response_curve(weights, scores, [0.1, 0, 0.1], rng, judges={"twice": 2 * scores, "flat": 0 * scores})
+    unit = within_prompt_std(scores[:, :, 1])
+    assert response.gains == pytest.approx(((scores - scores[:, :, [1]]) / unit).mean((0, 1)))
+    assert response.judges.keys() == {"twice"} and response.judges["twice"] == pytest.approx(response.gains)
+    turned = response_curve(weights, -scores, [0.1, 0, 0.1], rng, directions=-np.ones(5))
+    assert turned.gains == pytest.approx(response.gains)
+    more = response_curve(weights, scores, [0.1, 0, 0.1], rng, base_scores=np.tile([0.0, 1.0], (5, 50)))
+    assert more.gains[2] == pytest.approx((scores[:, :, 2] - scores[:, :, 1]).mean() / within_prompt_std(np.tile([0.0, 1.0], (5, 50))))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """200 measurements of a slider whose true gain is 1: the interval of the gain at +1 and of the slope hold 1 in about 95 % of them."""
+    weights, held = np.array([-1.0, 0.0, 1.0]), np.zeros(2)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        response = response_curve(weights, scores_of(rng, 24, 4, weights), [0, 0, 0], rng)
+        for number, interval in enumerate([response.interval_at(1.0), summarise_curve(response).slope]):
+            held[number] += interval.low <= 1 <= interval.high
+    assert np.all(held >= 0.87 * 200) and np.all(held <= 200 * 0.99)
+
+
+def test_more_pictures_of_the_base_model_make_the_unit_surer():
+    """12 prompts and 4 seeds know the unit to 12 %; 16 seeds to 5 %."""
+    widths = []
+    for num_seeds in (4, 16):
+        rng = np.random.default_rng(1)
+        base = 3 * rng.normal(size=(12, num_seeds))
+        changes = np.full((12, 4, 1), 3.0)
+        _, resamples = bootstrap_gains(changes, base, rng)
+        widths.append(resamples.std())
+    assert widths[1] < 0.7 * widths[0] and 0.03 < widths[1] < 0.08
+
+
+def test_a_score_that_does_not_vary_has_no_unit():
+    with pytest.raises(UserError, match="does not vary"):
+        bootstrap_gains(np.ones((2, 2, 1)), np.ones((2, 2)), np.random.default_rng(0))
+
+
+# ---- the second measurement ----
+
+
+def test_verified_puts_other_seeds_beside_the_prediction():
+    rng = np.random.default_rng(0)
+    weights = np.array(MULTIPLIERS)
+    chosen = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights, slope=2.0), np.abs(weights), rng), 1.0)
+    assert chosen.scale == pytest.approx(0.5, rel=0.2) and chosen.up and chosen.up.low < 1 < chosen.up.high
+    again = np.array([-chosen.scale, 0.0, chosen.scale])
+    scores = scores_of(rng, 12, 4, again, slope=2.0)
+    checked = chosen.verified(response_curve(again, scores, np.abs(again), rng, judges={"eye": -scores}))
+    assert checked.verified_up and checked.verified_down and checked.verified_up.value == pytest.approx(1.0, rel=0.3)
+    assert checked.verified_up.value != chosen.up.value and checked.scale == chosen.scale
+    assert checked.judges["eye"] == pytest.approx((-checked.verified_up.value, -checked.verified_down.value))
+    assert "On other seeds +1 raises the training score by" in checked.note and "Judge eye: -" in checked.note
+    assert checked.note.startswith(chosen.choice)
+
+
+def test_metadata_is_json_and_has_the_promise():
+    rng = np.random.default_rng(0)
+    weights = np.array(MULTIPLIERS)
+    entries = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights), np.abs(weights), rng), 1.0).metadata()
+    json.dumps(entries, allow_nan=False)
+    gain_up = entries["leco_gain_up"]
+    assert isinstance(gain_up, list)
+    value, low, high = gain_up
+    assert value == pytest.approx(1.0) and low < 1 < high
+    assert {"leco_calibration_scale", "leco_slope", "leco_r2", "leco_usable_range", "leco_gain_down"} <= entries.keys()
+    plain = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
+    assert plain.metadata() == {"leco_calibration_scale": 0.5, "leco_calibration_target": None} and plain.preferred_weight == 1.0
+
+
+def test_a_curve_without_resamples_has_no_intervals():
+    interval = curve(lambda m: m).interval_at(0.6)
+    assert interval.value == pytest.approx(0.6) and math.isnan(interval.low)
+    assert isinstance(interval, Interval)
 
 
 def test_folding_the_scale_into_alpha_makes_weight_1_what_the_scale_was():
