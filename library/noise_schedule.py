@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 from library.errors import UserError
 
 PredictionType = Literal["epsilon", "v_prediction"]
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
+TimestepSpacing = Literal["leading", "trailing", "linspace", "lcm", "karras"]
+CONFIG_SPACINGS = ("leading", "trailing", "linspace")  # those that a scheduler_config.json can name
+
+KARRAS_RHO = 7.0
 
 # The smallest abar a schedule may hold. A zero-terminal-SNR schedule ends at abar = 0, where eps alone does not determine x0.
 # 2**-24 (sigma = 4096) is what diffusers' EulerDiscreteScheduler puts there. It is also where the two errors balance: pretending
@@ -96,6 +99,7 @@ class NoiseSchedule:
         final_alpha_cumprod: abar where sampling ends (timestep -1): 1.0, or that of timestep 0 when set_alpha_to_one is false.
         prediction_type: what the U-Net puts out, "epsilon" or "v_prediction".
         timestep_spacing, steps_offset: the model's own choice of timesteps; arXiv 2305.08891, table 2.
+        lcm_steps: on how many of its timesteps a latent consistency model was distilled; spacing "lcm" takes some of them.
     """
 
     alphas_cumprod: Tensor
@@ -103,6 +107,7 @@ class NoiseSchedule:
     prediction_type: PredictionType = "epsilon"
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 0
+    lcm_steps: int = 50
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -115,8 +120,10 @@ class NoiseSchedule:
         if prediction_type not in get_args(PredictionType):
             raise UserError(f"The model's scheduler has prediction_type {prediction_type!r}; only epsilon and v_prediction are supported.")
         spacing = scheduler_config.get("timestep_spacing", "leading")
-        if spacing not in get_args(TimestepSpacing):
-            raise UserError(f"The model's scheduler has timestep_spacing {spacing!r}; use leading, trailing or linspace.")
+        if spacing not in CONFIG_SPACINGS:
+            raise UserError(f"The model's scheduler has timestep_spacing {spacing!r}; use {', '.join(CONFIG_SPACINGS)}.")
+        if scheduler_config.get("_class_name") == "LCMScheduler":  # which does not heed timestep_spacing
+            spacing = "lcm"
         alphas_cumprod = torch.cumprod(1 - _betas(scheduler_config), dim=0)
         if scheduler_config.get("rescale_betas_zero_snr", False):
             alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
@@ -127,7 +134,25 @@ class NoiseSchedule:
             prediction_type=prediction_type,
             timestep_spacing=spacing,
             steps_offset=scheduler_config.get("steps_offset", 0),
+            lcm_steps=scheduler_config.get("original_inference_steps", 50),
         )
+
+    def with_zero_terminal_snr(self) -> "NoiseSchedule":
+        """The schedule rescaled to end in pure noise, with trailing steps, which begin there; arXiv 2305.08891, sections 3.1 and 3.3.
+
+        A schedule that ends there already comes back as it is.
+
+        Raises:
+            UserError: the model predicts eps, which says nothing about the picture where all is noise.
+        """
+        if self.prediction_type != "v_prediction":
+            raise UserError(
+                "zero_terminal_snr was asked for, but the model predicts eps; only a v-prediction model can use it: leave it out."
+            )
+        if self.alphas_cumprod[-1] <= ABAR_FLOOR:
+            return self
+        alphas_cumprod = rescale_zero_terminal_snr(self.alphas_cumprod).clamp(min=ABAR_FLOOR)
+        return replace(self, alphas_cumprod=alphas_cumprod, timestep_spacing="trailing")
 
     def __len__(self) -> int:
         """T, the number of training timesteps."""
@@ -162,9 +187,13 @@ class NoiseSchedule:
         return (high - 1 + (wanted - low_value) / (high_value - low_value)).float()
 
     def inference_timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
-        """The timesteps of a sampler with `num_steps` steps: [num_steps + 1] int64 on the CPU, descending, the last one -1 (clean).
+        """The timesteps of a sampler with `num_steps` steps: [num_steps + 1] on the CPU, descending, the last one -1 (clean).
 
-        The first `num_steps` equal those of diffusers' DDIMScheduler. `spacing` overrides the model's own.
+        int64, but float32 for "karras", whose sigmas lie between the training timesteps. The first `num_steps` equal those of
+        diffusers' DDIMScheduler, those of its LCMScheduler ("lcm"), or the sigmas of EDM (arXiv 2206.00364, eq. 5).
+
+        Args:
+            spacing: overrides the model's own.
 
         Raises:
             UserError: more steps than there are timesteps, or fewer than 1; an unknown spacing.
@@ -182,6 +211,17 @@ class NoiseSchedule:
                 steps = torch.tensor([round(total - index * ratio) - 1 for index in range(num_steps)])
             case "linspace":
                 steps = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().long().flip(0)
+            case "lcm":
+                if num_steps > self.lcm_steps:
+                    raise UserError(
+                        f"{num_steps} steps were asked for, but the timestep spacing lcm has {self.lcm_steps}; take fewer or another one."
+                    )
+                skipped = torch.arange(num_steps) * self.lcm_steps // num_steps
+                steps = (self.lcm_steps - skipped) * (total // self.lcm_steps) - 1
+            case "karras":
+                ends = self.sigmas(torch.tensor([total - 1, 0])).double() ** (1 / KARRAS_RHO)
+                sigmas = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_steps, dtype=torch.float64)) ** KARRAS_RHO
+                steps = self.timesteps_of(sigmas)
             case other:
                 raise UserError(f"There is no timestep spacing {other!r}; use {', '.join(get_args(TimestepSpacing))}.")
         return torch.cat([steps, torch.tensor([-1])])
