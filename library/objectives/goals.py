@@ -26,7 +26,7 @@ def ascent_direction(
     directions: Tensor,
     share: Tensor,
 ) -> Tensor:
-    """Where the latents should go, at RMS |push| of the goal that is pushed most.
+    """Where the latents should go, at RMS |push| of the goal that is pushed most; less where goals contradict or limits forbid it.
 
     Args:
         gradients: of each goal's value [B, C, h, w], by name, at any scale.
@@ -69,13 +69,13 @@ def ascent_direction(
             worse = (away * _dot(wanted, units[goal.name])) > 0
             basis.append(_scaled(_orthogonal(units[goal.name], basis), worse.float()))
             wanted = wanted - _scaled(basis[-1], _dot(wanted, basis[-1]))
+    moved = _scaled(wanted, strength / torch.maximum(rms(wanted), aligned / MOST_AMPLIFIED).clamp_min(1e-12))
     for goal in goals:
         restoring = _restoring(goal, values[goal.name], gains[goal.name], share)
         if restoring is not None:
-            wanted = wanted + _scaled(units[goal.name], restoring)
-            strength, aligned = torch.maximum(strength, restoring.abs()), aligned + restoring.abs()
-    size = torch.maximum(rms(wanted), aligned / MOST_AMPLIFIED)
-    return _scaled(wanted, strength / size.clamp_min(1e-12))
+            moved = moved + _scaled(units[goal.name], restoring)
+            strength = torch.maximum(strength, restoring.abs())
+    return _scaled(moved, (strength / rms(moved).clamp_min(1e-12)).clamp_max(1))
 
 
 def _restoring(goal: Goal, value: Tensor, gain: Tensor, share: Tensor) -> Tensor | None:
