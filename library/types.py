@@ -67,12 +67,16 @@ class PromptSpec:
         prompt: what the picture shows.
         negative_prompt: the text of the unconditional branch.
         width, height: pixels, multiples of 8; None takes the run's resolution.
-        guidance_scale: None takes the run's.
+        guidance_scale: above 0; None takes the run's.
         weight: how often it is drawn, relative to the others; above 0.
         direction: +1 when a positive multiplier is to raise the score on this prompt, -1 when it is to lower it.
         seed: which seed measurements and previews of this prompt begin with; None is their own.
         num_steps: steps of the sampler; None takes the run's.
         multiplier: of the LoRA while it is rolled out; None takes the run's train_multipliers in turn.
+        seed: that measurements and previews of this prompt begin with; None takes the run's.
+        num_steps: of the sampler for this prompt, at least 1; None takes the run's.
+        original_width, original_height: pixels that SDXL is told the picture had before it was cropped; None is the picture's own size.
+        crop_top, crop_left: pixels that SDXL is told were cropped off.
     """
 
     prompt: str
@@ -85,6 +89,12 @@ class PromptSpec:
     seed: int | None = None
     num_steps: int | None = None
     multiplier: float | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
 
 
 @dataclass(frozen=True)
