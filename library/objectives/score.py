@@ -58,6 +58,8 @@ class ScoreObjective:
         )
         if config.paired_signs and network.text_encoder_loras:
             raise UserError("paired_signs trains the U-Net only; set network_train_unet_only = true")
+        if not config.normalize_gradient and any(goal.limit is not None for goal in reward.goals):
+            raise UserError("scorer_limits weighs gradients against each other, which needs normalize_gradient; set it, or give no limits")
         if isinstance(self.estimator, Draft) and solver.needs_noise:
             raise UserError(f"score_estimator draft needs a sampler that draws no noise, and {solver.name} does; use ddim or dpmpp_2m")
 
@@ -179,11 +181,13 @@ class ScoreObjective:
             the frozen model in the wanted direction [B] (NaN when the frozen model was not consulted).
         """
         count, config, directions = len(batch.latents), self.config, batch.directions
+        # what was asked for, in the frozen model's words: a LoRA of the text encoder must not talk to the scorer
+        asked_for = self._frozen_cond(batch) if any(scorer.spec.uses_prompt for scorer in self.reward.scorers) else batch.cond
 
         def score(at: Foreseen, *, gradient: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             latents, sigmas, scales = self.estimator.look(at, noise)
             views = len(latents) // count
-            cond, prompts, signs = batch.cond.repeat(views), batch.prompts * views, directions.repeat(views)
+            cond, prompts, signs = asked_for.repeat(views), batch.prompts * views, directions.repeat(views)
             if not gradient:
                 with torch.no_grad():
                     terms = self.reward(latents, sigmas, cond, prompts, signs).terms
