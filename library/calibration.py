@@ -133,17 +133,18 @@ def _calibration(response: ResponseCurve, scale: float, target: float, reached: 
 def _with_note(calibration: Calibration) -> Calibration:
     up, down, line = calibration.up, calibration.down, calibration.line
     assert up is not None and down is not None and line is not None
-    words = [calibration.choice, f"Weight +1 {_moves(up)} and weight -1 {_moves(down)}; {line}."]
+    words = [
+        calibration.choice,
+        f"Weight +1 moves the training score by {_gain(up)} standard deviations, -1 by {_gain(down)}; slope {line}.",
+    ]
     if calibration.verified_up is not None and calibration.verified_down is not None:
-        words.append(f"On other seeds +1 {_moves(calibration.verified_up)} and -1 {_moves(calibration.verified_down)}.")
+        words.append(f"On other seeds: {_gain(calibration.verified_up)} at +1, {_gain(calibration.verified_down)} at -1.")
     words += [f"Judge {name}: {up_gain:+.2f} at +1, {down_gain:+.2f} at -1." for name, (up_gain, down_gain) in calibration.judges.items()]
     return replace(calibration, note=" ".join(words))
 
 
-def _moves(gain: Interval) -> str:
-    low, high = sorted((abs(gain.low), abs(gain.high)))
-    interval = "" if math.isnan(gain.low) or gain.low * gain.high <= 0 else f" ({low:.2f} to {high:.2f})"
-    return f"{'raises' if gain.value >= 0 else 'lowers'} the training score by {abs(gain.value):.2f}{interval} standard deviations"
+def _gain(gain: Interval) -> str:
+    return f"{gain.value:+.2f}" + ("" if math.isnan(gain.low) else f" ({gain.low:+.2f} to {gain.high:+.2f})")
 
 
 def _first_crossing(x: np.ndarray, y: np.ndarray, level: float, beyond: float) -> float:

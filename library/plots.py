@@ -13,7 +13,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from library.calibration import Calibration
 from library.evaluation import SliderEvaluation
+from library.response_curve import WIDEST, CurveSummary, ResponseCurve
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
@@ -43,6 +45,70 @@ def score_curves(evaluations: Sequence[SliderEvaluation]) -> bytes:
         _score_panel(axes, evaluations, name)
         if position == 0 and len(evaluations) > 1:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
+def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
+    """Gains of the calibrated slider over its weight, PNG: the training score with its interval and straight line, the judges, what the
+    second measurement found at -1 and +1, and the usable range (shaded)."""
+    curve, line = calibration.curve, calibration.line
+    assert curve is not None and line is not None, "nothing was measured"
+    figure = Figure(figsize=(6.4, 4.4), dpi=130, facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1))
+    axes = figure.add_subplot()
+    if line.usable[0] < line.usable[1]:
+        axes.axvspan(*line.usable, color="#e3f5ea", linewidth=0, zorder=0, label="usable")
+    ends = np.array([line.measured[0], line.measured[1]])
+    axes.plot(ends, line.slope.value * ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=_line_label(line))
+    _gain_line(axes, curve, None, COLOURS[0], "training score")
+    for number, name in enumerate(curve.judges):
+        _gain_line(axes, curve, name, COLOURS[(number + 1) % len(COLOURS)], f"judge {name[-32:]}")
+    for weight, gain in ((1, calibration.verified_up), (-1, calibration.verified_down)):
+        if gain is not None:
+            label = "measured again, other seeds" if weight == 1 else None
+            error = [[gain.value - gain.low], [gain.high - gain.value]]
+            axes.errorbar(
+                [weight], [gain.value], error, color=INK, marker="D", markersize=5, capsize=3, linewidth=1.2, zorder=5, label=label
+            )
+    axes.set_xlim(-WIDEST - 0.1, WIDEST + 0.1)
+    axes.set_title(title[-60:], fontsize=11, color=INK, loc="left", fontweight="bold")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
+    axes.set_ylabel("gain / standard deviations", fontsize=9, color=INK)
+    axes.axhline(0, color=RULE, linewidth=1, zorder=0)
+    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
+    _quiet(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
+def _gain_line(axes: Axes, curve: ResponseCurve, judge: str | None, colour: str, label: str) -> None:
+    """The measured rungs within the weights that are shown, and the curve between them."""
+    weights = np.array(curve.multipliers)
+    gains = np.array(curve.gains if judge is None else curve.judges[judge])
+    shown = np.abs(weights) <= WIDEST + 1e-9
+    if judge is None and curve.resamples is not None:
+        low, high = np.nanpercentile(curve.resamples, [2.5, 97.5], axis=0)
+        axes.fill_between(weights[shown], low[shown], high[shown], color=colour, alpha=0.18, linewidth=0, zorder=2)
+    dense = np.linspace(max(weights[0], -WIDEST), min(weights[-1], WIDEST), 200)
+    axes.plot(dense, [curve.gain_at(weight, judge) for weight in dense], color=colour, linewidth=2, zorder=3, label=label)
+    axes.plot(weights[shown], gains[shown], color=colour, linewidth=0, marker="o", markersize=4.5, zorder=3)
+
+
+def _line_label(line: CurveSummary) -> str:
+    return f"line: slope {line.slope.value:.2f}, R\u00b2 {line.r2:.3f}"
+
+
+def _quiet(axes: Axes) -> None:
+    """Axes that let the data speak."""
+    axes.tick_params(labelsize=8, colors=MUTED, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(RULE)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -71,14 +137,8 @@ def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str)
     axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
     axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=INK)
     axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
-    axes.tick_params(labelsize=8, colors=MUTED, length=3)
     axes.margins(x=0.04, y=0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(RULE)
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    _quiet(axes)
     if first.std > 0 and not first.is_share:
         to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)
         right = axes.secondary_yaxis("right", functions=(to_gain, to_score))

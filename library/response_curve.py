@@ -72,11 +72,15 @@ class CurveSummary:
     def __str__(self) -> str:
         interval = "" if math.isnan(self.slope.low) else f" ({self.slope.low:.2f} to {self.slope.high:.2f})"
         r2 = "" if math.isnan(self.r2) else f", R2 {self.r2:.3f}"
-        limit = f" (measured from {self.measured[0]:+.3g} to {self.measured[1]:+.3g})" if self.usable == self.measured else ""
-        usable = (
-            "no usable range" if self.usable == (0, 0) else f"usable from {_weight(self.usable[0])} to {_weight(self.usable[1])}{limit}"
-        )
-        return f"{self.slope.value:.2f} standard deviations per unit of weight{interval}{r2}, {usable}"
+        return f"{self.slope.value:.2f} per unit of weight{interval}{r2}, {self.usable_words}"
+
+    @property
+    def usable_words(self) -> str:
+        if self.usable == (0, 0):
+            return "usable at no weight"
+        low, high = (f"{end:+.3g}" if end else "0" for end in self.usable)
+        farther = any(abs(end) < WIDEST and used == end for used, end in zip(self.usable, self.measured, strict=True))
+        return f"usable from {low} to {high}" + (" (no farther measured)" if farther else "")
 
 
 def response_curve(
@@ -172,7 +176,3 @@ def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> fl
 def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
     """Monotone cubic interpolation (Fritsch and Butland 1984, as in SciPy); NaN outside."""
     return float(PchipInterpolator(x, y, extrapolate=False)(at))
-
-
-def _weight(value: float) -> str:
-    return f"{value:+.3g}" if value else "0"

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from library.atomic_files import atomic_write_bytes
+from library.calibration import Calibration
 from library.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.config import NetworkConfig, SavingConfig
 from library.errors import UserError
 from library.lora_metadata import lora_metadata, write_sidecar
 from library.models.base import ModelSpec
+from library.plots import calibration_plot
 from library.runtime import weight_dtype
 from library.sampling import Size
 from networks.lora import LoRANetwork
@@ -29,13 +32,23 @@ class SliderFiles:
         self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
         self.started_at = time.time()
         self.slider_path = weights_path(saving.output_dir, saving.output_name)
+        self.calibration_path = saving.output_dir / f"{saving.output_name}_calibration.png"
 
-    def save(self, network: LoRANetwork, step: int, *, final: bool = False, usage_hint: str | None = None) -> Path:
+    def save(
+        self,
+        network: LoRANetwork,
+        step: int,
+        *,
+        final: bool = False,
+        usage_hint: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> Path:
         """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
 
         Args:
             step: updates made.
-            usage_hint: one sentence for the metadata and the card: what weight 1 does.
+            usage_hint: for the metadata and the card: what weight 1 does; None takes the calibration's note.
+            calibration: already folded into the network's alphas; what it says goes into the metadata, the card and a plot.
 
         Raises:
             UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
@@ -49,6 +62,7 @@ class SliderFiles:
                 f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
                 "learning_rate, or use save_precision bf16 or float"
             )
+        usage_hint = calibration.note if usage_hint is None and calibration is not None else usage_hint
         rank, alpha, network_args = self._dimensions(network)
         metadata = lora_metadata(
             self.spec,
@@ -62,19 +76,26 @@ class SliderFiles:
             steps=step,
             resolution=(width, height),
             modelspec={"usage_hint": usage_hint},
-            training={**self.training, "training_comment": saving.training_comment},
+            training={
+                **self.training,
+                **(calibration.metadata() if calibration is not None else {}),
+                "training_comment": saving.training_comment,
+            },
             no_metadata=saving.no_metadata,
         )
         network.save_weights(path, dtype, metadata)
         if final:
-            write_sidecar(path, self.spec, preferred_weight=1.0, description=usage_hint or "", notes=saving.training_comment or "")
+            weight = 1.0 if calibration is None else calibration.preferred_weight
+            write_sidecar(path, self.spec, preferred_weight=weight, description=usage_hint or "", notes=saving.training_comment or "")
+            if calibration is not None and calibration.curve is not None:
+                atomic_write_bytes(self.calibration_path, calibration_plot(calibration, saving.output_name))
         elif saving.save_last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps)
         return path
 
     def remove_unfinished(self) -> None:
         """Delete what a killed run of this name was writing: hidden files that never took their names."""
-        name = re.escape(self.saving.output_name) + r"(-step\d{8}|_\d{6})?"
+        name = re.escape(self.saving.output_name) + r"(-step\d{8}|_\d{6}|_calibration)?"
         unfinished = re.compile(rf"(sample/)?\.{name}\.(safetensors|json|png)\.\d+\.tmp|{name}-state/\.training_state\.pt\.\d+\.tmp")
         for path in self.saving.output_dir.rglob(".*.tmp"):
             if unfinished.fullmatch(path.relative_to(self.saving.output_dir).as_posix()):

@@ -43,7 +43,7 @@ def test_plus_one_is_promised_and_minus_one_is_told():
     chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), target_gain=1.0)
     assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.gain == pytest.approx(1.0)
     assert chosen.down and chosen.down.value == pytest.approx(-0.4)
-    assert "+1 raises the training score by 1.00" in chosen.note and "-1 lowers the training score by 0.40" in chosen.note
+    assert "+1 moves the training score by +1.00 standard deviations, -1 by -0.40" in chosen.note
 
 
 def test_a_bent_curve_is_read_between_its_rungs():
@@ -110,13 +110,13 @@ def test_usable_range_ends_where_the_weight_no_longer_says_how_much():
 
 def test_no_usable_range():
     line = summarise_curve(curve(lambda m: -m))
-    assert line.usable == (0.0, 0.0) and "no usable range" in str(line)
+    assert line.usable == (0.0, 0.0) and "usable at no weight" in str(line)
 
 
 def test_what_was_not_measured_is_not_claimed():
     chosen = choose_scale(curve(lambda m: 0.7 * m), target_gain=1.0)  # scale 1.43: measured to weight 1.4
     assert chosen.line and chosen.line.measured[1] == pytest.approx(1.4) and chosen.line.usable == chosen.line.measured
-    assert "measured from -1.4 to +1.4" in chosen.note
+    assert "usable from -1.4 to +1.4 (no farther measured)" in chosen.note
     assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
 
 
@@ -193,7 +193,7 @@ def test_verified_puts_other_seeds_beside_the_prediction():
     assert checked.verified_up and checked.verified_down and checked.verified_up.value == pytest.approx(1.0, rel=0.3)
     assert checked.verified_up.value != chosen.up.value and checked.scale == chosen.scale
     assert checked.judges["eye"] == pytest.approx((-checked.verified_up.value, -checked.verified_down.value))
-    assert "On other seeds +1 raises the training score by" in checked.note and "Judge eye: -" in checked.note
+    assert f"On other seeds: {checked.verified_up.value:+.2f} (" in checked.note and "Judge eye: -" in checked.note
     assert checked.note.startswith(chosen.choice)
 
 

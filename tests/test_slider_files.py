@@ -1,0 +1,63 @@
+"""What is left beside a finished slider: the calibration in its metadata, its card and a plot."""
+
+import json
+
+import pytest
+import safetensors
+from PIL import Image
+
+from library.calibration import choose_scale
+from library.config import NetworkConfig, SavingConfig
+from library.response_curve import ResponseCurve
+from library.slider_files import SliderFiles
+from tests.test_sampling import network_for
+from tests.tiny_models import tiny_model
+
+MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+CALIBRATION = choose_scale(
+    ResponseCurve(
+        multipliers=MULTIPLIERS,
+        gains=tuple(2 * weight for weight in MULTIPLIERS),
+        drifts=tuple(map(abs, MULTIPLIERS)),
+        clipped=(0.2, 0.1, 0.0, 0.0, 0.0),
+        judges={"my judge": tuple(1.5 * weight for weight in MULTIPLIERS)},
+    )
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = tiny_model()
+    return SliderFiles(SavingConfig(output_dir=tmp_path, output_name="tiny"), NetworkConfig(), model.spec, (64, 64), {}), network_for(model)
+
+
+def test_calibration_is_in_the_metadata_the_card_and_a_plot(files, tmp_path):
+    slider_files, network = files
+    path = slider_files.save(network, 3, final=True, calibration=CALIBRATION)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.usage_hint"] == CALIBRATION.note and "slope 1.00 per unit of weight, R2 1.000" in CALIBRATION.note
+    assert float(metadata["ss_leco_calibration_scale"]) == 0.5 and float(metadata["ss_leco_r2"]) == 1.0
+    assert json.loads(metadata["ss_leco_gain_up"]) == [1.0, None, None]
+    assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 5 % of the pixels
+    assert json.loads(metadata["ss_leco_judges"]) == {"my judge": [0.75, -0.75]}
+    card = json.loads((tmp_path / "tiny.json").read_text())
+    assert card["preferred weight"] == 1.0 and card["description"] == CALIBRATION.note
+    with Image.open(tmp_path / "tiny_calibration.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+        assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)} <= colours  # the training score's line and the judge's
+
+
+def test_without_calibration_there_is_no_plot_and_weight_1_is_preferred(files, tmp_path):
+    slider_files, network = files
+    slider_files.save(network, 3, final=True)
+    assert json.loads((tmp_path / "tiny.json").read_text())["preferred weight"] == 1.0
+    assert not (tmp_path / "tiny_calibration.png").exists()
+
+
+def test_what_a_killed_run_left_of_the_plot_is_removed(files, tmp_path):
+    slider_files, _ = files
+    (tmp_path / ".tiny_calibration.png.123.tmp").touch()
+    (tmp_path / ".other_calibration.png.123.tmp").touch()
+    slider_files.remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == [".other_calibration.png.123.tmp"]
