@@ -73,8 +73,6 @@ class PromptSpec:
         seed: which seed measurements and previews of this prompt begin with; None is their own.
         num_steps: steps of the sampler; None takes the run's.
         multiplier: of the LoRA while it is rolled out; None takes the run's train_multipliers in turn.
-        seed: that measurements and previews of this prompt begin with; None takes the run's.
-        num_steps: of the sampler for this prompt, at least 1; None takes the run's.
         original_width, original_height: pixels that SDXL is told the picture had before it was cropped; None is the picture's own size.
         crop_top, crop_left: pixels that SDXL is told were cropped off.
     """
@@ -89,8 +87,6 @@ class PromptSpec:
     seed: int | None = None
     num_steps: int | None = None
     multiplier: float | None = None
-    seed: int | None = None
-    num_steps: int | None = None
     original_width: int | None = None
     original_height: int | None = None
     crop_top: int = 0
