@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ class ModelSpec:
         base_model_version, architecture, implementation: ss_base_model_version, modelspec.architecture and modelspec.implementation of
             a LoRA for this model, as sd-scripts writes them.
         name: the checkpoint's file or folder name.
+        scheduler: the class of the scheduler that a diffusers folder brings; "" of a single file.
     """
 
     family: str
@@ -47,6 +49,7 @@ class ModelSpec:
     architecture: str
     implementation: str
     name: str
+    scheduler: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,9 @@ class Family:
     versions: Mapping[PredictionType, tuple[str, str]]
     implementation: str
 
-    def spec(self, *, prediction_type: PredictionType, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str) -> ModelSpec:
+    def spec(
+        self, *, prediction_type: PredictionType, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str, scheduler: str = ""
+    ) -> ModelSpec:
         version, architecture = self.versions[prediction_type]
         vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         return ModelSpec(
@@ -108,6 +113,7 @@ class Family:
             architecture=architecture,
             implementation=self.implementation,
             name=name,
+            scheduler=scheduler,
         )
 
 
@@ -120,6 +126,7 @@ class DiffusionModel(ABC):
         text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
         prompt_weighting: whether brackets and BREAK in prompts mean what they mean in A1111, or are characters.
+        embedded_guidance: the guidance scale that a U-Net is told which takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
         told_size: whether the U-Net is told the picture's size and crop.
     """
@@ -143,6 +150,7 @@ class DiffusionModel(ABC):
         self.text_encoders = list(text_encoders)
         self.tokenizers = list(tokenizers)
         self.clip_skip: int | None = None
+        self.embedded_guidance = 8.0  # of the published latent consistency models
         self.prompt_weighting = True
         self.prompt_chunks = 1
 
@@ -234,12 +242,26 @@ class DiffusionModel(ABC):
             latents.to(self.dtype),
             timesteps,
             cond.text.to(self.dtype),
+            timestep_cond=self._guidance_embedding(len(latents)),
             added_cond_kwargs=self._added_cond(cond),
             return_dict=False,
         )[0].float()
         if self.spec.prediction_type == "v_prediction":
             return v_to_eps(latents, output, self.schedule.abar(timesteps))
         return output
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the U-Net was distilled together with guidance and is told the scale (`embedded_guidance`): then guidance by two branches
+        comes on top, where nothing expects it."""
+        return self.unet.config["time_cond_proj_dim"] is not None
+
+    def _guidance_embedding(self, rows: int) -> Tensor | None:
+        """[rows, D] of `embedded_guidance`, or None; arXiv 2310.04378, section 4.2, scaled as in diffusers' pipelines."""
+        if not self.embeds_guidance:
+            return None
+        scales = torch.full((rows,), self.embedded_guidance - 1, device=self.device)  # the paper's w is 0 without guidance
+        return get_timestep_embedding(1000 * scales, self.unet.config["time_cond_proj_dim"]).to(self.dtype)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `library.models.vae.encode_images`."""

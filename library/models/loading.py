@@ -21,6 +21,8 @@ from library.noise_schedule import NoiseSchedule
 
 logger = logging.getLogger(__name__)
 
+SAME_PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}  # the same parts, another sampler
+
 
 def load_model(
     path: str | Path,
@@ -128,7 +130,13 @@ def _load_folder(path: Path, wanted_family: str, v_parameterization: bool | None
         text_encoders.append(_component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
         tokenizers.append(_tokenizer(path / slot.tokenizer_folder, text_encoders[-1].config.vocab_size))
     return family.model_class(
-        spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
+        spec=family.spec(
+            prediction_type=schedule.prediction_type,
+            unet=unet,
+            vae=vae,
+            name=_folder_name(path),
+            scheduler=scheduler_config.get("_class_name", ""),
+        ),
         schedule=schedule,
         unet=unet,
         vae=vae,
@@ -137,13 +145,21 @@ def _load_folder(path: Path, wanted_family: str, v_parameterization: bool | None
     )
 
 
+def _folder_name(path: Path) -> str:
+    """The folder's name, or its repository's if it is a commit in Hugging Face's cache (models--owner--name/snapshots/<hash>)."""
+    repository = path.parent.parent.name
+    in_cache = path.parent.name == "snapshots" and repository.startswith("models--")
+    return repository.split("--")[-1] if in_cache else path.name
+
+
 def _family_of_folder(index: Mapping[str, Any], unet_config: Mapping[str, Any], path: Path) -> Family:
     in_channels = unet_config.get("in_channels", 4)
     if in_channels != 4:
         raise UserError(f"The U-Net of {path} takes {in_channels} channels: an inpainting or editing model; give a text-to-image model.")
     has_linear_projection = unet_config.get("use_linear_projection", False)
+    pipeline_class = SAME_PIPELINES.get(index.get("_class_name", ""), index.get("_class_name"))
     for family in FAMILIES.values():
-        if family.pipeline_class == index.get("_class_name") and family.linear_projection == has_linear_projection:
+        if family.pipeline_class == pipeline_class and family.linear_projection == has_linear_projection:
             return family
     titles = ", ".join(family.title for family in FAMILIES.values())
     raise UserError(f"{path} holds a {index.get('_class_name')}; the models that can be trained are {titles}.")
