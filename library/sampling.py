@@ -13,9 +13,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.models.base import DiffusionModel, TimeIds
-from library.solvers import Solver, get_solver
-from library.types import Conditioning, PromptSpec
+from library.noise_schedule import TimestepSpacing
+from library.solvers import Solver, get_solver, guided_eps, rescale_guided_eps
+from library.types import Conditioning, History, PromptSpec
 from networks.lora import LoRANetwork
 
 logger = logging.getLogger(__name__)
@@ -152,6 +154,8 @@ def sample(
     resolution: Size,
     batch_size: int,
     solver: str = "ddim",
+    spacing: TimestepSpacing | None = None,
+    guidance_rescale: float = 0.0,
     encoder: PromptEncoder | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -163,11 +167,17 @@ def sample(
         multipliers: of the network, one a sample [N] or one for all.
         guidance_scale: for the prompts that do not bring their own; a batch in which all are 1 runs no unconditional branch.
         resolution: (height, width) in pixels, for the prompts that do not bring their own.
+        solver: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
+        spacing: of the timesteps; None is the model's own.
+        guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
         encoder: where the texts' encodings are kept; None encodes them here.
         progress: called with the number of samples that went one step further, N * num_steps in all.
 
     Returns:
         Scaled clean latents [N, C, h, w], float32, on the model's device.
+
+    Raises:
+        UserError: there is no such solver or spacing, or too many steps for it; guidance for a model that takes it as an input.
     """
     count = len(prompts)
     assert len(seeds) == count, "one seed a prompt"
@@ -189,6 +199,8 @@ def sample(
                     guidance_scale=guidance_scale,
                     size=size,
                     solver=get_solver(solver),
+                    spacing=spacing,
+                    guidance_rescale=guidance_rescale,
                     encoder=encoder,
                     progress=progress,
                 )
@@ -203,6 +215,49 @@ def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
     return torch.cat(decoded) / 2 + 0.5
 
 
+def guidance_scales(model: DiffusionModel, prompts: Sequence[PromptSpec], default: float) -> Tensor:
+    """The scale of classifier-free guidance of each prompt [B], on the model's device; `default` for those that do not bring their own.
+
+    Raises:
+        UserError: the model's U-Net takes the scale as an input, so that guidance by two branches would come on top.
+    """
+    scales = [default if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts]
+    if model.embeds_guidance and any(scale != 1 for scale in scales):
+        raise UserError(
+            f"{model.spec.name} takes its guidance scale as an input, the same for every prompt, so guidance of "
+            f"{max(scales, key=lambda scale: abs(scale - 1)):g} would come on top; set it to 1 and take it out of the prompts."
+        )
+    return torch.tensor(scales, dtype=torch.float32, device=model.device)
+
+
+def predict_guided_eps(
+    model: DiffusionModel,
+    latents: Tensor,
+    timesteps: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scales: Tensor,
+    rescale: float = 0.0,
+) -> Tensor:
+    """The prediction along which a sampler goes [B, C, h, w], float32: one U-Net call on 2 B rows, or on B without guidance.
+
+    Args:
+        latents: [B, C, h, w]. timesteps: [B].
+        uncond: as many rows as cond; None where every scale is 1.
+        scales: of guidance [B].
+        rescale: phi of `solvers.rescale_guidance`.
+    """
+    if uncond is None:
+        return model.predict_eps(latents, timesteps, cond)
+    both = model.predict_eps(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), Conditioning.cat([uncond, cond]))
+    uncond_eps, cond_eps = both.chunk(2)
+    eps = guided_eps(uncond_eps, cond_eps, scales)
+    if rescale == 0:
+        return eps
+    abar, prediction_type = model.schedule.abar(timesteps), model.spec.prediction_type
+    return rescale_guided_eps(eps, cond_eps, rescale, latents=latents, abar=abar, prediction_type=prediction_type)
+
+
 def _sample_batch(
     model: DiffusionModel,
     prompts: Sequence[PromptSpec],
@@ -213,27 +268,28 @@ def _sample_batch(
     guidance_scale: float,
     size: Size,
     solver: Solver,
+    spacing: TimestepSpacing | None,
+    guidance_rescale: float,
     encoder: PromptEncoder,
     progress: Callable[[int], object] | None,
 ) -> Tensor:
     count, device = len(prompts), model.device
     shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
-    scales = torch.tensor([guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts], device=device)
-    guided = bool((scales != 1).any())
+    scales = guidance_scales(model, prompts, guidance_scale)
     cond = encoder.cond(prompts, size, strengths)
-    if guided:
-        cond = Conditioning.cat([encoder.uncond(prompts, size, strengths), cond])
+    uncond = encoder.uncond(prompts, size, strengths) if bool((scales != 1).any()) else None
     noise, generators = initial_noise(seeds, shape)
     latents = noise.to(device)
-    timesteps = model.schedule.inference_timesteps(num_steps).to(device)
+    schedule = solver.schedule(model.schedule)
+    timesteps = schedule.inference_timesteps(num_steps, spacing).to(device)
+    history: History | None = None
     for now, after in zip(timesteps[:-1], timesteps[1:], strict=True):
-        if guided:
-            uncond_eps, cond_eps = model.predict_eps(latents.repeat(2, 1, 1, 1), now.expand(2 * count), cond).chunk(2)
-            eps = uncond_eps + scales.view(-1, 1, 1, 1) * (cond_eps - uncond_eps)
-        else:
-            eps = model.predict_eps(latents, now.expand(count), cond)
+        now, after = now.expand(count), after.expand(count)
+        eps = predict_guided_eps(model, latents, now, cond, uncond, scales, guidance_rescale)
         noise = _draw(generators, shape).to(device) if solver.needs_noise else None
-        latents = solver.step(latents, eps, model.schedule.abar(now.expand(count)), model.schedule.abar(after.expand(count)), noise)
+        abar = schedule.abar(now)
+        moved = solver.step(latents, eps, abar, schedule.abar(after), noise, history)
+        latents, history = moved, solver.remember(latents, eps, abar)
         if progress is not None:
             progress(count)
     return latents
