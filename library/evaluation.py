@@ -1,11 +1,9 @@
 """Does a slider do what it says? Prompts x seeds x multipliers, scored by its own scorer and by independent judges.
 
-P prompts, S seeds, M multipliers; the statistics are those of `library.statistics`.
+P prompts, S seeds, M multipliers; the statistics are those of `library.statistics` and `library.picture_statistics`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,84 +11,64 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.picture_statistics import (
+    channel_statistics_distance,
+    chroma,
+    clipped_share,
+    edge_energy,
+    nyquist_share,
+    perceptual_distance,
+    rms_distance,
+    rms_diversity,
+    vae_features,
+)
 from library.sampling import PromptEncoder, Size, decode, sample, size_of
 from library.scorers.base import Scorer
-from library.statistics import Response, nan_to_none, none_to_nan, summarise_response
+from library.slider_evaluation import PictureStatistics, SliderEvaluation
+from library.statistics import summarise_response
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
 Judge = Callable[[Tensor, Sequence[str]], Tensor]  # pixels [B, 3, H, W] in 0..1 and prompts -> [B]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PictureStatistics:
-    """What happens to the pictures besides the score: means over samples or prompts, one a multiplier.
-
-    Attributes:
-        latent_drift, pixel_drift: RMS distance from the picture of the same seed at multiplier 0 (scaled latents; pixels in 0..1).
-        clipped: share of pixel values at or beyond black or white.
-        latent_diversity, pixel_diversity: mean RMS distance between two seeds of one prompt, over that of the base model.
-    """
-
-    latent_drift: tuple[float, ...]
-    pixel_drift: tuple[float, ...]
-    clipped: tuple[float, ...]
-    latent_diversity: tuple[float, ...]
-    pixel_diversity: tuple[float, ...]
+RELATIVE = ("latent_diversity", "pixel_diversity", "saturation", "edges", "nyquist")  # told over the base model's own
 
 
-@dataclass(frozen=True, kw_only=True)
-class SliderEvaluation:
-    """All that was measured on one slider.
-
-    Attributes:
-        name: the slider's.
-        multipliers: ascending, 0 among them.
-        prompts: the P prompts.
-        seeds: [P][S].
-        responses: by name, the scorers first.
-        statistics: drift, clipping and diversity.
-        settings: how it was sampled.
-        pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
-    """
-
-    name: str
-    multipliers: tuple[float, ...]
-    prompts: tuple[str, ...]
-    seeds: tuple[tuple[int, ...], ...]
-    responses: dict[str, Response]
-    statistics: PictureStatistics
-    settings: dict[str, Any] = field(default_factory=dict)
-    pictures: tuple[Tensor, ...] = field(default=(), repr=False)
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(map(len, self.seeds))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without the pictures."""
-        return {
-            "name": self.name,
-            "multipliers": list(self.multipliers),
-            "prompts": list(self.prompts),
-            "seeds": [list(row) for row in self.seeds],
-            "settings": self.settings,
-            "responses": {name: response.to_dict() for name, response in self.responses.items()},
-            "statistics": {key: [*map(nan_to_none, values)] for key, values in asdict(self.statistics).items()},
-        }
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "SliderEvaluation":
-        """What `to_dict` gave, without the pictures."""
-        return SliderEvaluation(
-            name=data["name"],
-            multipliers=tuple(data["multipliers"]),
-            prompts=tuple(data["prompts"]),
-            seeds=tuple(tuple(row) for row in data["seeds"]),
-            settings=data["settings"],
-            responses={name: Response.from_dict(name, response) for name, response in data["responses"].items()},
-            statistics=PictureStatistics(**{key: tuple(map(none_to_nan, values)) for key, values in data["statistics"].items()}),
+def sample_base(
+    model: DiffusionModel,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    resolution: Size,
+    batch_size: int,
+    solver: str = "ddim",
+    encoder: PromptEncoder | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[Tensor]:
+    """Latents of the model without any slider, on the CPU, [S, C, h, w] for each prompt: `evaluate` takes them for every slider of a
+    comparison. Arguments as there; no network may be switched on."""
+    table = _seed_table(prompts, seeds)
+    encoder = encoder or PromptEncoder(model)
+    latents: list[Tensor] = []
+    for chunk in _chunks(prompts, resolution, num_steps, batch_size // table.shape[1]):
+        own = sample(
+            model,
+            None,
+            [prompts[row] for row in chunk for _ in table[row]],
+            table[chunk].flatten().tolist(),
+            num_steps=prompts[chunk[0]].num_steps or num_steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+            solver=solver,
+            encoder=encoder,
+            progress=progress,
         )
+        latents += own.cpu().unflatten(0, (len(chunk), -1)).unbind()
+    return latents
 
 
 @torch.no_grad()
@@ -101,7 +79,7 @@ def evaluate(
     seeds: Sequence[int] | Sequence[Sequence[int]],
     multipliers: Sequence[float],
     scorers: Mapping[str, Scorer],
-    judges: Mapping[str, Judge],
+    judges: Mapping[str, Judge | Scorer],
     *,
     num_steps: int,
     guidance_scale: float,
@@ -110,6 +88,7 @@ def evaluate(
     solver: str = "ddim",
     name: str = "slider",
     encoder: PromptEncoder | None = None,
+    base: Sequence[Tensor] | None = None,
     num_pictures: int = 6,
     bootstrap_seed: int = 0,
     progress: Callable[[int], object] | None = None,
@@ -119,17 +98,20 @@ def evaluate(
     Args:
         seeds: S seeds for all prompts, or S of its own for each prompt [P][S] (pairs that share no noise); S at least 2.
         multipliers: of the network; 0, the base model, is added where it is missing.
-        scorers: given clean latents at sigma 0. judges: given pixels [B, 3, H, W] in 0..1 and the prompts.
+        scorers: what training follows; given clean latents at sigma 0.
+        judges: functions of pixels [B, 3, H, W] in 0..1 and the prompts, or scorers that training does not follow.
+        num_steps: of the sampler, for the prompts that do not bring their own.
+        base: what `sample_base` made of the same prompts, seeds and settings; None makes it here.
         num_pictures: of how many prompts the pictures are kept.
-        progress: as in `sample`: P * S * M * num_steps in all.
+        progress: as in `sample`.
 
     Raises:
         UserError: with fewer than 2 seeds per prompt, no multiplier besides 0, or a scorer and a judge of one name.
     """
     strengths = tuple(sorted({float(value) for value in multipliers} | {0.0}))
-    seed_table = np.broadcast_to(np.asarray(seeds, dtype=np.int64), (len(prompts), np.asarray(seeds).shape[-1]))  # [P, S]
-    num_seeds, base = seed_table.shape[1], strengths.index(0.0)
-    if len(strengths) < 2:
+    table, zero = _seed_table(prompts, seeds), strengths.index(0.0)
+    num_seeds, others = table.shape[1], [strength for strength in strengths if strength != 0]
+    if not others:
         raise UserError("the only multiplier is 0, the base model; give at least one other, for example -1 0 1")
     if num_seeds < 2:
         raise UserError(f"{num_seeds} seed per prompt cannot tell a slider from chance; give at least 2 seeds per prompt")
@@ -137,19 +119,31 @@ def evaluate(
         raise UserError(f"a scorer and a judge are both called {', '.join(sorted(both))}; give each a name of its own")
 
     encoder = encoder or PromptEncoder(model, network)
-    scores: dict[str, list[np.ndarray]] = {key: [] for key in [*scorers, *judges]}
-    measured: list[np.ndarray] = []  # [5, M] a prompt
+    if base is None:
+        with network.disabled():
+            base = sample_base(
+                model,
+                prompts,
+                table.tolist(),
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                resolution=resolution,
+                batch_size=batch_size,
+                solver=solver,
+                progress=progress,
+            )
+    raters = {**scorers, **judges}
+    scores: dict[str, list[np.ndarray]] = {key: [] for key in raters}
+    measured: list[dict[str, np.ndarray]] = []
     pictures: list[Tensor] = []
-    for chunk in _chunks(prompts, resolution, batch_size // (num_seeds * len(strengths))):
-        shape = (len(chunk), num_seeds, len(strengths))
-        samples = [prompts[row] for row in chunk for _ in range(num_seeds * len(strengths))]
-        latents = sample(
+    for chunk in _chunks(prompts, resolution, num_steps, batch_size // (num_seeds * len(others))):
+        moved = sample(
             model,
             network,
-            samples,
-            [int(seed) for row in chunk for seed in seed_table[row] for _ in strengths],
-            strengths * (len(chunk) * num_seeds),
-            num_steps=num_steps,
+            [prompts[row] for row in chunk for _ in range(num_seeds * len(others))],
+            table[chunk].flatten().repeat(len(others)).tolist(),
+            others * (len(chunk) * num_seeds),
+            num_steps=prompts[chunk[0]].num_steps or num_steps,
             guidance_scale=guidance_scale,
             resolution=resolution,
             batch_size=batch_size,
@@ -157,22 +151,20 @@ def evaluate(
             encoder=encoder,
             progress=progress,
         )
+        shape = (len(chunk), num_seeds, len(strengths))
+        moved = moved.cpu().unflatten(0, (*shape[:2], len(others)))
+        unmoved = torch.stack([base[row] for row in chunk]).unsqueeze(2)
+        latents = torch.cat([moved[:, :, :zero], unmoved, moved[:, :, zero:]], dim=2).flatten(0, 2)
         decoded = decode(model, latents, batch_size)
-        pixels = decoded.clamp(0, 1)
-        texts = [prompt.prompt for prompt in samples]
-        size = size_of(samples[0], resolution)
+        samples = [prompts[row] for row in chunk for _ in range(num_seeds * len(strengths))]
         for rows in _slices(len(samples), batch_size):
-            sigmas = latents.new_zeros(len(texts[rows]))
-            for key, scorer in scorers.items():
-                cond = encoder.encode(texts[rows], size, [0.0] * len(texts[rows])) if scorer.spec.uses_prompt else None
-                scores[key].append(scorer(latents[rows], sigmas, cond, texts[rows]).cpu().double().numpy())
-            for key, judge in judges.items():
-                scores[key].append(judge(pixels[rows], texts[rows]).cpu().double().numpy())
-        for row in range(len(chunk)):
-            mine = [part.cpu().unflatten(0, shape)[row] for part in (latents, pixels, decoded)]  # [S, M, ...]
-            measured.append(_measure(mine[0], mine[1], mine[2], base))
+            for key, rater in raters.items():
+                rated = _rate(rater, latents[rows].to(model.device), decoded[rows].clamp(0, 1), samples[rows], encoder, resolution)
+                scores[key].append(rated.cpu().double().numpy())
+        for own_latents, own_decoded in zip(latents.unflatten(0, shape), decoded.unflatten(0, shape), strict=True):
+            measured.append(_measure(model, own_latents, own_decoded, zero))
             if len(pictures) < num_pictures:
-                pictures.append((mine[1][0] * 255).round().byte())
+                pictures.append((own_decoded[0].clamp(0, 1) * 255).round().byte())
 
     values = {key: np.concatenate(rows).reshape(len(prompts), num_seeds, len(strengths)) for key, rows in scores.items()}
     rng, directions = np.random.default_rng(bootstrap_seed), np.array([prompt.direction for prompt in prompts])
@@ -180,11 +172,11 @@ def evaluate(
         name=name,
         multipliers=strengths,
         prompts=tuple(prompt.prompt for prompt in prompts),
-        seeds=tuple(tuple(map(int, row)) for row in seed_table),
+        seeds=tuple(tuple(map(int, row)) for row in table),
         responses={
             key: summarise_response(key, "scorer" if key in scorers else "judge", values[key], strengths, rng, directions) for key in values
         },
-        statistics=_pool(np.array(measured), base),
+        statistics=_pool(measured, zero),
         settings={
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
@@ -196,11 +188,32 @@ def evaluate(
     )
 
 
-def _chunks(prompts: Sequence[PromptSpec], resolution: Size, length: int) -> Iterator[list[int]]:
-    """Runs of neighbouring prompts of one size, `length` (at least 1) at most."""
+def _rate(
+    rater: Judge | Scorer, latents: Tensor, pixels: Tensor, prompts: Sequence[PromptSpec], encoder: PromptEncoder, resolution: Size
+) -> Tensor:
+    """Scores [B] of pictures of one size."""
+    texts = [prompt.prompt for prompt in prompts]
+    if not isinstance(rater, Scorer):
+        return rater(pixels, texts)
+    # What was asked for, in the base model's words: a LoRA of the text encoder must not talk to its own judge.
+    cond = encoder.encode(texts, size_of(prompts[0], resolution), [0.0] * len(texts)) if rater.spec.uses_prompt else None
+    return rater(latents, latents.new_zeros(len(latents)), cond, texts)
+
+
+def _seed_table(prompts: Sequence[PromptSpec], seeds: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
+    table = np.asarray(seeds, dtype=np.int64)
+    return np.broadcast_to(table, (len(prompts), table.shape[-1]))  # [P, S]
+
+
+def _chunks(prompts: Sequence[PromptSpec], resolution: Size, num_steps: int, length: int) -> Iterator[list[int]]:
+    """Runs of neighbouring prompts of one size and number of steps, `length` (at least 1) at most."""
+
+    def kind(prompt: PromptSpec) -> tuple[Size, int]:
+        return size_of(prompt, resolution), prompt.num_steps or num_steps
+
     chunk: list[int] = []
     for row, prompt in enumerate(prompts):
-        if chunk and (len(chunk) >= length or size_of(prompt, resolution) != size_of(prompts[chunk[0]], resolution)):
+        if chunk and (len(chunk) >= length or kind(prompt) != kind(prompts[chunk[0]])):
             yield chunk
             chunk = []
         chunk.append(row)
@@ -212,25 +225,38 @@ def _slices(count: int, length: int) -> list[slice]:
     return [slice(start, start + length) for start in range(0, count, length)]
 
 
-def _measure(latents: Tensor, pixels: Tensor, decoded: Tensor, base: int) -> np.ndarray:
-    """The fields of `PictureStatistics` for one prompt [5, M], diversities still in their own units; parts are [S, M, ...]."""
-    clipped = ((decoded <= 0) | (decoded >= 1)).double().mean((0, 2, 3, 4))
-    drifts = [(part - part[:, base : base + 1]).square().mean((2, 3, 4)).sqrt().mean(0).double() for part in (latents, pixels)]
-    diversities = [torch.stack([_mean_pair_distance(column) for column in part.unbind(1)]) for part in (latents, pixels)]
-    return torch.stack([*drifts, clipped, *diversities]).numpy()
+def _measure(model: DiffusionModel, latents: Tensor, decoded: Tensor, zero: int) -> dict[str, np.ndarray]:
+    """The fields of `PictureStatistics` for one prompt, [M] each, still in their own units.
+
+    Args:
+        latents: [S, M, C, h, w]. decoded: pixels, not clamped [S, M, 3, H, W].
+        zero: where the base model's stand among the M.
+    """
+    columns: dict[str, list[float]] = {}
+    pixels = decoded.clamp(0, 1)
+    base_features = vae_features(model.vae, pixels[:, zero])
+    for place in range(latents.shape[1]):
+        now, shown = latents[:, place], pixels[:, place]
+        means = {
+            "latent_drift": rms_distance(now, latents[:, zero]),
+            "pixel_drift": rms_distance(shown, pixels[:, zero]),
+            "latent_statistics": channel_statistics_distance(now, latents[:, zero]),
+            "perceptual_distance": perceptual_distance(vae_features(model.vae, shown), base_features),
+            "clipped": clipped_share(decoded[:, place]),
+            "saturation": chroma(shown),
+            "edges": edge_energy(shown),
+            "nyquist": nyquist_share(shown),
+        }
+        own = {key: part.mean().item() for key, part in means.items()}
+        own |= {"latent_diversity": rms_diversity(now), "pixel_diversity": rms_diversity(shown)}
+        for key, value in own.items():
+            columns.setdefault(key, []).append(value)
+    return {key: np.array(column) for key, column in columns.items()}
 
 
-def _mean_pair_distance(samples: Tensor) -> Tensor:
-    """Mean RMS distance between two of S samples [S, ...]."""
-    flat = samples.flatten(1).double()
-    return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
-
-
-def _pool(measured: np.ndarray, base: int) -> PictureStatistics:
-    """Means over prompts of [P, 5, M], diversities over the base model's (NaN where all its pictures are the same)."""
-    latent_drift, pixel_drift, clipped, *diversities = measured.mean(0)
-    ratios = [diversity / diversity[base] if diversity[base] > 0 else np.full_like(diversity, np.nan) for diversity in diversities]
-    columns = [tuple(map(float, column)) for column in (latent_drift, pixel_drift, clipped, *ratios)]
-    return PictureStatistics(
-        latent_drift=columns[0], pixel_drift=columns[1], clipped=columns[2], latent_diversity=columns[3], pixel_diversity=columns[4]
-    )
+def _pool(measured: Sequence[Mapping[str, np.ndarray]], zero: int) -> PictureStatistics:
+    """Means over prompts; those in `RELATIVE` over the base model's (NaN where it has none, such as pictures that are all the same)."""
+    means = {key: np.mean([own[key] for own in measured], axis=0) for key in measured[0]}
+    for key in RELATIVE:
+        means[key] = means[key] / means[key][zero] if means[key][zero] > 0 else np.full_like(means[key], np.nan)
+    return PictureStatistics(**{key: tuple(map(float, column)) for key, column in means.items()})

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from library.calibration import Calibration
-from library.evaluation import SliderEvaluation
 from library.response_curve import WIDEST, CurveSummary, ResponseCurve
+from library.slider_evaluation import SliderEvaluation
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"

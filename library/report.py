@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from library.evaluation import SliderEvaluation
 from library.findings import along, role_words, summary, warnings_of
 from library.plots import signed
+from library.slider_evaluation import SliderEvaluation
 from library.statistics import Response
 
 PAGE = """<!DOCTYPE html>

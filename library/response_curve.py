@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from library.evaluation import SliderEvaluation
+from library.slider_evaluation import SliderEvaluation
 from library.statistics import Interval, bootstrap_gains, linear_fit, percentile_interval
 
 WIDEST = 2.0  # weights beyond -2 and 2 are not asked about

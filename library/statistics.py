@@ -34,7 +34,7 @@ class Response:
 
     Attributes:
         name: the score's name.
-        role: "scorer" when it reads latents (training follows one), "judge" when it reads pixels, which no training does.
+        role: "scorer" when training follows it, "judge" when it does not.
         values: of every sample [P, S, M].
         std: the within-prompt standard deviation of the base model, in the score's units.
         means: mean over samples, one a multiplier.

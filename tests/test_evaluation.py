@@ -9,13 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from library.errors import UserError
-from library.evaluation import SliderEvaluation, evaluate
+from library.evaluation import evaluate, sample_base
 from library.models.base import DiffusionModel
 from library.plots import GAP, HEADER, LABEL_WIDTH
 from library.previews import preview_path, write_preview
 from library.sampling import decode, sample
 from library.scorers.base import Scorer, ScorerSpec
-from library.statistics import bootstrap_means, linear_fit, summarise_response, within_prompt_std
+from library.slider_evaluation import SliderEvaluation
+from library.statistics import bootstrap_means, linear_fit, paired_difference, summarise_response, within_prompt_std
 from library.types import PromptSpec
 from tests.test_sampling import network_for
 from tests.tiny_models import tiny_model
@@ -128,6 +129,82 @@ def test_drift_and_diversity_are_distances(measured):
     assert statistics.latent_diversity[2] == pytest.approx(spread[1.0] / spread[0.0], rel=1e-3)
     assert statistics.latent_diversity[1] == statistics.pixel_diversity[1] == 1
     assert all(0 <= share <= 1 for share in statistics.clipped)
+
+
+def test_what_is_told_over_the_base_models_own_is_1_there(measured):
+    model, network, prompts, evaluation, _ = measured
+    statistics = evaluation.statistics
+    for column in (statistics.saturation, statistics.edges, statistics.nyquist, statistics.pixel_diversity):
+        assert column[1] == 1 and all(value > 0 for value in column) and column[0] != column[2]
+    assert statistics.perceptual_distance[1] == 0 == statistics.latent_statistics[1] and min(statistics.perceptual_distance[::2]) > 0
+    pictures = {
+        multiplier: [
+            decode(model, sample(model, network, [prompt] * 2, evaluation.seeds[row], multiplier, **RUN), 2).clamp(0, 1)
+            for row, prompt in enumerate(prompts)
+        ]
+        for multiplier in (0.0, 1.0)
+    }
+    chromas = {key: np.mean([(rows.amax(1) - rows.amin(1)).mean().item() for rows in own]) for key, own in pictures.items()}
+    assert statistics.saturation[2] == pytest.approx(chromas[1.0] / chromas[0.0], rel=1e-3)
+
+
+def test_base_pictures_are_sampled_once_for_several_sliders(measured):
+    model, network, prompts, evaluation, _ = measured
+    table = [list(row) for row in evaluation.seeds]
+    steps: list[int] = []
+    with network.disabled():
+        base = sample_base(model, prompts, table, progress=steps.append, **RUN)
+    assert sum(steps) == 3 * 2 * 2 and [tuple(own.shape) for own in base][1] == (2, 4, 8, 12)
+    steps.clear()
+    again = evaluate(
+        model, network, prompts, table, (-1, 1), {"channel": scorer_for(model)}, {}, base=base, num_pictures=0, progress=steps.append, **RUN
+    )
+    assert sum(steps) == 3 * 2 * 2 * 2  # the two other multipliers
+    np.testing.assert_allclose(again.responses["channel"].values, evaluation.responses["channel"].values, atol=1e-4)
+    foreign = [own + 1.0 for own in base]
+    moved = evaluate(model, network, prompts, table, (1,), {"channel": scorer_for(model)}, {}, base=foreign, num_pictures=0, **RUN)
+    difference = moved.responses["channel"].values[:, :, 0] - again.responses["channel"].values[:, :, 1]
+    np.testing.assert_allclose(difference, 1.0, atol=1e-4)  # it is these latents that are the base
+
+
+def test_a_scorer_may_judge(measured):
+    model, network, prompts, evaluation, _ = measured
+    table = [list(row) for row in evaluation.seeds]
+    judged = evaluate(model, network, prompts[:1], table[:1], (-1, 1), {}, {"channel": scorer_for(model)}, num_pictures=0, **RUN)
+    response = judged.responses["channel"]
+    assert response.role == "judge"
+    np.testing.assert_allclose(response.values, evaluation.responses["channel"].values[:1], atol=1e-4)
+
+
+def test_a_prompt_brings_its_own_number_of_steps(measured):
+    model, network, prompts, _, _ = measured
+    own = [PromptSpec(prompt="a cat", num_steps=3), PromptSpec(prompt="a dog")]
+    steps: list[int] = []
+    done = evaluate(model, network, own, [1, 2], (1,), {"channel": scorer_for(model)}, {}, num_pictures=0, progress=steps.append, **RUN)
+    assert sum(steps) == 2 * 2 * 3 + 2 * 2 * 2
+    latents = sample(model, network, own[:1], [1], 1.0, **(RUN | {"num_steps": 3}))
+    assert done.responses["channel"].values[0, 0, 1] == pytest.approx(latents[0, 0].mean().item(), abs=1e-4)
+
+
+def test_json_tells_every_prompt_apart(measured):
+    evaluation = measured[3]
+    rows = evaluation.to_dict()["per_prompt"]
+    assert [row["prompt"] for row in rows] == list(evaluation.prompts)
+    means = np.mean([row["gains_std"]["channel"] for row in rows], axis=0)
+    assert means == pytest.approx([gain.value for gain in evaluation.responses["channel"].gains_std])
+
+
+def test_two_sliders_are_compared_pair_by_pair():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(20, 4, 1))
+    hard = rng.normal(size=(20, 4, 1))  # what both gain differently from pair to pair
+    first, second = (
+        summarise_response("score", "judge", base + np.array(MULTIPLIERS) * (gain + hard), MULTIPLIERS, rng) for gain in (1.0, 0.8)
+    )
+    difference = paired_difference(first, second, rng)
+    unit = within_prompt_std(base[:, :, 0])
+    assert [part.value for part in difference] == pytest.approx([0.2 * weight / unit for weight in MULTIPLIERS])
+    assert difference[-1].high - difference[-1].low < 1e-9 < first.gains[-1].high - first.gains[-1].low
 
 
 def test_json_round_trip(measured):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from library.evaluation import PictureStatistics, SliderEvaluation
 from library.findings import summary, text_table, warnings_of
 from library.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
 from library.report import html_report
+from library.slider_evaluation import PictureStatistics, SliderEvaluation
 from library.statistics import summarise_response
 
 MULTIPLIERS = (-1.0, 0.0, 1.0)
