@@ -1,43 +1,79 @@
-"""Prompt lists: TOML, plain text with sd-scripts' options, and PartiPrompts' TSV become `PromptSpec`s."""
+"""Prompt lists from files, with their choices written out: docs/prompts.md shows every format."""
 
-import csv
-import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import toml
+import torch
 
-from library.config import nearest
+from library.config import check_at_least, option
 from library.errors import UserError
+from library.prompt_entries import Entry, from_lines, from_toml, from_tsv
+from library.prompt_syntax import escape
+from library.prompt_tags import split_tags, tag_prompt, vary
 from library.types import PromptSpec
-
-logger = logging.getLogger(__name__)
-
-PIXELS_PER_LATENT = 8
-KEYS = ("prompt", "negative_prompt", "width", "height", "guidance_scale", "weight", "direction")
-# Keys of sd-scripts' LECO files that say the same in other words, and those that only its own objective reads.
-LECO_NAMES = {"target": "prompt", "unconditional": "negative_prompt"}
-LECO_UNUSED = ("positive", "neutral", "action", "guidance_scale", "batch_size", "dynamic_resolution", "dynamic_crops", "multiplier")
-# --n negative, --w width, --h height, --l guidance; --d seed, --s steps and --ss sampler belong to sample prompts, the run has its own.
-LINE_OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "l": "guidance_scale", "d": None, "s": None, "ss": None}
+from library.wildcards import Wildcards
 
 
-def load_prompts(path: str | Path, categories: Sequence[str] | None = None) -> list[PromptSpec]:
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How prompts are read, and what becomes of them."""
+
+    prompt_format: str = option(
+        "auto",
+        choices=("auto", "danbooru"),
+        help="Of a .txt: auto takes each line as a prompt, danbooru as the tags of a picture (1girl solo long_hair).",
+    )
+    shuffle_caption: bool = option(False, help="With prompt_format danbooru: shuffle each line's tags.")
+    keep_tokens: int = option(0, help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.")
+    caption_tag_dropout_rate: float = option(0.0, help="With prompt_format danbooru: leave each tag out with this probability.")
+    num_tag_variants: int = option(4, help="Prompts made of each line of tags that are shuffled or dropped.")
+    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.")
+    max_prompt_variants: int = option(64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.")
+    prompt_weighting: bool = option(
+        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text."
+    )
+    enable_bucket: bool = option(False, help="Spread prompts that have no size of their own over pictures of other aspect ratios.")
+    min_bucket_reso: int | None = option(None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.")
+    max_bucket_reso: int | None = option(None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.")
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_tag_variants", "max_prompt_variants")
+        check_at_least(self, 0, "keep_tokens")
+        if not 0 <= self.caption_tag_dropout_rate < 1:
+            raise UserError(f"caption_tag_dropout_rate is {self.caption_tag_dropout_rate}; it must be from 0 to below 1")
+        if self.varies_tags and self.prompt_format != "danbooru":
+            raise UserError("shuffle_caption and caption_tag_dropout_rate are for tags; set prompt_format to danbooru, or leave them out")
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+
+
+def load_prompts(
+    path: str | Path,
+    categories: Sequence[str] | None = None,
+    options: PromptOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> list[PromptSpec]:
     """Read a prompt list; its kind is told by the file's ending.
 
-    `.toml`: `[[prompts]]` tables with the fields of `PromptSpec` (or the `target`, `unconditional` and `resolution` of an
-    sd-scripts LECO file); top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`.
-    Anything else: a prompt a line, `#` begins a comment line, with sd-scripts' `--n --w --h --l` options.
+    `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
+    top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a
+    line, `#` begins a comment line, with sd-scripts' options (`prompt_entries.LINE_OPTIONS`). A prompt with choices
+    (`library.wildcards`) becomes several, which share its weight.
 
     Args:
         categories: of a TSV, keep only rows of these (column `Category`).
+        options: None is the defaults.
+        generator: of choices and tags that are drawn; None is one with seed 0.
 
     Raises:
-        UserError: no such file, nothing in it, or a line or key that cannot be understood.
+        UserError: no such file, nothing in it, or a line or key that cannot be understood; it names file and line.
     """
-    path = Path(path)
+    path, options = Path(path), options or PromptOptions()
+    generator = generator or torch.Generator().manual_seed(0)
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
     try:
@@ -46,118 +82,52 @@ def load_prompts(path: str | Path, categories: Sequence[str] | None = None) -> l
         raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
     if categories and path.suffix != ".tsv":
         raise UserError(f"prompt_categories choose rows of a PartiPrompts .tsv, but the prompts file is {path}; leave them out")
+    if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
+        raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
     match path.suffix:
         case ".toml":
-            prompts = _from_toml(text, path)
+            prompts = _written_out(from_toml(text, path), options, generator)
         case ".tsv":
-            prompts = _from_tsv(text, path, categories)
+            prompts = [_literal(spec, options) for spec in from_tsv(text, path, categories)]
+        case _ if options.prompt_format == "danbooru":
+            prompts = _of_tags(from_lines(text.splitlines(), path), options, generator)
         case _:
-            prompts = _from_lines(text.splitlines(), path)
+            prompts = _written_out(from_lines(text.splitlines(), path), options, generator)
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompts; write one a line")
     return prompts
 
 
-def _from_lines(lines: Iterable[str], path: Path) -> list[PromptSpec]:
+def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
+    """Choices in prompt and negative prompt are made together: each variant is a pair."""
+    wildcards = Wildcards(options.wildcards_dir)
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if line and not line.startswith("#"):
-            prompts.append(_parse_line(line, f"{path} line {number}"))
+    for where, spec in entries:
+        variants = wildcards.expand((spec.prompt, spec.negative_prompt), options.max_prompt_variants, generator, where)
+        for prompt, negative in variants:
+            prompts.append(replace(spec, prompt=prompt, negative_prompt=negative, weight=spec.weight / len(variants)))
     return prompts
 
 
-def _parse_line(line: str, where: str) -> PromptSpec:
-    prompt, *options = re.split(r"\s--(?=[a-z]+\b)", line)
-    values: dict[str, Any] = {"prompt": prompt.strip()}
-    for option in options:
-        name, _, value = option.partition(" ")
-        if name not in LINE_OPTIONS:
-            raise UserError(
-                f"{where}: --{name} is not an option of a prompt; known are {', '.join('--' + known for known in LINE_OPTIONS)}"
+def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
+    count = options.num_tag_variants if options.varies_tags else 1
+    prompts = []
+    for _, spec in entries:
+        tags = split_tags(spec.prompt)
+        for _ in range(count):
+            varied = vary(
+                tags,
+                shuffle=options.shuffle_caption,
+                keep=options.keep_tokens,
+                dropout=options.caption_tag_dropout_rate,
+                generator=generator,
             )
-        if (field := LINE_OPTIONS[name]) is not None:
-            values[field] = value.strip()
-    return _spec(values, where)
-
-
-def _from_tsv(text: str, path: Path, categories: Sequence[str] | None) -> list[PromptSpec]:
-    # Parti's prompts hold unpaired quotes, so quoting is off.
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-    if rows and "Prompt" not in rows[0]:
-        raise UserError(f"prompts file {path} has the columns {', '.join(rows[0])}; a .tsv needs a column Prompt")
-    if categories:
-        known = sorted({row.get("Category") or "" for row in rows})
-        for category in categories:
-            if category not in known:
-                raise UserError(f"prompt_categories: {path} has no category {category!r}; it has {', '.join(known)}")
-        rows = [row for row in rows if row["Category"] in categories]
-    return [PromptSpec(prompt=prompt) for row in rows if (prompt := (row["Prompt"] or "").strip())]
-
-
-def _from_toml(text: str, path: Path) -> list[PromptSpec]:
-    try:
-        content = toml.loads(text)
-    except (toml.TomlDecodeError, IndexError) as error:  # toml raises IndexError on some broken tables
-        raise UserError(f"prompts file {path} is not valid TOML: {error}") from error
-    tables = content.pop("prompts", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"prompts file {path}: `prompts` must be a list of [[prompts]] tables")
-    if "targets" in content or "slider" in content:
-        raise UserError(f"prompts file {path} has LECO [[targets]], which describe a slider in words; give [[prompts]] for a score")
-    unused: set[str] = set()
-    prompts = []
-    for number, table in enumerate(tables, start=1):
-        leco, where = "target" in table, f"{path} [[prompts]] number {number}"
-        values: dict[str, Any] = {}
-        for key, value in (content | table).items():
-            if leco and key in LECO_UNUSED:
-                unused.add(key)
-            elif key == "resolution":
-                values["height"], values["width"] = _height_and_width(value, where)
-            else:
-                values[LECO_NAMES.get(key) or key] = value
-        prompts.append(_spec(values, where))
-    if unused:
-        logger.warning("%s: %s belong to LECO's own objective; a score does not use them", path, ", ".join(sorted(unused)))
+            prompts.append(replace(spec, prompt=tag_prompt(varied, weighting=options.prompt_weighting), weight=spec.weight / count))
     return prompts
 
 
-def _height_and_width(resolution: Any, where: str) -> tuple[Any, Any]:
-    if not isinstance(resolution, list):
-        return resolution, resolution
-    if len(resolution) != 2:
-        raise UserError(f"{where}: resolution is {resolution}; it must be one number of pixels or [height, width]")
-    return resolution[0], resolution[1]
-
-
-def _spec(values: Mapping[str, Any], where: str) -> PromptSpec:
-    for key in values:
-        if key not in KEYS:
-            hint = f"did you mean {near}?" if (near := nearest(key, KEYS)) else f"known are {', '.join(KEYS)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-    if not isinstance(values.get("prompt"), str):
-        raise UserError(f"{where}: `prompt` is missing or is not text")
-    numbers = {key: _number(values[key], key, where) for key in values if key not in ("prompt", "negative_prompt")}
-    for key in ("width", "height"):
-        if key in numbers:
-            pixels = numbers[key]
-            if pixels <= 0 or pixels % PIXELS_PER_LATENT:
-                raise UserError(f"{where}: {key} is {values[key]}; it must be a positive multiple of {PIXELS_PER_LATENT} pixels")
-            numbers[key] = int(pixels)
-    spec = PromptSpec(prompt=values["prompt"], negative_prompt=str(values.get("negative_prompt", "")), **numbers)
-    if not spec.weight > 0:
-        raise UserError(f"{where}: weight is {spec.weight}; it must be above 0 (leave the prompt out to never draw it)")
-    if spec.direction not in (1.0, -1.0):
-        raise UserError(f"{where}: direction is {spec.direction}; it must be 1 (raise the score at a positive weight) or -1 (lower it)")
-    return spec
-
-
-def _number(value: Any, key: str, where: str) -> Any:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {key} is {value!r}, which is not a number") from None
+def _literal(spec: PromptSpec, options: PromptOptions) -> PromptSpec:
+    return replace(spec, prompt=escape(spec.prompt)) if options.prompt_weighting else spec
 
 
 def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:

@@ -3,30 +3,49 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.errors import UserError
-from library.prompts import load_prompts
+from library.prompt_buckets import with_aspect_buckets
+from library.prompt_syntax import escape, parse_weights, plain_text
+from library.prompts import PromptOptions, load_prompts, spread
 from library.types import PromptSpec
 
 
 def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_lines_with_sd_scripts_options(tmp_path: Path) -> None:
-    text = "# comment\n\na red circle\na cat -- really --n ugly, bad --w 96 --h 64 --l 3.5 --d 1 --s 20\n"
+def texts(path: Path, text: str, **options) -> list[str]:
+    return [prompt.prompt for prompt in load_prompts(write(path, text), options=PromptOptions(**options))]
+
+
+def test_lines_with_sd_scripts_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "# comment\n\na red circle\na cat -- really --n ugly, bad --w 96 --h 64 --l 3.5 --d 12345678901 --s 20 --ss euler_a\n--s 4\n"
     prompts = load_prompts(write(tmp_path / "p.txt", text))
+    own = {"width": 96, "height": 64, "guidance_scale": 3.5, "seed": 12345678901, "num_steps": 20}
     assert prompts == [
         PromptSpec(prompt="a red circle"),
-        PromptSpec(prompt="a cat -- really", negative_prompt="ugly, bad", width=96, height=64, guidance_scale=3.5),
+        PromptSpec(prompt="a cat -- really", negative_prompt="ugly, bad", **own),
+        PromptSpec(prompt="", num_steps=4),
+    ]
+    assert caplog.text.count("--ss does nothing here") == 1
+
+
+def test_lines_with_our_own_options(tmp_path: Path) -> None:
+    prompts = load_prompts(write(tmp_path / "p.txt", "ugly --direction -1 --weight 2.5\nold --ow 512 --oh 384 --ct 8 --cl 0\n"))
+    assert prompts == [
+        PromptSpec(prompt="ugly", direction=-1.0, weight=2.5),
+        PromptSpec(prompt="old", original_width=512, original_height=384, crop_top=8),
     ]
 
 
 def test_toml_tables_take_top_level_defaults(tmp_path: Path) -> None:
-    text = 'weight = 2\n[[prompts]]\nprompt = "beautiful"\n[[prompts]]\nprompt = "ugly"\ndirection = -1\nweight = 1\n'
+    text = 'weight = 2\n[[prompts]]\nprompt = "beautiful"\nseed = 3\n[[prompts]]\nprompt = "ugly"\ndirection = -1\nweight = 1\n'
     prompts = load_prompts(write(tmp_path / "p.toml", text))
-    assert prompts == [PromptSpec(prompt="beautiful", weight=2.0), PromptSpec(prompt="ugly", direction=-1.0)]
+    assert prompts == [PromptSpec(prompt="beautiful", weight=2.0, seed=3), PromptSpec(prompt="ugly", direction=-1.0)]
 
 
 def test_leco_file_of_sd_scripts_gives_targets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,12 +55,130 @@ def test_leco_file_of_sd_scripts_gives_targets(tmp_path: Path, caplog: pytest.Lo
     assert "action" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'weight = 3.0\n[[targets]]\ntarget_class = "person"\npositive = "old"\nnegative = "young"\nresolutions = [[96, 64], [64, 96]]\n',
+        'guidance_scale = 1.0\n[slider]\nweight = 3.0\nresolutions = [[96, 64], [64, 96]]\n[[slider.targets]]\ntarget_class = "person"\n',
+        'target_class = "person"\nnegative = "young"\nweight = 3.0\nresolutions = [[96, 64], [64, 96]]\n',
+    ],
+)
+def test_leco_sliders_give_what_they_act_on(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    prompts = load_prompts(write(tmp_path / "p.toml", text))
+    assert prompts == [
+        PromptSpec(prompt="person", height=96, width=64, weight=1.5),
+        PromptSpec(prompt="person", height=64, width=96, weight=1.5),
+    ]
+    assert "belong to LECO's own objective" in caplog.text
+
+
+def test_a_slider_of_no_class_acts_on_the_empty_prompt(tmp_path: Path) -> None:
+    assert load_prompts(write(tmp_path / "p.toml", '[[targets]]\npositive = "old"\n')) == [PromptSpec(prompt="")]
+
+
 def test_parti_rows_and_categories(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.tsv", 'Prompt\tCategory\tChallenge\tNote\na "dog\tAnimals\tBasic\t\na car\tVehicles\tBasic\tx\n')
-    assert [prompt.prompt for prompt in load_prompts(path)] == ['a "dog', "a car"]
-    assert [prompt.prompt for prompt in load_prompts(path, ["Vehicles"])] == ["a car"]
+    rows = 'Prompt\tCategory\tChallenge\tNote\na "dog\tAnimals\tBasic\t\na {car} (red)\tVehicles\tBasic\tx\n'
+    path = write(tmp_path / "p.tsv", rows)
+    assert [prompt.prompt for prompt in load_prompts(path)] == ['a "dog', r"a {car} \(red\)"]
+    assert [prompt.prompt for prompt in load_prompts(path, ["Vehicles"], PromptOptions(prompt_weighting=False))] == ["a {car} (red)"]
     with pytest.raises(UserError, match="no category 'Food'; it has Animals, Vehicles"):
         load_prompts(path, ["Food"])
+
+
+def test_danbooru_tags(tmp_path: Path) -> None:
+    lines = "1girl solo long_hair ^_^ miku_(vocaloid) --n lowres\n1girl, solo, long hair, x_x\n1boy,hat\n||_|| 3d\n"
+    found = load_prompts(write(tmp_path / "t.txt", lines), options=PromptOptions(prompt_format="danbooru"))
+    assert [prompt.prompt for prompt in found] == [
+        r"1girl, solo, long hair, ^_^, miku \(vocaloid\)",
+        "1girl, solo, long hair, x_x",
+        "1boy, hat",
+        "||_||, 3d",
+    ]
+    assert found[0].negative_prompt == "lowres"
+    assert "miku (vocaloid)" in texts(tmp_path / "t.txt", lines, prompt_format="danbooru", prompt_weighting=False)[0]
+
+
+def test_tags_are_shuffled_and_dropped_behind_those_that_are_kept(tmp_path: Path) -> None:
+    tags = [f"tag{number}" for number in range(20)]
+    file = write(tmp_path / "t.txt", " ".join(tags) + " --weight 3")
+    options = PromptOptions(prompt_format="danbooru", shuffle_caption=True, keep_tokens=2, num_tag_variants=3)
+    prompts = load_prompts(file, options=options)
+    variants = [prompt.prompt.split(", ") for prompt in prompts]
+    assert [prompt.weight for prompt in prompts] == [1.0] * 3
+    assert all(variant[:2] == ["tag0", "tag1"] and sorted(variant) == sorted(tags) for variant in variants)
+    assert len({tuple(variant) for variant in variants}) == 3
+    assert load_prompts(file, options=options) == prompts
+    assert load_prompts(file, options=options, generator=torch.Generator().manual_seed(1)) != prompts
+
+    options = PromptOptions(prompt_format="danbooru", caption_tag_dropout_rate=0.5, keep_tokens=1, num_tag_variants=200)
+    variants = [prompt.prompt.split(", ") for prompt in load_prompts(file, options=options)]
+    assert all(variant[0] == "tag0" and variant == [tag for tag in tags if tag in variant] for variant in variants)
+    left = sum(len(variant) - 1 for variant in variants) / (200 * 19)
+    assert abs(left - 0.5) < 0.05  # 6 standard deviations of 3,800 draws
+
+
+def test_choices_are_written_out(tmp_path: Path) -> None:
+    prompts = load_prompts(write(tmp_path / "p.txt", r"a {red|{dark |}blue} \{box\} | --n {bad|ugly} --weight 6"))
+    assert [prompt.prompt for prompt in prompts[::2]] == ["a red {box} |", "a dark blue {box} |", "a blue {box} |"]
+    assert [prompt.negative_prompt for prompt in prompts[:2]] == ["bad", "ugly"]
+    assert [prompt.weight for prompt in prompts] == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{2$$a|b|c}", ["a, b", "a, c", "b, c"]),
+        ("{1-2$$ and $$a|b}", ["a", "b", "a and b"]),
+        ("({x|y}:1.2)", ["(x:1.2)", "(y:1.2)"]),
+        ("{one}", ["one"]),
+    ],
+)
+def test_choices_of_several(tmp_path: Path, text: str, expected: list[str]) -> None:
+    assert texts(tmp_path / "p.txt", text) == expected
+
+
+def test_wildcards_are_lists_in_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "w" / "colour.txt", "# colours\nred\n\n{dark|light} blue\n")
+    write(tmp_path / "w" / "clothes" / "hat.txt", "__colour__ cap\ntop hat\n")
+    found = texts(tmp_path / "p.txt", "a __clothes/hat__, snake_case", wildcards_dir=tmp_path / "w")
+    assert found == [f"a {hat}, snake_case" for hat in ("red cap", "dark blue cap", "light blue cap", "top hat")]
+
+
+def test_too_many_choices_are_drawn(tmp_path: Path) -> None:
+    text = "{a|b|c|d} {a|b|c|d} {a|b|c|d} --weight 2\nplain"
+    prompts = load_prompts(write(tmp_path / "p.txt", text), options=PromptOptions(max_prompt_variants=40))
+    assert len({prompt.prompt for prompt in prompts}) == len(prompts) == 41
+    assert [prompt.weight for prompt in prompts] == [2 / 40] * 40 + [1.0]
+    assert load_prompts(tmp_path / "p.txt", options=PromptOptions(max_prompt_variants=40)) == prompts
+    many = texts(tmp_path / "p.txt", "{0|1|2|3|4|5|6|7|8|9}" * 50, max_prompt_variants=500)
+    share = sum(text.count("7") for text in many) / (500 * 50)
+    assert len(many) == 500 and abs(share - 0.1) < 0.01  # 5 standard deviations of 25,000 draws
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb {red|blue", r"line 2: a \{ is not closed"),
+        ("red}", r"line 1: there is a \} without its \{"),
+        ("{3$$a|b}", "3 to 3 of 2 options"),
+        ("{10$$" + "|".join(map(str, range(30))) + "}", "is 30045015 combinations"),
+        ("a __colr__", "has no list colr.txt; did you mean __colour__"),
+        ("a __loop__", r"loop.txt line 1: the wildcard __loop__ names itself \(loop -> loop\)"),
+        ("a __empty__", "empty.txt is empty"),
+    ],
+)
+def test_choices_that_cannot_be_made(tmp_path: Path, text: str, message: str) -> None:
+    for name, content in (("colour", "red"), ("loop", "x __loop__"), ("empty", "# nothing\n")):
+        write(tmp_path / "w" / f"{name}.txt", content)
+    with pytest.raises(UserError, match=message):
+        texts(tmp_path / "p.txt", text, wildcards_dir=tmp_path / "w")
+
+
+def test_wildcards_need_their_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names the wildcard __colour__, but wildcards_dir is not set"):
+        texts(tmp_path / "p.txt", "a __colour__ cat")
+    with pytest.raises(UserError, match="wildcards_dir is .*, which is not a folder"):
+        texts(tmp_path / "p.txt", "a cat", wildcards_dir=tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -49,13 +186,21 @@ def test_parti_rows_and_categories(tmp_path: Path) -> None:
     [
         ("p.txt", "\n# nothing\n", "holds no prompts"),
         ("p.txt", "cat --w 100", "multiple of 8"),
+        ("p.txt", "cat --w", "width is '', which is not a number"),
         ("p.txt", "cat --x 3", "--x is not an option"),
+        ("p.txt", "ok\n\ncat --s 2.5", "line 3: num_steps is 2.5; it must be a whole number from 1"),
+        ("p.txt", "cat --d -1", "seed is -1; it must be a whole number from 0"),
+        ("p.txt", "cat --l 0", "guidance_scale is 0; it must be above 0"),
+        ("p.txt", "cat --l inf", "not a number"),
         ("p.toml", "[[prompts]]\nprmpt = 'cat'", "unknown key 'prmpt'; did you mean prompt?"),
         ("p.toml", "[[prompts]]\nprompt = 'cat'\nweight = 0", "above 0"),
         ("p.toml", "[[prompts]]\nprompt = 'cat'\nweight = 'much'", "not a number"),
-        ("p.toml", "[[prompts]]\nprompt = 'cat'\ndirection = 2", "direction is 2.0"),
+        ("p.toml", "[[prompts]]\nprompt = 'cat'\nweight = true", "weight is True, which is not a number"),
+        ("p.toml", "[[prompts]]\nprompt = 'cat'\ndirection = 2", "direction is 2"),
+        ("p.toml", "[[prompts]]\nprompt = 'cat'\nnegative_prompt = 3", "`negative_prompt` is missing or is not text"),
         ("p.toml", "[[prompts]\n", "not valid TOML"),
         ("p.toml", "prompt = 'cat'", "holds no prompts"),
+        ("p.toml", "targets = 3", "must be a list of"),
         ("p.tsv", "Text\na cat\n", "needs a column Prompt"),
     ],
 )
@@ -68,3 +213,69 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, messa
 def test_missing_file() -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prompts("nowhere.txt")
+
+
+def test_options_that_contradict(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="set prompt_format to danbooru"):
+        PromptOptions(shuffle_caption=True)
+    with pytest.raises(UserError, match="from 0 to below 1"):
+        PromptOptions(prompt_format="danbooru", caption_tag_dropout_rate=1.0)
+    with pytest.raises(UserError, match="danbooru reads a .txt"):
+        texts(tmp_path / "p.toml", "[[prompts]]\nprompt = 'cat'", prompt_format="danbooru")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sections"),
+    [
+        ("", [[]]),
+        ("a cat: red", [[("a cat: red", 1.0)]]),
+        ("an (important) word", [[("an ", 1.0), ("important", 1.1), (" word", 1.0)]]),
+        ("(a:1.0) [(b)] c", [[("a b c", 1.0)]]),
+        ("(unbalanced", [[("unbalanced", 1.1)]]),
+        ("a) b] c:2)", [[("a) b] c:2)", 1.0)]]),
+        (r"\(literal\] \ \\", [[(r"(literal] \ " + "\\", 1.0)]]),
+        ("(a (b:2) :0.5)", [[("a ", 0.5), ("b", 1.0), (" ", 0.5)]]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",  # the example in A1111's source
+            [
+                [("a ", 1.0), ("house", 1.573), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1)]
+                + [("sky", 1.4641), (".", 1.1)]
+            ],
+        ),
+        ("a cat BREAK (a BREAK dog:2) BREAK", [[("a cat", 1.0)], [("a", 2.0)], [("dog", 2.0)]]),
+        ("BREAKFAST", [[("BREAKFAST", 1.0)]]),
+        ("BREAK a", [[], [("a", 1.0)]]),
+    ],
+)
+def test_weights_are_those_of_a1111(prompt: str, sections: list[list[tuple[str, float]]]) -> None:
+    found = parse_weights(prompt)
+    assert [[text for text, _ in section] for section in found] == [[text for text, _ in section] for section in sections]
+    weights = [weight for section in sections for _, weight in section]
+    assert [weight for section in found for _, weight in section] == pytest.approx(weights, rel=1e-12)
+
+
+def test_escaped_text_is_text_again() -> None:
+    text = r"miku (vocaloid) [x] \m/ \(o"
+    assert parse_weights(escape(text)) == [[(text, 1.0)]]
+    assert plain_text("a (red:1.2) cat BREAK on [the] mat") == "a red cat on the mat"
+
+
+def test_aspect_buckets_share_a_prompts_weight() -> None:
+    prompts = [PromptSpec(prompt="a", weight=5.0, seed=1), PromptSpec(prompt="b", width=64)]
+    spread_out = with_aspect_buckets(prompts, (512, 512))
+    sizes = [(prompt.width, prompt.height) for prompt in spread_out[:-1]]
+    assert sizes == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    assert {(prompt.prompt, prompt.weight, prompt.seed) for prompt in spread_out[:-1]} == {("a", 1.0, 1)}
+    assert spread_out[-1] is prompts[1]
+    sdxl = {(prompt.width, prompt.height) for prompt in with_aspect_buckets(prompts[:1], (1024, 1024))}
+    assert {(1344, 768), (1216, 832), (1152, 896), (1024, 1024), (832, 1216)} <= sdxl and (1408, 704) not in sdxl
+    wide = with_aspect_buckets(prompts[:1], (512, 512), min_side=256, max_side=1024, step=128)
+    assert (256, 1024) in [(prompt.width, prompt.height) for prompt in wide]
+    with pytest.raises(UserError, match="min_bucket_reso is 600"):
+        with_aspect_buckets(prompts, (512, 512), min_side=600)
+
+
+def test_spread_is_even_and_ordered_by_size() -> None:
+    prompts = [PromptSpec(prompt=str(number), width=8 * (1 + number % 2)) for number in range(6)]
+    assert [prompt.prompt for prompt in spread(prompts, 3)] == ["0", "2", "4"]
+    assert [prompt.prompt for prompt in spread(prompts, 9)] == ["0", "2", "4", "1", "3", "5"]
