@@ -1,13 +1,33 @@
 """Every step against diffusers' schedulers, over whole schedules, and against what it must be by definition."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from library.errors import UserError
-from library.noise_schedule import NoiseSchedule, abar_to_sigma, eps_to_x0, sigma_to_abar, v_to_eps
-from library.solvers import SOLVERS, ddim_step, euler_ancestral_step, get_solver
+from library.noise_schedule import (
+    NoiseSchedule,
+    abar_to_sigma,
+    eps_to_v,
+    eps_to_x0,
+    sigma_to_abar,
+    v_to_eps,
+    v_to_x0,
+    x0_to_eps,
+)
+from library.solvers import SOLVERS, ddim_step, get_solver, guided_eps, rescale_guidance, rescale_guided_eps
+from library.types import History
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -125,12 +145,218 @@ def test_ddpm_equals_diffusers_on_a_stride(prediction_type, num_steps):
         torch.testing.assert_close(latents, reference, rtol=2e-4, atol=2e-4)
 
 
+def our_trajectory(name: str, schedule: NoiseSchedule, timesteps: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """As `sample` does it, with `network` for the U-Net."""
+    solver = get_solver(name)
+    schedule = solver.schedule(schedule)
+    latents, history, path = start(), None, []
+    for timestep, next_timestep in zip(timesteps, timesteps[1:], strict=False):
+        abar, next_abar = schedule.abar(timestep.repeat(2)), schedule.abar(next_timestep.repeat(2))
+        eps = to_eps(latents, network(latents, timestep), abar, schedule.prediction_type)
+        noise = torch.randn(SHAPE, generator=generator) if solver.needs_noise else None
+        moved = solver.step(latents, eps, abar, next_abar, noise, history)
+        latents, history = moved, solver.remember(latents, eps, abar)
+        path.append(latents)
+    return path
+
+
+@pytest.mark.parametrize("euler_at_final", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpmpp_2m_trajectories_equal_diffusers(spacing, prediction_type, num_steps, euler_at_final):
+    """At DDIM's timesteps, where DPMSolverMultistepScheduler has its own. It ends at sigma 0 whatever set_alpha_to_one says."""
+    config = CONFIG | {"timestep_spacing": spacing, "prediction_type": prediction_type}
+    schedule = NoiseSchedule.from_config(config | {"set_alpha_to_one": False})
+    timesteps = schedule.inference_timesteps(num_steps)
+    scheduler = DPMSolverMultistepScheduler.from_config(config, final_sigmas_type="zero", euler_at_final=euler_at_final)
+    scheduler.set_timesteps(timesteps=timesteps[:-1].tolist())
+    latents = start()
+    for ours, timestep in zip(our_trajectory("dpmpp_2m", schedule, timesteps, torch.Generator()), scheduler.timesteps, strict=True):
+        latents = scheduler.step(network(latents, timestep), timestep, latents).prev_sample
+        torch.testing.assert_close(ours, latents, rtol=2e-5, atol=2e-5)
+
+
+def test_dpmpp_2m_at_zero_terminal_snr_equals_diffusers():
+    """From v diffusers computes x0 directly; through eps at the floor it is within 2e-3 at every step (float32)."""
+    config = CONFIG | {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_config(config)
+    timesteps = schedule.inference_timesteps(20)
+    scheduler = DPMSolverMultistepScheduler.from_config(config)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.equal(timesteps[:-1])
+    latents = start()
+    for ours, timestep in zip(our_trajectory("dpmpp_2m", schedule, timesteps, torch.Generator()), scheduler.timesteps, strict=True):
+        latents = scheduler.step(network(latents, timestep), timestep, latents).prev_sample
+        torch.testing.assert_close(ours, latents, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_dpmpp_2m_karras_equals_diffusers(prediction_type):
+    """The sigmas are the same; diffusers then gives the U-Net the nearest training timestep, so `network` here is given that, too."""
+    config = CONFIG | {"prediction_type": prediction_type}
+    schedule = NoiseSchedule.from_config(config)
+    timesteps = schedule.inference_timesteps(12, "karras")
+    scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    scheduler.set_timesteps(12)
+    torch.testing.assert_close(schedule.sigmas(timesteps), scheduler.sigmas, rtol=2e-5, atol=0)
+    latents, ours, history = start(), start(), None
+    for index, timestep in enumerate(scheduler.timesteps):
+        abar, next_abar = schedule.abar(timesteps[index : index + 2]).repeat(2, 1).T
+        eps = to_eps(ours, network(ours, timestep), abar, prediction_type)
+        moved = get_solver("dpmpp_2m").step(ours, eps, abar, next_abar, None, history)
+        ours, history = moved, History(eps_to_x0(ours, eps, abar), abar)
+        latents = scheduler.step(network(latents, timestep), timestep, latents).prev_sample
+        torch.testing.assert_close(ours, latents, rtol=5e-5, atol=5e-5)
+
+
+def test_dpmpp_2m_equals_k_diffusions_formula():
+    """sample_dpmpp_2m, in its variance-exploding form and in float64, from the paper's equations as k-diffusion arranges them."""
+    sigmas = torch.tensor([14.6, 6.0, 2.5, 0.9, 0.2, 0.0], dtype=torch.float64)
+    exploding = 14.6 * start().double()
+    latents = exploding * sigma_to_abar(sigmas[0]).sqrt()
+    old, history = None, None
+    for index in range(5):
+        sigma, next_sigma = sigmas[index], sigmas[index + 1]
+        denoised = exploding - sigma * network(exploding / (1 + sigma**2).sqrt(), sigma)
+        h = (sigma / next_sigma).log()
+        if old is None or next_sigma == 0:
+            target = denoised
+        else:
+            r = (sigmas[index - 1] / sigma).log() / h
+            target = (1 + 1 / (2 * r)) * denoised - old / (2 * r)
+        exploding = next_sigma / sigma * exploding - (-h).expm1() * target
+        old = denoised
+
+        abar, next_abar = sigma_to_abar(sigma.repeat(2)), sigma_to_abar(next_sigma.repeat(2))
+        eps = network(latents, sigma)
+        moved = get_solver("dpmpp_2m").step(latents, eps, abar, next_abar, None, history)
+        latents, history = moved, History(eps_to_x0(latents, eps, abar), abar)
+        torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=1e-10, atol=1e-10)
+
+
+def test_dpmpp_2m_is_of_second_order():
+    """For data N(0, 1/4) the ODE's solution is known: x grows as the standard deviation. Twice the steps, a quarter of the error."""
+    errors = {}
+    for name in ("ddim", "dpmpp_2m"):
+        for num_steps in (40, 80):
+            solver, latents, history = get_solver(name), torch.ones(1, 1, 1, 1, dtype=torch.float64), None
+            abars = sigma_to_abar(torch.linspace(2.0, -3.0, num_steps + 1, dtype=torch.float64).exp())
+            for abar, next_abar in zip(abars[:-1, None], abars[1:, None], strict=True):
+                eps = (1 - abar).sqrt() * latents / (abar / 4 + 1 - abar)
+                moved = solver.step(latents, eps, abar, next_abar, None, history)
+                latents, history = moved, solver.remember(latents, eps, abar)
+            exact = ((abars[-1] / 4 + 1 - abars[-1]) / (abars[0] / 4 + 1 - abars[0])).sqrt()
+            errors[name, num_steps] = abs(latents.item() - exact.item())
+    assert errors["ddim", 40] / errors["ddim", 80] == pytest.approx(2, rel=0.1)
+    assert errors["dpmpp_2m", 40] / errors["dpmpp_2m", 80] == pytest.approx(4, rel=0.15)
+    assert errors["dpmpp_2m", 40] < errors["ddim", 40] / 10
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_lcm_equals_diffusers(prediction_type, num_steps):
+    """diffusers has the consistency function's c_skip and c_out, which we take to be 0 and 1."""
+    config = CONFIG | {"prediction_type": prediction_type, "set_alpha_to_one": False}
+    schedule = NoiseSchedule.from_config(config)
+    timesteps = schedule.inference_timesteps(num_steps, "lcm")
+    scheduler = LCMScheduler.from_config(config)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.equal(timesteps[:-1])
+    path = our_trajectory("lcm", schedule, timesteps, torch.Generator().manual_seed(4))
+    theirs, latents = torch.Generator().manual_seed(4), start()
+    for ours, timestep in zip(path, scheduler.timesteps, strict=True):
+        latents = scheduler.step(network(latents, timestep), timestep, latents, generator=theirs).prev_sample
+        torch.testing.assert_close(ours, latents, rtol=5e-5, atol=5e-5)
+
+
+def test_the_boundary_conditions_that_lcm_leaves_out():
+    scheduler = LCMScheduler.from_config(CONFIG)
+    scheduler.set_timesteps(50)
+    scalings = [scheduler.get_scalings_for_boundary_condition_discrete(int(timestep)) for timestep in scheduler.timesteps]
+    assert max(c_skip for c_skip, _ in scalings) < 7e-6
+    assert max(1 - c_out for _, c_out in scalings) < 4e-6
+
+
+@pytest.mark.parametrize("ending", ["euler", "euler_a", "ddpm"])
+def test_all_but_ddim_end_clean(ending):
+    """EulerDiscreteScheduler and the like end at sigma 0, also for a model with set_alpha_to_one = false, as SD1 and SDXL are."""
+    schedule = NoiseSchedule.from_config(CONFIG | {"set_alpha_to_one": False})
+    assert schedule.final_alpha_cumprod < 1
+    assert get_solver("ddim").schedule(schedule) is schedule
+    timesteps = schedule.inference_timesteps(8)
+    *_, before, last = our_trajectory(ending, schedule, timesteps, torch.Generator().manual_seed(4))
+    abar = schedule.abar(timesteps[-2].repeat(2))
+    torch.testing.assert_close(last, eps_to_x0(before, network(before, timesteps[-2]), abar), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 20])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_perfect_eps_and_the_end_of_the_schedule_give_x0(name):
-    x0, eps, noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(6))
-    abar = torch.tensor([0.3, 0.9])
-    latents = abar.sqrt()[:, None, None, None] * x0 + (1 - abar).sqrt()[:, None, None, None] * eps
-    torch.testing.assert_close(get_solver(name).step(latents, eps, abar, torch.ones(2), noise), x0, rtol=0, atol=1e-5)
+def test_a_known_x0_comes_back_whatever_the_way(name, num_steps):
+    """Whole trajectories with the eps of one x0: every solver's last step ends there, also one that extrapolates from a false history."""
+    x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(6))
+    solver, generator = get_solver(name), torch.Generator().manual_seed(7)
+    schedule = NoiseSchedule.from_config(CONFIG)
+    timesteps = schedule.inference_timesteps(num_steps, "trailing")
+    latents = schedule.add_noise(x0, start(), timesteps[:1].repeat(2))
+    history = History(torch.full(SHAPE, 1e3), torch.full((2,), schedule.abar(timesteps[:1]).item() / 2)) if num_steps == 1 else None
+    for timestep, next_timestep in zip(timesteps, timesteps[1:], strict=False):
+        abar, next_abar = schedule.abar(timestep.repeat(2)), schedule.abar(next_timestep.repeat(2))
+        eps = x0_to_eps(latents, x0, abar)
+        noise = torch.randn(SHAPE, generator=generator) if solver.needs_noise else None
+        moved = solver.step(latents, eps, abar, next_abar, noise, history)
+        latents, history = moved, solver.remember(latents, eps, abar)
+    torch.testing.assert_close(latents, x0, rtol=0, atol=5e-5)
+
+
+def a_step() -> dict[str, Any]:
+    """Arguments of a step: a sample that has a history, one that has none, and one that ends clean."""
+    latents, eps, noise, x0 = torch.randn(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    abar, next_abar = torch.tensor([0.3, 0.1, 0.7]).double(), torch.tensor([0.6, 0.4, 1.0]).double()
+    history = History(x0, torch.tensor([0.1, 0.0, 0.5]).double())
+    return {"latents": latents, "eps": eps, "abar": abar, "next_abar": next_abar, "noise": noise, "history": history}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_each_sample_of_a_batch_takes_its_own_step(name):
+    arguments = a_step()
+    together = get_solver(name).step(**arguments)
+    for row in range(3):
+        one = slice(row, row + 1)
+        history = arguments["history"]
+        own = {key: value[one] for key, value in arguments.items() if key != "history"}
+        alone = get_solver(name).step(**own, history=History(history.x0[one], history.abar[one]))
+        torch.testing.assert_close(together[one], alone)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_step_is_linear_given_its_history(name):
+    """What `objectives` rely on: a mixture of latents and predictions leads to the mixture of where they lead."""
+    first, second = a_step(), a_step()
+    second["latents"], second["eps"] = -0.5 * first["eps"] + 1, first["latents"] * 2
+    mixed = first | {key: 0.3 * first[key] + 0.7 * second[key] for key in ("latents", "eps")}
+    step = get_solver(name).step
+    torch.testing.assert_close(step(**mixed), 0.3 * step(**first) + 0.7 * step(**second), rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_history_dpmpp_2m_is_ddim():
+    arguments = a_step()
+    latents, eps, abar, next_abar = (arguments[key] for key in ("latents", "eps", "abar", "next_abar"))
+    plain = ddim_step(latents, eps, abar, next_abar)
+    step = get_solver("dpmpp_2m").step
+    torch.testing.assert_close(step(latents, eps, abar, next_abar), plain)
+    empty = History(torch.full_like(latents, torch.nan), torch.zeros(3).double())
+    torch.testing.assert_close(step(latents, eps, abar, next_abar, None, empty), plain)
+    moved = step(latents, eps, abar, next_abar, None, arguments["history"])
+    assert (moved - plain).abs().amax((1, 2, 3)).gt(1e-3).tolist() == [True, False, False]
+
+
+def test_dpmpp_2m_gradient():
+    arguments = a_step()
+    history, abar, next_abar = (arguments[key] for key in ("history", "abar", "next_abar"))
+    inputs = [arguments[key][:, :1, :2, :2].contiguous().requires_grad_(True) for key in ("latents", "eps")]
+    short = History(history.x0[:, :1, :2, :2], history.abar)
+    assert torch.autograd.gradcheck(lambda latents, eps: get_solver("dpmpp_2m").step(latents, eps, abar, next_abar, None, short), inputs)
 
 
 @pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.needs_noise])
@@ -141,15 +367,6 @@ def test_ancestral_steps_keep_the_noise_level(name):
     latents = get_solver(name).step((1 - abar).sqrt() * eps, eps, abar, next_abar, noise)
     assert latents.var().item() == pytest.approx(0.4, rel=0.02)
     assert not torch.equal(latents, get_solver(name).step((1 - abar).sqrt() * eps, eps, abar, next_abar, -noise))
-
-
-def test_each_sample_of_a_batch_takes_its_own_step():
-    latents, eps, noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(8))
-    abar, next_abar = torch.tensor([0.1, 0.7]), torch.tensor([0.4, 1.0])
-    together = euler_ancestral_step(latents, eps, abar, next_abar, noise)
-    for row in range(2):
-        one = slice(row, row + 1)
-        torch.testing.assert_close(together[one], euler_ancestral_step(latents[one], eps[one], abar[one], next_abar[one], noise[one]))
 
 
 def test_ddim_gradient():
@@ -168,6 +385,36 @@ def test_standing_still_changes_nothing():
     assert eps_to_x0(latents, eps, abar).isfinite().all()
 
 
+@pytest.mark.parametrize(("alias", "name"), [("k_euler", "euler"), ("k_euler_a", "euler_a"), ("dpmsolver++", "dpmpp_2m")])
+def test_names_of_sd_scripts(alias, name):
+    assert get_solver(alias) is SOLVERS[name]
+
+
 def test_unknown_solver():
-    with pytest.raises(UserError, match="no solver 'dpm'; use ddim, euler, euler_a, ddpm"):
-        get_solver("dpm")
+    with pytest.raises(UserError, match="no solver 'heun'; use ddim, euler, euler_a, ddpm, dpmpp_2m, lcm, k_euler"):
+        get_solver("heun")
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_equals_diffusers(phi):
+    uncond, cond = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(11))
+    guided = guided_eps(uncond, cond, torch.tensor([7.5, 1.0]))
+    ours = rescale_guidance(guided, cond, phi)
+    torch.testing.assert_close(ours, rescale_noise_cfg(guided, cond, phi), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1], cond[1])  # at scale 1 there is nothing to rescale
+    assert guided[0].std() > 4 * cond[0].std()
+    if phi == 1:
+        assert ours[0].std().item() == pytest.approx(cond[0].std().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("at", [0.001, 0.4])
+def test_guidance_of_a_v_model_is_rescaled_in_v(at):
+    latents, v, uncond = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(12))
+    abar = torch.full((2,), at)
+    guided_v = uncond + 7.5 * (v - uncond)
+    arguments = {"latents": latents, "abar": abar, "prediction_type": "v_prediction"}
+    ours = rescale_guided_eps(v_to_eps(latents, guided_v, abar), v_to_eps(latents, v, abar), 0.7, **arguments)
+    expected = rescale_noise_cfg(guided_v, v, 0.7)
+    torch.testing.assert_close(eps_to_v(latents, ours, abar), expected, rtol=1e-3, atol=1e-3)
+    as_eps = rescale_guidance(v_to_eps(latents, guided_v, abar), v_to_eps(latents, v, abar), 0.7)
+    assert (v_to_x0(latents, eps_to_v(latents, as_eps, abar), abar) - v_to_x0(latents, expected, abar)).abs().max() > 1
