@@ -1,0 +1,264 @@
+"""LECO: the frozen model's own words as the target (arXiv 2303.07345; as sliders with both signs, arXiv 2311.12092).
+
+    loss = | f_LoRA(x_t, target) - [f(x_t, neutral) +- guidance (f(x_t, positive) - f(x_t, unconditional))] |^2
+
+f is what the U-Net puts out, x_t is where a trajectory of the target prompt stands, rolled out with the LoRA on. One belt for each
+picture size (see `library.rollout`) hands out x_t at every call, so a step is one U-Net call with gradient, of one row a sample, and one
+without: the frozen predictions and the rollout's unconditional branch together. Published programs denoise from noise for each step.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config import check_above, option
+from library.errors import UserError
+from library.leco_prompts import LecoSetting, load_leco_settings
+from library.objectives.base import Workbench
+from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
+from library.rollout import ROLLOUTS, Belt
+from library.sampling import Size
+from library.solvers import guided_eps
+from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+SIDE_STEP = 64  # pixels; of dynamic_resolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class LecoConfig:
+    """Learning from words: directions between prompts."""
+
+    leco_prompts_file: str = option(
+        "", help="Prompt file of sd-scripts' train_leco.py ([[prompts]] with target, or [[targets]]). Default: prompts_file."
+    )
+    leco_weight: float = option(1.0, help="Weight of leco in the loss.")
+    leco_keep_norm: bool = option(
+        False, help="Give leco's target the mean and standard deviation of its neutral prediction, against saturated colours."
+    )
+
+    def __post_init__(self) -> None:
+        check_above(self, 0, "leco_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LecoPrompt(PromptSpec):
+    """A setting as the belt rolls it out: its target, at its multiplier, guided away from its unconditional prompt."""
+
+    setting: LecoSetting
+
+
+@dataclass(frozen=True)
+class FrozenPredictions:
+    """What the model says without the LoRA, as the U-Net puts it out [B, C, h, w] each; and the rollout's unconditional eps with it.
+
+    num_rows is how many predictions that took.
+    """
+
+    positive: Tensor
+    neutral: Tensor
+    unconditional: Tensor
+    rollout_uncond: Tensor | None
+    num_rows: int
+
+
+def build(workbench: Workbench, config: LecoConfig, regression: RegressionConfig) -> "LecoTerm":
+    """The term, from its prompt file. Raises UserError."""
+    path = config.leco_prompts_file or workbench.rollout.prompts_file
+    if not path:
+        raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a .toml with [[prompts]] or [[targets]]")
+    return LecoTerm(workbench, load_leco_settings(path), config, regression)
+
+
+class LecoTerm:
+    """Settings drawn alike, each as a trajectory of its own with its own multiplier; `weight` of a setting weighs its loss.
+
+    A setting's batch_size is not used: train_batch_size trajectories hold the settings of one picture size side by side.
+    """
+
+    name = "leco"
+
+    def __init__(self, workbench: Workbench, settings: Sequence[LecoSetting], config: LecoConfig, regression: RegressionConfig) -> None:
+        self.workbench, self.settings, self.config, self.regression = workbench, settings, config, regression
+        self.weight = config.leco_weight
+        self.generator = workbench.generator(self.name)
+        native = workbench.rollout.size(workbench.model.spec.resolution)
+        self._sizes = [possible_sizes(setting, native) for setting in settings]
+        self._belts: dict[Size, Belt] = {}  # a size has one from its first batch on: dynamic_resolution knows many, and each costs a start
+        self._counted = 0  # of the belts' evaluations, those that a loss has reported
+        self._log_what_is_not_used()
+        texts = {text: None for own in settings for text in (own.target, own.positive, own.unconditional, own.neutral)}
+        workbench.encoder.encode_ahead([PromptSpec(prompt=text) for text in texts], native)
+
+    def __call__(self) -> LossOutput:
+        model, network = self.workbench.model, self.workbench.network
+        belt = self._next_belt()
+        batch = belt.batch()
+        settings = _settings_of(batch)
+        cond, uncond = self._with_crops(batch, settings)
+        frozen = self._predict_without_gradient(batch, settings, cond, uncond)
+        network.set_multiplier(batch.multipliers)
+        eps = model.predict_eps(batch.latents, batch.timesteps, cond)
+
+        shifts = eps.new_tensor([setting.shift for setting in settings]).view(-1, 1, 1, 1)
+        target = frozen.neutral + shifts * (frozen.positive - frozen.unconditional)
+        if self.config.leco_keep_norm:
+            target = with_statistics_of(target, frozen.neutral)
+        errors = squared_errors(as_output(model, batch.latents, eps, batch.timesteps), target)
+        weights = eps.new_tensor([setting.weight for setting in settings])
+        losses = errors * weights * min_snr_weights(model, batch.timesteps, self.regression.min_snr_gamma)
+
+        eps = eps.detach()
+        belt.advance(eps if frozen.rollout_uncond is None else guided_eps(frozen.rollout_uncond, eps, batch.guidance_scales))
+        rolled = self._rollout_evaluations() - self._counted
+        self._counted += rolled
+        return LossOutput(
+            loss=losses.mean(),
+            sample_losses=losses.detach(),
+            samples=[
+                f"leco target {setting.target!r} at timestep {int(timestep)}"
+                for setting, timestep in zip(settings, batch.timesteps, strict=True)
+            ],
+            metrics={"mse": errors.detach().mean(), "shift": squared_errors(target, frozen.neutral).mean().sqrt()},
+            num_unet_evaluations=3 * len(settings) + frozen.num_rows + rolled,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        belts = [{"size": list(size), "belt": belt.state_dict()} for size, belt in self._belts.items()]
+        return {"belts": belts, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError if the state was saved with other prompts, sizes or batch size."""
+        self._belts.clear()
+        for saved in state["belts"]:
+            size = (saved["size"][0], saved["size"][1])
+            if not any(size in sizes for sizes in self._sizes):
+                raise UserError(
+                    f"resume: the saved state trained leco at {size[1]}x{size[0]} pixels; resume with the same LECO prompts file"
+                )
+            self._belt_of(size).load_state_dict(saved["belt"])
+        self.generator.set_state(state["generator"])  # last: belts draw from it as they are made
+        self._counted = self._rollout_evaluations()
+
+    def _next_belt(self) -> Belt:
+        """Of a size of a setting drawn alike, which is how often the setting's trajectories are to be seen at it."""
+        sizes = self._sizes[_draw(len(self.settings), self.generator)]
+        return self._belt_of(sizes[_draw(len(sizes), self.generator)])
+
+    def _belt_of(self, size: Size) -> Belt:
+        if size not in self._belts:
+            bench = self.workbench
+            prompts = [
+                LecoPrompt(
+                    prompt=setting.target,
+                    negative_prompt=setting.unconditional,
+                    height=size[0],
+                    width=size[1],
+                    weight=1 / len(sizes),
+                    multiplier=setting.multiplier,
+                    setting=setting,
+                )
+                for setting, sizes in zip(self.settings, self._sizes, strict=True)
+                if size in sizes
+            ]
+            kind = ROLLOUTS[bench.rollout.rollout]
+            self._belts[size] = kind(bench.model, bench.network, prompts, bench.encoder, bench.rollout, self.generator)
+        return self._belts[size]
+
+    @torch.no_grad()
+    def _predict_without_gradient(
+        self, batch: RolloutBatch, settings: Sequence[LecoSetting], cond: Conditioning, uncond: Conditioning
+    ) -> FrozenPredictions:
+        """All in one call; a text that a sample needs twice, such as a neutral that is its unconditional, is predicted once."""
+        model = self.workbench.model
+        row_of = _frozen_rows_of(settings)
+        places = [place for place, _ in row_of]
+        height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
+        texts = self.workbench.encoder.encode([text for _, text in row_of], (height, width), [0.0] * len(row_of))
+        conds, multipliers = [replace(texts, time_ids=cond[places].time_ids)], [torch.zeros(len(places), device=model.device)]
+        if guided := bool((batch.guidance_scales != 1).any()):
+            places = places + list(range(len(settings)))
+            conds.append(uncond)
+            multipliers.append(batch.multipliers)
+        self.workbench.network.set_multiplier(torch.cat(multipliers))
+        eps = model.predict_eps(batch.latents[places], batch.timesteps[places], Conditioning.cat(conds))
+        outputs = as_output(model, batch.latents[places], eps, batch.timesteps[places])
+
+        def of(texts: Sequence[str]) -> Tensor:
+            return outputs[[row_of[place, text] for place, text in enumerate(texts)]]
+
+        return FrozenPredictions(
+            positive=of([setting.positive for setting in settings]),
+            neutral=of([setting.neutral for setting in settings]),
+            unconditional=of([setting.unconditional for setting in settings]),
+            rollout_uncond=eps[len(row_of) :] if guided else None,
+            num_rows=len(places),
+        )
+
+    def _with_crops(self, batch: RolloutBatch, settings: Sequence[LecoSetting]) -> tuple[Conditioning, Conditioning]:
+        """The batch's conditioning, where dynamic_crops is set with time_ids of a crop drawn anew: one for all predictions of a sample."""
+        time_ids = batch.cond.time_ids
+        if time_ids is None or not any(setting.dynamic_crops for setting in settings):
+            return batch.cond, batch.uncond
+        cropped = torch.tensor([setting.dynamic_crops for setting in settings], device=time_ids.device)
+        time_ids = torch.where(cropped[:, None], random_crops(time_ids, self.generator), time_ids)
+        return replace(batch.cond, time_ids=time_ids), replace(batch.uncond, time_ids=time_ids)
+
+    def _rollout_evaluations(self) -> int:
+        return sum(belt.num_unet_evaluations for belt in self._belts.values())
+
+    def _log_what_is_not_used(self) -> None:
+        batch_size = self.workbench.rollout.train_batch_size
+        if any(setting.batch_size not in (None, batch_size) for setting in self.settings):
+            logger.warning("batch_size of the LECO prompts file is not used: train_batch_size is %d for all settings", batch_size)
+        if any(setting.dynamic_resolution and len(sizes) == 1 for setting, sizes in zip(self.settings, self._sizes, strict=True)):
+            logger.warning("dynamic_resolution is for squares of 128 pixels and more; other settings keep their resolution")
+        if any(setting.dynamic_crops for setting in self.settings) and self.workbench.model.spec.family != "sdxl":
+            logger.warning("dynamic_crops does nothing here: only SDXL is told of crops")
+
+
+def possible_sizes(setting: LecoSetting, default: Size) -> list[Size]:
+    """The (height, width) that a setting may take: with dynamic_resolution, sides in steps of 64 from half of a square's to all of it."""
+    height, width = setting.size or default
+    if not setting.dynamic_resolution or height != width or height < SIDE_STEP:
+        return [(height, width)]
+    sides = range(max(height // 2 // SIDE_STEP, 1) * SIDE_STEP, height + 1, SIDE_STEP)
+    return [(high, wide) for high in sides for wide in sides]
+
+
+def with_statistics_of(target: Tensor, model: Tensor) -> Tensor:
+    """`target` [B, C, h, w] with the mean and standard deviation that `model` [B, C, h, w] has, sample by sample."""
+    (mean, std), (wanted_mean, wanted_std) = (
+        (part.mean((1, 2, 3), keepdim=True), part.std((1, 2, 3), keepdim=True)) for part in (target, model)
+    )
+    return (target - mean) / std * wanted_std + wanted_mean
+
+
+def random_crops(time_ids: Tensor, generator: torch.Generator) -> Tensor:
+    """time_ids [B, 6] of pictures that were 1 to 3 times as large and of which a random part was cut, as sd-scripts draws them."""
+    size = time_ids[:, 4:6]
+    scale, top, left = torch.rand(3, len(time_ids), 1, generator=generator).to(time_ids.device)
+    original = (size * (1 + 2 * scale)).floor()
+    corner = (torch.cat([top, left], dim=1) * (original - size)).floor()
+    return torch.cat([original, corner, size], dim=1)
+
+
+def _settings_of(batch: RolloutBatch) -> list[LecoSetting]:
+    return [prompt.setting for prompt in batch.prompts if isinstance(prompt, LecoPrompt)]
+
+
+def _frozen_rows_of(settings: Sequence[LecoSetting]) -> dict[tuple[int, str], int]:
+    """The row of each (sample, text) that the frozen model is asked for."""
+    wanted = [
+        (place, text) for place, setting in enumerate(settings) for text in (setting.positive, setting.neutral, setting.unconditional)
+    ]
+    return {key: row for row, key in enumerate(dict.fromkeys(wanted))}
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (1,), generator=generator))

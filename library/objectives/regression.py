@@ -1,0 +1,62 @@
+"""What the terms that regress the U-Net's output have in common: the space of the error, and its weight at each noise level."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.config import check_above, option
+from library.models.base import DiffusionModel
+from library.noise_schedule import eps_to_v
+from library.objectives.base import Workbench
+from library.sampling import Size
+from library.types import Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """How the squared errors of leco, image_pairs, images and anchors are weighed."""
+
+    min_snr_gamma: float | None = option(
+        None, help="Min-SNR weighting of the squared errors of leco, image_pairs, images and anchors; try 5. Not set: none."
+    )
+
+    def __post_init__(self) -> None:
+        check_above(self, 0, "min_snr_gamma")
+
+
+def as_output(model: DiffusionModel, latents: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+    """eps [B, C, h, w] as the U-Net itself puts it out: v for a v-prediction model, whose training loss is an error in v."""
+    if model.spec.prediction_type == "v_prediction":
+        return eps_to_v(latents, eps, model.schedule.abar(timesteps))
+    return eps
+
+
+def squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each sample [B]. outputs, targets [B, C, h, w]."""
+    return (outputs - targets).square().mean((1, 2, 3))
+
+
+def min_snr_weights(model: DiffusionModel, timesteps: Tensor, gamma: float | None) -> Tensor:
+    """min(SNR, gamma) times an error in x0, as a weight of the error in the U-Net's output [B]; arXiv 2303.09556, eq. 5.
+
+    That is min(SNR, gamma) / SNR where the output is eps, and min(SNR, gamma) / (SNR + 1) where it is v. All 1 if gamma is None.
+    """
+    if gamma is None:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    abar = model.schedule.abar(timesteps)
+    snr = abar / (1 - abar)
+    return snr.clamp(max=gamma) / (snr + 1 if model.spec.prediction_type == "v_prediction" else snr)
+
+
+def trained_conditioning(workbench: Workbench, texts: Sequence[str], size: Size, multipliers: Tensor) -> Conditioning:
+    """Conditioning of B texts for pictures of (height, width) pixels: with gradient where the text encoders have a LoRA.
+
+    Args:
+        multipliers: of the network, one a text [B].
+    """
+    if not workbench.network.text_encoder_loras:
+        return workbench.encoder.encode(texts, size)
+    workbench.network.set_multiplier(multipliers)
+    return workbench.model.encode_prompts(texts, size)

@@ -1,0 +1,271 @@
+"""LECO's loss against the published formula written out, and that it moves the target where it says."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.leco_prompts import LecoSetting
+from library.models.base import DiffusionModel
+from library.models.loading import load_model
+from library.objectives.base import Workbench
+from library.objectives.leco import LecoConfig, LecoTerm, build, possible_sizes, random_crops, with_statistics_of
+from library.objectives.regression import RegressionConfig
+from library.rollout import Belt
+from library.types import RolloutBatch
+from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
+
+SETTINGS = [
+    LecoSetting(target="a red circle", positive="a red circle", action="erase", guidance_scale=1.5),
+    LecoSetting(target="a square", positive="blue", unconditional="red", neutral="grey", action="enhance", multiplier=-0.5, weight=2.0),
+    LecoSetting(target="", positive="bright", unconditional="dark", action="erase", guidance_scale=0.5, multiplier=2.0, weight=0.25),
+]
+
+
+def make_term(bench: Workbench, settings: list[LecoSetting] = SETTINGS, *, gamma: float | None = None, **config) -> LecoTerm:
+    return LecoTerm(bench, settings, LecoConfig(**config), RegressionConfig(min_snr_gamma=gamma))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[RolloutBatch]:
+    """Every batch that a belt hands out."""
+    seen: list[RolloutBatch] = []
+    original = Belt.batch
+
+    def batch(self: Belt) -> RolloutBatch:
+        seen.append(original(self))
+        return seen[-1]
+
+    monkeypatch.setattr(Belt, "batch", batch)
+    return seen
+
+
+def raw(model: DiffusionModel, latents: Tensor, timestep: Tensor, text: str, size: tuple[int, int]) -> Tensor:
+    """What the U-Net itself puts out for one sample."""
+    cond = model.encode_prompts([text], size)
+    return model.unet(latents, timestep, cond.text, added_cond_kwargs=model._added_cond(cond)).sample  # pyright: ignore
+
+
+def published_loss(bench: Workbench, batch: RolloutBatch, place: int, setting: LecoSetting, gamma: float | None, keep_norm: bool) -> Tensor:
+    """A sample's loss as LECO and sd-scripts have it, one U-Net call after another, with the true timestep."""
+    model, network = bench.model, bench.network
+    latents, timestep = batch.latents[place : place + 1], batch.timesteps[place : place + 1]
+    size = (latents.shape[2] * 8, latents.shape[3] * 8)
+    with torch.no_grad(), network.disabled():
+        positive, unconditional, neutral = (
+            raw(model, latents, timestep, text, size) for text in (setting.positive, setting.unconditional, setting.neutral)
+        )
+    offset = setting.guidance_scale * (positive - unconditional)
+    target = neutral - offset if setting.action == "erase" else neutral + offset
+    if keep_norm:
+        target = (target - target.mean()) / target.std() * neutral.std() + neutral.mean()
+    network.set_multiplier(setting.multiplier)
+    loss = torch.nn.functional.mse_loss(raw(model, latents, timestep, setting.target, size), target)
+    if gamma is not None:
+        abar = model.schedule.alphas_cumprod[int(timestep)]
+        snr = abar / (1 - abar)
+        loss = loss * min(snr.item(), gamma) / (snr + 1 if model.spec.prediction_type == "v_prediction" else snr)
+    return setting.weight * loss
+
+
+@pytest.mark.parametrize(("gamma", "keep_norm"), [(None, False), (5.0, True)])
+@pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
+def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm: bool, batches: list[RolloutBatch]) -> None:
+    """1e-5, relative; for v-prediction the error is in v."""
+    bench = make_workbench(kind, resolution=(128,))  # see `make_workbench`
+    term = make_term(bench, gamma=gamma, leco_keep_norm=keep_norm)
+    seen = set()
+    for _ in range(3):
+        out = term()
+        expected = []
+        for place, prompt in enumerate(batches[-1].prompts):
+            (setting,) = [one for one in SETTINGS if (one.target, one.multiplier) == (prompt.prompt, prompt.multiplier)]
+            seen.add(setting.target)
+            expected.append(published_loss(bench, batches[-1], place, setting, gamma, keep_norm))
+        torch.testing.assert_close(out.sample_losses, torch.stack(expected).detach(), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(out.loss, torch.stack(expected).mean(), rtol=1e-5, atol=1e-8)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
+def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBatch]) -> None:
+    bench = make_workbench(kind, resolution=(128,))
+    term = make_term(bench)
+    term().loss.backward()
+    parameters = list(bench.network.parameters())
+    gradient = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    bench.network.zero_grad()
+    settings = [
+        one for prompt in batches[-1].prompts for one in SETTINGS if (one.target, one.multiplier) == (prompt.prompt, prompt.multiplier)
+    ]
+    torch.stack([published_loss(bench, batches[-1], place, one, None, False) for place, one in enumerate(settings)]).mean().backward()
+    for mine, parameter in zip(gradient, parameters, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_trajectory_goes_on_along_the_guided_prediction_with_the_lora(batches: list[RolloutBatch]) -> None:
+    """What the term advances its belt by is what the belt itself would have predicted (float32: 1e-5)."""
+    bench = make_workbench(train_batch_size=1, resolution=(128,))
+    term = make_term(bench, SETTINGS[1:2])
+    term()
+    (belt,) = term._belts.values()
+    before = batches[-1]
+    expected, _ = belt.step(before, belt.predict(before))
+    torch.testing.assert_close(belt.batch().latents, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_one_call_with_gradient_and_one_without(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No unconditional halves: 1 row a sample with gradient; without, its different texts, and one more where the rollout is guided."""
+    bench = make_workbench(train_batch_size=2, leco_denoise_guidance_scale=guidance)
+    term = make_term(bench, SETTINGS[:1])  # positive is the target, neutral is the unconditional: two texts
+    term()
+    rows: list[tuple[int, bool]] = []
+    original = type(bench.model).predict_eps
+
+    def predict_eps(self, latents: Tensor, *args, **kwargs) -> Tensor:
+        rows.append((len(latents), torch.is_grad_enabled()))
+        return original(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
+    out = term()
+    without = 2 * (2 + (guidance != 1))
+    assert sorted(rows) == sorted([(2, True), (without, False)])
+    assert out.num_unet_evaluations == 3 * 2 + without
+
+
+def test_leco_alone_moves_the_prediction_along_the_direction() -> None:
+    """On the embedded model, at noise that was never trained on: at +1 towards red, at -1 towards green, at each noise level."""
+    text, red, green = (f"a {colour}circle on a blue background" for colour in ("", "red ", "green "))
+    slider = [
+        LecoSetting(target=text, positive=red, unconditional=green, neutral=text, action=action, multiplier=multiplier)
+        for action, multiplier in (("enhance", 1.0), ("erase", -1.0))
+    ]
+    bench = make_workbench(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
+    model, network = bench.model, bench.network
+    losses = train_steps(make_term(bench, slider), bench, 24, learning_rate=1e-3)
+    assert torch.stack(losses[-6:]).mean() < 0.6 * torch.stack(losses[:3]).mean()
+
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    timesteps = torch.tensor([501, 601, 701, 901])
+
+    @torch.no_grad()
+    def eps(text: str, multiplier: float) -> Tensor:
+        network.set_multiplier(multiplier)
+        return model.predict_eps(latents, timesteps, model.encode_prompts([text] * 4))
+
+    direction = (eps(red, 0.0) - eps(green, 0.0)).flatten(1)
+    for multiplier in (1.0, -1.0):
+        moved = (eps(text, multiplier) - eps(text, 0.0)).flatten(1)
+        assert bool((torch.nn.functional.cosine_similarity(moved, multiplier * direction) > 0.35).all())
+
+
+def test_a_term_goes_on_where_it_was_put_away() -> None:
+    dynamic = LecoSetting(target="b", positive="c", size=(128, 128), dynamic_resolution=True)
+    assert_resumes(lambda bench: make_term(bench, [*SETTINGS[:2], dynamic]))
+
+
+def test_a_state_of_other_sizes_is_refused() -> None:
+    bench = make_workbench()
+    term = make_term(bench, [LecoSetting(target="a", positive="b", size=(128, 64))])
+    term()
+    with pytest.raises(UserError, match="64x128 pixels"):
+        make_term(make_workbench()).load_state_dict(term.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("side", "sides"),
+    [(512, [256, 320, 384, 448, 512]), (128, [64, 128]), (64, [64]), (520, [256, 320, 384, 448, 512]), (96, [64])],
+)
+def test_dynamic_sizes_are_multiples_of_64_up_to_the_resolution_itself(side: int, sides: list[int]) -> None:
+    setting = LecoSetting(target="a", positive="b", size=(side, side), dynamic_resolution=True)
+    assert possible_sizes(setting, (1, 1)) == [(high, wide) for high in sides for wide in sides]
+
+
+def test_a_setting_without_a_size_takes_the_runs_and_a_rectangle_is_not_varied() -> None:
+    assert possible_sizes(LecoSetting(target="a", positive="b"), (64, 128)) == [(64, 128)]
+    assert possible_sizes(LecoSetting(target="a", positive="b", size=(64, 128), dynamic_resolution=True), (1, 1)) == [(64, 128)]
+
+
+def test_every_dynamic_size_is_reached_and_settings_are_drawn_alike(batches: list[RolloutBatch], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_workbench(train_batch_size=1, max_denoising_steps=1)
+    monkeypatch.setattr(type(bench.model), "predict_eps", lambda self, latents, timesteps, cond: torch.zeros_like(latents))
+    dynamic = LecoSetting(target="dynamic", positive="b", size=(128, 128), dynamic_resolution=True)
+    term = make_term(bench, [dynamic, LecoSetting(target="fixed", positive="b", size=(64, 64))])
+    drawn = []
+    for _ in range(80):
+        term()
+        drawn.append((batches[-1].prompts[0].prompt, tuple(batches[-1].latents.shape[2:])))
+    assert {size for prompt, size in drawn if prompt == "dynamic"} == {(8, 8), (8, 16), (16, 8), (16, 16)}
+    share = sum(prompt == "fixed" for prompt, _ in drawn) / len(drawn)
+    assert 0.33 < share < 0.67  # 3 standard deviations
+
+
+def test_dynamic_crops_tell_all_predictions_of_a_sample_one_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_workbench("sdxl", train_batch_size=2, resolution=(64, 128))
+    term = make_term(bench, [LecoSetting(target="a", positive="b", unconditional="c", neutral="d", dynamic_crops=True)])
+    term()
+    told: list[Tensor] = []
+    original = type(bench.model).predict_eps
+
+    def predict_eps(self, latents: Tensor, timesteps: Tensor, cond) -> Tensor:
+        told.append(cond.time_ids)
+        return original(self, latents, timesteps, cond)
+
+    monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
+    term()
+    frozen, graded = told
+    first, second = graded
+    assert not torch.equal(first, second)
+    assert torch.equal(frozen, torch.stack([first] * 3 + [second] * 3 + [first, second]))
+    assert graded[:, 4:].tolist() == [[128, 64]] * 2
+
+
+def test_random_crops_lie_within_pictures_of_up_to_three_times_the_size() -> None:
+    whole = torch.tensor([[64.0, 128.0, 0.0, 0.0, 64.0, 128.0]]).repeat(200, 1)
+    crops = random_crops(whole, torch.Generator().manual_seed(0))
+    original, corner, size = crops[:, :2], crops[:, 2:4], crops[:, 4:]
+    assert torch.equal(size, whole[:, 4:])
+    assert bool((original >= size).all()) and bool((original <= 3 * size).all())
+    assert bool((corner >= 0).all()) and bool((corner + size <= original).all())
+    assert original[:, 0].max() > 2.8 * 64 and original[:, 0].min() < 1.2 * 64 and corner.max() > 128
+
+
+def test_statistics_are_those_of_the_model() -> None:
+    target, model = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * (seed + 2) + seed for seed in (1, 2))
+    made = with_statistics_of(target, model)
+    for row in range(2):
+        torch.testing.assert_close(made[row].mean(), model[row].mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made[row].std(), model[row].std())
+        assert torch.corrcoef(torch.stack([made[row].flatten(), target[row].flatten()]))[0, 1] > 0.9999
+
+
+def test_what_is_not_used_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make_term(make_workbench(), [LecoSetting(target="a", positive="b", batch_size=4, dynamic_crops=True)])
+    assert "train_batch_size is 3" in caplog.text and "only SDXL" in caplog.text
+
+
+@pytest.fixture
+def leco_file(tmp_path: Path) -> Callable[[], Path]:
+    def write() -> Path:
+        path = tmp_path / "leco.toml"
+        path.write_text('[[targets]]\ntarget_class = "a"\npositive = "b"\nnegative = "c"\nresolution = 64\n', encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_build_reads_its_own_file_or_prompts_file(leco_file: Callable[[], Path]) -> None:
+    path = str(leco_file())
+    by_own = build(make_workbench(), LecoConfig(leco_prompts_file=path, leco_weight=0.5), RegressionConfig())
+    by_prompts = build(make_workbench(prompts_file=path), LecoConfig(), RegressionConfig())
+    assert by_own.settings == by_prompts.settings and len(by_own.settings) == 4
+    assert (by_own.weight, by_prompts.weight) == (0.5, 1.0)
+    with pytest.raises(UserError, match="leco_prompts_file"):
+        build(make_workbench(), LecoConfig(), RegressionConfig())
