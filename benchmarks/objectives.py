@@ -1,0 +1,184 @@
+"""Which estimator, which reward shape, which guard: short sliders on the shapes world, judged by the true score.
+
+    python -m benchmarks.objectives --score size --seeds 0 1 2
+    python -m benchmarks.objectives --collect
+
+Every arm trains from the same learned scorer with the same budget of U-Net evaluations (a backward counts as two). Gains are in
+within-prompt standard deviations of the base model over held-out prompts. The judge is another kind of scorer, trained on other
+drawings. An arm is one change of the defaults of BASE; finished runs are kept in output_dir/runs.jsonl and not made again.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer
+from benchmarks.slider_laboratory import BASE, MULTIPLIERS, Laboratory, Measured, crossing
+from examples.shapes.draw_pictures import write_prompts
+from library.statistics import bootstrap_means, linear_fit
+
+ESTIMATORS = ("prev", "x0", "x0_renoise", "draft", "draft_lv", "direct_align", "guidance")
+SHAPES = ("hinge", "target", "softplus", "linear")
+GUARDS: dict[str, dict[str, Any]] = {
+    "no preservation": {"preserve_weight": 0.0},
+    "no preservation, linear": {"preserve_weight": 0.0, "reward_loss": "linear"},
+    "preserve 1": {"preserve_weight": 1.0},
+    "preserve 10": {"preserve_weight": 10.0},
+    "stat_guard 0.1": {"stat_guard": 0.1},
+    "stat_guard 1": {"stat_guard": 1.0},
+    "smoothing 0.02": {"reward_smoothing": 0.02},
+    "smoothing 0.1": {"reward_smoothing": 0.1},
+    "paired signs": {"paired_signs": True},
+    "paired signs, odd 3": {"paired_signs": True, "odd_weight": 3.0},
+    "raw gradient": {"normalize_gradient": False},
+    "ensemble, pessimism 0": {"scorer": "ensemble", "scorer_pessimism": 0.0},
+    "ensemble, pessimism 1": {"scorer": "ensemble", "scorer_pessimism": 1.0},
+    "ensemble, pessimism 3": {"scorer": "ensemble", "scorer_pessimism": 3.0},
+}
+
+
+def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arms by name: settings that differ from the defaults."""
+    found: dict[str, dict[str, Any]] = {}
+    if "estimators" in groups:
+        found |= {f"{estimator} + hinge": {"score_estimator": estimator} for estimator in ESTIMATORS}
+    if "shapes" in groups:
+        for estimator in ESTIMATORS[:-1]:  # guidance has no shape
+            found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for shape in SHAPES[1:]}
+    if "guards" in groups:
+        found |= {f"prev + hinge, {name}": changes for name, changes in GUARDS.items()}
+    return found
+
+
+def prepare(folder: Path, score: str) -> dict[str, Path]:
+    """Drawings, prompts and scorers: the one that is trained on, one with an ensemble of four heads, and the judge."""
+    ratings, others = (
+        drawn_pictures(folder / "pictures", 2000, score, seed=0),
+        drawn_pictures(folder / "other_pictures", 2000, score, seed=1),
+    )
+    if not (folder / "pictures" / "prompts.txt").is_file():
+        write_prompts(folder / "pictures", 0)
+    recipes: dict[str, tuple[Path, dict[str, Any]]] = {
+        "scorer": (ratings, {"scorer_kind": "latent_resnet", "max_train_steps": 1200}),
+        "ensemble": (ratings, {"scorer_kind": "latent_resnet", "max_train_steps": 1200, "head_members": 4}),
+        "judge": (others, {"scorer_kind": "transformers_cnn", "scorer_size": "resnet-tiny", "max_train_steps": 600}),
+    }
+    files = {name: folder / name / f"{name}.safetensors" for name in recipes}
+    for name, (table, settings) in recipes.items():
+        if not files[name].is_file():
+            train_scorer(folder / name, output_name=name, train_data_file=str(table), cache_dir=str(table.parent / "cache"), **settings)
+    return files
+
+
+def record(name: str, seed: int, run: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
+    """One run as JSON values; gains of every pair are kept, for intervals over several seeds."""
+    return {
+        "arm": name,
+        "seed": seed,
+        **run,
+        "true": measured.gains("true").tolist(),
+        "judge": measured.gains("judge").tolist(),
+        "captions": measured.values["captions"].mean((0, 1)).tolist(),
+        "diversity": measured.diversity,
+    }
+
+
+def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table's row of one arm: means over seeds; intervals over prompts, seeds of pictures and seeds of training together."""
+    rng = np.random.default_rng(0)
+    pooled = {key: np.concatenate([np.array(run[key]) for run in runs], axis=1) for key in ("true", "judge")}  # [P, S * runs, M]
+    gains = {key: bootstrap_means(values, rng) for key, values in pooled.items()}
+    cells = {f"{key} {MULTIPLIERS[place]:+g}": gains[key][place] for key in gains for place in (0, -1)}
+    curves = [np.array(run["true"]).mean((0, 1)) for run in runs]
+    reached = [crossing(run["curve"], 1.0, 0) for run in runs]
+    seconds = [crossing(run["curve"], 1.0, 1) for run in runs]
+    return {
+        "arm": name,
+        "seeds": len(runs),
+        **{key: [value.value, value.low, value.high] for key, value in cells.items()},
+        "spread of true +1": float(np.std([curve[-1] for curve in curves])),
+        "captions": np.mean([run["captions"] for run in runs], axis=0)[[0, BASE, -1]].tolist(),
+        "diversity": np.mean([run["diversity"] for run in runs], axis=0)[[0, -1]].tolist(),
+        "r2": float(np.mean([linear_fit(np.array(MULTIPLIERS), curve)[1] for curve in curves])),
+        "evaluations to +1": None if None in reached else float(np.mean([value for value in reached if value is not None])),
+        "seconds to +1": None if None in seconds else float(np.mean([value for value in seconds if value is not None])),
+        "reached": sum(value is not None for value in reached),
+        "updates": float(np.mean([run["updates"] for run in runs])),
+        "evaluations": float(np.mean([run["evaluations"] for run in runs])),
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| arm | true gain at -1 | true gain at +1 | judge at -1 / +1 | captions -1 / 0 / +1 | diversity -1 / +1 | R2 "
+        "| U-Net evaluations to +1 std | CPU seconds | updates |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in rows:
+        low, high = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry[f"true {sign}"]) for sign in ("-1", "+1"))
+        judge = f"{entry['judge -1'][0]:+.2f} / {entry['judge +1'][0]:+.2f}"
+        captions = " / ".join(f"{share:.0%}" for share in entry["captions"])
+        diversity = " / ".join(f"{value:.2f}" for value in entry["diversity"])
+        if entry["evaluations to +1"] is None:
+            cost = f"not reached ({entry['reached']} of {entry['seeds']}) | -"
+        else:
+            cost = f"{entry['evaluations to +1']:,.0f} | {entry['seconds to +1']:.0f}"
+        cells = [entry["arm"], low, high, judge, captions, diversity, f"{entry['r2']:.3f}", cost, f"{entry['updates']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def collect(runs_file: Path, results: Path) -> None:
+    """Make the table of all finished runs."""
+    runs = [json.loads(line) for line in runs_file.read_text(encoding="utf-8").splitlines()]
+    names = list(dict.fromkeys(run["arm"] for run in runs))
+    rows = [row(name, [run for run in runs if run["arm"] == name]) for name in names]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    results.with_suffix(".md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    print(markdown(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--score", default="size")
+    parser.add_argument("--groups", nargs="+", default=["estimators", "shapes", "guards"], choices=["estimators", "shapes", "guards"])
+    parser.add_argument("--arms", nargs="+", help="only these, by name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=int, default=4800, help="U-Net evaluations of a run")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "objectives")
+    parser.add_argument("--results", type=Path, help="default benchmarks/results/objectives_SCORE")
+    parser.add_argument("--collect", action="store_true", help="make the table from runs that are finished already")
+    args = parser.parse_args()
+    folder: Path = args.output_dir / args.score
+    runs_file, results = folder / "runs.jsonl", args.results or ROOT / "benchmarks" / "results" / f"objectives_{args.score}"
+    if not args.collect:
+        files = prepare(folder, args.score)
+        torch.set_num_threads(1)
+        pictures = folder / "pictures"
+        laboratory = Laboratory(args.score, files["judge"], pictures / "prompts.txt", pictures / "held_out_prompts.txt")
+        finished = [json.loads(line) for line in runs_file.read_text(encoding="utf-8").splitlines()] if runs_file.is_file() else []
+        done = {(run["arm"], run["seed"]) for run in finished}
+        wanted = {name: changes for name, changes in arms(args.groups).items() if not args.arms or name in args.arms}
+        for seed in args.seeds:
+            for name, changes in wanted.items():
+                if (name, seed) in done:
+                    continue
+                settings = {**changes, "scorer": [str(files[changes.get("scorer", "scorer")])]}
+                run, measured = laboratory.train(settings, seed, args.budget)
+                with runs_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record(name, seed, run, measured)) + "\n")
+                gains = measured.gains("true").mean((0, 1))
+                print(
+                    f"{name} seed {seed}: {gains[0]:+.2f} / {gains[-1]:+.2f}, {run['updates']} updates, {run['seconds']:.0f} s", flush=True
+                )
+    collect(runs_file, results)
+
+
+if __name__ == "__main__":
+    main()
