@@ -15,10 +15,12 @@ from library.config import NetworkConfig, OptimizerConfig
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.network_setup import build_network
-from library.objectives.score import ScoreConfig, ScoreObjective
+from library.objectives.score import ScoreObjective
+from library.objectives.score_config import ESTIMATORS, ScoreConfig
+from library.objectives.score_term import SCORE_ROLLOUTS
 from library.optimizers import create_optimizer, create_scheduler
 from library.rewards import Goal, Reward
-from library.rollout import ROLLOUTS, RolloutConfig
+from library.rollout import RolloutConfig
 from library.runtime import generator
 from library.sampling import PromptEncoder, model_autocast
 from library.scorers.base import Scorer, ScorerSpec
@@ -68,20 +70,22 @@ class MeasuredStep:
             resolution=settings.resolution,
         )
         encoder = PromptEncoder(model, self.network)
-        self.belt = ROLLOUTS[settings.rollout](model, self.network, PROMPTS, encoder, rollout, generator(settings.seed, "rollout"))
+        config = ScoreConfig(score_estimator=settings.score_estimator)
+        kind = ESTIMATORS[settings.score_estimator](config).rollout or settings.rollout
+        self.belt = SCORE_ROLLOUTS[kind](model, self.network, PROMPTS, encoder, rollout, generator(settings.seed, "rollout"))
+        self.views = generator(settings.seed, "views")
         scorer = untrained_scorer(model, settings.scorer_size)
-        config = ScoreConfig(scorer=("untrained",), score_estimator=settings.score_estimator)
         self.objective = ScoreObjective(model, self.network, Reward([Goal(scorer=scorer)]), config, self.belt.solver, settings.num_steps)
 
     def __call__(self, part: Part) -> LossOutput:
         with part("belt batch"):
             batch = self.belt.batch()
         with part("objective"), model_autocast(self.model), timed_predictions(self.model, part):
-            out = self.objective(batch)
+            out, eps = self.objective(batch, self.views)
         with part("backward"):
             self.accelerator.backward(out.loss)
         with part("advance"):
-            self.belt.advance(out.next_latents)
+            self.belt.advance(eps)
         with part("optimizer"):
             if self.optimizer_config.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.network.parameters(), self.optimizer_config.max_grad_norm)

@@ -35,7 +35,7 @@ def test_trajectories_start_staggered_and_stay_so() -> None:
     for _ in range(10):
         batch = belt.batch()
         assert len(set(batch.timesteps.tolist())) == 4
-        belt.advance(belt.denoise(batch))
+        belt.advance(belt.predict(batch))
 
 
 def test_neighbours_and_successors_alternate_the_multipliers() -> None:
@@ -44,7 +44,7 @@ def test_neighbours_and_successors_alternate_the_multipliers() -> None:
     for _ in range(8):
         batch = belt.batch()
         seen.append(batch.multipliers.tolist())
-        belt.advance(belt.denoise(batch))
+        belt.advance(belt.predict(batch))
     assert set(seen[0]) == {1.0, -1.0}
     for place in range(3):
         signs = [row[place] for row in seen]
@@ -54,11 +54,12 @@ def test_neighbours_and_successors_alternate_the_multipliers() -> None:
 def test_a_trajectory_of_the_belt_is_a_sampled_picture() -> None:
     """What leaves the belt is what the sampler makes of the same noise, prompt and multiplier (float32: 1e-5)."""
     belt = make_belt(train_batch_size=1, prompts=PROMPTS[:1], max_denoising_steps=5)
-    noise = belt.batch().latents.clone()
+    noise = ended = belt.batch().latents.clone()
     for _ in range(5):
         batch = belt.batch()
-        ended = belt.denoise(batch)
-        belt.advance(ended)
+        eps = belt.predict(batch)
+        ended, _ = belt.step(batch, eps)
+        belt.advance(eps)
     model, seed = belt.model, 123
 
     from library import sampling
@@ -77,7 +78,7 @@ def test_prompts_are_drawn_by_weight() -> None:
     for _ in range(40):
         batch = belt.batch()
         drawn += [prompt.prompt for prompt in batch.prompts]
-        belt.advance(batch.latents)
+        belt.advance(torch.zeros_like(batch.latents))
     assert 0.68 < drawn.count("a blue square") / len(drawn) < 0.82
 
 
@@ -87,7 +88,7 @@ def test_prompts_of_two_sizes_take_turns() -> None:
     for _ in range(12):
         batch = belt.batch()
         shapes.add(tuple(batch.latents.shape[-2:]))
-        belt.advance(belt.denoise(batch))
+        belt.advance(belt.predict(batch))
     assert shapes == {(8, 8), (8, 16)}
 
 
@@ -95,7 +96,7 @@ def test_prompts_of_two_sizes_take_turns() -> None:
 def test_a_restored_belt_goes_on_as_if_nothing_had_happened(sampler: str) -> None:
     belt = make_belt(sampler=sampler)
     for _ in range(3):
-        belt.advance(belt.denoise(belt.batch()))
+        belt.advance(belt.predict(belt.batch()))
     saved = belt.state_dict()
 
     def run(belt: Belt) -> list[torch.Tensor]:
@@ -103,7 +104,7 @@ def test_a_restored_belt_goes_on_as_if_nothing_had_happened(sampler: str) -> Non
         for _ in range(9):
             batch = belt.batch()
             trail.append(batch.latents.clone())
-            belt.advance(belt.denoise(batch))
+            belt.advance(belt.predict(batch))
         return trail
 
     first = run(belt)
@@ -124,11 +125,11 @@ def test_per_sample_starts_afresh_for_every_batch() -> None:
     for _ in range(6):
         batch = belt.batch()
         steps |= set(batch.timesteps.tolist())
-        belt.advance(batch.latents)
+        belt.advance(torch.zeros_like(batch.latents))
     assert len(steps) > 3
     assert belt.num_unet_evaluations > 0
 
 
 def test_the_rollout_carries_no_gradient() -> None:
     belt = make_belt()
-    assert not belt.denoise(belt.batch()).requires_grad
+    assert not belt.predict(belt.batch()).requires_grad
