@@ -1,4 +1,4 @@
-"""The golden run: losses of 20 steps of train_leco_score.py on a tiny SD1 model, to notice any change of what training computes.
+"""The golden run: rewards and drifts of 20 steps of train_leco_score.py on a tiny SD1 model, to notice any change of what training computes.
 
 python -m tests.golden_run     # writes tests/golden/leco_score_sd1.txt anew, when the change is meant
 """
@@ -35,16 +35,16 @@ SETTINGS = {
 }
 
 
-def golden_losses(folder: Path) -> list[float]:
-    """Train in `folder` and return the losses."""
+def golden_numbers(folder: Path) -> list[float]:
+    """Train in `folder` and return the reward and the drift of every step, in turn."""
     run(make_workplace(folder / "in"), folder / "out", **SETTINGS)
-    return [record["loss"] or 0.0 for record in read_metrics(folder / "out" / "metrics.jsonl")]
+    return [record[name] for record in read_metrics(folder / "out" / "metrics.jsonl") for name in ("reward", "eps_drift")]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        losses = golden_losses(Path(folder))
+        numbers = golden_numbers(Path(folder))
     GOLDEN_FILE.parent.mkdir(exist_ok=True)
-    lines = ["# Loss of each step; written by python -m tests.golden_run", *(f"{loss:.8g}" for loss in losses)]
+    lines = ["# Reward and drift of each step; written by python -m tests.golden_run", *(f"{number:.8g}" for number in numbers)]
     GOLDEN_FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")

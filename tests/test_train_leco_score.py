@@ -27,7 +27,7 @@ from library.slider_files import SliderFiles
 from library.tracking import read_metrics
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
-from tests.golden_run import GOLDEN_FILE, golden_losses
+from tests.golden_run import GOLDEN_FILE, golden_numbers
 from tests.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
 from tests.tiny_models import tiny_model
 from train_leco_score import LecoScoreConfig
@@ -79,7 +79,7 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     records = read_metrics(output / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all(record[name] is not None for record in records for name in ("loss", "reward", "eps_drift", "grad_norm", "lr"))
-    assert [record["step"] for record in records if "gain_at_+1" in record] == [1, 3]
+    assert [record["step"] for record in records if "gain_at_+1" in record] == [0, 1, 3]  # before training, after 2 updates and after 4
     counts = [record["unet_evaluations"] or 0.0 for record in records]
     assert counts == sorted(counts) and counts[0] > 0
     card = json.loads((output / "tiny.json").read_text(encoding="utf-8"))
@@ -137,10 +137,10 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
 
 
 def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.monitor import Effect
+    from library.verdict import Watch
 
-    monkeypatch.setattr(train_leco_score.Monitor, "effect", lambda self: Effect(up=2.5, down=-2.5))
-    run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2, early_stop_gain=2.0)
+    monkeypatch.setattr(Watch, "_stop", lambda self, seen: "strong enough" if seen.step == 2 else None)
+    run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
@@ -248,8 +248,8 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
 def test_the_golden_run(tmp_path: Path) -> None:
     """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.golden_run` writes the file anew."""
     expected = [float(line) for line in GOLDEN_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert len(expected) == 20
-    assert golden_losses(tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    assert len(expected) == 40
+    assert golden_numbers(tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
 
 
 # -- options -------------------------------------------------------------------------------------------------------------

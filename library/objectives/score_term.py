@@ -31,16 +31,17 @@ class ScoreTerm:
         self.rollout = SCORE_ROLLOUTS[rollout](
             workbench.model, workbench.network, prompts, workbench.encoder, workbench.rollout, workbench.generator("rollout")
         )
+        self._counted = 0  # of the rollout's evaluations, those that a loss has reported
         self.objective = ScoreObjective(
             workbench.model, workbench.network, reward, config, self.rollout.solver, workbench.rollout.max_denoising_steps
         )
 
     def __call__(self) -> LossOutput:
-        before = self.rollout.num_unet_evaluations
         batch = self.rollout.batch()
         out, eps = self.objective(batch, self.generator)
         self.rollout.advance(eps)
-        evaluations = out.num_unet_evaluations + self.rollout.num_unet_evaluations - before
+        evaluations = out.num_unet_evaluations + self.rollout.num_unet_evaluations - self._counted
+        self._counted = self.rollout.num_unet_evaluations
         return LossOutput(out.loss, out.sample_losses, out.samples, out.metrics, evaluations)
 
     def state_dict(self) -> dict[str, Any]:
