@@ -8,6 +8,7 @@ from torch import Tensor
 
 from library.prompt_syntax import parse_weights
 
+LEAST_MEAN = 0.01  # of hidden states, as a share of their standard deviation
 Chunk = list[tuple[int, float]]  # at most 75 tokens, each with its weight
 
 
@@ -45,17 +46,22 @@ def _chunks(prompt: str, tokenizer: Any, room: int, weighting: bool) -> list[Chu
 
 
 def apply_weights(hidden: Tensor, weights: Tensor) -> Tensor:
-    """A1111's emphasis: multiply each token's hidden state with its weight, then scale all so that their mean is what it was.
+    """A1111's emphasis: multiply each token's hidden state with its weight, then scale the chunk so that its mean is what it was.
+
+    A mean below a hundredth of the spread is noise, by which A1111 would scale all the same; here such a chunk is not scaled (A1111's
+    setting "No norm").
 
     Args:
         hidden: of B chunks [B, T, D].
         weights: [B, T]; a chunk whose weights are all 1 stays as it is, to the bit.
     """
-    if bool((weights == 1).all()):
-        return hidden
     weights = weights.to(hidden.device)
+    plain = (weights == 1).all(dim=1)[:, None, None]
+    if bool(plain.all()):
+        return hidden
     before = hidden.float()
     after = before * weights[:, :, None]
-    after = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
-    plain = (weights == 1).all(dim=1)[:, None, None]
-    return torch.where(plain, hidden, after.to(hidden.dtype))
+    mean, new_mean = before.mean((1, 2), keepdim=True), after.mean((1, 2), keepdim=True)
+    has_mean = (mean.abs() > LEAST_MEAN * before.std((1, 2), keepdim=True)) & (new_mean != 0)
+    scale = torch.where(has_mean, mean / torch.where(has_mean, new_mean, 1.0), 1.0)
+    return torch.where(plain, hidden, (after * scale).to(hidden.dtype))

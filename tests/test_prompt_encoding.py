@@ -1,0 +1,239 @@
+"""Weighted and long prompts as conditioning: against the text encoders called by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.models.base import DiffusionModel
+from library.models.prompt_chunks import apply_weights
+from library.sampling import PromptEncoder, sample, time_ids_of
+from library.types import Conditioning, PromptSpec
+from networks.lora import LoRANetwork, create_network
+from tests.tiny_models import FAMILY_NAMES, tiny_model
+
+CLOSE = {"rtol": 0, "atol": 1e-5}  # a row alone and in a batch
+WORDS = ["cat", "dog", "red", "blue", "tree"]  # a token each
+LONG = " ".join(WORDS * 16)  # 80 tokens
+
+
+def hidden_states(model: DiffusionModel, texts: list[str]) -> list[Tensor]:
+    """What the U-Net reads of each text encoder [B, 77, D], by way of the tokenizer's own padding, without any syntax."""
+    found = []
+    for text_encoder, tokenizer in zip(model.text_encoders, model.tokenizers, strict=True):
+        encoder: Any = text_encoder
+        output = encoder(tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids, output_hidden_states=True)
+        if model.spec.family == "sdxl":
+            found.append(output.hidden_states[-2])
+        elif model.clip_skip is not None:
+            found.append(getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-model.clip_skip]))
+        else:
+            found.append(output.last_hidden_state)
+    return found
+
+
+def by_hand(model: DiffusionModel, texts: list[str]) -> Tensor:
+    return torch.cat(hidden_states(model, texts), dim=-1)
+
+
+@pytest.fixture(params=[*FAMILY_NAMES, "sd1 clip_skip 2"])
+def model(request: pytest.FixtureRequest) -> DiffusionModel:
+    model = tiny_model(request.param.split()[0])
+    if "clip_skip" in request.param:
+        model.set_clip_skip(2)
+    return model
+
+
+@torch.no_grad()
+def test_plain_prompts_keep_their_bits(model: DiffusionModel) -> None:
+    texts = ["a red circle", "", "Größe 例 🙂, a \\ b: {c|d} -- e", "cat " * 75]
+    assert torch.equal(model.encode_prompts(texts).text, by_hand(model, texts))
+    assert torch.equal(model.encode_prompts(["a (red:1.0) [(circle)]"]).text, by_hand(model, ["a red circle"]))
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_two_prompts_side_by_side(model: DiffusionModel) -> None:
+    words = LONG.split()
+    long = model.encode_prompts([LONG])
+    first, second = (model.encode_prompts([" ".join(part)]) for part in (words[:75], words[75:]))
+    torch.testing.assert_close(long.text, torch.cat([first.text, second.text], dim=1), **CLOSE)
+    assert long.text.shape[1] == 154
+    if first.pooled is not None:
+        torch.testing.assert_close(long.pooled, first.pooled, **CLOSE)
+
+
+@torch.no_grad()
+def test_short_prompts_end_in_empty_chunks(model: DiffusionModel) -> None:
+    both = model.encode_prompts([LONG, "a cat"])
+    assert both.text.shape[:2] == (2, 154) and len(both) == 2
+    torch.testing.assert_close(both.text[:1], model.encode_prompts([LONG]).text, **CLOSE)
+    torch.testing.assert_close(both.text[1:], torch.cat([by_hand(model, ["a cat"]), by_hand(model, [""])], dim=1), **CLOSE)
+    if both.pooled is not None:
+        torch.testing.assert_close(both.pooled[1:], model.encode_prompts(["a cat"]).pooled, **CLOSE)
+
+
+@torch.no_grad()
+def test_break_begins_a_chunk(model: DiffusionModel) -> None:
+    broken = model.encode_prompts(["a cat BREAK a dog"]).text
+    torch.testing.assert_close(broken, torch.cat([by_hand(model, ["a cat"]), by_hand(model, ["a dog"])], dim=1), **CLOSE)
+
+
+@torch.no_grad()
+def test_weights_multiply_hidden_states_and_their_mean_stays(model: DiffusionModel) -> None:
+    for text_encoder in model.text_encoders:  # random ones have no mean
+        for name, parameter in text_encoder.named_parameters():
+            if "position_embedding" in name or name.endswith("final_layer_norm.bias"):
+                parameter += 0.3
+    weighted = model.encode_prompts(["a (red:1.5) [cat]", "a dog"])
+    weights = torch.ones(77)
+    weights[2], weights[3] = 1.5, 1 / 1.1  # after the beginning and "a"
+    expected = []
+    for hidden in hidden_states(model, ["a red cat"]):  # each text encoder by itself
+        changed = hidden * weights[:, None]
+        expected.append(changed * hidden.mean() / changed.mean())
+    torch.testing.assert_close(weighted.text[:1], torch.cat(expected, dim=-1), rtol=1e-4, atol=1e-4)
+    assert (weighted.text[:1] - by_hand(model, ["a red cat"])).abs().max() > 0.01
+    torch.testing.assert_close(weighted.text[1:], by_hand(model, ["a dog"]), **CLOSE)
+    if weighted.pooled is not None:
+        torch.testing.assert_close(weighted.pooled, model.encode_prompts(["a red cat", "a dog"]).pooled, **CLOSE)
+
+
+def test_a_mean_that_is_noise_is_not_restored() -> None:
+    hidden = torch.randn(3, 77, 8, generator=torch.Generator().manual_seed(0))
+    hidden -= hidden.mean((1, 2), keepdim=True)
+    hidden[1] += 0.5
+    hidden[2] += 0.5
+    weights = torch.ones(3, 77)
+    weights[:2, 5] = 1.5
+    found = apply_weights(hidden, weights)
+    multiplied = hidden * weights[:, :, None]
+    assert torch.equal(found[0], multiplied[0])
+    torch.testing.assert_close(found[1].mean(), hidden[1].mean())
+    torch.testing.assert_close(found[1] / found[1, 5, 0], multiplied[1] / multiplied[1, 5, 0])
+    assert torch.equal(found[2], hidden[2])
+
+
+@torch.no_grad()
+def test_a_weight_in_the_second_chunk_leaves_the_first_alone() -> None:
+    model = tiny_model("sd1")
+    words = LONG.split()
+    plain, weighted = model.encode_prompts([LONG]).text, model.encode_prompts([" ".join([*words[:-1], f"({words[-1]}:1.5)"])]).text
+    assert torch.equal(plain[:, :77], weighted[:, :77]) and (plain[:, 77:] - weighted[:, 77:]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_weighting_can_be_switched_off(model: DiffusionModel) -> None:
+    model.prompt_weighting = False
+    texts = ["a (red:1.5) [cat] BREAK \\(dog\\)"]
+    assert torch.equal(model.encode_prompts(texts).text, by_hand(model, texts))
+
+
+@torch.no_grad()
+def test_weighted_prompts_keep_the_type_of_half_precision() -> None:
+    model = tiny_model("sd1").to(dtype=torch.bfloat16)
+    exact = tiny_model("sd1").encode_prompts(["a (red:1.5) cat"]).text
+    found = model.encode_prompts(["a (red:1.5) cat"]).text
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.1)
+
+
+PROMPTS = [PromptSpec(prompt="a cat"), PromptSpec(prompt="a dog", negative_prompt=LONG), PromptSpec(prompt="a (red:1.2) circle")]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_conditionings_of_an_encoder_can_be_joined(family: str) -> None:
+    model = tiny_model(family)
+    encoder = PromptEncoder(model)
+    cond, uncond = encoder.cond(PROMPTS, (64, 64)), encoder.uncond(PROMPTS, (64, 64))
+    both = Conditioning.cat([uncond, cond])
+    assert both.text.shape[:2] == (6, 154)
+    expected = model.encode_prompts(["", LONG, "", "a cat", "a dog", "a (red:1.2) circle"], (64, 64))
+    torch.testing.assert_close(both.text, expected.text, **CLOSE)
+    if family == "sdxl":
+        torch.testing.assert_close(both.pooled, expected.pooled, **CLOSE)
+        torch.testing.assert_close(both.time_ids, expected.time_ids, rtol=0, atol=0)
+
+
+def test_what_was_encoded_before_a_longer_prompt_is_lengthened_without_the_text_encoders() -> None:
+    model = tiny_model("sd1")
+    encoder = PromptEncoder(model)
+    encoder.encode_ahead(PROMPTS[:1], (64, 64))
+    assert encoder.cond(PROMPTS[:1], (64, 64)).text.shape[1] == 77
+    encoder.encode_ahead(PROMPTS[1:], (64, 64))
+    expected = model.encode_prompts(["a cat", LONG]).text
+    model.free_text_encoders()
+    torch.testing.assert_close(encoder.cond(PROMPTS[:1], (64, 64)).text, expected[:1], **CLOSE)
+    torch.testing.assert_close(encoder.uncond(PROMPTS[1:2], (64, 128)).text, expected[1:], **CLOSE)
+
+
+def test_texts_are_encoded_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("sdxl"), []
+    encode = model.encode_prompts
+    monkeypatch.setattr(model, "encode_prompts", lambda texts, size=None: (seen.extend(texts), encode(texts, size))[1])
+    encoder = PromptEncoder(model)
+    prompts = [PromptSpec(prompt="a cat", width=width) for width in (64, 96, 128)]
+    encoder.encode_ahead(prompts, (64, 64))
+    assert sorted(seen) == ["", "a cat"]
+    time_ids = encoder.cond(prompts[1:2], (64, 96)).time_ids
+    assert time_ids is not None and time_ids.tolist() == [[64, 96, 0, 0, 64, 96]]
+
+
+def test_sdxl_is_told_a_prompts_size_and_crop() -> None:
+    model = tiny_model("sdxl")
+    prompts = [PromptSpec(prompt="a", original_width=512, original_height=384, crop_top=8, crop_left=16), PromptSpec(prompt="b")]
+    expected = [[384, 512, 8, 16, 64, 96], [64, 96, 0, 0, 64, 96]]
+    encoder = PromptEncoder(model)
+    for cond in (encoder.cond(prompts, (64, 96)), encoder.uncond(prompts, (64, 96))):
+        assert cond.time_ids is not None and cond.time_ids.tolist() == expected
+    direct = model.encode_prompts(["a", "b"], time_ids=[time_ids_of(prompt, (64, 96)) for prompt in prompts]).time_ids
+    assert direct is not None and direct.tolist() == expected
+
+
+def test_other_families_warn_once_of_size_and_crop(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = PromptEncoder(tiny_model("sd1"))
+    plain, told = PromptSpec(prompt="a"), PromptSpec(prompt="a", crop_top=8)
+    encoder.cond([plain], (64, 64))
+    assert not caplog.records
+    assert encoder.cond([told], (64, 64)).time_ids is None and encoder.uncond([told], (64, 64)).time_ids is None
+    assert caplog.text.count("only SDXL is told") == 1
+
+
+def text_encoder_network(model: DiffusionModel) -> LoRANetwork:
+    network = create_network(1.0, 4, 4.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_up" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    network.apply_to(model.text_encoders, model.unet)
+    return network
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_text_encoder_lora_has_each_prompts_multiplier_in_every_chunk(family: str) -> None:
+    model = tiny_model(family)
+    network = text_encoder_network(model)
+    texts, multipliers = [LONG, "a (red:1.3) cat"], [1.0, -1.0]
+    network.set_multiplier(torch.tensor(multipliers))
+    together = model.encode_prompts(texts)
+    assert together.text.requires_grad
+    for row, (text, multiplier) in enumerate(zip(texts, multipliers, strict=True)):
+        network.set_multiplier(multiplier)
+        model.expect_prompts(texts)
+        torch.testing.assert_close(model.encode_prompts([text]).text[0], together.text[row], **CLOSE)
+    encoder = PromptEncoder(model, network)
+    prompts = [PromptSpec(prompt=text) for text in texts]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.cond(prompts, (64, 64), multipliers).text, together.text, **CLOSE)
+    assert encoder.uncond(prompts, (64, 64), multipliers).text.shape == together.text.shape
+    encoder.encode_ahead(prompts, (64, 64))
+    assert (encoder.encode(texts, (64, 64), [0.0, 0.0]).text - together.text).abs().max() > 1e-3
+
+
+def test_pictures_of_long_prompts_are_sampled_with_short_negatives() -> None:
+    model = tiny_model("sd1")
+    run = {"num_steps": 2, "guidance_scale": 4.0, "resolution": (64, 64), "batch_size": 2}
+    pictures = sample(model, None, [PromptSpec(prompt=LONG), PromptSpec(prompt="a cat")], [0, 0], **run)
+    cut = sample(model, None, [PromptSpec(prompt=" ".join(LONG.split()[:75]))], [0], **run)
+    assert pictures.shape[0] == 2 and (pictures[:1] - cut).abs().max() > 1e-4
