@@ -7,6 +7,7 @@ neither the scorer's scale nor the number of steps matters.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class ScoreObjective:
     moves eps by `reward_weight / (2 preserve_weight)` RMS along g at most: the trained slider has a strength by construction.
 
     Args:
-        num_steps: of the sampler; a gain over a whole trajectory is this many times that of one step.
+        num_steps: of the sampler, for prompts that bring none; a gain over a whole trajectory is this many times that of one step.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ScoreObjective:
     ) -> None:
         self.model, self.network, self.reward, self.config, self.solver = model, network, reward, config, solver
         self.estimator = ESTIMATORS[config.score_estimator](config)
-        self.num_steps = num_steps
+        self.num_steps, self.schedule = num_steps, solver.schedule(model.schedule)
         self.needs_frozen = (
             config.reward_loss != "linear"
             or self.estimator.at_frozen
@@ -71,12 +72,12 @@ class ScoreObjective:
         """
         own = len(batch.latents)
         batch = batch.mirrored() if self.config.paired_signs else batch
-        scene = Scene(batch=batch, schedule=self.model.schedule, solver=self.solver)
+        scene = Scene(batch=batch, schedule=self.schedule, solver=self.solver)
         uncond, frozen = self._predict_without_gradient(batch, own)
         self.network.set_multiplier(batch.multipliers)
         eps = self.model.predict_eps(batch.latents, batch.timesteps, batch.cond)
 
-        noise = self._noise(batch, generator)
+        noise = self._noise(batch, own, generator)
         foreseen = self.estimator.foresee(scene, self._guide(eps, uncond, batch), self._predictor(batch, frozen=False))
         base = None
         if frozen is not None:
@@ -161,17 +162,17 @@ class ScoreObjective:
     def _frozen_cond(self, batch: RolloutBatch) -> Conditioning:
         if not self.network.text_encoder_loras:
             return batch.cond
-        height, width = (side * self.model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
         with self.network.disabled():
-            return self.model.encode_prompts([prompt.prompt for prompt in batch.prompts], (height, width))
+            return replace(self.model.encode_prompts([prompt.prompt for prompt in batch.prompts]), time_ids=batch.cond.time_ids)
 
     def _guide(self, eps: Tensor, uncond: Tensor | None, batch: RolloutBatch) -> Tensor:
         return eps if uncond is None else guided_eps(uncond, eps, batch.guidance_scales)
 
-    def _noise(self, batch: RolloutBatch, generator: torch.Generator | None) -> Tensor:
-        """Noise for the estimator's views [V, B, C, h, w]; nothing is drawn for one that looks at the latents themselves."""
+    def _noise(self, batch: RolloutBatch, own: int, generator: torch.Generator | None) -> Tensor:
+        """Noise for the estimator's views [V, B, C, h, w], the same for both signs of a sample; none for one that has no views."""
         views = self.estimator.num_views if isinstance(self.estimator, X0Renoise) else 0
-        return torch.randn(views, *batch.latents.shape, generator=generator).to(batch.latents.device)
+        noise = torch.randn(views, own, *batch.latents.shape[1:], generator=generator)
+        return noise.repeat(1, len(batch.latents) // own, 1, 1, 1).to(batch.latents.device)
 
     def _ascent(self, batch: RolloutBatch, foreseen: Foreseen, base: Foreseen | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where each sample's latents should go.
@@ -209,7 +210,7 @@ class ScoreObjective:
             shape = directions.view(-1, 1, 1, 1) * batch.latents[0].numel()
             slopes = [goal.weight * gradients[goal.name] for goal in self.reward.goals if goal.sign]
             return shape * torch.stack(slopes).sum(0) * self._push(batch, foreseen)(gain).view(-1, 1, 1, 1), reward, gain
-        push, share = self._push(batch, foreseen), foreseen.share / self.num_steps
+        push, share = self._push(batch, foreseen), self._share(batch, foreseen)
         return ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, share), reward, gain
 
     def _total(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -220,8 +221,12 @@ class ScoreObjective:
         config = self.config
         shape = SHAPES["linear" if self.estimator.at_frozen else config.reward_loss]
         wanted = config.reward_target if config.reward_loss == "target" else config.hinge_margin
-        margin = wanted * batch.multipliers.abs() * foreseen.share / self.num_steps
+        margin = wanted * batch.multipliers.abs() * self._share(batch, foreseen)
         return lambda gain: shape(gain, margin)
+
+    def _share(self, batch: RolloutBatch, foreseen: Foreseen) -> Tensor:
+        """The part of a whole trajectory's change that this step accounts for [B]."""
+        return foreseen.share / foreseen.share.new_tensor([prompt.num_steps or self.num_steps for prompt in batch.prompts])
 
     def _move(self, direction: Tensor, foreseen: Foreseen, base: Foreseen | None, batch: RolloutBatch) -> Tensor:
         """How far the prediction has moved along the direction [B], with gradient: RMS of eps, from the frozen model's prediction."""
@@ -230,4 +235,5 @@ class ScoreObjective:
         if not self.config.normalize_gradient:
             return along
         strength = batch.multipliers.abs() if self.estimator.at_frozen else 1.0
-        return strength * along / (foreseen.reach * batch.guidance_scales).abs()
+        # a schedule may end with a step that moves nothing
+        return strength * along / (foreseen.reach * batch.guidance_scales).abs().clamp_min(1e-12)
