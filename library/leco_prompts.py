@@ -99,6 +99,36 @@ def load_leco_settings(path: str | Path) -> list[LecoSetting]:
     return settings
 
 
+def is_leco_file(path: str | Path) -> bool:
+    """Whether a prompt file describes directions in words, as LECO learns them; a file of prompts alone, or none that can be read, is not."""
+    path = Path(path)
+    if path.suffix != ".toml" or not path.is_file():
+        return False
+    try:
+        content = toml.loads(path.read_text(encoding="utf-8-sig"))
+    except (toml.TomlDecodeError, IndexError, UnicodeDecodeError, OSError):
+        return False
+    prompts = content.get("prompts")
+    tables = [table for table in prompts if isinstance(table, dict)] if isinstance(prompts, list) else []
+    directed = any("positive" in table or "target_class" in table for table in [content, *tables])
+    return directed or "targets" in content or "slider" in content
+
+
+def is_leco_file(path: str | Path) -> bool:
+    """Whether a prompt file says what to learn, and not only what to draw: a .toml with a target, a target_class or [[targets]].
+
+    Raises:
+        UserError: a .toml that does not exist or is not valid.
+    """
+    path = Path(path)
+    if path.suffix != ".toml":
+        return False
+    content = _read_toml(path)
+    tables = content.get("prompts", [content])
+    said = ("target", "target_class", "targets", "slider")
+    return isinstance(tables, list) and any(isinstance(table, dict) and not table.keys().isdisjoint(said) for table in tables)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"LECO prompts file {path} does not exist; give a .toml file with [[prompts]] or [[targets]]")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.leco_prompts import LecoSetting, load_leco_settings
+from library.leco_prompts import LecoSetting, is_leco_file, load_leco_settings
 
 Write = Callable[[str], Path]
 
@@ -216,3 +216,20 @@ def test_what_cannot_be_understood_is_refused(write: Write, text: str, message: 
 def test_a_missing_file_is_a_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_leco_settings(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[[prompts]]\ntarget = "a"', True),
+        ('[[prompts]]\nprompt = "a"', False),
+        ('[[targets]]\ntarget_class = "a"', True),
+        ('[slider]\ntarget_class = "a"', True),
+        ('target_class = "a"', True),
+        ("guidance_scale = 1", False),
+    ],
+)
+def test_a_leco_file_is_known_from_a_list_of_prompts(write: Write, tmp_path: Path, text: str, expected: bool) -> None:
+    assert is_leco_file(write(text)) is expected
+    (tmp_path / "prompts.txt").write_text("target = 1")
+    assert not is_leco_file(tmp_path / "prompts.txt")
