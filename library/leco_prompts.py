@@ -100,21 +100,6 @@ def load_leco_settings(path: str | Path) -> list[LecoSetting]:
 
 
 def is_leco_file(path: str | Path) -> bool:
-    """Whether a prompt file describes directions in words, as LECO learns them; a file of prompts alone, or none that can be read, is not."""
-    path = Path(path)
-    if path.suffix != ".toml" or not path.is_file():
-        return False
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except (toml.TomlDecodeError, IndexError, UnicodeDecodeError, OSError):
-        return False
-    prompts = content.get("prompts")
-    tables = [table for table in prompts if isinstance(table, dict)] if isinstance(prompts, list) else []
-    directed = any("positive" in table or "target_class" in table for table in [content, *tables])
-    return directed or "targets" in content or "slider" in content
-
-
-def is_leco_file(path: str | Path) -> bool:
     """Whether a prompt file says what to learn, and not only what to draw: a .toml with a target, a target_class or [[targets]].
 
     Raises:
