@@ -9,12 +9,19 @@ from library.objectives.base import Term, Workbench
 from library.rollout import RolloutConfig
 from library.runtime import generator
 from library.sampling import PromptEncoder
+from networks.lora import LoRANetwork
 from tests.test_rollout import lora_for
 from tests.tiny_models import tiny_model
 
 
 def make_workbench(
-    kind: str = "sd1", *, model: DiffusionModel | None = None, strength: float = 0.05, seed: int = 0, **rollout
+    kind: str = "sd1",
+    *,
+    model: DiffusionModel | None = None,
+    network: LoRANetwork | None = None,
+    strength: float = 0.05,
+    seed: int = 0,
+    **rollout,
 ) -> Workbench:
     """A LoRA that already does something, a batch of 3, 4 steps, pictures of 64 pixels.
 
@@ -22,7 +29,7 @@ def make_workbench(
     channels a group, and jump.
     """
     model = model or tiny_model(kind)
-    network = lora_for(model, strength)
+    network = network or lora_for(model, strength)
     settings = {"prompts_file": "", "train_batch_size": 3, "max_denoising_steps": 4, "leco_denoise_guidance_scale": 3.0, **rollout}
     return Workbench(
         model=model,

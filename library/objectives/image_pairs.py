@@ -1,0 +1,165 @@
+"""Sliders from pairs of pictures that differ in one thing (Concept Sliders, arXiv 2311.12092, section 4.2)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config import check_above, option
+from library.errors import UserError
+from library.objectives.base import Workbench
+from library.objectives.known_noise import (
+    NoisedPictures,
+    buckets_around,
+    caption_of,
+    draw_alike,
+    draw_noise,
+    draw_timesteps,
+    encode_at_one_size,
+    known_noise_errors,
+    logger,
+)
+from library.objectives.regression import RegressionConfig
+from library.scorer_data.readers.base import BadValue
+from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, source_files
+from library.scorer_data.readers.rows import read_rows
+from library.scorer_data.records import FilePicture, Skipped
+from library.scorer_data.skips import SkipReport
+from library.types import LossOutput, PromptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePairsConfig:
+    """Learning from pairs of pictures."""
+
+    image_pairs: Path | None = option(
+        None,
+        help="Folder with positive/ and negative/ pictures of the same names (prompts in positive/NAME.txt), or a table (.csv, ...) with "
+        "columns positive, negative and prompt, paths relative to it.",
+    )
+    image_pairs_prompt: str = option("", help="Prompt of the pairs that have none of their own.")
+    image_pairs_multiplier: float = option(1.0, help="The LoRA learns the positive picture at this multiplier, the negative at minus it.")
+    image_pairs_weight: float = option(1.0, help="Weight of image_pairs in the loss.")
+
+    def __post_init__(self) -> None:
+        check_above(self, 0, "image_pairs_multiplier", "image_pairs_weight")
+
+
+@dataclass(frozen=True)
+class PicturePair:
+    """Two pictures of one thing, and what both show."""
+
+    positive: FilePicture
+    negative: FilePicture
+    prompt: str
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """The pictures' latents [C, h, w] on the CPU, what they show, and what the positive one is called."""
+
+    positive: Tensor
+    negative: Tensor
+    prompt: str
+    name: str
+
+
+class ImagePairsTerm:
+    """Both pictures of a pair under the same noise at the same timestep: the LoRA at +m is to know the one, at -m the other.
+
+    What the pictures share pulls the LoRA the same way at both signs, which cancels; what they differ in is left for the slider. A batch
+    is half as many pairs as train_batch_size; 3 U-Net evaluations a picture.
+    """
+
+    name = "image_pairs"
+
+    def __init__(self, workbench: Workbench, pairs: list[EncodedPair], config: ImagePairsConfig, regression: RegressionConfig) -> None:
+        self.workbench, self.pairs, self.config, self.regression = workbench, pairs, config, regression
+        self.weight = config.image_pairs_weight
+        self.generator = workbench.generator(self.name)
+        prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(pair.prompt for pair in pairs)]
+        workbench.encoder.encode_ahead(prompts, workbench.rollout.size(workbench.model.spec.resolution))
+
+    def __call__(self) -> LossOutput:
+        model, count = self.workbench.model, max(self.workbench.rollout.train_batch_size // 2, 1)
+        chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
+        clean = torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]).to(model.device)
+        multipliers = torch.full((count,), self.config.image_pairs_multiplier, device=model.device)
+        batch = NoisedPictures(
+            clean=clean,
+            noise=draw_noise(clean[:count], self.generator).repeat(2, 1, 1, 1),
+            timesteps=draw_timesteps(model, count, self.generator).repeat(2),
+            multipliers=torch.cat([multipliers, -multipliers]),
+            prompts=[pair.prompt for pair in chosen] * 2,
+        )
+        losses, errors = known_noise_errors(self.workbench, batch, self.regression.min_snr_gamma)
+        names = [f"positive picture {pair.name}" for pair in chosen] + [f"negative picture of {pair.name}" for pair in chosen]
+        return LossOutput(
+            loss=losses.mean(),
+            sample_losses=losses.detach(),
+            samples=[f"{name} at timestep {int(timestep)}" for name, timestep in zip(names, batch.timesteps, strict=True)],
+            metrics={"mse_positive": errors[:count].mean(), "mse_negative": errors[count:].mean()},
+            num_unet_evaluations=3 * len(clean),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def build(workbench: Workbench, config: ImagePairsConfig, regression: RegressionConfig) -> ImagePairsTerm:
+    """The term, its pictures encoded by the model's VAE. Raises UserError if there is no pair that can be used."""
+    if config.image_pairs is None:
+        raise UserError("image_pairs has no pictures: set image_pairs to a folder with positive/ and negative/, or to a table of pairs")
+    model, skipped = workbench.model, SkipReport()
+    buckets = buckets_around(workbench.rollout.size(model.spec.resolution))
+    pairs = []
+    for found in find_pairs(config.image_pairs, config.image_pairs_prompt):
+        encoded = found if isinstance(found, Skipped) else encode_at_one_size(model, [found.positive, found.negative], buckets)
+        if isinstance(encoded, Skipped):
+            skipped.add(encoded)
+        elif isinstance(found, PicturePair):
+            positive, negative = encoded
+            pairs.append(EncodedPair(positive, negative, found.prompt, found.positive.path.name))
+    skipped.log(logger)
+    if not pairs:
+        raise UserError(f"image_pairs {config.image_pairs}: no pair can be used; {skipped.first() or 'it holds none'}")
+    return ImagePairsTerm(workbench, pairs, config, regression)
+
+
+def find_pairs(source: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:
+    """The pairs of a folder or a table, and what of it has no partner. Raises UserError if it is neither."""
+    return _pairs_in_folders(source, default_prompt) if source.is_dir() else _pairs_in_table(source, default_prompt)
+
+
+def _pairs_in_folders(folder: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:
+    """positive/NAME.x and negative/NAME.y; the endings may differ."""
+    for side in ("positive", "negative"):
+        if not (folder / side).is_dir():
+            raise UserError(f"image_pairs {folder} has no folder {side}; it needs positive/ and negative/ with pictures of the same names")
+    positive, negative = ({file.stem: file for file in source_files(folder / side, PICTURE_SUFFIXES)} for side in ("positive", "negative"))
+    for name in sorted(positive.keys() | negative.keys()):
+        if name in positive and name in negative:
+            yield PicturePair(FilePicture(positive[name]), FilePicture(negative[name]), caption_of(positive[name], default_prompt))
+        else:
+            there, lacking = ("positive", "negative") if name in positive else ("negative", "positive")
+            yield Skipped(f"{folder / there} has a picture {name}, {folder / lacking} has none", "picture has no partner")
+
+
+def _pairs_in_table(table: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:
+    files = PictureFiles(table.parent, once=False)
+    for row in read_rows(table, needed=(("positive",), ("negative",))):
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        try:
+            positive, negative = (files.find(str(row.get(side) or "")) for side in ("positive", "negative"))
+        except BadValue as error:
+            yield error.at(row.where)
+            continue
+        yield PicturePair(positive, negative, str(row.get("prompt") or "").strip() or default_prompt)

@@ -1,0 +1,112 @@
+"""A plain LoRA on pictures: alone, or beside a score to hold the slider to them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.config import check_above, option
+from library.errors import UserError
+from library.objectives.base import Workbench
+from library.objectives.known_noise import (
+    NoisedPictures,
+    buckets_around,
+    caption_of,
+    draw_alike,
+    draw_noise,
+    draw_timesteps,
+    encode_at_one_size,
+    known_noise_errors,
+    logger,
+)
+from library.objectives.regression import RegressionConfig
+from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
+from library.scorer_data.records import FilePicture, Skipped
+from library.scorer_data.skips import SkipReport
+from library.types import LossOutput, PromptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Learning from pictures as they are."""
+
+    images_dir: Path | None = option(None, help="Folder of pictures to learn from; NAME.txt beside a picture is its prompt.")
+    images_prompt: str = option("", help="Prompt of the pictures that have no .txt.")
+    images_multiplier: float = option(1.0, help="Multiplier of the LoRA at which the pictures are learned.")
+    images_weight: float = option(1.0, help="Weight of images in the loss.")
+
+    def __post_init__(self) -> None:
+        check_above(self, 0, "images_weight")
+        if self.images_multiplier == 0:
+            raise UserError("images_multiplier is 0, at which the LoRA is off and learns nothing; give another, such as 1")
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture's latents [C, h, w] on the CPU, what it shows, and what it is called."""
+
+    latents: Tensor
+    prompt: str
+    name: str
+
+
+class ImagesTerm:
+    """The noise in noised pictures, predicted at one multiplier: 3 U-Net evaluations a sample."""
+
+    name = "images"
+
+    def __init__(self, workbench: Workbench, pictures: list[EncodedPicture], config: ImagesConfig, regression: RegressionConfig) -> None:
+        self.workbench, self.pictures, self.config, self.regression = workbench, pictures, config, regression
+        self.weight = config.images_weight
+        self.generator = workbench.generator(self.name)
+        prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(picture.prompt for picture in pictures)]
+        workbench.encoder.encode_ahead(prompts, workbench.rollout.size(workbench.model.spec.resolution))
+
+    def __call__(self) -> LossOutput:
+        model, count = self.workbench.model, self.workbench.rollout.train_batch_size
+        places = draw_alike([picture.latents for picture in self.pictures], count, self.generator)
+        chosen = [self.pictures[place] for place in places]
+        clean = torch.stack([picture.latents for picture in chosen]).to(model.device)
+        batch = NoisedPictures(
+            clean=clean,
+            noise=draw_noise(clean, self.generator),
+            timesteps=draw_timesteps(model, count, self.generator),
+            multipliers=torch.full((count,), self.config.images_multiplier, device=model.device),
+            prompts=[picture.prompt for picture in chosen],
+        )
+        losses, errors = known_noise_errors(self.workbench, batch, self.regression.min_snr_gamma)
+        return LossOutput(
+            loss=losses.mean(),
+            sample_losses=losses.detach(),
+            samples=[f"picture {own.name} at timestep {int(timestep)}" for own, timestep in zip(chosen, batch.timesteps, strict=True)],
+            metrics={"mse": errors.mean()},
+            num_unet_evaluations=3 * count,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def build(workbench: Workbench, config: ImagesConfig, regression: RegressionConfig) -> ImagesTerm:
+    """The term, its pictures encoded by the model's VAE. Raises UserError if there are none that can be used."""
+    if config.images_dir is None:
+        raise UserError("images has no pictures: set images_dir to a folder of pictures, with their prompts in .txt files beside them")
+    model, skipped = workbench.model, SkipReport()
+    buckets = buckets_around(workbench.rollout.size(model.spec.resolution))
+    pictures = []
+    for file in source_files(config.images_dir, PICTURE_SUFFIXES):
+        encoded = encode_at_one_size(model, [FilePicture(file)], buckets)
+        if isinstance(encoded, Skipped):
+            skipped.add(encoded)
+        else:
+            pictures.append(EncodedPicture(encoded[0], caption_of(file, config.images_prompt), file.name))
+    skipped.log(logger)
+    if not pictures:
+        raise UserError(f"images_dir {config.images_dir}: no picture can be used; {skipped.first()}")
+    return ImagesTerm(workbench, pictures, config, regression)

@@ -1,0 +1,121 @@
+"""Learning from pictures: they are encoded once, noised anew for every batch, and the noise is known."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.base import DiffusionModel
+from library.objectives.base import Workbench
+from library.objectives.regression import as_output, min_snr_weights, squared_errors, trained_conditioning
+from library.sampling import Size
+from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
+from library.scorer_data.pictures import cover, read_picture, to_pixels
+from library.scorer_data.records import Picture, Skipped
+
+logger = logging.getLogger(__name__)
+
+SIDE_STEP = 64  # pixels; of the sizes that pictures are brought to
+
+
+@dataclass(frozen=True)
+class NoisedPictures:
+    """One batch of noised pictures, of one size.
+
+    Attributes:
+        clean, noise: scaled latents and standard normal noise [B, C, h, w].
+        timesteps, multipliers: the noise level, and what the LoRA is multiplied with [B].
+        prompts: what the pictures show.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    multipliers: Tensor
+    prompts: Sequence[str]
+
+
+def known_noise_errors(workbench: Workbench, batch: NoisedPictures, min_snr_gamma: float | None) -> tuple[Tensor, Tensor]:
+    """The squared error of the U-Net's output against what it should be given the known noise: weighted, with gradient, and plain [B].
+
+    DDPM's simple loss, arXiv 2006.11239, eq. 14, for a v-prediction model in v; weighted as `min_snr_weights` says.
+    """
+    model = workbench.model
+    height, width = (side * model.spec.vae_scale_factor for side in batch.clean.shape[-2:])
+    cond = trained_conditioning(workbench, batch.prompts, (height, width), batch.multipliers)
+    noisy = model.schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
+    workbench.network.set_multiplier(batch.multipliers)
+    eps = model.predict_eps(noisy, batch.timesteps, cond)
+    outputs, targets = (as_output(model, noisy, part, batch.timesteps) for part in (eps, batch.noise))
+    errors = squared_errors(outputs, targets)
+    return errors * min_snr_weights(model, batch.timesteps, min_snr_gamma), errors.detach()
+
+
+def draw_timesteps(model: DiffusionModel, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform among the timesteps that the model was trained on [count], on its device."""
+    return torch.randint(len(model.schedule), (count,), generator=generator).to(model.device)
+
+
+def draw_noise(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the latents' shape, on their device."""
+    return torch.randn(clean.shape, generator=generator).to(clean.device)
+
+
+def draw_alike(latents: Sequence[Tensor], count: int, generator: torch.Generator) -> list[int]:
+    """`count` places among latents [C, h, w], all of one shape; every picture as often as every other in the long run.
+
+    None comes twice before all of its shape came once.
+    """
+    shape = latents[int(torch.randint(len(latents), (1,), generator=generator))].shape
+    alike = [place for place, own in enumerate(latents) if own.shape == shape]
+    order = torch.randperm(len(alike), generator=generator).tolist()
+    return [alike[order[number % len(alike)]] for number in range(count)]
+
+
+def buckets_around(resolution: Size) -> BucketConfig:
+    """Sizes of about the area of (height, width), with sides in multiples of 64 pixels: from half to twice as long."""
+    height, width = (max(side // SIDE_STEP, 1) * SIDE_STEP for side in resolution)
+    return BucketConfig(
+        resolution=f"{width},{height}",
+        min_bucket_reso=max(min(width, height) // 2, SIDE_STEP),
+        max_bucket_reso=2 * max(width, height),
+        bucket_reso_steps=SIDE_STEP,
+    )
+
+
+@torch.no_grad()
+def encode_at_one_size(model: DiffusionModel, pictures: Sequence[Picture], buckets: BucketConfig) -> list[Tensor] | Skipped:
+    """Scaled latents [C, h, w] on the CPU of pictures that belong together, all brought to the size that fits the first best."""
+    try:
+        images = [read_picture(picture) for picture in pictures]
+    except UserError as error:
+        return Skipped(str(error), "picture cannot be read")
+    bucket = choose_bucket(*images[0].size, buckets)
+    for picture, image in zip(pictures, images, strict=True):
+        if (cut := crop_share(*image.size, bucket)) > buckets.max_crop:
+            width, height = image.size
+            return Skipped(
+                f"picture {picture.key} is {width}x{height}, of which {bucket[0]}x{bucket[1]} would cut off {cut:.0%}",
+                "picture is too long",
+            )
+    latents = [model.encode_images(to_pixels([cover(image, bucket)]).to(model.device)).float().cpu()[0] for image in images]
+    if not all(own.isfinite().all() for own in latents):
+        return Skipped(
+            f"picture {pictures[0].key}: the VAE makes NaN or infinity of it; try another VAE file", "the VAE makes no latents of it"
+        )
+    return latents
+
+
+def caption_of(picture: Path, default: str) -> str:
+    """The text of the .txt file beside a picture, in one line; `default` if there is none."""
+    file = picture.with_suffix(".txt")
+    if not file.is_file():
+        return default
+    try:
+        return " ".join(file.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"caption {file} cannot be read as UTF-8 text: {error}") from error

@@ -1,0 +1,102 @@
+"""Anchors: the distance from the frozen model on prompts of their own, and that it is kept small."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.leco_prompts import LecoSetting
+from library.objectives.anchors import AnchorConfig, AnchorsTerm, build
+from library.objectives.base import Workbench
+from library.objectives.leco import LecoConfig, LecoTerm
+from library.objectives.regression import RegressionConfig
+from library.types import PromptSpec
+from tests.workbench_for_tests import assert_resumes, make_workbench
+
+PROMPTS = [PromptSpec(prompt="a tree"), PromptSpec(prompt="a house", negative_prompt="fog")]
+
+
+def make_term(bench: Workbench, prompts: list[PromptSpec] = PROMPTS, gamma: float | None = None, **settings) -> AnchorsTerm:
+    return AnchorsTerm(bench, prompts, AnchorConfig(**settings), RegressionConfig(min_snr_gamma=gamma))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
+def test_the_loss_is_the_distance_of_the_outputs_with_and_without_the_lora(kind: str) -> None:
+    """Against raw U-Net calls, in v for a v-prediction model (1e-4)."""
+    bench = make_workbench(kind, resolution=(128,))
+    term = make_term(bench, anchor_batch_size=3)
+    batch = term.belt.batch()
+    term.belt.batch = lambda: batch  # pyright: ignore
+    term.belt._batch = batch
+    out = term()
+
+    @torch.no_grad()
+    def raw(multiplier: float, row: int) -> Tensor:
+        bench.network.set_multiplier(multiplier)
+        cond = batch.cond[row : row + 1]
+        added = bench.model._added_cond(cond)
+        return bench.model.unet(batch.latents[row : row + 1], batch.timesteps[row : row + 1], cond.text, added_cond_kwargs=added).sample
+
+    expected = [
+        torch.nn.functional.mse_loss(raw(multiplier, row), raw(0.0, row)) for row, multiplier in enumerate(batch.multipliers.tolist())
+    ]
+    torch.testing.assert_close(out.sample_losses, torch.stack(expected), rtol=1e-4, atol=1e-7)
+    assert set(batch.multipliers.tolist()) == {1.0, -1.0}
+    assert set(out.samples[0].split()[:1]) == {"anchor"}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_anchor_costs_what_its_docstring_says(guidance: float) -> None:
+    term = make_term(make_workbench(leco_denoise_guidance_scale=guidance))
+    term()
+    assert term().num_unet_evaluations == 2 * (3 + 1 + (guidance != 1))
+
+
+def test_an_untouched_lora_has_no_distance() -> None:
+    out = make_term(make_workbench(strength=0.0))()
+    assert out.loss == 0 and out.metrics["drift"] == 0
+
+
+def test_anchors_hold_their_prompts_while_another_term_moves_its_own() -> None:
+    """LECO with and without anchors, the same number of steps: the anchor prompt moves less than half as far."""
+    setting = LecoSetting(target="a circle", positive="red", unconditional="blue", action="enhance", guidance_scale=5.0)
+
+    def distance(with_anchors: bool) -> float:
+        bench = make_workbench(strength=0.0, train_batch_size=2)
+        terms = [LecoTerm(bench, [setting], LecoConfig(), RegressionConfig()), make_term(bench)]
+        optimizer = torch.optim.SGD(bench.network.parameters(), lr=0.5)
+        for _ in range(10):
+            optimizer.zero_grad()
+            terms[0]().loss.backward()
+            if with_anchors:
+                (20 * terms[1]().loss).backward()
+            optimizer.step()
+        latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        timesteps = torch.tensor([301, 501, 701, 901])
+        cond = bench.encoder.encode([PROMPTS[0].prompt] * 4, (64, 64))
+        with torch.no_grad():
+            outputs = []
+            for multiplier in (1.0, 0.0):
+                bench.network.set_multiplier(multiplier)
+                outputs.append(bench.model.predict_eps(latents, timesteps, cond))
+        return (outputs[0] - outputs[1]).square().mean().item()
+
+    free = distance(False)
+    assert free > 0
+    assert distance(True) < free / 2
+
+
+def test_a_term_goes_on_where_it_was_put_away() -> None:
+    assert_resumes(make_term)
+
+
+def test_build_reads_the_file_and_turns_off_without_one(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.txt"
+    path.write_text("a tree\na house --n fog\n", encoding="utf-8")
+    term = build(make_workbench(), AnchorConfig(anchor_prompts_file=str(path), anchor_weight=0.25, anchor_batch_size=1), RegressionConfig())
+    assert term.weight == 0.25
+    assert {prompt.prompt for pool in term.belt.pools for prompt in pool.prompts} == {"a tree", "a house"}
+    with pytest.raises(UserError, match="anchor_prompts_file"):
+        build(make_workbench(), AnchorConfig(), RegressionConfig())

@@ -1,0 +1,232 @@
+"""Learning from pictures and from pairs of them: what is read, the losses, and which way the LoRA goes."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.errors import UserError
+from library.objectives import image_pairs, images
+from library.objectives.base import Workbench
+from library.objectives.image_pairs import EncodedPair, ImagePairsConfig, ImagePairsTerm, PicturePair, find_pairs
+from library.objectives.images import EncodedPicture, ImagesConfig, ImagesTerm
+from library.objectives.known_noise import buckets_around, draw_alike
+from library.objectives.regression import RegressionConfig
+from library.scorer_data.buckets import bucket_sizes
+from library.scorer_data.records import Skipped
+from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
+
+
+def save_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def latents(seed: int, size: tuple[int, int] = (8, 8)) -> Tensor:
+    return torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def images_term(bench: Workbench, gamma: float | None = None, size: tuple[int, int] = (8, 8), **settings) -> ImagesTerm:
+    pictures = [EncodedPicture(latents(seed, size), f"picture {seed}", str(seed)) for seed in range(4)]
+    return ImagesTerm(bench, pictures, ImagesConfig(**settings), RegressionConfig(min_snr_gamma=gamma))
+
+
+def pairs_term(bench: Workbench, gamma: float | None = None, size: tuple[int, int] = (8, 8), **settings) -> ImagePairsTerm:
+    pairs = [EncodedPair(latents(seed, size), latents(seed + 10, size), "a pair", str(seed)) for seed in range(3)]
+    return ImagePairsTerm(bench, pairs, ImagePairsConfig(**settings), RegressionConfig(min_snr_gamma=gamma))
+
+
+class Calls:
+    """What the U-Net was asked: latents, timesteps, conditioning and the multipliers in force."""
+
+    def __init__(self, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[Tensor, Tensor, object, Tensor]] = []
+        original = type(bench.model).predict_eps
+
+        def predict_eps(model, noisy: Tensor, timesteps: Tensor, cond) -> Tensor:
+            self.seen.append((noisy, timesteps, cond, torch.as_tensor(bench.network.multiplier)))
+            return original(model, noisy, timesteps, cond)
+
+        monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
+
+
+@pytest.mark.parametrize(("kind", "gamma"), [("sd1", None), ("sd1", 5.0), ("sd2_v", None), ("sd2_v", 5.0), ("sdxl", None)])
+def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against diffusers' training recipe: MSE of the raw output to the noise or the velocity, weighted with Min-SNR (1e-5)."""
+    bench = make_workbench(kind)
+    term = images_term(bench, gamma, size=(16, 16), images_multiplier=0.7)
+    calls = Calls(bench, monkeypatch)
+    out = term()
+    ((noisy, timesteps, cond, multipliers),) = calls.seen
+    assert torch.equal(multipliers, torch.full((3,), 0.7))
+    abar = bench.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    clean = torch.stack([latents(int(sample.split()[1]), (16, 16)) for sample in out.samples])
+    noise = (noisy - abar.sqrt() * clean) / (1 - abar).sqrt()
+    raw = bench.model.unet(noisy, timesteps, cond.text, added_cond_kwargs=bench.model._added_cond(cond)).sample  # pyright: ignore
+    is_v = bench.model.spec.prediction_type == "v_prediction"
+    target = abar.sqrt() * noise - (1 - abar).sqrt() * clean if is_v else noise
+    expected = torch.nn.functional.mse_loss(raw, target, reduction="none").mean((1, 2, 3))
+    if gamma is not None:
+        snr = (abar / (1 - abar)).flatten()
+        expected = expected * torch.minimum(snr, torch.tensor(gamma)) / (snr + 1 if is_v else snr)
+    torch.testing.assert_close(out.sample_losses, expected.detach(), rtol=2e-4, atol=1e-6)
+    assert abs(noise.std().item() - 1) < 0.1
+    assert out.num_unet_evaluations == 9
+
+
+def test_both_signs_of_a_pair_share_noise_and_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_workbench(train_batch_size=5)
+    term = pairs_term(bench, image_pairs_multiplier=0.5)
+    calls = Calls(bench, monkeypatch)
+    out = term()
+    ((noisy, timesteps, _, multipliers),) = calls.seen
+    assert multipliers.tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert torch.equal(timesteps[:2], timesteps[2:])
+    abar = bench.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    seeds = [int(sample.split()[2]) for sample in out.samples[:2]]
+    clean = torch.stack([latents(seed + side) for side in (0, 10) for seed in seeds])
+    noise = (noisy - abar.sqrt() * clean) / (1 - abar).sqrt()
+    torch.testing.assert_close(noise[:2], noise[2:], rtol=1e-3, atol=1e-3)
+    assert len(set(seeds)) == 2  # no pair twice before each came once
+
+
+def test_a_pair_moves_the_lora_towards_one_picture_and_away_from_the_other() -> None:
+    """At +m the noise of the positive picture is predicted better than at -m; of the negative one, worse."""
+    bench = make_workbench(strength=0.0, train_batch_size=4)
+    flat = torch.ones(4, 8, 8)
+    pair = EncodedPair(flat, -flat, "a pair", "0")
+    term = ImagePairsTerm(bench, [pair], ImagePairsConfig(), RegressionConfig())
+    train_steps(term, bench, 30, learning_rate=1e-3)
+    noise = latents(99)[None].repeat(4, 1, 1, 1)
+    timesteps = torch.tensor([301, 501, 701, 901])
+    cond = bench.encoder.encode(["a pair"] * 4, (64, 64))
+
+    @torch.no_grad()
+    def error(clean: Tensor, multiplier: float) -> float:
+        bench.network.set_multiplier(multiplier)
+        noisy = bench.model.schedule.add_noise(clean.expand_as(noise), noise, timesteps)
+        return (bench.model.predict_eps(noisy, timesteps, cond) - noise).square().mean().item()
+
+    assert error(flat, 1.0) < error(flat, 0.0) < error(flat, -1.0)
+    assert error(-flat, -1.0) < error(-flat, 0.0) < error(-flat, 1.0)
+
+
+def test_images_alone_lower_their_error() -> None:
+    bench = make_workbench(strength=0.0)
+    losses = train_steps(images_term(bench), bench, 30, learning_rate=1e-3)
+    assert torch.stack(losses[-8:]).mean() < 0.8 * torch.stack(losses[:8]).mean()
+
+
+@pytest.mark.parametrize("make", [images_term, pairs_term])
+def test_a_term_goes_on_where_it_was_put_away(make) -> None:
+    assert_resumes(make)
+
+
+def test_text_encoder_modules_are_trained_by_pictures() -> None:
+    from networks.lora import create_network
+    from tests.tiny_models import tiny_model
+
+    model = tiny_model("sd1")
+    network = create_network(1.0, 2, 2.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))
+    network.apply_to(model.text_encoders, model.unet)
+    bench = make_workbench(model=model, network=network)
+    images_term(bench)().loss.backward()
+    gradients = [lora.lora_up.weight.grad for lora in network.text_encoder_loras]
+    assert gradients and any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_pictures_are_encoded_at_sizes_that_are_multiples_of_64(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_picture(tmp_path / "square.png", (150, 150))
+    save_picture(tmp_path / "wide.png", (300, 100))
+    save_picture(tmp_path / "line.png", (1000, 20))
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "wide.txt").write_text("a wide\npicture\n", encoding="utf-8")
+    bench = make_workbench(resolution=(128,))
+    with caplog.at_level(logging.WARNING):
+        term = images.build(bench, ImagesConfig(images_dir=tmp_path, images_prompt="a picture", images_weight=0.5), RegressionConfig())
+    found = {picture.name: (tuple(picture.latents.shape), picture.prompt) for picture in term.pictures}
+    assert found == {"square.png": ((4, 16, 16), "a picture"), "wide.png": ((4, 8, 24), "a wide picture")}
+    assert "line.png" in caplog.text and "broken.jpg" in caplog.text
+    assert term.weight == 0.5
+    assert torch.isfinite(term().loss)
+
+
+def test_a_picture_is_what_the_vae_makes_of_it(tmp_path: Path) -> None:
+    path = save_picture(tmp_path / "picture.png")
+    bench = make_workbench()
+    term = images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+    pixels = torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(term.pictures[0].latents, bench.model.encode_images(pixels)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_are_told_by_their_names(tmp_path: Path) -> None:
+    for side in ("positive", "negative"):
+        save_picture(tmp_path / side / "first.png", (64, 64))
+    save_picture(tmp_path / "positive" / "second.png", (128, 64))
+    save_picture(tmp_path / "negative" / "second.jpg", (128, 64))
+    save_picture(tmp_path / "positive" / "alone.png")
+    (tmp_path / "positive" / "second.txt").write_text("a sea", encoding="utf-8")
+    found = list(find_pairs(tmp_path, "a picture"))
+    pairs = [pair for pair in found if isinstance(pair, PicturePair)]
+    assert [(pair.positive.path.name, pair.negative.path.name, pair.prompt) for pair in pairs] == [
+        ("first.png", "first.png", "a picture"),
+        ("second.png", "second.jpg", "a sea"),
+    ]
+    (alone,) = [pair for pair in found if isinstance(pair, Skipped)]
+    assert "alone" in alone.reason
+    term = image_pairs.build(make_workbench(resolution=(128,)), ImagePairsConfig(image_pairs=tmp_path), RegressionConfig())
+    assert len(term.pairs) == 2
+    for pair in term.pairs:
+        assert pair.positive.shape == pair.negative.shape
+
+
+def test_pairs_come_from_a_table(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "deep" / "b.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text("positive,negative,prompt\na.png,deep/b.png,a house\ndeep/b.png,a.png,\na.png,none.png,x\n", encoding="utf-8")
+    found = list(find_pairs(table, "a picture"))
+    pairs = [(pair.positive.path.name, pair.negative.path.name, pair.prompt) for pair in found if isinstance(pair, PicturePair)]
+    assert pairs == [("a.png", "b.png", "a house"), ("b.png", "a.png", "a picture")]
+    assert [skipped for skipped in found if isinstance(skipped, Skipped)]
+
+
+@pytest.mark.parametrize("resolution", [(512, 512), (1024, 1024), (64, 64), (96, 128), (768, 512)])
+def test_sizes_are_multiples_of_64_of_about_the_resolutions_area(resolution: tuple[int, int]) -> None:
+    sizes = bucket_sizes(buckets_around(resolution))
+    assert all(width % 64 == 0 and height % 64 == 0 and width * height <= resolution[0] * resolution[1] for width, height in sizes)
+
+
+def test_batches_are_of_one_shape_and_every_picture_is_drawn_alike() -> None:
+    shapes = [latents(0, (8, 8)), latents(1, (8, 16)), latents(2, (8, 8)), latents(3, (8, 8))]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.zeros(4)
+    for _ in range(600):
+        places = draw_alike(shapes, 2, generator)
+        assert len({shapes[place].shape for place in places}) == 1
+        for place in places:
+            drawn[place] += 1
+    assert ((drawn - 300).abs() < 60).all()
+
+
+def test_what_cannot_be_used_is_a_users_error(tmp_path: Path) -> None:
+    bench = make_workbench()
+    with pytest.raises(UserError, match="set images_dir"):
+        images.build(bench, ImagesConfig(), RegressionConfig())
+    with pytest.raises(UserError, match="set image_pairs"):
+        image_pairs.build(bench, ImagePairsConfig(), RegressionConfig())
+    with pytest.raises(UserError, match="nothing to read"):
+        images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+    with pytest.raises(UserError, match="no folder positive"):
+        image_pairs.build(bench, ImagePairsConfig(image_pairs=tmp_path), RegressionConfig())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no picture can be used; picture .*broken.png"):
+        images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+    with pytest.raises(UserError, match="learns nothing"):
+        ImagesConfig(images_multiplier=0)
