@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.noise_schedule import TimestepSpacing
 from library.picture_statistics import (
     channel_statistics_distance,
     chroma,
@@ -45,6 +46,8 @@ def sample_base(
     resolution: Size,
     batch_size: int,
     solver: str = "ddim",
+    spacing: TimestepSpacing | None = None,
+    guidance_rescale: float = 0.0,
     encoder: PromptEncoder | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Tensor]:
@@ -64,6 +67,8 @@ def sample_base(
             resolution=resolution,
             batch_size=batch_size,
             solver=solver,
+            spacing=spacing,
+            guidance_rescale=guidance_rescale,
             encoder=encoder,
             progress=progress,
         )
@@ -86,6 +91,8 @@ def evaluate(
     resolution: Size,
     batch_size: int,
     solver: str = "ddim",
+    spacing: TimestepSpacing | None = None,
+    guidance_rescale: float = 0.0,
     name: str = "slider",
     encoder: PromptEncoder | None = None,
     base: Sequence[Tensor] | None = None,
@@ -100,7 +107,8 @@ def evaluate(
         multipliers: of the network; 0, the base model, is added where it is missing.
         scorers: what training follows; given clean latents at sigma 0.
         judges: functions of pixels [B, 3, H, W] in 0..1 and the prompts, or scorers that training does not follow.
-        num_steps: of the sampler, for the prompts that do not bring their own.
+        num_steps, guidance_scale, resolution: for the prompts that do not bring their own.
+        solver, spacing, guidance_rescale: as in `sample`.
         base: what `sample_base` made of the same prompts, seeds and settings; None makes it here.
         num_pictures: of how many prompts the pictures are kept.
         progress: as in `sample`.
@@ -130,6 +138,8 @@ def evaluate(
                 resolution=resolution,
                 batch_size=batch_size,
                 solver=solver,
+                spacing=spacing,
+                guidance_rescale=guidance_rescale,
                 progress=progress,
             )
     raters = {**scorers, **judges}
@@ -148,6 +158,8 @@ def evaluate(
             resolution=resolution,
             batch_size=batch_size,
             solver=solver,
+            spacing=spacing,
+            guidance_rescale=guidance_rescale,
             encoder=encoder,
             progress=progress,
         )
@@ -181,6 +193,8 @@ def evaluate(
             "num_steps": num_steps,
             "guidance_scale": guidance_scale,
             "solver": solver,
+            "timesteps": spacing or "the model's own",
+            "guidance_rescale": guidance_rescale,
             "resolution": f"{resolution[1]}x{resolution[0]}",
             "bootstrap_seed": bootstrap_seed,
         },

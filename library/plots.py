@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -19,8 +20,23 @@ from library.slider_evaluation import SliderEvaluation
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
+USABLE = "#e3f5ea"
 MIN_CELL, MAX_CELL = 128, 320  # pixels, the longer side of a picture in a grid
 LABEL_WIDTH, GAP, HEADER = 190, 6, 34  # pixels
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a plot: of words, of what matters less, of the ground, and of lines that only guide the eye."""
+
+    ink: str
+    muted: str
+    paper: str
+    rule: str
+
+
+LIGHT = Palette(INK, MUTED, PAPER, RULE)
+DARK = Palette("#e5e7eb", "#9ca3af", "#1d2128", "#3a414d")
 
 
 def signed(value: float) -> str:
@@ -37,15 +53,59 @@ def score_curves(evaluations: Sequence[SliderEvaluation]) -> bytes:
     names = list(evaluations[0].responses)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(
-        figsize=(0.6 + 4.2 * columns, 0.3 + 3.5 * rows), dpi=130, facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
-    )
+    figure = _figure(0.6 + 4.2 * columns, 0.3 + 3.5 * rows, LIGHT)
     for position, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, position + 1)
-        _score_panel(axes, evaluations, name)
+        _score_panel(axes, evaluations, name, LIGHT)
         if position == 0 and len(evaluations) > 1:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
     return _png(figure)
+
+
+def score_plot(evaluations: Sequence[SliderEvaluation], name: str, palette: Palette = LIGHT) -> bytes:
+    """One panel of `score_curves`."""
+    figure = _figure(5.2, 3.9, palette)
+    axes = figure.add_subplot()
+    _score_panel(axes, evaluations, name, palette)
+    if len(evaluations) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    return _png(figure)
+
+
+def gain_plot(evaluation: SliderEvaluation, usable: tuple[float, float], palette: Palette = LIGHT) -> bytes:
+    """All scores of one slider on one scale, PNG: gains in within-prompt standard deviations with 95 % intervals; the usable weights
+    are shaded. Yes-or-no judges and scores that do not vary without the slider have no such scale and are left out."""
+    figure = _figure(5.2, 3.9, palette)
+    axes = figure.add_subplot()
+    if usable[0] < usable[1]:
+        axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
+    axes.axhline(0, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
+    shown = [response for response in evaluation.responses.values() if response.std > 0 and not response.is_share]
+    for number, response in enumerate(shown):
+        low, value, high = (np.array([getattr(gain, bound) for gain in response.gains_std]) for bound in ("low", "value", "high"))
+        colour, role = COLOURS[number % len(COLOURS)], "training score" if response.role == "scorer" else "judge"
+        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        label = f"{role} {_tail(response.name, 26)}"
+        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=label, zorder=3)
+    axes.set_title("Training score and judges", fontsize=11, color=palette.ink, loc="left", fontweight="bold")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
+    axes.set_ylabel("change / standard deviation", fontsize=9, color=palette.ink)
+    axes.set_xticks(evaluation.multipliers, [signed(value) for value in evaluation.multipliers])
+    _quiet(axes, palette)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    return _png(figure)
+
+
+def _figure(width: float, height: float, palette: Palette) -> Figure:
+    """An empty figure, inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
+    return Figure(figsize=(width, height), dpi=130, facecolor=palette.paper, layout=layout)
+
+
+def _tail(name: str, length: int) -> str:
+    """The end of a name, which is what differs."""
+    return name if len(name) <= length else f"\u2026{name[1 - length :]}"
 
 
 def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
@@ -53,15 +113,15 @@ def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
     second measurement found at -1 and +1, and the usable range (shaded)."""
     curve, line = calibration.curve, calibration.line
     assert curve is not None and line is not None, "nothing was measured"
-    figure = Figure(figsize=(6.4, 4.4), dpi=130, facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1))
+    figure = _figure(6.4, 4.4, LIGHT)
     axes = figure.add_subplot()
     if line.usable[0] < line.usable[1]:
-        axes.axvspan(*line.usable, color="#e3f5ea", linewidth=0, zorder=0, label="usable")
+        axes.axvspan(*line.usable, color=USABLE, linewidth=0, zorder=0, label="usable")
     ends = np.array([line.measured[0], line.measured[1]])
     axes.plot(ends, line.slope.value * ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=_line_label(line))
     _gain_line(axes, curve, None, COLOURS[0], "training score")
     for number, name in enumerate(curve.judges):
-        _gain_line(axes, curve, name, COLOURS[(number + 1) % len(COLOURS)], f"judge {name[-32:]}")
+        _gain_line(axes, curve, name, COLOURS[(number + 1) % len(COLOURS)], f"judge {_tail(name, 32)}")
     for weight, gain in ((1, calibration.verified_up), (-1, calibration.verified_down)):
         if gain is not None:
             label = "measured again, other seeds" if weight == 1 else None
@@ -70,7 +130,7 @@ def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
                 [weight], [gain.value], error, color=INK, marker="D", markersize=5, capsize=3, linewidth=1.2, zorder=5, label=label
             )
     axes.set_xlim(-WIDEST - 0.1, WIDEST + 0.1)
-    axes.set_title(title[-60:], fontsize=11, color=INK, loc="left", fontweight="bold")
+    axes.set_title(_tail(title, 60), fontsize=11, color=INK, loc="left", fontweight="bold")
     axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
     axes.set_ylabel("gain / standard deviations", fontsize=9, color=INK)
     axes.axhline(0, color=RULE, linewidth=1, zorder=0)
@@ -97,14 +157,15 @@ def _line_label(line: CurveSummary) -> str:
     return f"line: slope {line.slope.value:.2f}, R\u00b2 {line.r2:.3f}"
 
 
-def _quiet(axes: Axes) -> None:
+def _quiet(axes: Axes, palette: Palette = LIGHT) -> None:
     """Axes that let the data speak."""
-    axes.tick_params(labelsize=8, colors=MUTED, length=3)
+    axes.set_facecolor(palette.paper)
+    axes.tick_params(labelsize=8, colors=palette.muted, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(RULE)
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.spines[side].set_color(palette.rule)
+    axes.grid(axis="y", color=palette.rule, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
@@ -114,37 +175,37 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str) -> None:
+def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str, palette: Palette) -> None:
     first = evaluations[0].responses[name]
     base = first.means[evaluations[0].multipliers.index(0)].value
-    axes.axhline(base, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
+    axes.axhline(base, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
     for number, evaluation in enumerate(evaluations):
         gains, colour = evaluation.responses[name].gains, COLOURS[number % len(COLOURS)]
         low, value, high = (base + np.array([getattr(gain, bound) for gain in gains]) for bound in ("low", "value", "high"))
         axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
         axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=evaluation.name, zorder=3)
     axes.set_title(
-        textwrap.shorten(name, 36, placeholder=" ...") if " " in name else name[-36:],
+        textwrap.shorten(name, 36, placeholder=" ...") if " " in name else _tail(name, 36),
         fontsize=11,
-        color=INK,
+        color=palette.ink,
         loc="left",
         fontweight="bold",
         pad=20,
     )
     subtitle = "training score" if first.role == "scorer" else "independent judge"
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=MUTED, va="bottom")
-    axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
-    axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=INK)
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=palette.muted, va="bottom")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
+    axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=palette.ink)
     axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
     axes.margins(x=0.04, y=0.12)
-    _quiet(axes)
+    _quiet(axes, palette)
     if first.std > 0 and not first.is_share:
         to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)
         right = axes.secondary_yaxis("right", functions=(to_gain, to_score))
-        right.set_ylabel("change / standard deviation", fontsize=8, color=MUTED)
-        right.tick_params(labelsize=8, colors=MUTED, length=3)
-        right.spines["right"].set_color(RULE)
+        right.set_ylabel("change / standard deviation", fontsize=8, color=palette.muted)
+        right.tick_params(labelsize=8, colors=palette.muted, length=3)
+        right.spines["right"].set_color(palette.rule)
 
 
 def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:

@@ -1,94 +1,154 @@
-"""A measurement as one self-contained HTML page."""
+"""A measurement as one self-contained HTML page, to be attached to the page where a slider is offered."""
 
-import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
-from library.findings import along, role_words, summary, warnings_of
-from library.plots import signed
+from library.comparison import Digest, differences, digest, scaled
+from library.findings import along, ends, role_words, summary, warnings_of
+from library.plots import DARK, LIGHT, Palette, gain_plot, score_plot, signed
+from library.report_page import definitions, details, facts, page, plot, strip, table
 from library.slider_evaluation import SliderEvaluation
-from library.statistics import Response
+from library.statistics import Interval, Response
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --muted: #6b7280; --paper: #ffffff; --panel: #f6f7f9; --rule: #e2e5ea;
-  --good: #047857; --bad: #b91c1c; --warn: #fff7e6; --warn-rule: #f59e0b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --muted: #9ca3af; --paper: #14171c; --panel: #1d2128; --rule: #333943;
-  --good: #34d399; --bad: #f87171; --warn: #33290f; --warn-rule: #d97706; } }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.muted, caption { color: var(--muted); font-size: .875rem; }
-.lead { font-size: 1.1rem; margin: 1rem 0; }
-.warnings { background: var(--warn); border-left: 4px solid var(--warn-rule); border-radius: 4px; padding: .6rem 1rem .6rem 2rem; }
-figure { margin: 0; background: #fff; border: 1px solid var(--rule); border-radius: 8px; padding: .6rem; overflow-x: auto; }
-figure img { display: block; width: max(100%, 40rem); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .925rem; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
-th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
-thead th { color: var(--muted); font-weight: 600; }
-td small { display: block; color: var(--muted); font-size: .75rem; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .925rem; }
-dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
+STATISTICS = {  # field of PictureStatistics: its name and format
+    "pixel_drift": ("distance from base, pixels (RMS, 0 to 1)", ".3f"),
+    "latent_drift": ("distance from base, latents (RMS)", ".3f"),
+    "perceptual_distance": ("distance from base, as the VAE's encoder sees it", ".3f"),
+    "latent_statistics": ("shift of the latents' means and contrasts", ".3f"),
+    "clipped": ("pixel values clipped", ".1%"),
+    "saturation": ("strength of colours (base = 1)", ".2f"),
+    "edges": ("strength of edges (base = 1)", ".2f"),
+    "nyquist": ("finest detail (base = 1)", ".2f"),
+    "pixel_diversity": ("diversity over seeds, pixels (base = 1)", ".2f"),
+    "latent_diversity": ("diversity over seeds, latents (base = 1)", ".2f"),
+}
 
 
-def html_report(evaluations: Sequence[SliderEvaluation], curve: bytes, grids: Sequence[bytes], title: str | None = None) -> str:
-    """One page with everything in it: no script, nothing loaded from elsewhere.
+def html_report(evaluations: Sequence[SliderEvaluation], title: str | None = None) -> str:
+    """One page with everything in it: no script, nothing loaded from elsewhere; light or dark as the reader's device is.
 
     Args:
-        evaluations: of one slider, or of several to compare.
-        curve: PNG of all of them. grids: PNG of each.
+        evaluations: of one slider, or of several to compare, measured at the same multipliers.
         title: None takes the sliders' names.
     """
+    several = len(evaluations) > 1
     heading = title or " and ".join(evaluation.name for evaluation in evaluations)
+    digests = [digest(evaluation) for evaluation in evaluations]
     body = [
         f"<h1>{escape(heading)}</h1>",
         '<p class="muted">A slider LoRA made with LECO score: a positive weight raises a score, a negative one lowers it.</p>',
-        *(section for evaluation in evaluations for section in _findings(evaluation, len(evaluations) > 1)),
-        "<h2>Score over weight</h2>",
-        _figure(curve, "Mean score over the LoRA weight, one panel for each score."),
-        '<p class="muted">Bands are 95 % intervals of the change from the base model (broken line), seed by seed.</p>',
     ]
-    for evaluation, grid in zip(evaluations, grids, strict=True):
-        suffix = f": {escape(evaluation.name)}" if len(evaluations) > 1 else ""
+    for evaluation, found in zip(evaluations, digests, strict=True):
+        name = f"<b>{escape(evaluation.name)}</b>: " if several else ""
+        body += [f'<p class="lead">{name}{escape(summary(evaluation))}</p>', _facts(evaluation, found)]
+    body += [section for evaluation in evaluations for section in _pictures(evaluation, several, folded=evaluation is not evaluations[0])]
+    if several:
+        body += ["<h2>Side by side</h2>", _comparison(evaluations, digests), _differences(evaluations)]
+    body += ["<h2>Score over weight</h2>", _plots(evaluations, digests)]
+    for evaluation, found in zip(evaluations, digests, strict=True):
+        suffix = f": {escape(evaluation.name)}" if several else ""
         body += [
-            f"<h2>Same prompt, same seed, other weight{suffix}</h2>",
-            _figure(grid, "Rows are prompts, columns are LoRA weights."),
+            *_warnings(evaluation, suffix),
             f"<h2>How much the scores move{suffix}</h2>",
             _gains_table(evaluation),
             f"<h2>What else changes{suffix}</h2>",
             _statistics_table(evaluation),
-            f"<h2>How it was measured{suffix}</h2>",
+            f"<h2>Which weight to use{suffix}</h2>",
+            _advice(found),
+            f"<h2>How it was made and measured{suffix}</h2>",
             _settings(evaluation),
         ]
-    return PAGE.format(title=escape(heading), style=STYLE, body="\n".join(body))
+    return page(heading, body)
 
 
-def _findings(evaluation: SliderEvaluation, named: bool) -> list[str]:
-    lines = [f"<h2>{escape(evaluation.name)}</h2>"] if named else []
-    lines.append(f'<p class="lead">{escape(summary(evaluation))}</p>')
-    if warnings := warnings_of(evaluation):
-        lines.append('<ul class="warnings">' + "".join(f"<li>{escape(line)}</li>" for line in warnings) + "</ul>")
-    return lines
+def _facts(evaluation: SliderEvaluation, found: Digest) -> str:
+    entries = []
+    if found.line is not None:
+        recommended = "none" if found.recommended is None else signed(found.recommended)
+        low, high = map(signed, found.line.usable)
+        entries = [(recommended, "recommended weight"), ("none" if low == high else f"{low} to {high}", "usable weights")]
+        entries.append((f"{found.line.slope.value:+.2f}", "standard deviations per weight"))
+    if found.hack_index is not None:
+        entries.append((f"{max(0.0, found.hack_index):.0%}", "of the gain not seen by the judges"))
+    return facts([*entries, (f"{len(evaluation.prompts)} \u00d7 {len(evaluation.seeds[0])}", "prompts \u00d7 seeds")])
+
+
+def _pictures(evaluation: SliderEvaluation, named: bool, folded: bool) -> list[str]:
+    if not evaluation.pictures:
+        return []
+    captions = [signed(weight) if weight else "0 (base)" for weight in evaluation.multipliers]
+    rows = []
+    for prompt, seeds, pictures in zip(evaluation.prompts, evaluation.seeds, evaluation.pictures, strict=False):
+        line = f'<p class="prompt">{escape(prompt)} <span class="muted">seed {seeds[0]}</span></p>'
+        rows.append(line + strip(pictures, captions, prompt, evaluation.multipliers.index(0)))
+    suffix = f": {escape(evaluation.name)}" if named else ""
+    grid = "".join(rows)
+    return [f"<h2>Same prompt, same seed, other weight{suffix}</h2>", details("Show the pictures", grid) if folded else grid]
+
+
+def _plots(evaluations: Sequence[SliderEvaluation], digests: Sequence[Digest]) -> str:
+    """One slider: its scores on one scale, then those that have another. Several: a plot a score."""
+    first, draw = evaluations[0], []
+    names = list(first.responses)
+    if len(evaluations) == 1 and scaled(first):
+        line = digests[0].line
+        usable = line.usable if line is not None else (0.0, 0.0)
+        draw.append(_twice(lambda palette: gain_plot(first, usable, palette), "Gain of every score over the weight."))
+        names = [name for name in names if name not in {response.name for response in scaled(first)}]
+    draw += [_twice(lambda palette, name=name: score_plot(evaluations, name, palette), f"Mean {name} over the weight.") for name in names]
+    note = "Bands are 95 % intervals of the change from the base model (broken line), seed by seed."
+    return f'<div class="plots">{"".join(draw)}</div><p class="muted">{note}</p>'
+
+
+def _twice(draw: Callable[[Palette], bytes], description: str) -> str:
+    return plot(draw(LIGHT), draw(DARK), description)
+
+
+def _warnings(evaluation: SliderEvaluation, suffix: str) -> list[str]:
+    found = warnings_of(evaluation)
+    if not found:
+        return []
+    return [
+        f"<h2>What to know before using it{suffix}</h2>",
+        '<ul class="warnings">' + "".join(f"<li>{escape(line)}</li>" for line in found) + "</ul>",
+    ]
+
+
+def _comparison(evaluations: Sequence[SliderEvaluation], digests: Sequence[Digest]) -> str:
+    first = evaluations[0]
+    places = [place for place in reversed(ends(first)) if first.multipliers[place]]
+    columns = [(response.name, place) for response in scaled(first) for place in places]
+    header = ["slider", *(f"{name} at {signed(first.multipliers[place])}" for name, place in columns)]
+    header += ["R\u00b2", "usable", "not seen by judges", "drift", "diversity"]
+    rows = []
+    for evaluation, found in zip(evaluations, digests, strict=True):
+        cells = [f"<b>{escape(evaluation.name)}</b>"]
+        cells += [_interval_cell(evaluation.responses[name].gains_std[place]) for name, place in columns]
+        line, far = found.line, max(places, key=lambda place: abs(first.multipliers[place]))
+        cells += ["" if line is None else f"{line.r2:.3f}", "" if line is None else " to ".join(map(signed, line.usable))]
+        cells.append("" if found.hack_index is None else f"{found.hack_index:.0%}")
+        cells += [f"{evaluation.statistics.pixel_drift[far]:.3f}", f"{evaluation.statistics.pixel_diversity[far]:.2f}"]
+        rows.append(cells)
+    return table(header, rows, "Gains in standard deviations of the base model's score over seeds of one prompt, with 95 % intervals.")
+
+
+def _differences(evaluations: Sequence[SliderEvaluation]) -> str:
+    first = evaluations[0]
+    places = [place for place, weight in enumerate(first.multipliers) if weight]
+    rows = [
+        [f"<b>{escape(name)}</b><small>{escape(score)}</small>", *(_interval_cell(row[place], significant=True) for place in places)]
+        for name, found in differences(evaluations).items()
+        for score, row in found.items()
+    ]
+    note = f"Gain minus that of {first.name} on the same prompts and seeds, in standard deviations; bold where the interval leaves out 0."
+    return table(["more than the first", *(signed(first.multipliers[place]) for place in places)], rows, note) if rows else ""
+
+
+def _interval_cell(gain: Interval, significant: bool = False) -> str:
+    value = f"{gain.value:+.2f}"
+    value = f"<b>{value}</b>" if significant and gain.low * gain.high > 0 else value
+    return f"{value}<small>[{gain.low:+.2f}, {gain.high:+.2f}]</small>"
 
 
 def _gains_table(evaluation: SliderEvaluation) -> str:
@@ -102,7 +162,7 @@ def _gains_table(evaluation: SliderEvaluation) -> str:
         "intervals; then the mean score itself and the share of pairs that moved the way the weight says. "
         "Yes-or-no judges show the share of pictures."
     )
-    return _table(["weight", *map(signed, evaluation.multipliers)], rows, note)
+    return table(["weight", *map(signed, evaluation.multipliers)], rows, note)
 
 
 def _gain_cell(evaluation: SliderEvaluation, response: Response, place: int) -> str:
@@ -120,35 +180,34 @@ def _gain_cell(evaluation: SliderEvaluation, response: Response, place: int) -> 
 
 
 def _statistics_table(evaluation: SliderEvaluation) -> str:
-    statistics = evaluation.statistics
-    rows = [
-        ["distance from base, pixels (RMS, 0 to 1)", *(f"{value:.3f}" for value in statistics.pixel_drift)],
-        ["distance from base, latents (RMS)", *(f"{value:.3f}" for value in statistics.latent_drift)],
-        ["pixel values clipped", *(f"{value:.1%}" for value in statistics.clipped)],
-        ["diversity over seeds, pixels (base = 1)", *(f"{value:.2f}" for value in statistics.pixel_diversity)],
-        ["diversity over seeds, latents (base = 1)", *(f"{value:.2f}" for value in statistics.latent_diversity)],
-    ]
-    return _table(["weight", *map(signed, evaluation.multipliers)], rows)
+    rows = []
+    for field, (name, form) in STATISTICS.items():
+        values = getattr(evaluation.statistics, field)
+        if values:
+            rows.append([name, *("" if math.isnan(value) else format(value, form) for value in values)])
+    return table(["weight", *map(signed, evaluation.multipliers)], rows)
+
+
+def _advice(found: Digest) -> str:
+    line = found.line
+    if line is None:
+        return f"<p>{escape(found.score)} does not vary without the slider, so nothing can be said about weights.</p>"
+    if found.recommended is None:
+        return "<p>No positive weight is usable.</p>"
+    interval = f"{line.slope.low:.2f} to {line.slope.high:.2f}"
+    words = (
+        f"Begin with weight {signed(found.recommended)}. The slider is {line.usable_words}: so far the score rises with every step, keeps "
+        f"at least half of its effect per weight, and no more than a few pixels burn out. {found.score} moves by {line.slope.value:.2f} "
+        f"standard deviations per unit of weight ({interval}); a straight line explains {line.r2:.1%} of its curve."
+    )
+    return f"<p>{escape(words)}</p>"
 
 
 def _settings(evaluation: SliderEvaluation) -> str:
-    pairs = {"prompts": len(evaluation.prompts), "pairs of prompt and seed": evaluation.num_pairs, **evaluation.settings}
-    entries = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in pairs.items())
-    prompts = "".join(f"<li>{escape(prompt)}</li>" for prompt in evaluation.prompts)
-    return f"<dl>{entries}</dl><details><summary>All prompts</summary><ol>{prompts}</ol></details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """Header and caption are escaped here, cells are HTML."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    note = f'<p class="muted">{escape(caption)}</p>' if caption else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-
-
-def _figure(png: bytes, description: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<figure><img alt="{escape(description)}" src="data:image/png;base64,{data}"></figure>'
+    made = [(f"{key} (from the file)", value) for key, value in evaluation.origin.items()]
+    measured = {"prompts": len(evaluation.prompts), "pairs of prompt and seed": evaluation.num_pairs, **evaluation.settings}
+    prompts = "<ol>" + "".join(f"<li>{escape(prompt)}</li>" for prompt in evaluation.prompts) + "</ol>"
+    return definitions([*made, *measured.items()]) + details("All prompts", prompts)
 
 
 def _shape_words(response: Response) -> str:

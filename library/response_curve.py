@@ -101,7 +101,8 @@ def response_curve(
         directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
         base_scores: more scores of the base model [P, S'], for a unit that is better known than from the S of multiplier 0: with P
             prompts and S seeds its relative error is about 1 / sqrt(2 P (S - 1)), 12 % with 12 prompts and 4 seeds.
-        judges: scores [P, S, M] of independent judges by name; those that do not vary without the slider are left out.
+        judges: scores [P, S, M] of independent judges by name; those that do not vary without the slider, or answer yes (1) or no (0),
+            are left out.
     """
     base = list(multipliers).index(0)
     signs = np.ones(len(scores)) if directions is None else np.sign(directions)
@@ -110,7 +111,8 @@ def response_curve(
         return (values - values[:, :, base, None]) * signs[:, None, None]
 
     gains, resamples = bootstrap_gains(changes(scores), scores[:, :, base] if base_scores is None else base_scores, rng)
-    units = {name: math.sqrt(values[:, :, base].var(axis=1, ddof=1).mean()) for name, values in (judges or {}).items()}
+    judges = {name: values for name, values in (judges or {}).items() if not ((values == 0) | (values == 1)).all()}
+    units = {name: math.sqrt(values[:, :, base].var(axis=1, ddof=1).mean()) for name, values in judges.items()}
     return ResponseCurve(
         multipliers=tuple(map(float, multipliers)),
         gains=tuple(map(float, gains)),
@@ -119,20 +121,20 @@ def response_curve(
         resamples=resamples,
         judges={
             name: tuple(map(float, changes(values).mean((0, 1)) / units[name]))
-            for name, values in (judges or {}).items()
+            for name, values in judges.items()
             if units[name] > 0
         },
     )
 
 
 def curve_of(evaluation: SliderEvaluation, name: str) -> ResponseCurve:
-    """The curve of one score of an evaluation. The judges are all judges that do not answer yes or no.
+    """The curve of one score of an evaluation. Its judges are those of the evaluation.
 
     Raises:
         UserError: the score does not vary without the slider.
     """
     response = evaluation.responses[name]
-    judges = {key: other.values for key, other in evaluation.responses.items() if other.role == "judge" and not other.is_share}
+    judges = {key: other.values for key, other in evaluation.responses.items() if other.role == "judge"}
     return response_curve(
         evaluation.multipliers,
         response.values,

@@ -46,6 +46,7 @@ class SliderEvaluation:
         responses: by name, the scorers first.
         statistics: drift, clipping and diversity.
         settings: how it was sampled.
+        origin: what the slider's file says of how it was made.
         pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
     """
 
@@ -56,6 +57,7 @@ class SliderEvaluation:
     responses: dict[str, Response]
     statistics: PictureStatistics
     settings: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
     pictures: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
@@ -78,6 +80,7 @@ class SliderEvaluation:
             "prompts": list(self.prompts),
             "seeds": [list(row) for row in self.seeds],
             "settings": self.settings,
+            "origin": self.origin,
             "responses": {name: response.to_dict() for name, response in self.responses.items()},
             "statistics": {key: [*map(nan_to_none, values)] for key, values in asdict(self.statistics).items()},
             "per_prompt": [
@@ -95,6 +98,7 @@ class SliderEvaluation:
             prompts=tuple(data["prompts"]),
             seeds=tuple(tuple(row) for row in data["seeds"]),
             settings=data["settings"],
+            origin=data.get("origin", {}),
             responses={name: Response.from_dict(name, response) for name, response in data["responses"].items()},
             statistics=PictureStatistics(**{key: tuple(map(none_to_nan, values)) for key, values in data["statistics"].items()}),
         )

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from library.scorers.base import ScorerSpec
 from library.scorers.io import save_scorer
 from library.scorers.registry import build_scorer, preset_architecture
+from library.types import PromptSpec
 from networks.lora import create_network
 from tests.tiny_models import save_folder, tiny_model
 from tools import evaluate_slider
@@ -81,6 +83,63 @@ def test_two_sliders_side_by_side(files, tmp_path, monkeypatch, capsys):
     assert "training score, std" in printed and str(tmp_path / "report.html") in printed
 
 
+def test_steps_by_a_pattern_with_a_scorer_as_judge_beyond_weight_1(files, tmp_path, monkeypatch, capsys):
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    for step, source in ((40, "first"), (9, "second")):
+        (steps / f"tiny-step{step}.safetensors").write_bytes((files / f"{source}.safetensors").read_bytes())
+    (tmp_path / "other.safetensors").write_bytes((files / "scorer.safetensors").read_bytes())
+    changes = {
+        "network_weights": [str(steps / "tiny-step*.safetensors")],
+        "judge_scorers": [str(tmp_path / "other.safetensors")],
+        "multipliers": ["-1", "1", "2"],
+        "num_prompts": ["1"],
+        "num_grid_prompts": ["1"],
+        "title": ["My slider"],
+    }
+    calls: list[int] = []
+    sample_base = evaluate_slider.sample_base
+    monkeypatch.setattr(evaluate_slider, "sample_base", lambda *args, **kwargs: calls.append(1) or sample_base(*args, **kwargs))
+    run(monkeypatch, arguments(files, tmp_path / "out", **changes))
+    assert calls == [1]
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    early, late = content["sliders"]
+    assert (early["name"], late["name"]) == ("tiny-step9", "tiny-step40") and late["multipliers"] == [-1, 0, 1, 2]
+    assert late["responses"]["other"]["role"] == "judge" and late["responses"]["scorer"]["role"] == "scorer"
+    assert late["responses"]["other"]["values"] == late["responses"]["scorer"]["values"]  # it is the same file
+    assert late["digest"]["hack_index"] == pytest.approx(0, abs=1) and len(late["per_prompt"]) == 1
+    difference = content["comparison"]["gain_differences_std"]["tiny-step40"]["scorer"][3][0]
+    gains = [slider["responses"]["scorer"]["gains_std"][3][0] for slider in (early, late)]
+    assert content["comparison"]["against"] == "tiny-step9" and difference == pytest.approx(gains[1] - gains[0], abs=1e-4)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>My slider</h1>" in report and "Side by side" in report
+    assert "tiny-step40 - tiny-step9, scorer: " in capsys.readouterr().out
+
+
+def test_what_a_slider_says_of_itself_is_in_the_report(files, tmp_path, monkeypatch):
+    metadata = {"ss_leco_scorer": '["bright.safetensors"]', "modelspec.usage_hint": "Weight 1 is strong.", "ss_secret": "no"}
+    save_file(load_file(files / "first.safetensors"), tmp_path / "told.safetensors", metadata)
+    changes = {"network_weights": [str(tmp_path / "told.safetensors")], "num_prompts": ["1"], "multipliers": ["1"]}
+    run(monkeypatch, arguments(files, tmp_path / "out", **changes))
+    (slider,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sliders"]
+    assert slider["origin"] == {"scorer": '["bright.safetensors"]', "what it promises": "Weight 1 is strong."}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Weight 1 is strong." in report and "ss_secret" not in report
+
+
+def test_patterns_are_sorted_by_number_and_name_each_file_once(tmp_path):
+    for name in ("a-step10", "a-step9", "a", "b-step1"):
+        (tmp_path / f"{name}.safetensors").touch()
+    found = evaluate_slider.expand([str(tmp_path / "a.safetensors"), str(tmp_path / "a*.safetensors")])
+    assert [path.stem for path in found] == ["a", "a-step9", "a-step10"]
+
+
+def test_seeds_differ_and_a_prompt_may_bring_its_own():
+    settings = evaluate_slider.EvaluationConfig(network_weights=("a",), judges=("b",), prompts_file=Path("c"), seeds_per_prompt=3, seed=100)
+    prompts = [PromptSpec(prompt="a"), PromptSpec(prompt="b", seed=7), PromptSpec(prompt="c")]
+    assert evaluate_slider.seed_table(prompts, settings) == [[100, 101, 102], [7, 8, 9], [106, 107, 108]]
+
+
 def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
     words = arguments(files, tmp_path / "out")
     toml = tmp_path / "evaluation.toml"
@@ -114,6 +173,8 @@ def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
         ({"seeds_per_prompt": ["1"]}, "seeds_per_prompt"),
         ({"resolution": ["100"]}, "multiples of 8"),
         ({"network_weights": []}, "network_weights"),
+        ({"network_weights": ["nothing-*.safetensors"]}, "nothing-*.safetensors does not exist"),
+        ({"guidance_rescale": ["1.5"]}, "between 0 and 1"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, monkeypatch, capsys, changes, message):

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from library.comparison import comparison_dict, comparison_text, digest
 from library.findings import summary, text_table, warnings_of
 from library.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
-from library.report import html_report
+from library.report import STATISTICS, html_report
 from library.slider_evaluation import PictureStatistics, SliderEvaluation
 from library.statistics import summarise_response
 
@@ -98,9 +100,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
-        self.sources += [value for key, value in attrs if key in ("src", "href")]
+        self.sources += [value or "" for key, value in attrs if key in ("src", "srcset", "href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, tag
@@ -113,20 +115,61 @@ def test_report_is_self_contained_and_escapes_everything():
     object.__setattr__(evaluation, "prompts", (evil, *evaluation.prompts[1:]))
     object.__setattr__(evaluation, "responses", {evil: next(iter(evaluation.responses.values()))})
     object.__setattr__(evaluation.responses[evil], "name", evil)
-    picture = multiplier_grid(evaluation.pictures, ["row"], MULTIPLIERS)
-    text = html_report([evaluation], b"curve", [picture])
+    object.__setattr__(evaluation, "origin", {evil: evil})
+    text = html_report([evaluation], title=evil)
     page = Page(text)
     assert page.open == [] and "script" not in page.tags and "link" not in page.tags
-    assert len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert base64.b64decode(page.sources[1].split(",")[1]) == picture
+    assert len(page.sources) == 3 + 2 and all(re.match(r"data:image/(png|jpeg);base64,", source) for source in page.sources)
     assert "url(" not in text and "@import" not in text and text.count("&lt;script&gt;") >= 5
 
 
-def test_report_compares_several_sliders():
+def shown(source: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+
+
+def test_report_shows_every_picture_as_it_is_and_large_ones_smaller():
+    evaluation = evaluation_of()
+    large = torch.zeros((3, 3, 640, 320), dtype=torch.uint8)
+    large[:, 1] = 200
+    object.__setattr__(evaluation, "pictures", (*evaluation.pictures, large))
+    sources = Page(html_report([evaluation])).sources
+    for place in range(3):
+        assert np.array_equal(shown(sources[place]), evaluation.pictures[0][place].permute(1, 2, 0).numpy())
+    assert shown(sources[3]).shape == (512, 256, 3) and np.abs(shown(sources[3]).astype(int) - [0, 200, 0]).max() < 8
+    light, dark = (shown(source)[2, 2, :3].tolist() for source in (sources[7], sources[6]))
+    assert light == [255, 255, 255] and dark == [0x1D, 0x21, 0x28]  # the plot for a dark page has its ground
+
+
+def test_report_says_what_one_needs_to_know():
+    text = html_report([evaluation_of(judge=(-0.5, 0, 0.4))])
+    assert "recommended weight" in text and "Begin with weight +1" in text and "usable from -1 to +1" in text
+    assert "66%" in text or "67%" in text  # of 1.2 standard deviations the judges see 0.4
+    assert text.index("Same prompt, same seed") < text.index("Score over weight") < text.index("What to know before using it")
+    object.__setattr__(evaluation := evaluation_of(), "statistics", replace(evaluation.statistics, saturation=(0.5, 1.0, 1.75)))
+    assert STATISTICS["saturation"][0] in html_report([evaluation]) and "1.75" in html_report([evaluation])
+
+
+def test_report_compares_several_sliders_pair_by_pair():
     evaluations = [evaluation_of(name="step 100"), evaluation_of(scorer=(-0.4, 0, 0.4), name="step 50")]
-    text = html_report(evaluations, score_curves(evaluations), [b"a", b"b"])
+    text = html_report(evaluations)
     assert text.count("How much the scores move: ") == 2 and "+1.2" in text and "+0.4" in text
-    assert Page(text).open == []
+    assert "Side by side" in text and "<b>-0.8" in text and "<b>+0.8" in text  # step 50 minus step 100 at +1 and -1
+    assert Page(text).open == [] and text.count("<details>") == 3  # the second grid, and the prompts of both
+    found = comparison_dict(evaluations)
+    rows = found["gain_differences_std"]
+    assert found["against"] == "step 100" and isinstance(rows, dict)
+    assert [round(cell[0], 1) for cell in rows["step 50"]["score"]] == [0.8, 0.0, -0.8]
+    assert "step 50 - step 100, score: -0.8" in comparison_text(evaluations)
+
+
+def test_a_digest_knows_how_much_the_judges_do_not_see():
+    found = digest(evaluation_of(scorer=(-1.0, 0, 1.0), judge=(-0.9, 0, 0.25)))
+    assert found.hack_index == pytest.approx(0.75, abs=0.03) and found.score == "score" and found.recommended == 1.0
+    assert found.line and found.line.slope.value == pytest.approx(1.0, abs=0.03)
+    burnt = digest(evaluation_of(clipped=(0.0, 0.0, 0.1)))
+    assert burnt.line and burnt.line.usable[1] < 1 and burnt.recommended == burnt.line.usable[1]
+    backwards = digest(evaluation_of(scorer=(1.0, 0, -1.0)))
+    assert backwards.recommended is None and "No positive weight" in html_report([evaluation_of(scorer=(1.0, 0, -1.0))])
 
 
 def test_grid_shows_every_pixel_where_it_belongs():
@@ -147,7 +190,7 @@ def test_curve_has_a_panel_a_score():
     object.__setattr__(one, "responses", {"score": one.responses["score"]})
     wide, narrow = (Image.open(io.BytesIO(score_curves([evaluation]))) for evaluation in (three, one))
     assert wide.width > 2.3 * narrow.width and wide.height == narrow.height
-    colours = {colour for _, colour in narrow.convert("RGB").getcolors(maxcolors=1 << 24)}
+    colours = {colour for _, colour in narrow.convert("RGB").getcolors(maxcolors=1 << 24) or []}
     assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
 
 

@@ -4,26 +4,34 @@
         --scorer scorer.safetensors --judges my_judges.py:sharpness --prompts_file prompts.txt --output_dir evaluation
 
 Every prompt is sampled with several seeds at several weights of the LoRA; the pictures are scored by the slider's own scorer and by
-judges that training never saw. Writes evaluation.json, curve.png, grid.png and report.html, and prints the table. Several LoRA
-files are measured on the same prompts and seeds, side by side.
+judges that training never saw. Writes evaluation.json, curve.png, grid.png and report.html (one file, to be attached to the page where
+the slider is offered), and prints the table. Several LoRA files, also by a pattern such as "output/slider-step*.safetensors", are
+measured on the same prompts and seeds and shown side by side, each with its difference from the first.
 """
 
+import glob
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.cli import parse_config, run_main
+from library.comparison import comparison_dict, comparison_text, digest
 from library.config import ModelConfig, check_at_least, option
 from library.errors import UserError
-from library.evaluation import SliderEvaluation, evaluate
+from library.evaluation import evaluate, sample_base
+from library.few_step import SamplingChoice, detect, recommended
 from library.findings import text_table
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
@@ -34,37 +42,64 @@ from library.runtime import check_writable, set_num_threads, weight_dtype
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
-from library.solvers import SOLVERS
+from library.slider_evaluation import SliderEvaluation
+from library.solvers import ALIASES, SOLVERS
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
+
+ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
+# Metadata of a LoRA file, and what the report calls it.
+ORIGIN = {
+    "ss_sd_model_name": "trained on",
+    "ss_leco_scorer": "scorer",
+    "ss_leco_score_estimator": "score estimator",
+    "ss_steps": "training steps",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_learning_rate": "learning rate",
+    "ss_optimizer": "optimizer",
+    "ss_seed": "training seed",
+    "modelspec.usage_hint": "what it promises",
+    "ss_training_comment": "comment",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured, how, and where the results go."""
 
-    network_weights: tuple[Path, ...] = option((), help="LoRA files; several are shown side by side.")
+    network_weights: tuple[str, ...] = option(
+        (), help="LoRA files, or patterns such as output/slider-step*.safetensors; several are shown side by side."
+    )
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote; the first is the one trained on.")
     judges: tuple[str, ...] = option((), help="Functions of pixels, package.module:function or file.py:function, that training never saw.")
+    judge_scorers: tuple[Path, ...] = option((), help="More judges: scorer files that training did not follow.")
     prompts_file: Path | None = option(None, help="Prompts (.txt, .toml or PartiPrompts .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")
     seed: int = option(0, help="First seed; no two pairs of prompt and seed share one.")
-    multipliers: tuple[float, ...] = option((-1.0, -0.5, 0.0, 0.5, 1.0), help="LoRA weights to measure at; 0 is always among them.")
-    num_steps: int = option(20, help="Sampling steps.")
-    guidance_scale: float = option(5.0, help="Classifier-free guidance of the prompts that do not bring their own; 1 is none.")
-    sampler: str = option("ddim", choices=tuple(SOLVERS), help="Sampler.")
+    multipliers: tuple[float, ...] = option(
+        (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0), help="LoRA weights to measure at; 0 is always among them."
+    )
+    num_steps: int | None = option(None, help="Sampling steps; not set: 20, or as many as a few-step base is made for.")
+    guidance_scale: float | None = option(
+        None,
+        help="Classifier-free guidance of the prompts that do not bring their own; 1 is none; not set: 5, or none for a few-step base.",
+    )
+    guidance_rescale: float = option(0.0, help="How far the guided prediction is rescaled to the contrast of the unguided, 0 to 1.")
+    sampler: str | None = option(None, choices=(*SOLVERS, *ALIASES), help="Sampler; not set: ddim, or that of a few-step base.")
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
     batch_size: int = option(8, help="Pictures sampled together.")
     num_grid_prompts: int = option(6, help="Rows of the picture grid.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the model computes in; no is float32.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
+    title: str = option("", help="Heading of the report; default the sliders' names.")
     output_dir: Path = option(Path("evaluation"), help="Folder for the results.")
 
     def __post_init__(self) -> None:
         if not self.network_weights:
             raise UserError("network_weights is not set; give at least one LoRA file")
-        if not self.scorer and not self.judges:
+        if not self.scorer and not self.judges and not self.judge_scorers:
             raise UserError("neither scorer nor judges is set; give a scorer file, a judge such as file.py:function, or both")
         if self.prompts_file is None:
             raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
@@ -73,6 +108,8 @@ class EvaluationConfig:
         check_at_least(self, 1, "num_prompts", "num_steps", "batch_size", "num_grid_prompts", "num_threads", "guidance_scale")
         check_at_least(self, 2, "seeds_per_prompt")
         check_at_least(self, 0, "seed")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is {self.guidance_rescale:g}; it must be between 0 and 1")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
             raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
 
@@ -94,11 +131,10 @@ def main() -> None:
     set_num_threads(settings.num_threads)
     assert settings.prompts_file is not None
     prompts = spread(load_prompts(settings.prompts_file), settings.num_prompts)
-    judges = [load_judge(name) for name in settings.judges]
+    files = expand(settings.network_weights)
+    names = slider_names(files)
     scorers = {scorer.name: scorer for scorer in map(load_scorer, settings.scorer)}
-    for file in settings.network_weights:
-        if not file.is_file():
-            raise UserError(f"network_weights {file} does not exist; give the .safetensors file of a LoRA")
+    judges = name_judges([load_judge(name) for name in settings.judges], [load_scorer(path) for path in settings.judge_scorers], scorers)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(
@@ -110,82 +146,135 @@ def main() -> None:
         dtype=weight_dtype(settings.mixed_precision),
         device=device,
     )
-    for scorer in scorers.values():
+    for scorer in [*scorers.values(), *(judge for judge in judges.values() if isinstance(judge, Scorer))]:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_writable(settings.output_dir)
 
-    names = slider_names(settings.network_weights)
-    named_judges = judge_names(judges, scorers)
-    evaluations = [
-        measure(model, file, name, prompts, scorers, named_judges, settings)
-        for file, name in zip(settings.network_weights, names, strict=True)
-    ]
-    paths = write_results(settings.output_dir, evaluations)
+    sampling = recommended(
+        detect(model), num_steps=settings.num_steps, guidance_scale=settings.guidance_scale, sampler=settings.sampler, ordinary=ORDINARY
+    )
+    if sampling.embedded_guidance is not None:
+        model.embedded_guidance = sampling.embedded_guidance
+    for warning in sampling.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    bench = Bench(model, prompts, seed_table(prompts, settings), scorers, judges, settings, sampling)
+    with bench.progress(len(prompts), "sampling the base model") as bar:
+        base = sample_base(model, prompts, bench.seeds, progress=bar.update, **bench.sampling_arguments)
+    evaluations = [bench.measure(file, name, base) for file, name in zip(files, names, strict=True)]
+    paths = write_results(settings.output_dir, evaluations, settings.title)
     print("\n\n".join(map(text_table, evaluations)))
-    print("\n" + "\n".join(map(str, paths)))
+    print(f"\n{comparison_text(evaluations)}\n\n" + "\n".join(map(str, paths)))
 
 
-def measure(
-    model: DiffusionModel,
-    file: Path,
-    name: str,
-    prompts: Sequence[PromptSpec],
-    scorers: Mapping[str, Scorer],
-    judges: Mapping[str, Judge],
-    settings: EvaluationConfig,
-) -> SliderEvaluation:
-    """Attach one LoRA, measure it, and take it off again."""
-    network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
-    network.to(model.device)
-    network.apply_to(model.text_encoders, model.unet)
-    assert settings.prompts_file is not None
-    count = settings.seeds_per_prompt
-    num_weights = len({*settings.multipliers, 0.0})
-    try:
-        with tqdm(total=len(prompts) * count * num_weights * settings.num_steps, desc=f"sampling {name}", unit="step") as bar:
-            evaluation = evaluate(
-                model,
-                network,
-                prompts,
-                [[settings.seed + row * count + column for column in range(count)] for row in range(len(prompts))],
-                settings.multipliers,
-                scorers,
-                judges,
-                num_steps=settings.num_steps,
-                guidance_scale=settings.guidance_scale,
-                resolution=settings.size(model.spec.resolution),
-                batch_size=settings.batch_size,
-                solver=settings.sampler,
-                name=name,
-                num_pictures=settings.num_grid_prompts,
-                progress=bar.update,
-            )
-    finally:
-        network.remove()
-    files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": ", ".join(settings.judges)}
-    return replace(evaluation, settings=files | evaluation.settings)
+@dataclass(frozen=True)
+class Bench:
+    """All that the sliders of a comparison share.
+
+    Attributes:
+        seeds: [P][S].
+        sampling: the choice for this base.
+    """
+
+    model: DiffusionModel
+    prompts: Sequence[PromptSpec]
+    seeds: list[list[int]]
+    scorers: Mapping[str, Scorer]
+    judges: Mapping[str, Judge | Scorer]
+    settings: EvaluationConfig
+    sampling: SamplingChoice
+
+    @property
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Of `evaluate` and `sample_base`."""
+        return {
+            "num_steps": self.sampling.num_steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "guidance_rescale": self.settings.guidance_rescale,
+            "solver": self.sampling.sampler,
+            "spacing": self.sampling.spacing,
+            "resolution": self.settings.size(self.model.spec.resolution),
+            "batch_size": self.settings.batch_size,
+        }
+
+    def progress(self, num_pictures: int, label: str) -> tqdm:
+        """A bar for so many pictures of each seed."""
+        steps = sum(prompt.num_steps or self.sampling.num_steps for prompt in self.prompts) / len(self.prompts)
+        return tqdm(total=round(num_pictures * self.settings.seeds_per_prompt * steps), desc=label, unit="step")
+
+    def measure(self, file: Path, name: str, base: Sequence[Tensor]) -> SliderEvaluation:
+        """Attach one LoRA, measure it, and take it off again."""
+        model, settings = self.model, self.settings
+        network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
+        network.to(model.device)
+        network.apply_to(model.text_encoders, model.unet)
+        num_weights = len({*settings.multipliers} - {0.0})
+        try:
+            with self.progress(len(self.prompts) * num_weights, f"sampling {name}") as bar:
+                evaluation = evaluate(
+                    model,
+                    network,
+                    self.prompts,
+                    self.seeds,
+                    settings.multipliers,
+                    self.scorers,
+                    self.judges,
+                    name=name,
+                    base=base,
+                    num_pictures=settings.num_grid_prompts,
+                    progress=bar.update,
+                    **self.sampling_arguments,
+                )
+        finally:
+            network.remove()
+        assert settings.prompts_file is not None
+        files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": ", ".join(self.judges)}
+        return replace(evaluation, settings=files | evaluation.settings, origin=origin_of(file))
 
 
-def write_results(output_dir: Path, evaluations: Sequence[SliderEvaluation]) -> list[Path]:
+def write_results(output_dir: Path, evaluations: Sequence[SliderEvaluation], title: str = "") -> list[Path]:
     """Write the JSON, the PNGs and the report, and return their paths."""
-    curve = score_curves(evaluations)
-    grids = [
-        multiplier_grid(
-            evaluation.pictures,
-            [f"{evaluation.prompts[row]} (seed {evaluation.seeds[row][0]})" for row in range(len(evaluation.pictures))],
-            evaluation.multipliers,
-        )
-        for evaluation in evaluations
-    ]
-    grid_names = ["grid.png"] if len(evaluations) == 1 else [f"grid_{evaluation.name.replace('/', '_')}.png" for evaluation in evaluations]
-    pngs = {output_dir / "curve.png": curve} | {output_dir / name: grid for name, grid in zip(grid_names, grids, strict=True)}
+    pngs = {output_dir / "curve.png": score_curves(evaluations)}
+    for evaluation in evaluations:
+        labels = [f"{evaluation.prompts[row]} (seed {evaluation.seeds[row][0]})" for row in range(len(evaluation.pictures))]
+        name = "grid.png" if len(evaluations) == 1 else f"grid_{evaluation.name.replace('/', '_')}.png"
+        pngs[output_dir / name] = multiplier_grid(evaluation.pictures, labels, evaluation.multipliers)
     for path, content in pngs.items():
         atomic_write_bytes(path, content)
     results, report = output_dir / "evaluation.json", output_dir / "report.html"
-    content = {"format": "leco_score.evaluation/1", "sliders": [evaluation.to_dict() for evaluation in evaluations]}
+    content = {
+        "format": "leco_score.evaluation/1",
+        "sliders": [evaluation.to_dict() | {"digest": digest(evaluation).to_dict()} for evaluation in evaluations],
+        "comparison": comparison_dict(evaluations),
+    }
     atomic_write_text(results, json.dumps(content, indent=1, allow_nan=False))
-    atomic_write_text(report, html_report(evaluations, curve, grids))
+    atomic_write_text(report, html_report(evaluations, title or None))
     return [results, *pngs, report]
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The files that names and patterns stand for, those of a pattern by the numbers in their names."""
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [Path(pattern)] if Path(pattern).is_file() else [path for path in map(Path, glob.glob(pattern)) if path.is_file()]
+        if not found:
+            raise UserError(f"network_weights {pattern} does not exist; give the .safetensors file of a LoRA, or a pattern that finds some")
+        found.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def seed_table(prompts: Sequence[PromptSpec], settings: EvaluationConfig) -> list[list[int]]:
+    """Seeds [P][S]: no two pairs share one, but a prompt that brings a seed begins with that."""
+    count = settings.seeds_per_prompt
+    firsts = [settings.seed + row * count if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
+    return [[first + number for number in range(count)] for first in firsts]
+
+
+def origin_of(file: Path) -> dict[str, str]:
+    """What a LoRA file's metadata says of how it was made."""
+    with safetensors.safe_open(file, "pt") as content:
+        metadata = content.metadata() or {}
+    return {name: metadata[key] for key, name in ORIGIN.items() if key in metadata}
 
 
 def slider_names(files: Sequence[Path]) -> list[str]:
@@ -197,12 +286,17 @@ def slider_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def judge_names(judges: Sequence[Judge], scorers: Mapping[str, Scorer]) -> dict[str, Judge]:
-    """The judges by the name of their function, by the whole name where that is taken."""
-    short = [judge.name.rpartition(":")[2] for judge in judges]
-    return {
-        name if short.count(name) == 1 and name not in scorers else judge.name: judge for name, judge in zip(short, judges, strict=True)
-    }
+def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Mapping[str, Scorer]) -> dict[str, Judge | Scorer]:
+    """The judges by the name of their function or file; functions by their whole name where that is taken."""
+    named: dict[str, Judge | Scorer] = {scorer.name: scorer for scorer in files}
+    if len(named) < len(files) or named.keys() & scorers.keys():
+        raise UserError(
+            "judge_scorers holds a name twice, or a scorer that is given as scorer, too; give each judge a file name of its own"
+        )
+    short = [judge.name.rpartition(":")[2] for judge in functions]
+    for name, judge in zip(short, functions, strict=True):
+        named[name if short.count(name) == 1 and name not in {*scorers, *named} else judge.name] = judge
+    return named
 
 
 if __name__ == "__main__":
