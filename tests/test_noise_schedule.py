@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from library.errors import UserError
 from library.noise_schedule import (
@@ -77,6 +77,47 @@ def test_inference_timesteps_equal_diffusers(spacing, offset, num_steps):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_timestep_as_a_step_stays_within_the_schedule(schedule, spacing):
     assert schedule.inference_timesteps(1000, spacing).tolist() == [*range(999, -1, -1), -1]
+
+
+def test_lcm_timesteps_equal_diffusers(schedule):
+    theirs = LCMScheduler.from_config(STABLE_DIFFUSION)
+    for num_steps in range(1, 51):
+        theirs.set_timesteps(num_steps)
+        assert schedule.inference_timesteps(num_steps, "lcm").tolist() == [*theirs.timesteps.tolist(), -1]
+    with pytest.raises(UserError, match="51 steps were asked for, but the timestep spacing lcm has 50"):
+        schedule.inference_timesteps(51, "lcm")
+
+
+def test_the_scheduler_of_a_latent_consistency_model_has_its_own_timesteps():
+    config = STABLE_DIFFUSION | {"_class_name": "LCMScheduler", "original_inference_steps": 100, "timestep_spacing": "leading"}
+    theirs = LCMScheduler.from_config(config)
+    theirs.set_timesteps(4)
+    assert NoiseSchedule.from_config(config).inference_timesteps(4).tolist() == [*theirs.timesteps.tolist(), -1]
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 100])
+def test_karras_sigmas_equal_diffusers(schedule, num_steps):
+    """At timesteps between the training timesteps; float32 timesteps cost 2e-5 of sigma."""
+    theirs = EulerDiscreteScheduler.from_config(STABLE_DIFFUSION, use_karras_sigmas=True)
+    theirs.set_timesteps(num_steps)
+    timesteps = schedule.inference_timesteps(num_steps, "karras")
+    assert timesteps.dtype == torch.float32 and timesteps[-1] == -1 and (timesteps.diff() < 0).all()
+    torch.testing.assert_close(schedule.sigmas(timesteps)[:-1], theirs.sigmas[:-1], rtol=2e-5, atol=0)
+
+
+def test_zero_terminal_snr_on_request():
+    plain = {key: value for key, value in ZERO_TERMINAL_SNR.items() if key not in ("rescale_betas_zero_snr", "timestep_spacing")}
+    forced, expected = NoiseSchedule.from_config(plain).with_zero_terminal_snr(), NoiseSchedule.from_config(ZERO_TERMINAL_SNR)
+    assert torch.equal(forced.alphas_cumprod, expected.alphas_cumprod)
+    assert forced.final_alpha_cumprod == pytest.approx(expected.final_alpha_cumprod, rel=1e-6)
+    assert forced.inference_timesteps(7).equal(expected.inference_timesteps(7)) and forced.inference_timesteps(7)[0] == 999
+    assert forced.with_zero_terminal_snr() is forced
+    assert NoiseSchedule.from_config(plain).alphas_cumprod[-1] > 0.004
+
+
+def test_zero_terminal_snr_needs_v_prediction(schedule):
+    with pytest.raises(UserError, match="zero_terminal_snr was asked for, but the model predicts eps"):
+        schedule.with_zero_terminal_snr()
 
 
 @pytest.mark.parametrize("num_steps", [0, 1001])

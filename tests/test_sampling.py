@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
+from library.errors import UserError
 from library.models.single_file import bundled_config
 from library.sampling import PromptEncoder, decode, initial_noise, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_unet_config
 
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
 SEEDS = [11, 12, 13]
@@ -34,21 +44,26 @@ def ddim_of(kind: str, prediction_type: str) -> DDIMScheduler:
     return DDIMScheduler.from_config(config)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
-def test_equals_diffusers(kind, guidance_scale):
-    model = tiny_model(kind)
+def pipeline_of(model, scheduler) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoders[0],
         tokenizer=model.tokenizers[0],
         unet=model.unet,
-        scheduler=ddim_of(model.spec.family, model.spec.prediction_type),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
+def test_equals_diffusers(kind, guidance_scale):
+    model = tiny_model(kind)
+    pipeline = pipeline_of(model, ddim_of(model.spec.family, model.spec.prediction_type))
     noise, _ = initial_noise(SEEDS, (4, 8, 12))
     expected = pipeline(
         prompt=[prompt.prompt for prompt in PROMPTS],
@@ -64,6 +79,77 @@ def test_equals_diffusers(kind, guidance_scale):
     torch.testing.assert_close(ours, expected, **ROUNDING)
     pixels = pipeline.image_processor.denormalize(pipeline.vae.decode(expected / model.spec.scaling_factor, return_dict=False)[0])
     torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
+
+
+def their_latents(model, scheduler, num_steps: int, **arguments):
+    """What a pipeline makes of PROMPTS and SEEDS, each row drawing from its own generator, as `sample` does."""
+    noise, generators = initial_noise(SEEDS, (4, 8, 8))
+    return pipeline_of(model, scheduler)(
+        prompt=[prompt.prompt for prompt in PROMPTS],
+        negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
+        latents=noise,
+        generator=generators,
+        height=64,
+        width=64,
+        num_inference_steps=num_steps,
+        output_type="latent",
+        **arguments,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "scheduler", "spacing", "guidance_rescale"),
+    [
+        ("sd1", "dpmpp_2m", DPMSolverMultistepScheduler, "trailing", 0.0),
+        ("sd1", "euler", EulerDiscreteScheduler, "leading", 0.0),
+        ("sd1", "euler_a", EulerAncestralDiscreteScheduler, "leading", 0.7),
+        ("sd1", "lcm", LCMScheduler, "lcm", 0.0),
+        ("sd2_v", "dpmpp_2m", DPMSolverMultistepScheduler, "trailing", 0.7),
+        ("sd2_v", "euler_a", EulerAncestralDiscreteScheduler, "leading", 0.0),
+    ],
+)
+def test_samplers_equal_diffusers(kind, solver, scheduler, spacing, guidance_rescale):
+    """The family's own configs have set_alpha_to_one = false, which only DDIM heeds.
+
+    Three steps, of which the multistep solver takes one with a history: these random networks turn 1e-6 of noise into 3e-3 in five.
+    Where spacings have one name diffusers' schedulers do not all have one meaning: these are those that DDIM's agree with.
+    """
+    model = tiny_model(kind)
+    config = bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
+    if spacing != "lcm":
+        config["timestep_spacing"] = spacing
+    expected = their_latents(model, scheduler.from_config(config), 3, guidance_scale=3.0, guidance_rescale=guidance_rescale)
+    options = RUN | {"guidance_scale": 3.0, "solver": solver, "spacing": spacing, "guidance_rescale": guidance_rescale}
+    torch.testing.assert_close(sample(model, None, PROMPTS, SEEDS, **options), expected, atol=1e-3, rtol=1e-3)
+
+
+def guidance_distilled_model():
+    model = tiny_model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(tiny_unet_config("sd1") | {"time_cond_proj_dim": 16})
+    assert isinstance(unet, UNet2DConditionModel)
+    model.unet = unet
+    return model.freeze()
+
+
+def test_a_guidance_distilled_u_net_is_told_the_scale():
+    model = guidance_distilled_model()
+    assert model.embeds_guidance and not tiny_model().embeds_guidance
+    config = bundled_config("sd1")["scheduler"]
+    pictures = {}
+    for scale in (8.0, 3.0):
+        model.embedded_guidance = scale
+        pictures[scale] = sample(model, None, PROMPTS, SEEDS, solver="lcm", spacing="lcm", **RUN | {"guidance_scale": 1.0})
+        expected = their_latents(model, LCMScheduler.from_config(config), 3, guidance_scale=scale)
+        torch.testing.assert_close(pictures[scale], expected, **ROUNDING)
+    assert (pictures[8.0] - pictures[3.0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("prompt", "scale"), [(PromptSpec(prompt="a cat"), 4.0), (PromptSpec(prompt="a cat", guidance_scale=7.5), 1.0)])
+def test_a_guidance_distilled_u_net_refuses_guidance_on_top(prompt, scale):
+    with pytest.raises(UserError, match="takes its guidance scale as an input"):
+        sample(guidance_distilled_model(), None, [prompt], [1], **RUN | {"guidance_scale": scale})
 
 
 def test_equals_diffusers_sdxl():
@@ -95,7 +181,7 @@ def test_equals_diffusers_sdxl():
     torch.testing.assert_close(ours, expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "euler_a"])
+@pytest.mark.parametrize("solver", ["ddim", "euler_a", "dpmpp_2m"])
 def test_a_seed_is_a_picture_whatever_the_batch(solver):
     model = tiny_model()
     together = sample(model, None, PROMPTS, SEEDS, solver=solver, **RUN)
