@@ -2,7 +2,7 @@
 
 Every gradient counts at RMS 1 per sample, so that a weight means the same for every scorer and at every noise level. What would move
 a held score, or a score beyond its bound farther beyond it, is projected out of the direction, as conflicting tasks' gradients are in
-PCGrad (arXiv 2001.06782); what remains of a violation is pushed back.
+PCGrad (arXiv 2001.06782). A network follows that direction only nearly, so a score that has moved all the same is pushed back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ def ascent_direction(
         push: from a goal's gain over the frozen model in its wanted direction [B], in standard deviations, to how strongly it is to
             rise further, -1..1 [B].
         directions: +1 where goals of positive weight are to rise, -1 where they are to fall, 0 where nothing is to move [B].
-        share: the part of a whole trajectory's change that this step accounts for, 0..1 [B]; a hold of d allows d * share here.
+        share: the part of a whole trajectory's change that this step accounts for, 0..1 [B]: where a hold of d pushes back fully is d * share.
 
     Returns:
         [B, C, h, w]. One goal without a limit gives `directions * push(gain) * gradient / rms(gradient)`.
@@ -79,12 +79,11 @@ def ascent_direction(
 
 
 def _restoring(goal: Goal, value: Tensor, gain: Tensor, share: Tensor) -> Tensor | None:
-    """How strongly a score that broke its limit is pushed back, -1..1 along its gradient [B]; None if it has no limit."""
+    """How strongly a score is pushed back, -1..1 along its gradient [B]: fully where it is at its hold's distance; None without limit."""
     if goal.limit is None:
         return None
     if goal.held:
-        allowed = (goal.limit.value * share).clamp_min(1e-12)
-        return -gain.sign() * ((gain.abs() - allowed) / allowed).clamp(0, 1)
+        return -(gain / (goal.limit.value * share).clamp_min(1e-12)).clamp(-1, 1)  # from the first: small steps of one sign add up
     beyond = _beyond(goal, value)
     return -(beyond / BEYOND_BOUND).clamp(-1, 1)
 
