@@ -20,14 +20,21 @@ from library.checkpoints import load_state, restore_rng_state, rng_state
 from library.cli import parse_config, run_main, setup_logging
 from library.config import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.errors import UserError
+from library.independent_judges import load_judges
 from library.models.loading import load_model
 from library.monitor import Monitor, MonitorConfig, due
 from library.network_setup import build_network, in_use
+from library.objectives.anchors import AnchorConfig
 from library.objectives.base import Term, Workbench
-from library.objectives.registry import ObjectiveConfig, build_terms
+from library.objectives.image_pairs import ImagePairsConfig
+from library.objectives.images import ImagesConfig
+from library.objectives.leco import LecoConfig
+from library.objectives.registry import ObjectiveConfig, TermConfigs, build_terms
+from library.objectives.regression import RegressionConfig
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
-from library.prompts import load_prompts
+from library.prompt_buckets import with_aspect_buckets
+from library.prompts import PromptOptions, load_prompts
 from library.rewards import RewardConfig, load_reward
 from library.rollout import RolloutConfig
 from library.runtime import all_reduce_grads, check_writable, create_accelerator, describe_device, generator, set_num_threads, weight_dtype
@@ -45,6 +52,12 @@ class LecoScoreConfig:
     objective: ObjectiveConfig
     reward: RewardConfig
     score: ScoreConfig
+    leco: LecoConfig
+    image_pairs: ImagePairsConfig
+    images: ImagesConfig
+    anchors: AnchorConfig
+    regression: RegressionConfig
+    prompts: PromptOptions
     rollout: RolloutConfig
     network: NetworkConfig
     optimizer: OptimizerConfig
@@ -59,8 +72,9 @@ def train(config: LecoScoreConfig) -> Path:
     seed, saving = config.training.seed, config.saving
     set_num_threads(config.training.num_threads)
     torch.manual_seed(seed)  # dropout draws from the global generator; every other draw has a generator of its own
-    prompts = load_prompts(config.rollout.prompts_file, config.rollout.prompt_categories)
-    eval_prompts = load_prompts(config.monitor.eval_prompts_file) if config.monitor.eval_prompts_file else prompts
+    file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
+    prompts = load_prompts(file, config.rollout.prompt_categories, config.prompts, generator(seed, "prompts")) if file else []
+    eval_prompts = load_prompts(eval_file, None, config.prompts) if eval_file else prompts
 
     accelerator = create_accelerator(config.training)
     logger.info("%s", describe_device(accelerator))
@@ -73,12 +87,22 @@ def train(config: LecoScoreConfig) -> Path:
         dtype=weight_dtype(config.training.mixed_precision),
         device=accelerator.device,
     )
+    model.prompt_weighting = config.prompts.prompt_weighting
+    if config.prompts.enable_bucket:
+        prompts = with_aspect_buckets(
+            prompts,
+            config.rollout.size(model.spec.resolution),
+            min_side=config.prompts.min_bucket_reso,
+            max_side=config.prompts.max_bucket_reso,
+            step=config.prompts.bucket_reso_steps,
+        )
     reward = load_reward(
         config.reward,
         model.vae_fingerprint(),
         needs_noise_aware=ESTIMATORS[config.score.score_estimator](config.score).noisy,
         gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
+    judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
     check_writable(saving.output_dir)
     model.set_attention(config.training.attention)
     network = build_network(
@@ -95,17 +119,25 @@ def train(config: LecoScoreConfig) -> Path:
         generator=lambda name: generator(seed, name, accelerator.process_index),
         rollout=config.rollout,
     )
-    terms = build_terms(workbench, config.objective, score=config.score, reward=reward, prompts=prompts)
+    configs = TermConfigs(
+        score=config.score,
+        leco=config.leco,
+        image_pairs=config.image_pairs,
+        images=config.images,
+        anchors=config.anchors,
+        regression=config.regression,
+    )
+    terms = build_terms(workbench, config.objective, configs, reward, prompts)
     encoder.encode_ahead(eval_prompts, config.rollout.size(model.spec.resolution))
     if config.network.network_train_unet_only:
         model.free_text_encoders()
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
     scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
-    monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor)
+    monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor, judges)
     files = SliderFiles(saving, config.network, model.spec, config.rollout.size(model.spec.resolution), _training_metadata(config))
 
-    parts: dict[str, Any] = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler, "monitor": monitor}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
@@ -133,6 +165,10 @@ def train(config: LecoScoreConfig) -> Path:
         if config.monitor.sample_at_first and accelerator.is_main_process:
             with in_use(network, optimizer.optimizer):
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
+        start: dict[str, float] = {}
+        if first_step == 0 and config.monitor.evaluate_every_n_steps is not None:
+            with in_use(network, optimizer.optimizer):
+                start = monitor.observe(0).metrics()
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
             outs: dict[str, list[LossOutput]] = {term.name: [] for term in terms}
@@ -145,7 +181,7 @@ def train(config: LecoScoreConfig) -> Path:
                     unet_evaluations += out.num_unet_evaluations
                     outs[term.name].append(out)
             all_reduce_grads(network.parameters(), accelerator)
-            metrics = _mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
+            metrics = start | _mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
             if config.optimizer.max_grad_norm:
                 norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
                 metrics["grad_norm"] = torch.as_tensor(norm)
@@ -155,14 +191,11 @@ def train(config: LecoScoreConfig) -> Path:
             if config.network.scale_weight_norms is not None:
                 network.apply_max_norm_regularization(config.network.scale_weight_norms)
 
-            done, strong_enough = step + 1, False
+            start, done, stop = {}, step + 1, None
             with in_use(network, optimizer.optimizer):
                 if due(done, config.monitor.evaluate_every_n_steps):
-                    effect = monitor.effect()  # on every process, so that all stop together
-                    metrics |= {"gain_at_+1": effect.up, "gain_at_-1": effect.down}
-                    strong_enough = config.monitor.early_stop_gain is not None and effect.reaches(config.monitor.early_stop_gain)
-                    if strong_enough:
-                        logger.info("step %d: %s: strong enough, training stops", done, effect)
+                    seen = monitor.observe(done)  # on every process, so that all stop together
+                    metrics, stop = metrics | seen.metrics(), seen.stop
                 if accelerator.is_main_process:
                     if due(done, config.monitor.sample_every_n_steps):
                         tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
@@ -172,20 +205,16 @@ def train(config: LecoScoreConfig) -> Path:
                             files.save_state(state(done), done)
             tracker.log(metrics, step)
             progress.update()
-            if strong_enough:
+            if stop is not None:
+                logger.info("%s; training stops", stop)
                 break
 
     with in_use(network, optimizer.optimizer):
         if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:
             files.save_state(state(done), done, final=True)
-        hint = None
-        if config.monitor.calibrate:
-            calibration = monitor.calibration(config.monitor.calibrate)
-            network.scale_alpha(calibration.scale)
-            hint = calibration.note
-            logger.info("%s", hint)
+        kept, calibration = monitor.finish(done)
         if accelerator.is_main_process:
-            files.save(network, done, final=True, usage_hint=hint)
+            files.save(network, kept, final=True, calibration=calibration)
             logger.info("slider saved to %s", files.slider_path)
     return files.slider_path
 

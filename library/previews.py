@@ -33,6 +33,9 @@ def write_preview(
 ) -> None:
     """Write a PNG with a row for each prompt (and its seed) and a column for each multiplier.
 
+    Args:
+        num_steps, guidance_scale, resolution: for the prompts that do not bring their own.
+
     Raises:
         UserError: if the file cannot be written.
     """
@@ -45,7 +48,7 @@ def write_preview(
             [prompt] * len(multipliers),
             [seed] * len(multipliers),
             multipliers,
-            num_steps=num_steps,
+            num_steps=prompt.num_steps or num_steps,
             guidance_scale=guidance_scale,
             resolution=size_of(prompt, resolution),
             batch_size=batch_size,

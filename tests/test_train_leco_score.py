@@ -71,7 +71,15 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     assert path == output / "tiny.safetensors"
     steps = [f"tiny-step0000000{step}" for step in (2, 3, 4)]  # step 1 is more than 2 steps old
     states = ["tiny-state", *(f"{step}-state" for step in steps)]
-    files = ["tiny.safetensors", "tiny.json", "metrics.jsonl", "sample", *states, *(f"{step}.safetensors" for step in steps)]
+    files = [
+        "tiny.safetensors",
+        "tiny.json",
+        "tiny_calibration.png",
+        "metrics.jsonl",
+        "sample",
+        *states,
+        *(f"{step}.safetensors" for step in steps),
+    ]
     assert sorted(entry.name for entry in output.iterdir()) == sorted(files)
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     with Image.open(output / "sample" / "tiny_000004.png") as picture:
@@ -181,7 +189,7 @@ def test_what_a_killed_run_left_unfinished_goes_and_nothing_else(tmp_path: Path)
 def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, optimizer: dict) -> None:
     """With dropout, fresh noise in every sampler step, a schedule, accumulation, two sizes, and previews and measurements in between."""
     common = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "network_dropout": 0.3, "sampler": "euler_a", "save_every_n_steps": 2}
-    common |= {"save_state": True, "sample_every_n_steps": 2, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, **optimizer}
+    common |= {"save_state": True, "sample_every_n_steps": 2, "evaluate_every_n_steps": 2, "keep_best": False, **optimizer}
     if optimizer.get("optimizer_type") != "AdamWScheduleFree":
         common["lr_scheduler"] = "cosine"
     straight = load_file(run(workplace, tmp_path / "a", **common))
