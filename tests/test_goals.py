@@ -303,7 +303,7 @@ def two_scores(limit: Limit | None, **settings) -> tuple[LoRANetwork, Belt, Scor
 
 
 def test_training_raises_one_score_and_leaves_the_held_one() -> None:
-    """One batch, both signs, both directions. A network of rank 2 follows only nearly; what it does is measured where the next step leads."""
+    """One batch, both signs and directions, measured where the next step leads. A network of rank 2 follows only nearly."""
     changes = {}
     for limit in (None, Limit("hold", 0.2)):
         network, belt, objective = two_scores(limit)

@@ -35,7 +35,8 @@ def ascent_direction(
         push: from a goal's gain over the frozen model in its wanted direction [B], in standard deviations, to how strongly it is to
             rise further, -1..1 [B].
         directions: +1 where goals of positive weight are to rise, -1 where they are to fall, 0 where nothing is to move [B].
-        share: the part of a whole trajectory's change that this step accounts for, 0..1 [B]: where a hold of d pushes back fully is d * share.
+        share: the part of a whole trajectory's change that this step accounts for, 0..1 [B]; a held score is pushed back fully at
+            its distance times share.
 
     Returns:
         [B, C, h, w]. One goal without a limit gives `directions * push(gain) * gradient / rms(gradient)`.
