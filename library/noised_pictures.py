@@ -25,7 +25,6 @@ class NoisedRollout(Belt):
         self._clean: Tensor | None = None  # [B, C, h, w], the pictures in use
         self._uses = 0
 
-    @torch.no_grad()
     def batch(self) -> RolloutBatch:
         if self._clean is None or self._uses == self.config.num_renoisings:
             self._pool = self._next_pool()

@@ -18,9 +18,8 @@ from torch import Tensor
 from library.config import check_above, check_at_least, option
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.noise_schedule import eps_to_x0
-from library.sampling import PromptEncoder, Size, model_autocast, size_of
-from library.solvers import SOLVERS, get_solver, guided_eps
+from library.sampling import PromptEncoder, Size, guidance_scales, model_autocast, predict_guided_eps, size_of, time_ids_of
+from library.solvers import SOLVERS, get_solver
 from library.types import Conditioning, History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 
@@ -103,6 +102,7 @@ class Belt:
         self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
         self.config = config
         self.solver = get_solver(config.sampler)
+        self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
         size = config.size(model.spec.resolution)
         groups: dict[tuple[Size, int], list[PromptSpec]] = {}
         for prompt in prompts:
@@ -137,9 +137,9 @@ class Belt:
 
     def step(self, batch: RolloutBatch, eps: Tensor) -> tuple[Tensor, History | None]:
         """The sampler's step along the guided prediction: the next latents [B, C, h, w] and what the solver is to remember."""
-        abar, next_abar = self.model.schedule.abar(batch.timesteps), self.model.schedule.abar(batch.next_timesteps)
+        abar, next_abar = self.schedule.abar(batch.timesteps), self.schedule.abar(batch.next_timesteps)
         latents = self.solver.step(batch.latents, eps, abar, next_abar, batch.noise, batch.history)
-        return latents, History(eps_to_x0(batch.latents, eps, abar), abar) if self.solver.needs_history else None
+        return latents, self.solver.remember(batch.latents, eps, abar)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the future of the belt depends on: tensors and plain containers."""
@@ -183,7 +183,7 @@ class Belt:
         # Neighbours hold different multipliers, so that a batch always holds each.
         pool = Pool(
             size=size,
-            timesteps=self.model.schedule.inference_timesteps(num_steps).to(self.model.device),
+            timesteps=self.schedule.inference_timesteps(num_steps).to(self.model.device),
             prompts=prompts,
             latents=latents,
             steps=[0] * count,
@@ -228,22 +228,17 @@ class Belt:
     @torch.no_grad()
     def predict(self, batch: RolloutBatch) -> Tensor:
         """The guided prediction for the whole batch, LoRA on, without gradient: eps [B, C, h, w]."""
-        rows = len(batch.latents)
-        branches = [batch.cond] if bool((batch.guidance_scales == 1).all()) else [batch.uncond, batch.cond]
-        times = len(branches)
+        uncond = batch.uncond if bool((batch.guidance_scales != 1).any()) else None
         self.network.set_multiplier(batch.multipliers)
+        self.num_unet_evaluations += len(batch.latents) * (1 if uncond is None else 2)
         with model_autocast(self.model):
-            both = self.model.predict_eps(batch.latents.repeat(times, 1, 1, 1), batch.timesteps.repeat(times), Conditioning.cat(branches))
-        self.num_unet_evaluations += times * rows
-        return guided_eps(both[:rows], both[-rows:], batch.guidance_scales)
+            return predict_guided_eps(self.model, batch.latents, batch.timesteps, batch.cond, uncond, batch.guidance_scales)
 
     def _batch_of(self, pool: Pool) -> RolloutBatch:
         device = self.model.device
         steps = torch.tensor(pool.steps, device=device)
         timesteps, next_timesteps = pool.timesteps[steps], pool.timesteps[(steps + 1).clamp(max=pool.num_steps)]
         prompts = [pool.prompts[index] for index in pool.chosen]
-        default = self.config.leco_denoise_guidance_scale
-        scales = [default if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts]
         in_turn = [self.config.train_multipliers[turn % len(self.config.train_multipliers)] for turn in pool.turns]
         multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
         cond, uncond = self._conditioning(prompts, pool.size, torch.tensor(multipliers, device=device))
@@ -252,10 +247,10 @@ class Belt:
             latents=pool.latents,
             timesteps=timesteps,
             next_timesteps=next_timesteps,
-            sigmas=self.model.schedule.sigmas(timesteps),
-            next_sigmas=self.model.schedule.sigmas(next_timesteps),
+            sigmas=self.schedule.sigmas(timesteps),
+            next_sigmas=self.schedule.sigmas(next_timesteps),
             multipliers=torch.tensor(multipliers, device=device),
-            guidance_scales=torch.tensor(scales, device=device),
+            guidance_scales=guidance_scales(self.model, prompts, self.config.leco_denoise_guidance_scale),
             cond=cond,
             uncond=uncond,
             prompts=prompts,
@@ -264,13 +259,13 @@ class Belt:
         )
 
     def _conditioning(self, prompts: list[PromptSpec], size: Size, multipliers: Tensor) -> tuple[Conditioning, Conditioning]:
-        texts, negatives = [prompt.prompt for prompt in prompts], [prompt.negative_prompt for prompt in prompts]
         if not self.network.text_encoder_loras:
-            return self.encoder.encode(texts, size), self.encoder.encode(negatives, size)
+            return self.encoder.cond(prompts, size), self.encoder.uncond(prompts, size)
         self.network.set_multiplier(multipliers)
-        cond = self.model.encode_prompts(texts, size)
+        told = [time_ids_of(prompt, size) for prompt in prompts]
+        cond = self.model.encode_prompts([prompt.prompt for prompt in prompts], size, told)
         with torch.no_grad():
-            return cond, self.model.encode_prompts(negatives, size)
+            return cond, self.model.encode_prompts([prompt.negative_prompt for prompt in prompts], size, told)
 
 
 class FreshRollout(Belt):

@@ -1,13 +1,12 @@
 """DRaFT-K: the finished picture, with gradient through the sampler's last K steps."""
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from library.noise_schedule import eps_to_x0
-from library.objectives.estimators import Estimator, Foreseen, Predict, Scene
-from library.types import History
+from library.objectives.estimators import Estimator, Foreseen, Predict, Scene, reaches
 
 
 class Draft(Estimator):
@@ -26,24 +25,15 @@ class Draft(Estimator):
         self.stop_gradient = stop_gradient
 
     def foresee(self, scene: Scene, eps: Tensor, predict: Predict) -> Foreseen:
-        batch, tail = scene.batch, scene.batch.tail_timesteps
+        batch, tail, solver = scene.batch, scene.batch.tail_timesteps, scene.solver
         assert tail is not None, "draft needs the rollout last_steps"
+        timesteps = tail[:, None].expand(-1, len(batch.latents))  # [K + 1, B]
         latents, history = batch.latents, batch.history
-        rows, reaches = len(latents), []
-        for place, (now, after) in enumerate(zip(tail[:-1].tolist(), tail[1:].tolist(), strict=True)):
-            times = (torch.full_like(batch.timesteps, now), torch.full_like(batch.timesteps, after))
-            abar, next_abar = (scene.schedule.abar(time) for time in times)
+        for place, (now, after) in enumerate(pairwise(timesteps)):
             if place:
-                eps = predict(latents.detach() if self.stop_gradient else latents, times[0])
-            moved = scene.solver.step(latents, eps, abar, next_abar, None, history)
-            history = None if history is None else History(eps_to_x0(latents, eps, abar), abar)
-            reaches.append(self._reach(scene, times, tail[-1]))
-            latents = moved
-        reach = torch.stack(reaches).square().sum(0).sqrt()
-        return Foreseen(latents, torch.zeros_like(reach), reach, torch.full((rows,), float(len(reaches)), device=latents.device))
-
-    @staticmethod
-    def _reach(scene: Scene, times: tuple[Tensor, Tensor], end: Tensor) -> Tensor:
-        """d final latents / d eps of one step of the tail [B], where every later step leaves x0 alone: the move of x / sqrt(abar)."""
-        sigma, next_sigma = (scene.schedule.sigmas(time) for time in times)
-        return (next_sigma - sigma) * scene.schedule.abar(end.expand_as(times[0])).sqrt()
+                eps = predict(latents.detach() if self.stop_gradient else latents, now)
+            abar, last = scene.schedule.abar(now), latents
+            latents = solver.step(last, eps, abar, scene.schedule.abar(after), None, history)
+            history = solver.remember(last, eps, abar)
+        reach = reaches(scene, timesteps).square().sum(1).sqrt()
+        return Foreseen(latents, torch.zeros_like(reach), reach, torch.full_like(reach, len(timesteps) - 1))

@@ -6,6 +6,7 @@ estimators are compared (`Foreseen.share`), so that a margin means the same gain
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from library.noise_schedule import NoiseSchedule
 from library.solvers import Solver
-from library.types import RolloutBatch
+from library.types import History, RolloutBatch
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """predict(latents [B, C, h, w], timesteps [B]) -> guided eps [B, C, h, w] at the batch's conditioning; the LoRA's or the frozen model's."""
@@ -85,11 +86,25 @@ class Estimator:
     num_views: int = 1
 
 
+def reaches(scene: Scene, timesteps: Tensor) -> Tensor:
+    """d last latents / d eps of each of K steps of the solver [B, K]. Exact for any solver, all being linear in latents, eps and history.
+
+    Args:
+        timesteps: where each sample stands before each step, and after the last [K + 1, B].
+    """
+    solver, remembered = scene.solver, scene.batch.history
+    moved = scene.batch.latents.new_zeros(len(timesteps[0]), len(timesteps) - 1, 1, 1)  # each step has a channel of its own
+    noise = torch.zeros_like(moved) if solver.needs_noise else None
+    history = None if remembered is None else History(torch.zeros_like(moved), remembered.abar)
+    for place, (now, after) in enumerate(pairwise(timesteps)):
+        abar, eps = scene.schedule.abar(now), torch.zeros_like(moved)
+        eps[:, place] = 1
+        last = moved
+        moved = solver.step(last, eps, abar, scene.schedule.abar(after), noise, history)
+        history = solver.remember(last, eps, abar)
+    return moved.flatten(1)
+
+
 def step_reach(scene: Scene) -> Tensor:
-    """d next latents / d eps of one step of the solver [B]. Exact for any solver, which is linear in eps."""
-    batch = scene.batch
-    zero = torch.zeros_like(batch.latents[:, :1, :1, :1])
-    one = torch.ones_like(zero)
-    history = None if batch.history is None else type(batch.history)(zero, batch.history.abar)
-    noise = None if batch.noise is None else zero
-    return scene.solver.step(zero, one, scene.abar, scene.next_abar, noise, history).flatten()
+    """d next latents / d eps of the batch's own step [B]."""
+    return reaches(scene, torch.stack([scene.batch.timesteps, scene.batch.next_timesteps])).flatten()

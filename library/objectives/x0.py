@@ -17,4 +17,5 @@ class X0(Estimator):
     def foresee(self, scene: Scene, eps: Tensor, predict: Predict) -> Foreseen:
         sigma, next_sigma = abar_to_sigma(scene.abar), abar_to_sigma(scene.next_abar)
         latents = eps_to_x0(scene.batch.latents, eps, scene.abar)
-        return Foreseen(latents, torch.zeros_like(sigma), -sigma, sigma / (sigma - next_sigma))
+        # a schedule may end with a step that moves nothing
+        return Foreseen(latents, torch.zeros_like(sigma), -sigma, sigma / (sigma - next_sigma).clamp_min(1e-6))
