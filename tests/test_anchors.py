@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.leco_prompts import LecoSetting
+from library.models.loading import load_model
 from library.objectives.anchors import AnchorConfig, AnchorsTerm, build
 from library.objectives.base import Workbench
-from library.objectives.leco import LecoConfig, LecoTerm
 from library.objectives.regression import RegressionConfig
 from library.types import PromptSpec
-from tests.workbench_for_tests import assert_resumes, make_workbench
+from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
 
 PROMPTS = [PromptSpec(prompt="a tree"), PromptSpec(prompt="a house", negative_prompt="fog")]
 
@@ -56,36 +55,29 @@ def test_an_anchor_costs_what_its_docstring_says(guidance: float) -> None:
 
 def test_an_untouched_lora_has_no_distance() -> None:
     out = make_term(make_workbench(strength=0.0))()
-    assert out.loss == 0 and out.metrics["drift"] == 0
+    assert out.loss < 1e-10  # batches of other sizes round otherwise
 
 
-def test_anchors_hold_their_prompts_while_another_term_moves_its_own() -> None:
-    """LECO with and without anchors, the same number of steps: the anchor prompt moves less than half as far."""
-    setting = LecoSetting(target="a circle", positive="red", unconditional="blue", action="enhance", guidance_scale=5.0)
+def test_anchors_alone_bring_the_lora_back_on_their_prompts() -> None:
+    """On the embedded model, at noise that was never trained on, at both signs."""
+    prompt = "a red circle on a blue background"
+    bench = make_workbench(model=load_model("examples/shapes/model"), strength=0.02, max_denoising_steps=4)
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    timesteps = torch.tensor([501, 601, 701, 901])
+    cond = bench.encoder.encode([prompt] * 4, (128, 128))
 
-    def distance(with_anchors: bool) -> float:
-        bench = make_workbench(strength=0.0, train_batch_size=2)
-        terms = [LecoTerm(bench, [setting], LecoConfig(), RegressionConfig()), make_term(bench)]
-        optimizer = torch.optim.SGD(bench.network.parameters(), lr=0.5)
-        for _ in range(10):
-            optimizer.zero_grad()
-            terms[0]().loss.backward()
-            if with_anchors:
-                (20 * terms[1]().loss).backward()
-            optimizer.step()
-        latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-        timesteps = torch.tensor([301, 501, 701, 901])
-        cond = bench.encoder.encode([PROMPTS[0].prompt] * 4, (64, 64))
-        with torch.no_grad():
-            outputs = []
-            for multiplier in (1.0, 0.0):
-                bench.network.set_multiplier(multiplier)
-                outputs.append(bench.model.predict_eps(latents, timesteps, cond))
+    @torch.no_grad()
+    def distance(multiplier: float) -> float:
+        outputs = []
+        for strength in (multiplier, 0.0):
+            bench.network.set_multiplier(strength)
+            outputs.append(bench.model.predict_eps(latents, timesteps, cond))
         return (outputs[0] - outputs[1]).square().mean().item()
 
-    free = distance(False)
-    assert free > 0
-    assert distance(True) < free / 2
+    before = {multiplier: distance(multiplier) for multiplier in (1.0, -1.0)}
+    train_steps(make_term(bench, [PromptSpec(prompt=prompt)]), bench, 12, learning_rate=1e-3)
+    for multiplier, drift in before.items():
+        assert distance(multiplier) < 0.6 * drift
 
 
 def test_a_term_goes_on_where_it_was_put_away() -> None:
