@@ -21,6 +21,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 from tqdm import tqdm
 
 from examples.shapes.pictures import draw_batch
+from examples.shapes.scores import size
 from examples.shapes.world import COLOURS, RESOLUTIONS, SHAPES, Scene, caption, random_scene
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -73,6 +74,14 @@ def caption_obeyed(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """1 where a picture [B, 3, H, W] in 0..1 shows both the shape and the colour that its prompt names, else 0: [B]."""
     shape_right, colour_right = obeyed(pixels, prompts)
     return (shape_right & colour_right).float()
+
+
+def size_shown(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The size of the object, 0..1, in a picture that still shows the shape and colour of its caption; 0 in one that does not [B].
+
+    `scores.size` alone takes noise for a large object. This is what a person would mean.
+    """
+    return size(pixels) * caption_obeyed(pixels, prompts)
 
 
 def _worn(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,313 @@
+"""Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
+
+    python -m benchmarks.proofs calibration hacking opposites two_scores leco early_stop
+
+calibration  three scores: what the file promises of weight +1 against the true gain on prompts that training never saw
+hacking      a scorer that was taught to love a stain, with and without the guards, watched by independent judges
+opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
+two_scores   one score raised, another held, with and without the hold
+leco         a prompt file of sd-scripts, alone and mixed with a score
+early_stop   a run that would have ended worse, with and without judges
+Every run is train_leco_score.py's own, with the settings of examples/shapes/slider.toml where none are named. Gains are in within-prompt
+standard deviations of the base model, by functions of pixels, on held-out prompts.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shapes_runs import MODEL, ROOT, drawn_pictures, train_scorer, write_subset
+from examples.shapes.draw_pictures import write_prompts
+from library.cli import read_config_file
+from library.config import build
+from library.evaluation import evaluate
+from library.models.loading import load_model
+from library.options import options
+from library.prompts import load_prompts, spread
+from library.scorers.judges import load_judge
+from library.slider_evaluation import SliderEvaluation
+from library.tracking import read_metrics
+from networks.lora import create_network_from_weights
+from train_leco_score import LecoScoreConfig, train
+
+OUTPUT = ROOT / "output" / "proofs"
+CAPTIONS = "examples.shapes.judge:caption_obeyed"
+SIZE_SHOWN = "examples.shapes.judge:size_shown"
+Row = dict[str, Any]
+
+
+def judge_name(score: str) -> str:
+    return f"examples.shapes.scores:{score}"
+
+
+def scorer(score: str, *, name: str = "scorer", seed: int = 0, table: Path | None = None, **settings: Any) -> Path:
+    """A scorer of a true score, trained if it is not there. `seed` of the drawings."""
+    pictures = OUTPUT / f"pictures_{score}_{seed}"
+    path = OUTPUT / score / f"{name}.safetensors"
+    if not path.is_file():
+        ratings = table or drawn_pictures(pictures, 2000, score, seed)
+        settings = {"scorer_kind": "latent_resnet", "max_train_steps": 1200, **settings}
+        train_scorer(path.parent, output_name=name, train_data_file=str(ratings), cache_dir=str(pictures / "cache"), **settings)
+    return path
+
+
+def prompts() -> tuple[Path, Path]:
+    """Prompts to train on, and held-out prompts."""
+    folder = OUTPUT / "prompts"
+    if not (folder / "prompts.txt").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_prompts(folder, 0)
+    return folder / "prompts.txt", folder / "held_out_prompts.txt"
+
+
+def slider(name: str, **changes: Any) -> Path:
+    """Train a slider, or take the one that is there."""
+    folder = OUTPUT / name
+    path = folder / "slider.safetensors"
+    if not path.is_file():
+        defaults = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(LecoScoreConfig))
+        settings = {**defaults, "prompts_file": str(prompts()[0]), "calibrate": 1.0, "sample_every_n_steps": "", "num_threads": 1}
+        settings |= {"output_dir": str(folder), "output_name": "slider", **changes}
+        train(build(LecoScoreConfig, settings))
+    return path
+
+
+def measure(
+    path: Path, judges: Sequence[str], prompts_file: Path, multipliers: Sequence[float] = (-1.0, 1.0), count: int = 16
+) -> SliderEvaluation:
+    """What a slider does on `count` prompts with 4 seeds each, by judges; kept beside it."""
+    kept = path.with_name(f"measured_{prompts_file.stem}.json")
+    if kept.is_file():
+        return SliderEvaluation.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    model = load_model(str(MODEL)).freeze()
+    network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)
+    network.apply_to(model.text_encoders, model.unet)
+    found = spread(load_prompts(prompts_file), count)
+    evaluation = evaluate(
+        model,
+        network,
+        found,
+        [[50_000 + 4 * row + seed for seed in range(4)] for row in range(len(found))],
+        multipliers,
+        {},
+        {name.rpartition(":")[2]: load_judge(name) for name in judges},
+        num_steps=20,
+        guidance_scale=3.0,
+        resolution=(64, 64),
+        batch_size=48,
+    )
+    kept.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
+    return evaluation
+
+
+def gain(evaluation: SliderEvaluation, name: str, multiplier: float) -> list[float]:
+    """Gain and its interval at a multiplier."""
+    found = evaluation.responses[name].gains_std[evaluation.multipliers.index(multiplier)]
+    return [found.value, found.low, found.high]
+
+
+def share(evaluation: SliderEvaluation, multiplier: float) -> float:
+    """Captions obeyed at a multiplier."""
+    return evaluation.responses["caption_obeyed"].means[evaluation.multipliers.index(multiplier)].value
+
+
+def calibration() -> list[Row]:
+    rows = []
+    for score in ("brightness", "size", "colourfulness"):
+        path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40)
+        with path.with_suffix(".json").open(encoding="utf-8") as file:
+            card = json.load(file)
+        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], (-1.0, -0.5, 0.5, 1.0), 32)
+        rows.append(
+            {"run": score, "promised": 1.0, **ends(measured, score), "r2": measured.responses[score].r2, "card": card["description"]}
+        )
+    return rows
+
+
+# What takes the guards away: the score pushes for ever, nothing holds the model, and nothing stops the run or turns back.
+UNGUARDED = {
+    "reward_loss": "linear",
+    "preserve_weight": 0.0,
+    "learning_rate": 3e-4,
+    "early_stop_gain": "",
+    "early_stop_patience": "",
+    "keep_best": False,
+}
+LONG = {"max_train_steps": 240, "evaluate_every_n_steps": 30, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
+
+
+def few_ratings(score: str, count: int = 100) -> Path:
+    """A scorer of `count` ratings, and 30 to choose its step by."""
+    ratings = drawn_pictures(OUTPUT / f"pictures_{score}_0", 2000, score, 0)
+    table = OUTPUT / score / f"{count}_ratings.csv"
+    if not table.is_file():
+        write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
+    return scorer(score, name=f"{count}_ratings", table=table, image_dir=str(ratings.parent), max_train_steps=400, train_batch_size=32)
+
+
+def independent_judge(score: str) -> Path:
+    """A judge: another kind of scorer, from other drawings."""
+    return scorer(score, name="judge", seed=1, scorer_kind="transformers_cnn", scorer_size="resnet-tiny", max_train_steps=600)
+
+
+def hacking() -> list[Row]:
+    score, rows = "size", []
+    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    for name, changes in {"without guards": UNGUARDED, "default guards": {"early_stop_gain": ""}}.items():
+        path = slider(f"hacking_{name.replace(' ', '_')}", scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
+        rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
+    return rows
+
+
+def early_stop() -> list[Row]:
+    """The unguarded run again; now judges may stop it and choose its step."""
+    score, rows = "size", []
+    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    watched = {**UNGUARDED, "keep_best": True, "early_stop_patience": 3}
+    for name, changes in {"without guards": UNGUARDED, "stopped and turned back by judges": watched}.items():
+        folder = "hacking_without_guards" if changes is UNGUARDED else "early_stop"
+        path = slider(folder, scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
+        rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
+    return rows
+
+
+def opposites() -> list[Row]:
+    """One file with "large" at +1 and "small" at -1: at weight +1 what is to be large is larger, and what is to be small is smaller."""
+    folder = OUTPUT / "opposites"
+    folder.mkdir(parents=True, exist_ok=True)
+    train_prompts, held_out = (load_prompts(path) for path in prompts())
+    plain = [prompt.prompt for prompt in train_prompts if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
+    file, files = folder / "prompts.txt", {}
+    lines = [f"{_sized(text, word)} --direction {sign}" for text in plain[:64] for word, sign in (("large", 1), ("small", -1))]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plain = [prompt.prompt for prompt in held_out if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
+    for word in ("large", "small"):
+        files[word] = folder / f"held_out_{word}.txt"
+        files[word].write_text("\n".join(_sized(text, word) for text in plain[:16]) + "\n", encoding="utf-8")
+    path = slider("opposites", scorer=[str(scorer("size"))], prompts_file=str(file), evaluate_every_n_steps=40)
+    rows = []
+    for word, held in files.items():
+        measured = measure(path, [judge_name("size"), CAPTIONS], held)
+        rows.append({"run": f"prompts that say {word}", **ends(measured, "size")})
+    return rows
+
+
+def two_scores() -> list[Row]:
+    rows = []
+    for raised, held in (("brightness", "colourfulness"), ("size", "brightness")):
+        files = [str(scorer(raised)), str(scorer(held, name=f"{held}_held"))]
+        for name, changes in {
+            f"{raised} alone": {"scorer": files[:1]},
+            f"{raised}, {held} held": {"scorer": files, "scorer_limits": ["none", "hold=0.1"]},
+        }.items():
+            path = slider(f"two_scores_{name.replace(', ', '_').replace(' ', '_')}", **changes)
+            measured = measure(path, [judge_name(raised), judge_name(held), CAPTIONS], prompts()[1])
+            rows.append({"run": name, "raised": raised, "other": held, **ends(measured, raised), **other_ends(measured, held)})
+    return rows
+
+
+LECO_FILE = """# As in the documentation of sd-scripts' train_leco.py: a slider in words.
+[[targets]]
+target_class = "{target}"
+positive = "{positive}"
+negative = "{negative}"
+guidance_scale = 2.0
+resolution = 64
+multiplier = 1.0
+weight = 1.0
+"""
+
+
+def leco() -> list[Row]:
+    """A slider from words alone (small against large), from a score alone, and from both at once."""
+    folder = OUTPUT / "leco"
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = ("circle", "square", "triangle", "star")
+    text = "\n".join(LECO_FILE.format(target=f"a {s}", positive=f"a large {s}", negative=f"a small {s}") for s in shapes)
+    (folder / "size.toml").write_text(text, encoding="utf-8")
+    words = {"leco_prompts_file": str(folder / "size.toml")}
+    bright = {"scorer": [str(scorer("brightness"))]}
+    rows = []
+    for name, changes in {
+        "words: size": {"prompts_file": str(folder / "size.toml"), "eval_prompts_file": str(prompts()[0]), "calibrate": ""},
+        "score: brightness": bright,
+        "both": {**words, **bright, "objective": ["score", "leco"], "calibrate": ""},
+    }.items():
+        path = slider(f"leco_{name.replace(': ', '_')}", **changes)
+        measured = measure(path, [judge_name("size"), judge_name("brightness"), CAPTIONS], prompts()[1])
+        rows.append({"run": name, "raised": "size", "other": "brightness", **ends(measured, "size"), **other_ends(measured, "brightness")})
+    return rows
+
+
+def ends(measured: SliderEvaluation, score: str) -> Row:
+    """True gains at both ends, and captions obeyed at -1, 0 and +1."""
+    captions = [share(measured, multiplier) for multiplier in (-1.0, 0.0, 1.0)]
+    return {"true -1": gain(measured, score, -1.0), "true +1": gain(measured, score, 1.0), "captions": captions}
+
+
+def other_ends(measured: SliderEvaluation, score: str) -> Row:
+    return {"other -1": gain(measured, score, -1.0), "other +1": gain(measured, score, 1.0)}
+
+
+def trail(folder: Path) -> list[Row]:
+    """What the run's own measurements said: the score's and the judges' gains at +1 and -1, the hack index, captions."""
+    rows = []
+    for entry in read_metrics(folder / "metrics.jsonl"):
+        if "hack_index" in entry:
+            rows.append({name: value for name, value in entry.items() if name == "step" or "gain_at" in name or name == "hack_index"})
+    return rows
+
+
+def _sized(text: str, word: str) -> str:
+    """ "a red circle" -> "a large red circle"; "red circle" -> "large red circle"."""
+    article, _, rest = text.partition(" ")
+    return f"a {word} {rest}" if article in ("a", "an") else f"{word} {text}"
+
+
+PROOFS: dict[str, Callable[[], list[Row]]] = {
+    "calibration": calibration,
+    "hacking": hacking,
+    "opposites": opposites,
+    "two_scores": two_scores,
+    "leco": leco,
+    "early_stop": early_stop,
+}
+
+
+def markdown(proof: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of one proof."""
+    has_other = any("other +1" in row for row in rows)
+    head = ["run", "true gain at -1", "at +1", *(["other score at -1", "at +1"] if has_other else []), "captions at -1 / 0 / +1"]
+    lines = [f"### {proof}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        spans = ["true -1", "true +1", *(["other -1", "other +1"] if has_other else [])]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in spans]
+        captions = " / ".join(f"{value:.0%}" for value in row["captions"]) if "captions" in row else ""
+        lines.append(f"| {' | '.join([row['run'], *cells, captions])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("proofs", nargs="*", default=list(PROOFS), help=", ".join(PROOFS))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "proofs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = json.loads(args.results.with_suffix(".json").read_text(encoding="utf-8")) if args.results.with_suffix(".json").is_file() else {}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for proof in args.proofs:
+        kept[proof] = PROOFS[proof]()
+        args.results.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(markdown(proof, kept[proof]), flush=True)
+    text = "\n\n".join(markdown(proof, rows) for proof, rows in kept.items())
+    args.results.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
