@@ -1,0 +1,1 @@
+"""Training without captions: a picture's CLIP embedding stands in for a prompt."""

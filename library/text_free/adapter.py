@@ -1,0 +1,150 @@
+"""From a point in CLIP's space to what a diffusion model is told by a prompt: learned from text alone, used with pictures.
+
+arXiv 2403.14944 (CLIP-VQDiffusion), after Lafite (arXiv 2111.13792), trains a generator on CLIP embeddings of pictures and uses it
+with those of texts. A diffusion model that was trained on token encodings cannot be told an embedding, so an adapter is put
+between, trained the other way round: on embeddings of texts, whose token encodings are known, and used with those of pictures.
+Either way text and picture must lie together in the space. They do not quite (arXiv 2203.02053, the modality gap); what helps is
+to take each modality's mean away and to train with noise (arXiv 2401.08567).
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.atomic_files import atomic_save_safetensors
+from library.errors import UserError
+from library.text_free.fingerprint import Fingerprint
+from library.types import Conditioning
+
+FORMAT_KEY, FORMAT, SPEC_KEY = "leco_score.format", "image_prompt_adapter/1", "leco_score.spec"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What an adapter is, in the header of its file.
+
+    Attributes:
+        embedding_dim: P, of CLIP's space. num_tokens, token_dim: T and D of the model's text encoding. pooled_dim: SDXL's, or 0.
+        width: of the network that corrects points.
+        text_encoder, clip: what it was trained for.
+        training: how, for people.
+    """
+
+    embedding_dim: int
+    num_tokens: int
+    token_dim: int
+    pooled_dim: int
+    width: int
+    text_encoder: Fingerprint
+    clip: Fingerprint
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "AdapterSpec":
+        """Raises ValueError, KeyError or TypeError if it is not what `to_json` writes."""
+        values = json.loads(text)
+        prints = {name: Fingerprint(tuple(values[name]["values"])) for name in ("text_encoder", "clip")}
+        return AdapterSpec(**{**values, **prints})
+
+
+class ImagePromptAdapter(nn.Module):
+    """Points [B, P] -> token encodings [B, T, D], and pooled ones for SDXL.
+
+    A small residual network corrects the point, and a linear map turns it into the whole encoding. The map begins as the least-squares
+    answer and the correction as nothing, so that an adapter is of use before its first step (see `adapter_training.new_adapter`).
+    """
+
+    text_mean: Tensor  # [P]: of the prompts' embeddings
+    image_mean: Tensor  # [P]: of pictures of all kinds, or zeros where none were given
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.correction = nn.Sequential(
+            nn.Linear(spec.embedding_dim, spec.width),
+            nn.GELU(),
+            nn.Linear(spec.width, spec.width),
+            nn.GELU(),
+            nn.Linear(spec.width, spec.embedding_dim),
+        )
+        for parameter in self.correction[-1].parameters():
+            nn.init.zeros_(parameter)
+        self.decode = nn.Linear(spec.embedding_dim, spec.num_tokens * spec.token_dim + spec.pooled_dim)
+        self.register_buffer("text_mean", torch.zeros(spec.embedding_dim))
+        self.register_buffer("image_mean", torch.zeros(spec.embedding_dim))
+
+    def forward(self, points: Tensor) -> Conditioning:
+        """Points [B, P] that `of_texts` or `of_pictures` made -> conditioning without time_ids. Float32."""
+        # A unit vector's coordinates are about 1 / sqrt(P); the network is given them at about 1.
+        encoding = self.decode(points + self.correction(points * self.spec.embedding_dim**0.5))
+        text, pooled = encoding.split([self.spec.num_tokens * self.spec.token_dim, self.spec.pooled_dim], dim=1)
+        return Conditioning(text.unflatten(1, (self.spec.num_tokens, self.spec.token_dim)), pooled if self.spec.pooled_dim else None)
+
+    def of_texts(self, embeddings: Tensor) -> Tensor:
+        """Embeddings of texts [B, P] as points: unit vectors from the texts' mean."""
+        return F.normalize(embeddings - self.text_mean, dim=-1)
+
+    def of_pictures(self, embeddings: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Embeddings of pictures [B, P] as points: unit vectors from the mean of pictures, the adapter's own unless `mean` [P] is given."""
+        return F.normalize(embeddings - (self.image_mean if mean is None else mean.to(embeddings)), dim=-1)
+
+    @property
+    def knows_pictures(self) -> bool:
+        """Whether it was given the mean of pictures."""
+        return bool(self.image_mean.any())
+
+
+def perturb(points: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Unit vectors [B, P] pushed by `amount` in a random direction, and back onto the sphere: Lafite, arXiv 2111.13792, equation 5."""
+    noise = torch.randn(points.shape, generator=generator).to(points)
+    return F.normalize(points + amount * F.normalize(noise, dim=-1), dim=-1)
+
+
+def save_adapter(path: str | Path, adapter: ImagePromptAdapter) -> None:
+    """Write weights, in half precision, and spec to one .safetensors file."""
+    weights = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+    atomic_save_safetensors(weights, path, {FORMAT_KEY: FORMAT, SPEC_KEY: adapter.spec.to_json()})
+
+
+def load_adapter(path: str | Path) -> ImagePromptAdapter:
+    """Read an adapter: on the CPU, frozen, in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, damaged, or not an adapter.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no image_prompt_adapter {path}; tools/train_image_prompt_adapter.py makes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"image_prompt_adapter {path} is not a readable .safetensors file ({error}); copy or train it again") from error
+    if metadata.get(FORMAT_KEY) != FORMAT:
+        raise UserError(f"{path} is not an image prompt adapter; give a file that tools/train_image_prompt_adapter.py wrote")
+    try:
+        adapter = ImagePromptAdapter(AdapterSpec.from_json(metadata[SPEC_KEY]))
+        adapter.load_state_dict(tensors)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"image_prompt_adapter {path} is damaged or of another version; train it again") from error
+    return adapter.eval().requires_grad_(False)
+
+
+def check_adapter_fits(adapter: ImagePromptAdapter, text_encoder: Fingerprint, clip: Fingerprint) -> None:
+    """Raises UserError if the adapter was trained for another text encoder, or with another CLIP."""
+    if not adapter.spec.text_encoder.matches(text_encoder):
+        raise UserError(
+            "image_prompt_adapter was trained for another text encoder (or another clip_skip) than this model's; "
+            "train one with this model (tools/train_image_prompt_adapter.py)"
+        )
+    if not adapter.spec.clip.matches(clip):
+        raise UserError("image_prompt_adapter was trained with another CLIP than clip_model; give the folder that it was trained with")

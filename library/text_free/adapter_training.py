@@ -1,0 +1,250 @@
+"""Train an adapter from prompts alone: the frozen diffusion model must do with it what it does with the prompt."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from library.models.base import DiffusionModel
+from library.sampling import Size, model_autocast
+from library.solvers import ddim_step
+from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb
+from library.text_free.clip_pair import ClipPair
+from library.text_free.fingerprint import text_encoder_fingerprint
+from library.types import Conditioning
+
+NOISY_COPIES = 8  # of each prompt's point in the least-squares fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecipe:
+    """How an adapter is built and trained.
+
+    Attributes:
+        width: see `AdapterSpec`.
+        steps: updates; the learning rate rises to its value in the first twentieth and falls to 0 along a cosine.
+        batch_size: trajectories on which the U-Net is compared. text_batch_size: prompts whose encodings are compared.
+        hidden_weight: of the encodings' error, beside the U-Net's.
+        noise: how far the embeddings are pushed, `perturb`'s amount.
+        num_steps, guidance_scale: of the sampler that makes the trajectories.
+    """
+
+    width: int = 1024
+    steps: int = 5000
+    batch_size: int = 8
+    text_batch_size: int = 32
+    learning_rate: float = 3e-4
+    hidden_weight: float = 1.0
+    noise: float = 1.0
+    num_steps: int = 20
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far the adapter is from the prompt itself.
+
+    Attributes:
+        eps: of the U-Net's output, as a share of what the prompt changes in it: 0 is the prompt itself, 1 is as bad as no prompt.
+        hidden: of the encodings, as a share of their variance: 1 is as bad as the average prompt.
+    """
+
+    eps: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """What the frozen model says of B trajectories, each at its own step: see `trajectories`."""
+
+    prompts: list[str]
+    latents: Tensor
+    timesteps: Tensor
+    cond: Conditioning
+    cond_eps: Tensor
+    uncond_eps: Tensor
+
+
+@torch.no_grad()
+def new_adapter(
+    model: DiffusionModel, clip: ClipPair, prompts: Sequence[str], recipe: AdapterRecipe, generator: torch.Generator
+) -> ImagePromptAdapter:
+    """An adapter on the model's device whose linear map is fitted to these prompts, and whose correction is still nothing.
+
+    The fit is the least-squares map from perturbed points to encodings: with noise on the inputs, that is ridge regression
+    (Bishop 1995, "Training with noise is equivalent to Tikhonov regularization"). The correction's weights come from the global generator.
+    """
+    example = encode_first_chunk(model, prompts[:1])
+    spec = AdapterSpec(
+        embedding_dim=clip.dim,
+        num_tokens=example.text.shape[1],
+        token_dim=example.text.shape[2],
+        pooled_dim=0 if example.pooled is None else example.pooled.shape[1],
+        width=recipe.width,
+        text_encoder=text_encoder_fingerprint(model),
+        clip=clip.fingerprint(),
+        training={"prompts": len(prompts), "steps": recipe.steps, "noise": recipe.noise},
+    )
+    adapter = ImagePromptAdapter(spec).to(model.device)
+    embeddings = torch.cat([clip.embed_texts(batch) for batch in _chunks(prompts, 64)])
+    adapter.text_mean.copy_(embeddings.mean(0))
+    points = adapter.of_texts(embeddings)
+    origin = _flat(example)[0]  # encodings are large and nearly constant in places: sums of their differences are exact enough
+    gram, cross = points.new_zeros(clip.dim, clip.dim), points.new_zeros(clip.dim, len(origin))
+    point_sum, target_sum = points.new_zeros(clip.dim), torch.zeros_like(origin)
+    for start, batch in zip(range(0, len(prompts), 64), _chunks(prompts, 64), strict=True):
+        targets = _flat(encode_first_chunk(model, batch)) - origin
+        target_sum += targets.sum(0)
+        for _ in range(NOISY_COPIES):
+            pushed = perturb(points[start : start + 64], recipe.noise, generator)
+            gram += pushed.T @ pushed
+            cross += pushed.T @ targets
+            point_sum += pushed.sum(0)
+    count = NOISY_COPIES * len(prompts)
+    point_mean, target_mean = point_sum / count, target_sum / len(prompts)
+    gram, cross = gram / count - torch.outer(point_mean, point_mean), cross / count - torch.outer(point_mean, target_mean)
+    damping = 1e-4 * gram.diagonal().mean() * torch.eye(clip.dim, device=gram.device)  # for directions that no prompt has
+    weight = torch.linalg.solve(gram + damping, cross)  # [P, T * D + pooled]
+    adapter.decode.weight.copy_(weight.T)
+    adapter.decode.bias.copy_(origin + target_mean - point_mean @ weight)
+    return adapter
+
+
+def encode_first_chunk(model: DiffusionModel, prompts: Sequence[str], size: Size | None = None) -> Conditioning:
+    """Conditioning of prompts up to their 75th word piece: what CLIP's text tower sees of them, too."""
+    cond = model.encode_prompts(prompts, size)
+    return replace(cond, text=cond.text[:, : model.text_encoders[0].config.max_position_embeddings])
+
+
+def _flat(cond: Conditioning) -> Tensor:
+    """Encodings [B, T * D + pooled] float32."""
+    parts = [cond.text.flatten(1)] if cond.pooled is None else [cond.text.flatten(1), cond.pooled]
+    return torch.cat(parts, dim=1).float()
+
+
+def train_adapter(
+    adapter: ImagePromptAdapter,
+    model: DiffusionModel,
+    clip: ClipPair,
+    prompts: Sequence[str],
+    recipe: AdapterRecipe,
+    generator: torch.Generator,
+    size: Size,
+    log: Callable[[int, Errors], object],
+) -> None:
+    """Train in place; `log` is called after each update with its number and the errors of its batch (with noise).
+
+    The loss is the U-Net's error under the adapter against the same U-Net's under the real encoding, on latents that it sampled
+    itself (so that it is measured where it will be used), plus the error of the encodings, which is cheap and sees more prompts.
+    """
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.05)
+    adapter.train()
+    teacher = trajectories(model, prompts, recipe, generator, size)
+    for step, batch in zip(range(1, recipe.steps + 1), teacher, strict=False):
+        errors = Errors(
+            eps=eps_error(adapter, model, clip, batch, recipe.noise, generator),
+            hidden=hidden_error(adapter, model, clip, _drawn(prompts, recipe.text_batch_size, generator), recipe.noise, generator),
+        )
+        optimizer.zero_grad()
+        (errors.eps + recipe.hidden_weight * errors.hidden).backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        log(step, Errors(errors.eps.detach(), errors.hidden.detach()))
+    adapter.eval()
+
+
+@torch.no_grad()
+def validate(
+    adapter: ImagePromptAdapter,
+    model: DiffusionModel,
+    clip: ClipPair,
+    prompts: Sequence[str],
+    recipe: AdapterRecipe,
+    generator: torch.Generator,
+    size: Size,
+) -> Errors:
+    """Errors on prompts that were not trained on, without noise, over as many batches as a trajectory has steps."""
+    teacher = trajectories(model, prompts, recipe, generator, size)
+    eps = [eps_error(adapter, model, clip, batch, 0.0, generator) for _, batch in zip(range(recipe.num_steps), teacher, strict=False)]
+    return Errors(torch.stack(eps).mean(), hidden_error(adapter, model, clip, prompts[:256], 0.0, generator))
+
+
+def eps_error(
+    adapter: ImagePromptAdapter, model: DiffusionModel, clip: ClipPair, batch: TeacherBatch, noise: float, generator: torch.Generator
+) -> Tensor:
+    """Squared distance of the U-Net's eps under the adapter from that under the prompt, over that from no prompt to the prompt."""
+    answered = adapter(perturb(adapter.of_texts(clip.embed_texts(batch.prompts)), noise, generator))
+    cond = Conditioning(answered.text, answered.pooled, batch.cond.time_ids)
+    with model_autocast(model):
+        eps = model.predict_eps(batch.latents, batch.timesteps, cond)
+    return (eps - batch.cond_eps).square().mean() / (batch.cond_eps - batch.uncond_eps).square().mean().clamp_min(1e-12)
+
+
+def hidden_error(
+    adapter: ImagePromptAdapter, model: DiffusionModel, clip: ClipPair, prompts: Sequence[str], noise: float, generator: torch.Generator
+) -> Tensor:
+    """Squared distance of the adapter's encodings from the text encoders', over the variance of these; the pooled ones count as much."""
+    with torch.no_grad():
+        wanted = encode_first_chunk(model, prompts)
+    answered = adapter(perturb(adapter.of_texts(clip.embed_texts(prompts)), noise, generator))
+    error = _unexplained(answered.text, wanted.text.float())
+    if answered.pooled is None or wanted.pooled is None:
+        return error
+    return (error + _unexplained(answered.pooled, wanted.pooled.float())) / 2
+
+
+def _unexplained(answers: Tensor, wanted: Tensor) -> Tensor:
+    """Share of the variance between the rows of `wanted` that `answers` leave."""
+    return (answers - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def trajectories(
+    model: DiffusionModel, prompts: Sequence[str], recipe: AdapterRecipe, generator: torch.Generator, size: Size
+) -> Iterator[TeacherBatch]:
+    """Without end, B sampling trajectories of the frozen model, spread over the schedule: every step of the sampler is a batch.
+
+    A finished trajectory makes room for another prompt. The first ones end early, which spreads the places over the schedule.
+    """
+    count, scale = recipe.batch_size, model.spec.vae_scale_factor
+    shape = (model.spec.latent_channels, size[0] // scale, size[1] // scale)
+    grid = model.schedule.inference_timesteps(recipe.num_steps).to(model.device)
+    uncond = encode_first_chunk(model, [""], size)
+    latents = torch.randn(count, *shape, generator=generator).to(model.device)
+    texts = _drawn(prompts, count, generator)
+    conds = list(_rows(encode_first_chunk(model, texts, size)))
+    steps, ends = [0] * count, [max(1, (place + 1) * recipe.num_steps // count) for place in range(count)]
+    while True:
+        at = torch.tensor(steps, device=model.device)
+        now, after = grid[at], grid[at + 1]
+        cond = Conditioning.cat(conds)
+        with model_autocast(model):
+            both = model.predict_eps(latents.repeat(2, 1, 1, 1), now.repeat(2), Conditioning.cat([uncond.repeat(count), cond]))
+        uncond_eps, cond_eps = both.chunk(2)
+        yield TeacherBatch(list(texts), latents, now, cond, cond_eps, uncond_eps)
+        guided = uncond_eps + recipe.guidance_scale * (cond_eps - uncond_eps)
+        latents = ddim_step(latents, guided, model.schedule.abar(now), model.schedule.abar(after))
+        for place in range(count):
+            steps[place] += 1
+            if steps[place] == ends[place]:
+                [texts[place]] = _drawn(prompts, 1, generator)
+                conds[place] = encode_first_chunk(model, [texts[place]], size)
+                latents[place] = torch.randn(shape, generator=generator).to(model.device)
+                steps[place], ends[place] = 0, recipe.num_steps
+
+
+def _drawn(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    return [prompts[int(row)] for row in torch.randint(len(prompts), (count,), generator=generator)]
+
+
+def _rows(cond: Conditioning) -> Iterator[Conditioning]:
+    for row in range(len(cond)):
+        yield cond[row : row + 1]
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
