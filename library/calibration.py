@@ -111,6 +111,38 @@ def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: f
     return _calibration(response, end, target_gain, False, choice, max_drift)
 
 
+def settle(response: ResponseCurve, measured: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
+    """Choose again where more pictures were measured at one strength and its opposite.
+
+    The ladder `response` tells the form of the curve, from few pictures at many strengths; `measured` tells its level, from many pictures
+    at -s, 0 and s. Each arm is scaled to agree with what was measured at its end; so are the intervals and the judges. Where an arm was
+    found to go the other way, the ladder is not believed, and its choice is returned with what was measured.
+    """
+    assert len(measured.multipliers) == 3, "the level is measured at one strength and its opposite"
+    gains = _levelled(response, measured)
+    if gains is None:
+        return choose_scale(response, target_gain, max_drift).verified(measured)
+    resamples = None
+    if measured.resamples is not None:
+        relative = measured.resamples / np.where(np.array(measured.gains) == 0, 1, measured.gains)  # [R, 3]
+        resamples = gains * np.where(np.array(response.multipliers) < 0, relative[:, :1], relative[:, 2:])
+    judges = dict(response.judges)
+    for name in judges.keys() & measured.judges.keys():
+        levelled = _levelled(response, measured, name)
+        judges[name] = judges[name] if levelled is None else tuple(map(float, levelled))
+    level = replace(response, gains=tuple(map(float, gains)), resamples=resamples, judges=judges)
+    return choose_scale(level, target_gain, max_drift)
+
+
+def _levelled(response: ResponseCurve, measured: ResponseCurve, judge: str | None = None) -> np.ndarray | None:
+    """The gains of a curve [M], each arm scaled to agree with `measured` at its two strengths; None where an arm goes the other way."""
+    curve, ends = (one.gains if judge is None else one.judges[judge] for one in (response, measured))
+    low, high = (ends[place] / response.gain_at(measured.multipliers[place], judge) for place in (0, 2))
+    if not (low > 0 and high > 0):  # NaN, too
+        return None
+    return np.array(curve) * np.where(np.array(response.multipliers) < 0, low, high)
+
+
 def _calibration(response: ResponseCurve, scale: float, target: float, reached: bool, choice: str, max_drift: float | None) -> Calibration:
     curve = response.rescaled(scale)
     up, down = curve.interval_at(1.0), curve.interval_at(-1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from library.calibration import Calibration, choose_scale
+from library.calibration import Calibration, choose_scale, settle
 from library.config import check_above, check_at_least, option
 from library.errors import UserError
 from library.independent_judges import Judges
@@ -70,6 +70,10 @@ class MonitorConfig:
         1.0, help="After training, scale alpha so that weight 1 moves the score by so many within-prompt standard deviations; 0 leaves it."
     )
     calibration_multipliers: tuple[float, ...] = option((0.25, 0.5, 1.0, 1.5, 2.0), help="Strengths that calibration tries, both signs.")
+    num_calibration_prompts: int = option(
+        32,
+        help="Prompts whose pictures, at fresh seeds, settle the strength that the calibration multipliers suggest; more are more exact.",
+    )
     max_drift: float | None = option(None, help="Calibrate to no strength whose latents are farther than this (RMS) from the base model's.")
     sample_every_n_steps: int | None = option(None, help="Write a grid of previews every so many steps.")
     sample_at_first: bool = option(False, help="Write a grid of previews before training, too.")
@@ -78,7 +82,7 @@ class MonitorConfig:
     sample_batch_size: int = option(48, help="Pictures sampled together in previews and measurements.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_eval_prompts", "num_sample_prompts", "sample_batch_size")
+        check_at_least(self, 1, "num_eval_prompts", "num_sample_prompts", "sample_batch_size", "num_calibration_prompts")
         check_at_least(self, 1, "evaluate_every_n_steps", "sample_every_n_steps", "early_stop_patience")
         check_at_least(self, 2, "eval_seeds_per_prompt")
         check_at_least(self, 0, "calibrate")
@@ -126,9 +130,9 @@ class Monitor:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.rollout, self.config, self.judges = rollout, config, judges or Judges()
         self.resolution = rollout.size(model.spec.resolution)
-        chosen = spread(prompts, config.num_eval_prompts)
-        self.prompts = sorted(chosen, key=lambda prompt: (size_of(prompt, self.resolution), prompt.num_steps or 0))
-        self.pictures = self._fixed_pictures()
+        self.all_prompts = prompts
+        self.prompts = self._chosen(config.num_eval_prompts)
+        self.pictures = self._fixed_pictures(self.prompts)
         lora = network.loras[0]
         self.watch = Watch(
             early_stop_gain=config.early_stop_gain,
@@ -188,13 +192,9 @@ class Monitor:
         curve = self.response((-1.0, 1.0))
         return Effect(up=curve.gains[2], down=curve.gains[0])
 
-    def response(self, multipliers: Sequence[float], *, fresh_seeds: bool = False) -> ResponseCurve:
-        """Measure the reward and the judges at these multipliers and at 0.
-
-        Args:
-            fresh_seeds: take other seeds than all other measurements.
-        """
-        pictures = self._fixed_pictures(FRESH_SEEDS) if fresh_seeds else self.pictures
+    def response(self, multipliers: Sequence[float], pictures: FixedPictures | None = None) -> ResponseCurve:
+        """Measure the reward and the judges at these multipliers and at 0, on the pictures of every measurement or on others."""
+        pictures = pictures or self.pictures
         self._check_unit(pictures)
         strengths = sorted({0.0, *multipliers})
         measured = [pictures.measure(strength, f"measuring {strength:+g}", thorough=False) for strength in strengths]
@@ -211,10 +211,12 @@ class Monitor:
         )
 
     def calibration(self, target_gain: float) -> Calibration:
-        """The strength that is to become weight 1, checked on fresh seeds."""
+        """The strength that is to become weight 1: chosen on a ladder, settled by more pictures at fresh seeds."""
         ladder = {abs(rung) for rung in self.config.calibration_multipliers}
-        chosen = choose_scale(self.response([*ladder, *(-rung for rung in ladder)]), target_gain, self.config.max_drift)
-        return chosen.verified(self.response((-chosen.scale, chosen.scale), fresh_seeds=True))
+        response = self.response([*ladder, *(-rung for rung in ladder)])
+        strength = choose_scale(response, target_gain, self.config.max_drift).scale
+        many = self._fixed_pictures(self._chosen(self.config.num_calibration_prompts), FRESH_SEEDS)
+        return settle(response, self.response((-strength, strength), many), target_gain, self.config.max_drift)
 
     def preview(self, output_dir: Path, output_name: str, step: int) -> Path:
         """Write the grid of previews and return its path."""
@@ -244,13 +246,18 @@ class Monitor:
         self.watch.load_state_dict(state["watch"])
         self.best.load_state_dict(state["best"])
 
-    def _fixed_pictures(self, seed_offset: int = 0) -> FixedPictures:
+    def _chosen(self, count: int) -> list[PromptSpec]:
+        """Prompts, evenly over the list; those that can be sampled together are neighbours."""
+        chosen = spread(self.all_prompts, count)
+        return sorted(chosen, key=lambda prompt: (size_of(prompt, self.resolution), prompt.num_steps or 0))
+
+    def _fixed_pictures(self, prompts: Sequence[PromptSpec], seed_offset: int = 0) -> FixedPictures:
         return FixedPictures(
             model=self.model,
             network=self.network,
             reward=self.reward,
             judges=self.judges,
-            prompts=self.prompts,
+            prompts=prompts,
             encoder=self.encoder,
             rollout=self.rollout,
             seeds_per_prompt=self.config.eval_seeds_per_prompt,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.calibration import Calibration, choose_scale
+from library.calibration import Calibration, choose_scale, settle
 from library.errors import UserError
 from library.response_curve import ResponseCurve, response_curve, summarise_curve
 from library.sampling import sample
@@ -30,6 +30,21 @@ def curve(gain, drift=abs, clipped=None) -> ResponseCurve:
 
 
 # ---- the strength ----
+
+
+def test_many_pictures_settle_the_level_that_few_suggested():
+    """The ladder says 4 a unit and 2 below 0; more pictures at +-0.25 say 2 and 1: the form stays, the strength doubles."""
+    ladder = curve(lambda m: 4 * m if m > 0 else 2 * m)
+    many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, 0.5), drifts=(0.1, 0.0, 0.1))
+    settled = settle(ladder, many, target_gain=1.0)
+    assert settled.reached and settled.scale == pytest.approx(0.5) and settled.gain == pytest.approx(1.0)
+    assert settled.down and settled.down.value == pytest.approx(-0.5)
+
+
+def test_a_ladder_that_many_pictures_contradict_is_not_believed():
+    many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, -0.5), drifts=(0.1, 0.0, 0.1))
+    settled = settle(curve(lambda m: 4 * m), many, target_gain=1.0)
+    assert settled.scale == pytest.approx(0.25) and settled.verified_up and settled.verified_up.value == pytest.approx(-0.5)
 
 
 def test_straight_line():
@@ -96,8 +111,8 @@ def test_usable_range_ends_where_the_curve_turns():
 
 
 def test_usable_range_ends_where_the_pictures_clip_or_drift():
-    line = summarise_curve(curve(lambda m: m, clipped=lambda m: 0.3 + 0.04 * max(m, 0.0)))
-    assert line.usable == (-2.0, pytest.approx(1.2))  # a rise of 0.05 is at 1.25; the range is on multiples of 0.1
+    line = summarise_curve(curve(lambda m: m, clipped=lambda m: 0.3 + 0.16 * max(m, 0.0)))
+    assert line.usable == (-2.0, pytest.approx(1.2))  # a rise of 0.2 is at 1.25; the range is on multiples of 0.1
     line = summarise_curve(curve(lambda m: m, drift=lambda m: 0.1 * abs(m)), max_drift=0.151)
     assert line.usable == (pytest.approx(-1.5), pytest.approx(1.5))
 

@@ -112,9 +112,8 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
     calibration = monitor.calibration(1e6)  # out of reach: the end of the range in which both arms keep going their way
     assert calibration.scale in (0.5, 1.0) and not calibration.reached
     assert calibration.note.endswith(".")
-    again = monitor.response((-calibration.scale, calibration.scale), fresh_seeds=True)
-    assert calibration.verified_up is not None and calibration.verified_up.value == pytest.approx(again.gains[2], rel=1e-3, abs=1e-4)
-    assert again.gains[2] != pytest.approx(calibration.gain, rel=1e-3)  # other pictures
+    again = monitor.response((-calibration.scale, calibration.scale))
+    assert again.gains[2] != pytest.approx(calibration.gain, rel=1e-3)  # settled by other pictures
     network.scale_alpha(2.0)
     assert monitor.effect().up != pytest.approx(up)
 
