@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.cli import parse_config
+from library.leco_prompts import is_leco_file, load_leco_settings
 from tools.evaluate_slider import EvaluateSliderConfig
 from train_latent_scorer import LatentScorerConfig
 from train_leco_score import LecoScoreConfig
@@ -17,7 +18,9 @@ CONFIGS = {
     "train_leco_score.py": LecoScoreConfig,
     "tools/evaluate_slider.py": EvaluateSliderConfig,
 }
-EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.toml") if "[[prompts]]" not in path.read_text(encoding="utf-8"))
+TOMLS = sorted((ROOT / "examples").rglob("*.toml"))
+LECO_FILES = [path for path in TOMLS if is_leco_file(path)]
+EXAMPLES = [path for path in TOMLS if path not in LECO_FILES and "[[prompts]]" not in path.read_text(encoding="utf-8")]
 README_COMMANDS = re.findall(
     r"^(?:accelerate launch|python) ([\w/]+\.py) ((?:.*\\\n)*.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
 )
@@ -32,6 +35,12 @@ def dry_run(script: str, words: list[str], caplog: pytest.LogCaptureFixture) -> 
 
 def test_there_are_examples() -> None:
     assert {"sd15_scorer.toml", "sd15_slider.toml", "sdxl_slider.toml"} <= {path.name for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", LECO_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_leco_example_can_be_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_leco_settings(path)
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(ROOT).as_posix())
