@@ -199,6 +199,8 @@ def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str,
     axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=palette.ink)
     axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
     axes.margins(x=0.04, y=0.12)
+    if first.is_share:
+        axes.set_ylim(-0.03, 1.06)
     _quiet(axes, palette)
     if first.std > 0 and not first.is_share:
         to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)

@@ -32,34 +32,58 @@ def html_report(evaluations: Sequence[SliderEvaluation], title: str | None = Non
         evaluations: of one slider, or of several to compare, measured at the same multipliers.
         title: None takes the sliders' names.
     """
-    several = len(evaluations) > 1
     heading = title or " and ".join(evaluation.name for evaluation in evaluations)
-    digests = [digest(evaluation) for evaluation in evaluations]
+    first, digests = evaluations[0], [digest(evaluation) for evaluation in evaluations]
     body = [
         f"<h1>{escape(heading)}</h1>",
         '<p class="muted">A slider LoRA made with LECO score: a positive weight raises a score, a negative one lowers it.</p>',
     ]
+    plots = ["<h2>Score over weight</h2>", _plots(evaluations, digests)]
+    if len(evaluations) == 1:
+        body += [_lead(first, digests[0]), "<h2>Same prompt, same seed, other weight</h2>", _pictures(first), *plots]
+        return page(heading, [*body, *_sections(first, digests[0])])
+    body.append(f'<p class="lead">{escape(_compared(evaluations))}</p>')
+    for evaluation in evaluations:
+        body.append(f"<h2>{escape(evaluation.name)}: same prompt, same seed, other weight</h2>")
+        body.append(_pictures(first) if evaluation is first else details("Show the pictures", _pictures(evaluation)))
+    body += [*plots, "<h2>Side by side</h2>", _comparison(evaluations, digests), _differences(evaluations), "<h2>One by one</h2>"]
     for evaluation, found in zip(evaluations, digests, strict=True):
-        name = f"<b>{escape(evaluation.name)}</b>: " if several else ""
-        body += [f'<p class="lead">{name}{escape(summary(evaluation))}</p>', _facts(evaluation, found)]
-    body += [section for evaluation in evaluations for section in _pictures(evaluation, several, folded=evaluation is not evaluations[0])]
-    if several:
-        body += ["<h2>Side by side</h2>", _comparison(evaluations, digests), _differences(evaluations)]
-    body += ["<h2>Score over weight</h2>", _plots(evaluations, digests)]
-    for evaluation, found in zip(evaluations, digests, strict=True):
-        suffix = f": {escape(evaluation.name)}" if several else ""
-        body += [
-            *_warnings(evaluation, suffix),
-            f"<h2>How much the scores move{suffix}</h2>",
-            _gains_table(evaluation),
-            f"<h2>What else changes{suffix}</h2>",
-            _statistics_table(evaluation),
-            f"<h2>Which weight to use{suffix}</h2>",
-            _advice(found),
-            f"<h2>How it was made and measured{suffix}</h2>",
-            _settings(evaluation),
-        ]
+        body.append(details(evaluation.name, "".join([_lead(evaluation, found), *_sections(evaluation, found)])))
     return page(heading, body)
+
+
+def _lead(evaluation: SliderEvaluation, found: Digest) -> str:
+    return f'<p class="lead">{escape(summary(evaluation))}</p>{_facts(evaluation, found)}'
+
+
+def _compared(evaluations: Sequence[SliderEvaluation]) -> str:
+    """Several sliders in a sentence: what each does at its highest weight up to 1."""
+    first = evaluations[0]
+    words = f"{len(evaluations)} sliders, measured on the same {len(first.prompts)} prompts with {len(first.seeds[0])} seeds each."
+    responses, place = scaled(first), ends(first)[1]
+    if not responses or not first.multipliers[place]:
+        return words
+    score = next((response for response in responses if response.role == "judge"), responses[0])
+    ranked = sorted(evaluations, key=lambda evaluation: -evaluation.responses[score.name].gains_std[place].value)
+    gains = [f"{evaluation.name} {evaluation.responses[score.name].gains_std[place].value:+.2f}" for evaluation in ranked]
+    weight = signed(first.multipliers[place])
+    return f"{words} At weight {weight} the {role_words(score)} {score.name} moves, in standard deviations: {', '.join(gains)}."
+
+
+def _sections(evaluation: SliderEvaluation, found: Digest) -> list[str]:
+    """All that is told of one slider below its pictures and curves."""
+    warnings = "".join(f"<li>{escape(line)}</li>" for line in warnings_of(evaluation))
+    return [
+        f'<h2>What to know before using it</h2><ul class="warnings">{warnings}</ul>' if warnings else "",
+        "<h2>How much the scores move</h2>",
+        _gains_table(evaluation),
+        "<h2>What else changes</h2>",
+        _statistics_table(evaluation),
+        "<h2>Which weight to use</h2>",
+        _advice(found),
+        "<h2>How it was made and measured</h2>",
+        _settings(evaluation),
+    ]
 
 
 def _facts(evaluation: SliderEvaluation, found: Digest) -> str:
@@ -74,17 +98,13 @@ def _facts(evaluation: SliderEvaluation, found: Digest) -> str:
     return facts([*entries, (f"{len(evaluation.prompts)} \u00d7 {len(evaluation.seeds[0])}", "prompts \u00d7 seeds")])
 
 
-def _pictures(evaluation: SliderEvaluation, named: bool, folded: bool) -> list[str]:
-    if not evaluation.pictures:
-        return []
+def _pictures(evaluation: SliderEvaluation) -> str:
     captions = [signed(weight) if weight else "0 (base)" for weight in evaluation.multipliers]
     rows = []
     for prompt, seeds, pictures in zip(evaluation.prompts, evaluation.seeds, evaluation.pictures, strict=False):
         line = f'<p class="prompt">{escape(prompt)} <span class="muted">seed {seeds[0]}</span></p>'
         rows.append(line + strip(pictures, captions, prompt, evaluation.multipliers.index(0)))
-    suffix = f": {escape(evaluation.name)}" if named else ""
-    grid = "".join(rows)
-    return [f"<h2>Same prompt, same seed, other weight{suffix}</h2>", details("Show the pictures", grid) if folded else grid]
+    return "".join(rows)
 
 
 def _plots(evaluations: Sequence[SliderEvaluation], digests: Sequence[Digest]) -> str:
@@ -105,21 +125,11 @@ def _twice(draw: Callable[[Palette], bytes], description: str) -> str:
     return plot(draw(LIGHT), draw(DARK), description)
 
 
-def _warnings(evaluation: SliderEvaluation, suffix: str) -> list[str]:
-    found = warnings_of(evaluation)
-    if not found:
-        return []
-    return [
-        f"<h2>What to know before using it{suffix}</h2>",
-        '<ul class="warnings">' + "".join(f"<li>{escape(line)}</li>" for line in found) + "</ul>",
-    ]
-
-
 def _comparison(evaluations: Sequence[SliderEvaluation], digests: Sequence[Digest]) -> str:
     first = evaluations[0]
     places = [place for place in reversed(ends(first)) if first.multipliers[place]]
     columns = [(response.name, place) for response in scaled(first) for place in places]
-    header = ["slider", *(f"{name} at {signed(first.multipliers[place])}" for name, place in columns)]
+    header = ["slider", *(f"{_column_name(first.responses[name])} at {signed(first.multipliers[place])}" for name, place in columns)]
     header += ["R\u00b2", "usable", "not seen by judges", "drift", "diversity"]
     rows = []
     for evaluation, found in zip(evaluations, digests, strict=True):
@@ -131,6 +141,11 @@ def _comparison(evaluations: Sequence[SliderEvaluation], digests: Sequence[Diges
         cells += [f"{evaluation.statistics.pixel_drift[far]:.3f}", f"{evaluation.statistics.pixel_diversity[far]:.2f}"]
         rows.append(cells)
     return table(header, rows, "Gains in standard deviations of the base model's score over seeds of one prompt, with 95 % intervals.")
+
+
+def _column_name(response: Response) -> str:
+    """Short enough for a column: of a function its own name."""
+    return response.name if response.role == "scorer" else f"judge {response.name.rpartition(':')[2]}"
 
 
 def _differences(evaluations: Sequence[SliderEvaluation]) -> str:
@@ -197,7 +212,7 @@ def _advice(found: Digest) -> str:
     interval = f"{line.slope.low:.2f} to {line.slope.high:.2f}"
     words = (
         f"Begin with weight {signed(found.recommended)}. The slider is {line.usable_words}: so far the score rises with every step, keeps "
-        f"at least half of its effect per weight, and no more than a few pixels burn out. {found.score} moves by {line.slope.value:.2f} "
+        f"at least half of its effect per weight, and the pictures do not burn out. {found.score} moves by {line.slope.value:.2f} "
         f"standard deviations per unit of weight ({interval}); a straight line explains {line.r2:.1%} of its curve."
     )
     return f"<p>{escape(words)}</p>"

@@ -57,12 +57,12 @@ h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .925rem; }
 th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; }
-thead th { color: var(--muted); font-weight: 600; }
+thead th { color: var(--muted); font-weight: 600; white-space: normal; vertical-align: bottom; min-width: 4.5rem; }
 td small { display: block; color: var(--muted); font-size: .75rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .925rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
+summary { cursor: pointer; color: var(--accent); margin: .6rem 0; overflow-wrap: anywhere; }
 """
 
 

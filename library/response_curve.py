@@ -12,7 +12,7 @@ from library.statistics import Interval, bootstrap_gains, linear_fit, percentile
 
 WIDEST = 2.0  # weights beyond -2 and 2 are not asked about
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
-CLIPPING_RISE = 0.05  # share of pixel values: a weight that clips more of them than this above the base model is not usable
+CLIPPING_RISE = 0.2  # share of pixel values: a weight that clips this much more of them than the base model burns its pictures
 GRID = 0.1  # the usable range is given on multiples of this
 
 

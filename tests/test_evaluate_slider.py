@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.errors import UserError
 from library.scorers.base import ScorerSpec
 from library.scorers.io import save_scorer
 from library.scorers.registry import build_scorer, preset_architecture
@@ -122,7 +123,7 @@ def test_what_a_slider_says_of_itself_is_in_the_report(files, tmp_path, monkeypa
     changes = {"network_weights": [str(tmp_path / "told.safetensors")], "num_prompts": ["1"], "multipliers": ["1"]}
     run(monkeypatch, arguments(files, tmp_path / "out", **changes))
     (slider,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sliders"]
-    assert slider["origin"] == {"scorer": '["bright.safetensors"]', "what it promises": "Weight 1 is strong."}
+    assert slider["origin"] == {"scorer": "bright.safetensors", "what it promises": "Weight 1 is strong."}
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Weight 1 is strong." in report and "ss_secret" not in report
 
@@ -132,6 +133,14 @@ def test_patterns_are_sorted_by_number_and_name_each_file_once(tmp_path):
         (tmp_path / f"{name}.safetensors").touch()
     found = evaluate_slider.expand([str(tmp_path / "a.safetensors"), str(tmp_path / "a*.safetensors")])
     assert [path.stem for path in found] == ["a", "a-step9", "a-step10"]
+
+
+def test_sliders_are_named_by_what_tells_them_apart():
+    names = evaluate_slider.slider_names([Path("/runs/a/bright/x.safetensors"), Path("/runs/b/bright/x.safetensors")])
+    assert names == ["a/bright/x", "b/bright/x"]
+    assert evaluate_slider.slider_names([Path("x-step1.safetensors"), Path("x.safetensors")]) == ["x-step1", "x"]
+    with pytest.raises(UserError, match="twice"):
+        evaluate_slider.slider_names([Path("x.safetensors"), Path("./x.safetensors")])
 
 
 def test_seeds_differ_and_a_prompt_may_bring_its_own():

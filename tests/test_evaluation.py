@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.test_sampling import network_for
 from tests.tiny_models import tiny_model
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-RUN = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_size": 7}
+RUN: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_size": 7}
 
 
 class MeanOfChannel(Scorer):

@@ -152,9 +152,10 @@ def test_report_says_what_one_needs_to_know():
 def test_report_compares_several_sliders_pair_by_pair():
     evaluations = [evaluation_of(name="step 100"), evaluation_of(scorer=(-0.4, 0, 0.4), name="step 50")]
     text = html_report(evaluations)
-    assert text.count("How much the scores move: ") == 2 and "+1.2" in text and "+0.4" in text
+    assert text.count("How much the scores move") == 2 and "+1.2" in text and "+0.4" in text
+    assert "step 100 +1.0" in text.split("</p>")[1] or "step 50 +1.0" in text.split("</p>")[1]  # the judge of both gains 1
     assert "Side by side" in text and "<b>-0.8" in text and "<b>+0.8" in text  # step 50 minus step 100 at +1 and -1
-    assert Page(text).open == [] and text.count("<details>") == 3  # the second grid, and the prompts of both
+    assert Page(text).open == [] and text.count("<details>") == 5  # the second grid, each slider, and the prompts of both
     found = comparison_dict(evaluations)
     rows = found["gain_differences_std"]
     assert found["against"] == "step 100" and isinstance(rows, dict)
@@ -166,7 +167,7 @@ def test_a_digest_knows_how_much_the_judges_do_not_see():
     found = digest(evaluation_of(scorer=(-1.0, 0, 1.0), judge=(-0.9, 0, 0.25)))
     assert found.hack_index == pytest.approx(0.75, abs=0.03) and found.score == "score" and found.recommended == 1.0
     assert found.line and found.line.slope.value == pytest.approx(1.0, abs=0.03)
-    burnt = digest(evaluation_of(clipped=(0.0, 0.0, 0.1)))
+    burnt = digest(evaluation_of(clipped=(0.0, 0.0, 0.5)))
     assert burnt.line and burnt.line.usable[1] < 1 and burnt.recommended == burnt.line.usable[1]
     backwards = digest(evaluation_of(scorer=(1.0, 0, -1.0)))
     assert backwards.recommended is None and "No positive weight" in html_report([evaluation_of(scorer=(1.0, 0, -1.0))])

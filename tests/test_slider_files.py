@@ -19,7 +19,7 @@ CALIBRATION = choose_scale(
         multipliers=MULTIPLIERS,
         gains=tuple(2 * weight for weight in MULTIPLIERS),
         drifts=tuple(map(abs, MULTIPLIERS)),
-        clipped=(0.2, 0.1, 0.0, 0.0, 0.0),
+        clipped=(0.8, 0.4, 0.0, 0.0, 0.0),
         judges={"my judge": tuple(1.5 * weight for weight in MULTIPLIERS)},
     )
 )
@@ -39,7 +39,7 @@ def test_calibration_is_in_the_metadata_the_card_and_a_plot(files, tmp_path):
     assert metadata["modelspec.usage_hint"] == CALIBRATION.note and "slope 1.00 per unit of weight, R2 1.000" in CALIBRATION.note
     assert float(metadata["ss_leco_calibration_scale"]) == 0.5 and float(metadata["ss_leco_r2"]) == 1.0
     assert json.loads(metadata["ss_leco_gain_up"]) == [1.0, None, None]
-    assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 5 % of the pixels
+    assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 20 % of the pixel values
     assert json.loads(metadata["ss_leco_judges"]) == {"my judge": [0.75, -0.75]}
     card = json.loads((tmp_path / "tiny.json").read_text())
     assert card["preferred weight"] == 1.0 and card["description"] == CALIBRATION.note

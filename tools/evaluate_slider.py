@@ -274,16 +274,23 @@ def origin_of(file: Path) -> dict[str, str]:
     """What a LoRA file's metadata says of how it was made."""
     with safetensors.safe_open(file, "pt") as content:
         metadata = content.metadata() or {}
-    return {name: metadata[key] for key, name in ORIGIN.items() if key in metadata}
+    return {name: _plain(metadata[key]) for key, name in ORIGIN.items() if key in metadata}
+
+
+def _plain(value: str) -> str:
+    """A list of names as people write it."""
+    return ", ".join(re.findall(r'"([^"]*)"', value)) if value.startswith('["') else value
 
 
 def slider_names(files: Sequence[Path]) -> list[str]:
-    """File names without their ending, with the folder's name where two are the same."""
-    stems = [file.stem for file in files]
-    names = [file.stem if stems.count(file.stem) == 1 else f"{file.parent.name}/{file.stem}" for file in files]
-    if len(set(names)) < len(names):
-        raise UserError(f"network_weights names two sliders alike: {', '.join(map(str, files))}; give each file once, under its own name")
-    return names
+    """File names without their ending, with as many folders before them as it takes to tell them apart."""
+    paths = [file.resolve().with_suffix("") for file in files]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"network_weights names a slider twice: {', '.join(map(str, files))}; give each file once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Mapping[str, Scorer]) -> dict[str, Judge | Scorer]:
