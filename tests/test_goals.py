@@ -1,9 +1,12 @@
 """Several scores become one direction, and the gradients that it is made of."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -15,11 +18,15 @@ from library.rewards import Goal, Limit, Reward
 from library.rollout import Belt, RolloutConfig
 from library.sampling import PromptEncoder
 from library.scorers.base import Scorer
+from library.scorers.heads import HeadSpec
+from library.scorers.io import load_scorer, save_scorer
+from library.scorers.registry import build_scorer
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork
 from tests.scorers_for_tests import ChannelScorer, StandardisedScorer, WavyScorer
 from tests.test_rewards import a_scorer, ensemble_of, some_latents
 from tests.test_rollout import lora_for
+from tests.tiny_leco_run import make_workplace, run
 from tests.tiny_models import tiny_model
 
 ROWS = 4
@@ -332,3 +339,28 @@ def test_a_hold_consults_the_frozen_model_and_needs_normalised_gradients() -> No
         assert objective(belt.batch())[0].num_unet_evaluations == evaluations * 4
     with pytest.raises(UserError, match="normalize_gradient"):
         two_scores(Limit("hold", 0.2), normalize_gradient=False)
+
+
+def test_a_run_takes_limits_pessimism_and_smoothing(tmp_path: Path) -> None:
+    """Each setting changes what train_leco_score.py writes: none is parsed and ignored."""
+    workplace, own = make_workplace(tmp_path / "in"), []
+    for seed, name in enumerate(("first", "second")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            scorer = build_scorer(replace(load_scorer(workplace / "scorer.safetensors").spec, heads=(HeadSpec(std=0.05, members=2),)))
+        save_scorer(workplace / f"{name}.safetensors", scorer)
+        own.append(str(workplace / f"{name}.safetensors"))
+    written = set()
+    for number, changes in enumerate(
+        (
+            {"scorer_pessimism": 0.0},
+            {"scorer_pessimism": 1.0},
+            {"scorer_pessimism": 0.0, "reward_smoothing": 0.2},
+            {"scorer_pessimism": 0.0, "scorer_limits": ["none", "hold=0.2"]},
+            {"scorer_pessimism": 0.0},  # once more: the runs differ by their settings alone
+            {"scorer_pessimism": 0.0, "scorer_ensemble": True},
+        )
+    ):
+        tensors = load_file(run(workplace, tmp_path / str(number), scorer=own, seed=1, **changes))
+        written.add(tuple(round(tensor.double().sum().item(), 9) for _, tensor in sorted(tensors.items())))
+    assert len(written) == 5
