@@ -38,8 +38,10 @@ from library.prompts import PromptOptions, load_prompts
 from library.rewards import RewardConfig, load_reward
 from library.rollout import RolloutConfig
 from library.runtime import all_reduce_grads, check_writable, create_accelerator, describe_device, generator, set_num_threads, weight_dtype
-from library.sampling import PromptEncoder, model_autocast
+from library.sampling import model_autocast
+from library.sampling_setup import fit_rollout
 from library.slider_files import SliderFiles, restore, states_of
+from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.tracking import Tracker
 from library.types import LossOutput
 
@@ -58,6 +60,7 @@ class LecoScoreConfig:
     anchors: AnchorConfig
     regression: RegressionConfig
     prompts: PromptOptions
+    text_free: TextFreeConfig
     rollout: RolloutConfig
     network: NetworkConfig
     optimizer: OptimizerConfig
@@ -88,10 +91,11 @@ def train(config: LecoScoreConfig) -> Path:
         device=accelerator.device,
     )
     model.prompt_weighting = config.prompts.prompt_weighting
+    rollout = fit_rollout(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(
             prompts,
-            config.rollout.size(model.spec.resolution),
+            rollout.size(model.spec.resolution),
             min_side=config.prompts.min_bucket_reso,
             max_side=config.prompts.max_bucket_reso,
             step=config.prompts.bucket_reso_steps,
@@ -111,13 +115,16 @@ def train(config: LecoScoreConfig) -> Path:
     if config.training.torch_compile:
         model.unet.compile()
 
-    encoder = PromptEncoder(model, network)
+    encoder, train_prompts = encoder_and_prompts(
+        config.text_free, model, network, reward.scorers, prompts, generator(seed, "image_prompts")
+    )
+    eval_prompts = eval_prompts or train_prompts
     workbench = Workbench(
         model=model,
         network=network,
         encoder=encoder,
         generator=lambda name: generator(seed, name, accelerator.process_index),
-        rollout=config.rollout,
+        rollout=rollout,
     )
     configs = TermConfigs(
         score=config.score,
@@ -127,15 +134,15 @@ def train(config: LecoScoreConfig) -> Path:
         anchors=config.anchors,
         regression=config.regression,
     )
-    terms = build_terms(workbench, config.objective, configs, reward, prompts)
-    encoder.encode_ahead(eval_prompts, config.rollout.size(model.spec.resolution))
+    terms = build_terms(workbench, config.objective, configs, reward, train_prompts)
+    encoder.encode_ahead(eval_prompts, rollout.size(model.spec.resolution))
     if config.network.network_train_unet_only:
         model.free_text_encoders()
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
     scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
-    monitor = Monitor(model, network, reward, eval_prompts, encoder, config.rollout, config.monitor, judges)
-    files = SliderFiles(saving, config.network, model.spec, config.rollout.size(model.spec.resolution), _training_metadata(config))
+    monitor = Monitor(model, network, reward, eval_prompts, encoder, rollout, config.monitor, judges)
+    files = SliderFiles(saving, config.network, model.spec, rollout.size(model.spec.resolution), _training_metadata(config))
 
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler, "monitor": monitor}
     if accelerator.scaler is not None:

@@ -29,6 +29,7 @@ def write_preview(
     batch_size: int,
     multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
     solver: str = "ddim",
+    guidance_rescale: float = 0.0,
     encoder: PromptEncoder | None = None,
 ) -> None:
     """Write a PNG with a row for each prompt (and its seed) and a column for each multiplier.
@@ -53,6 +54,7 @@ def write_preview(
             resolution=size_of(prompt, resolution),
             batch_size=batch_size,
             solver=solver,
+            guidance_rescale=guidance_rescale,
             encoder=encoder,
         )
         rows.append((decode(model, latents, batch_size).clamp(0, 1) * 255).round().byte())

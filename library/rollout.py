@@ -10,7 +10,7 @@ The other rollouts bring trajectories to where an estimator wants them: `library
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from library.config import check_above, check_at_least, option
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.noise_schedule import TimestepSpacing
 from library.sampling import PromptEncoder, Size, guidance_scales, model_autocast, predict_guided_eps, size_of, time_ids_of
-from library.solvers import SOLVERS, get_solver
+from library.solvers import ALIASES, SOLVERS, get_solver
 from library.types import Conditioning, History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 
@@ -36,9 +37,16 @@ class RolloutConfig:
         help="belt: every U-Net call trains. per_sample: denoise to one random step, train there, start afresh (slow; to compare with).",
     )
     train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
-    max_denoising_steps: int = option(20, help="Steps of the sampler's schedule.")
-    leco_denoise_guidance_scale: float = option(5.0, help="Classifier-free guidance of the rollout; 1 is none, and faster.")
-    sampler: str = option("ddim", choices=tuple(SOLVERS), help="Sampler of the rollout.")
+    max_denoising_steps: int = option(20, help="Steps of the sampler's schedule; at 20, a few-step base takes its own.")
+    leco_denoise_guidance_scale: float = option(
+        5.0, help="Classifier-free guidance of the rollout; 1 is none, and faster; at 5, a few-step base takes its own."
+    )
+    sampler: str = option("ddim", choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout.")
+    timestep_spacing: str | None = option(
+        None, choices=get_args(TimestepSpacing), help="Which timesteps the sampler takes; not set: the model's own, or its few-step kind's."
+    )
+    guidance_rescale: float = option(0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.")
+    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.")
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
     train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")
     draft_steps: int = option(1, help="With score_estimator draft: how many of the sampler's last steps carry gradient.")
@@ -49,6 +57,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "train_batch_size", "max_denoising_steps", "draft_steps", "num_renoisings")
         check_above(self, 0, "leco_denoise_guidance_scale")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")
         if self.draft_steps > self.max_denoising_steps:
             raise UserError(f"draft_steps is {self.draft_steps}, more than the {self.max_denoising_steps} of max_denoising_steps; lower it")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
@@ -232,7 +242,9 @@ class Belt:
         self.network.set_multiplier(batch.multipliers)
         self.num_unet_evaluations += len(batch.latents) * (1 if uncond is None else 2)
         with model_autocast(self.model):
-            return predict_guided_eps(self.model, batch.latents, batch.timesteps, batch.cond, uncond, batch.guidance_scales)
+            return predict_guided_eps(
+                self.model, batch.latents, batch.timesteps, batch.cond, uncond, batch.guidance_scales, self.config.guidance_rescale
+            )
 
     def _batch_of(self, pool: Pool) -> RolloutBatch:
         device = self.model.device

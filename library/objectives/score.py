@@ -24,7 +24,7 @@ from library.objectives.reward_shapes import SHAPES
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.x0_renoise import X0Renoise
 from library.rewards import Reward
-from library.solvers import Solver, guided_eps
+from library.solvers import Solver, guided_eps, rescale_guided_eps
 from library.types import Conditioning, LossOutput, RolloutBatch
 from networks.lora import LoRANetwork
 
@@ -37,6 +37,7 @@ class ScoreObjective:
 
     Args:
         num_steps: of the sampler, for prompts that bring none; a gain over a whole trajectory is this many times that of one step.
+        guidance_rescale: phi of `library.solvers.rescale_guidance`.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ScoreObjective:
         config: ScoreConfig,
         solver: Solver,
         num_steps: int,
+        guidance_rescale: float = 0.0,
     ) -> None:
         self.model, self.network, self.reward, self.config, self.solver = model, network, reward, config, solver
+        self.guidance_rescale = guidance_rescale
         self.estimator = ESTIMATORS[config.score_estimator](config)
         self.num_steps, self.schedule = num_steps, solver.schedule(model.schedule)
         self.needs_frozen = (
@@ -73,16 +76,17 @@ class ScoreObjective:
         own = len(batch.latents)
         batch = batch.mirrored() if self.config.paired_signs else batch
         scene = Scene(batch=batch, schedule=self.schedule, solver=self.solver)
-        uncond, frozen = self._predict_without_gradient(batch, own)
+        uncond, frozen = self._predict_without_gradient(batch, own, frozen=self.needs_frozen)
         self.network.set_multiplier(batch.multipliers)
         eps = self.model.predict_eps(batch.latents, batch.timesteps, batch.cond)
 
         noise = self._noise(batch, own, generator)
-        foreseen = self.estimator.foresee(scene, self._guide(eps, uncond, batch), self._predictor(batch, frozen=False))
+        drifts: list[Tensor] = []  # of the further steps that the estimator takes [B] each
+        foreseen = self.estimator.foresee(scene, self._guide(eps, uncond, batch), self._predictor(batch, drifts))
         base = None
         if frozen is not None:
             with torch.no_grad():
-                base = self.estimator.foresee(scene, self._guide(frozen, uncond, batch), self._predictor(batch, frozen=True))
+                base = self.estimator.foresee(scene, self._guide(frozen, uncond, batch), self._frozen_predictor(batch))
         direction, reward, gain = self._ascent(batch, foreseen, base, noise)
 
         trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
@@ -93,8 +97,8 @@ class ScoreObjective:
             "pushed": (direction.abs().amax((1, 2, 3)) > 0).float().mean(),
         }
         if frozen is not None:
-            drift = eps_drift(eps, frozen)
-            losses = losses + self.config.preserve_weight * drift
+            drift = torch.stack([eps_drift(eps, frozen), *drifts])  # [steps with gradient, B]
+            losses = losses + self.config.preserve_weight * drift.sum(0)
             metrics["eps_drift"] = drift.detach().mean().sqrt()
             if self.config.stat_guard:
                 x0, frozen_x0 = (eps_to_x0(batch.latents, self._guide(part, uncond, batch), scene.abar) for part in (eps, frozen))
@@ -107,8 +111,8 @@ class ScoreObjective:
                 metrics["asymmetry"] = uneven.detach().mean().sqrt()
         losses = losses * trained
         tail = 0 if batch.tail_timesteps is None else len(batch.tail_timesteps) - 2  # steps that the estimator took itself
-        guided, consulted = uncond is not None, frozen is not None
-        rows = len(batch.latents)
+        guided, consulted, rows = uncond is not None, frozen is not None, len(batch.latents)
+        further = tail * rows * (3 + guided + (self.config.preserve_weight > 0) + consulted * (1 + guided))
         out = LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
@@ -116,22 +120,23 @@ class ScoreObjective:
                 f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(batch.prompts, batch.timesteps, strict=True)
             ],
             metrics=metrics,
-            num_unet_evaluations=rows * (3 + guided) + own * consulted + tail * rows * (3 + guided + consulted * (1 + guided)),
+            num_unet_evaluations=rows * (3 + guided) + own * consulted + further,
         )
         return out, self._guide(eps.detach(), uncond, batch)[:own]
 
     @torch.no_grad()
-    def _predict_without_gradient(self, batch: RolloutBatch, own: int) -> tuple[Tensor | None, Tensor | None]:
+    def _predict_without_gradient(self, batch: RolloutBatch, own: int, *, frozen: bool) -> tuple[Tensor | None, Tensor | None]:
         """eps of the unconditional branch with the LoRA and of the conditional one without it, in one call; None where not needed.
 
         Args:
             own: how many rows differ in more than the multiplier; the frozen model is asked for these alone.
+            frozen: whether it is needed.
         """
         rows: list[tuple[Tensor, Tensor, Conditioning, Tensor]] = []
         guided = bool((batch.guidance_scales != 1).any())
         if guided:
             rows.append((batch.latents, batch.timesteps, batch.uncond, batch.multipliers))
-        if self.needs_frozen:
+        if frozen:
             frozen_cond = self._frozen_cond(batch)[:own]
             rows.append((batch.latents[:own], batch.timesteps[:own], frozen_cond, torch.zeros_like(batch.multipliers[:own])))
         if not rows:
@@ -143,19 +148,32 @@ class ScoreObjective:
         uncond = parts.pop(0) if guided else None
         return uncond, parts[0].repeat(len(batch.latents) // own, 1, 1, 1) if parts else None
 
-    def _predictor(self, batch: RolloutBatch, *, frozen: bool) -> Predict:
-        """The guided prediction at later latents of the batch's trajectories; its unconditional branch carries no gradient."""
-        multipliers = torch.zeros_like(batch.multipliers) if frozen else batch.multipliers
+    def _predictor(self, batch: RolloutBatch, drifts: list[Tensor]) -> Predict:
+        """The guided prediction at later latents of the batch's trajectories; its unconditional branch carries no gradient.
+
+        Args:
+            drifts: each prediction's distance from the frozen model's at the same latents [B] is appended, if preserve_weight asks for it.
+        """
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            there = replace(batch, latents=latents, timesteps=timesteps)
+            uncond, frozen = self._predict_without_gradient(there, len(latents), frozen=self.config.preserve_weight > 0)
             self.network.set_multiplier(batch.multipliers)
-            uncond = None
-            if bool((batch.guidance_scales != 1).any()):
-                with torch.no_grad():
-                    uncond = self.model.predict_eps(latents, timesteps, batch.uncond)
-            self.network.set_multiplier(multipliers)
-            cond = self._frozen_cond(batch) if frozen else batch.cond
-            return self._guide(self.model.predict_eps(latents, timesteps, cond), uncond, batch)
+            eps = self.model.predict_eps(latents, timesteps, batch.cond)
+            if frozen is not None:
+                drifts.append(eps_drift(eps, frozen))
+            return self._guide(eps, uncond, there)
+
+        return predict
+
+    def _frozen_predictor(self, batch: RolloutBatch) -> Predict:
+        """The same of the frozen model; its unconditional branch is the LoRA's."""
+
+        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            there = replace(batch, latents=latents, timesteps=timesteps)
+            uncond, frozen = self._predict_without_gradient(there, len(latents), frozen=True)
+            assert frozen is not None
+            return self._guide(frozen, uncond, there)
 
         return predict
 
@@ -166,7 +184,13 @@ class ScoreObjective:
             return replace(self.model.encode_prompts([prompt.prompt for prompt in batch.prompts]), time_ids=batch.cond.time_ids)
 
     def _guide(self, eps: Tensor, uncond: Tensor | None, batch: RolloutBatch) -> Tensor:
-        return eps if uncond is None else guided_eps(uncond, eps, batch.guidance_scales)
+        if uncond is None:
+            return eps
+        guided = guided_eps(uncond, eps, batch.guidance_scales)
+        if not self.guidance_rescale:
+            return guided
+        abar, kind = self.model.schedule.abar(batch.timesteps), self.model.spec.prediction_type
+        return rescale_guided_eps(guided, eps, self.guidance_rescale, latents=batch.latents, abar=abar, prediction_type=kind)
 
     def _noise(self, batch: RolloutBatch, own: int, generator: torch.Generator | None) -> Tensor:
         """Noise for the estimator's views [V, B, C, h, w], the same for both signs of a sample; none for one that has no views."""

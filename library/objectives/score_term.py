@@ -33,7 +33,13 @@ class ScoreTerm:
         )
         self._counted = 0  # of the rollout's evaluations, those that a loss has reported
         self.objective = ScoreObjective(
-            workbench.model, workbench.network, reward, config, self.rollout.solver, workbench.rollout.max_denoising_steps
+            workbench.model,
+            workbench.network,
+            reward,
+            config,
+            self.rollout.solver,
+            workbench.rollout.max_denoising_steps,
+            workbench.rollout.guidance_rescale,
         )
 
     def __call__(self) -> LossOutput:
