@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
+from library.config import build
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.sampling import PromptEncoder, sample
@@ -30,7 +32,10 @@ from library.text_free.fingerprint import Fingerprint, text_encoder_fingerprint
 from library.text_free.image_prompts import ImagePromptEncoder, TextFreeConfig, encoder_and_prompts
 from library.types import PromptSpec
 from networks.lora import create_network
+from tests import tiny_leco_run
+from tests.tiny_leco_run import tiny_scorer
 from tests.tiny_models import tiny_model, tiny_text_config
+from tools.train_image_prompt_adapter import AdapterConfig, TrainImagePromptAdapterConfig, train
 
 COLOURS, SHAPES, PLACES = ("red", "blue", "green", "black"), ("circle", "square", "star"), ("left", "right")
 PROMPTS = [f"a {colour} {shape} on the {place}" for colour in COLOURS for shape in SHAPES for place in PLACES]
@@ -254,7 +259,7 @@ def prepare(
 ) -> tuple[PromptEncoder, list[PromptSpec]]:
     model = tiny_model()
     network = create_network(1.0, 2, 2.0, model.vae, model.text_encoders if with_text_encoder else None, model.unet)
-    return encoder_and_prompts(config, model, network, [], prompts, torch.Generator().manual_seed(0))
+    return encoder_and_prompts(config, model, network, [tiny_scorer(model.vae_fingerprint())], prompts, torch.Generator().manual_seed(0))
 
 
 def test_prompts_come_from_pictures_and_from_the_file_in_the_share_asked_for(tmp_path: Path) -> None:
@@ -302,3 +307,41 @@ def test_hidden_error_is_nothing_for_the_encodings_themselves() -> None:
     torch.nn.init.zeros_(adapter.decode.weight)
     adapter.decode.bias.data.copy_(average.flatten())
     assert hidden_error(adapter, model, clip, PROMPTS, 0.0, torch.Generator()).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_from_prompts_to_a_slider_that_saw_none(tmp_path: Path) -> None:
+    place = tiny_leco_run.make_workplace(tmp_path / "place")
+    pictures = draw_pictures(tmp_path / "pictures")
+    tiny_clip().clip.save_pretrained(tmp_path / "clip")
+    (tmp_path / "many.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    settings = {
+        "pretrained_model_name_or_path": str(place / "model"),
+        "prompts_file": str(tmp_path / "many.txt"),
+        "clip_model": str(tmp_path / "clip"),
+        "pictures": str(pictures),
+        "output": str(tmp_path / "adapter.safetensors"),
+        "adapter_width": 16,
+        "max_train_steps": 2,
+        "train_batch_size": 2,
+        "text_batch_size": 4,
+        "max_denoising_steps": 2,
+        "num_threads": 1,
+    }
+    train(build(TrainImagePromptAdapterConfig, settings))
+    changes = {"image_prompts": str(pictures), "image_prompt_adapter": settings["output"], "clip_model": settings["clip_model"]}
+    written = tiny_leco_run.run(place, tmp_path / "measured by words", **changes)
+    alone = tiny_leco_run.run(place, tmp_path / "no words at all", **changes, prompts_file="")
+    assert load_file(written).keys() == load_file(alone).keys()
+    ordinary = tiny_leco_run.run(place, tmp_path / "ordinary")
+    assert any(not torch.equal(tensor, load_file(ordinary)[name]) for name, tensor in load_file(written).items())
+
+
+def test_settings_that_make_no_adapter_are_refused(tmp_path: Path) -> None:
+    given = {"prompts_file": tmp_path / "p.txt", "clip_model": tmp_path}
+    for wrong, message in (
+        ({"clip_model": None}, "must both be set"),
+        ({"output": Path("a.bin")}, "safetensors"),
+        ({"resolution": 65}, "8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            AdapterConfig(**(given | wrong))

@@ -28,7 +28,7 @@ class TextFreeConfig:
     """Pictures in place of training prompts; docs/text_free.md."""
 
     image_prompts: Path | None = option(
-        None, help="Folder or table of pictures to train on in place of prompts_file's prompts, on which the slider is still measured."
+        None, help="Folder or table of pictures to train the score on in place of prompts_file, by which the slider is then only measured."
     )
     image_prompt_adapter: Path | None = option(None, help="Adapter that tools/train_image_prompt_adapter.py made for this model.")
     clip_model: Path | None = option(None, help="Folder of the CLIP that the adapter was trained with.")
@@ -145,6 +145,8 @@ def encoder_and_prompts(
 def _check_nothing_needs_text(network: LoRANetwork, scorers: Sequence[Scorer]) -> None:
     if network.text_encoder_loras:
         raise UserError("image_prompts bypass the text encoders, so their LoRA would learn nothing; set network_train_unet_only")
+    if not scorers:
+        raise UserError("image_prompts are what a score is trained on, and scorer is not set; set it, or leave image_prompts out")
     for scorer in scorers:
         if scorer.spec.uses_prompt and scorer.spec.kind == "pixel":
             raise UserError(f"scorer {scorer.name} reads the prompt's text, and image_prompts have none; use one that does not")
