@@ -97,16 +97,28 @@ def build(workbench: Workbench, config: ImagesConfig, regression: RegressionConf
     """The term, its pictures encoded by the model's VAE. Raises UserError if there are none that can be used."""
     if config.images_dir is None:
         raise UserError("images has no pictures: set images_dir to a folder of pictures, with their prompts in .txt files beside them")
+    return ImagesTerm(workbench, encode_folder(workbench, config.images_dir, config.images_prompt), config, regression)
+
+
+def encode_folder(workbench: Workbench, folder: Path, prompt: str) -> list[EncodedPicture]:
+    """The pictures of a folder, encoded by the model's VAE.
+
+    Args:
+        prompt: of the pictures that have no .txt beside them.
+
+    Raises:
+        UserError: there are none that can be used.
+    """
     model, skipped = workbench.model, SkipReport()
     buckets = buckets_around(workbench.rollout.size(model.spec.resolution))
     pictures = []
-    for file in source_files(config.images_dir, PICTURE_SUFFIXES):
+    for file in source_files(folder, PICTURE_SUFFIXES):
         encoded = encode_at_one_size(model, [FilePicture(file)], buckets)
         if isinstance(encoded, Skipped):
             skipped.add(encoded)
         else:
-            pictures.append(EncodedPicture(encoded[0], caption_of(file, config.images_prompt), file.name))
+            pictures.append(EncodedPicture(encoded[0], caption_of(file, prompt), file.name))
     skipped.log(logger)
     if not pictures:
-        raise UserError(f"images_dir {config.images_dir}: no picture can be used; {skipped.first()}")
-    return ImagesTerm(workbench, pictures, config, regression)
+        raise UserError(f"{folder}: no picture can be used; {skipped.first()}")
+    return pictures

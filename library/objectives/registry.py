@@ -66,7 +66,7 @@ def build_terms(
         raise UserError("scorer is not set; give the .safetensors file that train_latent_scorer.py wrote")
     if "score" not in names and reward.goals:
         raise UserError(f"a scorer is given, but objective is {', '.join(names)}; add score to it, or leave the scorer out")
-    if "score" in names and not prompts:
+    if "score" in names and not prompts and configs.score.score_pictures is None:
         raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
     terms = [builders[name]() for name in names]
     if configs.anchors.anchor_prompts_file:

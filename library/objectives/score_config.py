@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.config import check_above, check_at_least, option
 from library.errors import UserError
@@ -44,6 +45,9 @@ class ScoreConfig:
     )
     num_views: int = option(4, help="With score_estimator x0_renoise: fresh noisings of each sample.")
     view_abar: float = option(0.9, help="With score_estimator x0_renoise: what is left of the picture's variance, 0 to 1.")
+    score_pictures: Path | None = option(
+        None, help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled."
+    )
     draft_stop_gradient: bool = option(True, help="With score_estimator draft: no gradient through the U-Net's input (DRTune).")
     preserve_weight: float = option(
         3.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
@@ -72,6 +76,10 @@ class ScoreConfig:
             raise UserError("odd_weight compares both signs of one sample; set paired_signs too, or leave odd_weight at 0")
         if self.paired_signs and self.score_estimator in ("draft", "draft_lv"):
             raise UserError(f"paired_signs cannot be had with score_estimator {self.score_estimator}; choose prev, x0 or x0_renoise")
+        if self.score_pictures is not None and self.score_estimator != "direct_align":
+            raise UserError(
+                f"score_pictures needs score_estimator direct_align, not {self.score_estimator}; the others sample their pictures"
+            )
         if self.score_estimator == "guidance" and not (self.preserve_weight and self.normalize_gradient):
             raise UserError("score_estimator guidance is a regression; it needs preserve_weight above 0 and normalize_gradient")
 

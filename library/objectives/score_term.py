@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.noised_pictures import LastStepNoisedRollout, NoisedRollout
+from library.noised_pictures import LastStepNoisedRollout, NoisedRollout, PictureRollout
 from library.objectives.base import Workbench
+from library.objectives.images import encode_folder
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.rewards import Reward
@@ -27,10 +28,17 @@ class ScoreTerm:
     def __init__(self, workbench: Workbench, reward: Reward, config: ScoreConfig, prompts: Sequence[PromptSpec]) -> None:
         rollout = ESTIMATORS[config.score_estimator](config).rollout or workbench.rollout.rollout
         self.generator = workbench.generator("views")
-        workbench.encoder.encode_ahead(prompts, workbench.rollout.size(workbench.model.spec.resolution))
-        self.rollout = SCORE_ROLLOUTS[rollout](
-            workbench.model, workbench.network, prompts, workbench.encoder, workbench.rollout, workbench.generator("rollout")
-        )
+        size = workbench.rollout.size(workbench.model.spec.resolution)
+        parts = (workbench.encoder, workbench.rollout, workbench.generator("rollout"))
+        if config.score_pictures is None:
+            workbench.encoder.encode_ahead(prompts, size)
+            self.rollout = SCORE_ROLLOUTS[rollout](workbench.model, workbench.network, prompts, *parts)
+        else:
+            pictures = [
+                (picture.latents, PromptSpec(prompt=picture.prompt)) for picture in encode_folder(workbench, config.score_pictures, "")
+            ]
+            workbench.encoder.encode_ahead([prompt for _, prompt in pictures], size)
+            self.rollout = PictureRollout(workbench.model, workbench.network, pictures, *parts)
         self._counted = 0  # of the rollout's evaluations, those that a loss has reported
         self.objective = ScoreObjective(
             workbench.model,
