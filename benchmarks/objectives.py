@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer
+from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_subset
 from benchmarks.slider_laboratory import BASE, MULTIPLIERS, Laboratory, Measured, crossing
 from examples.shapes.draw_pictures import write_prompts
 from library.statistics import bootstrap_means, linear_fit
 
+HACKABLE_PREFIX = "100 ratings, "
 ESTIMATORS = ("prev", "x0", "x0_renoise", "draft", "draft_lv", "direct_align", "guidance")
 SHAPES = ("hinge", "target", "softplus", "linear")
 GUARDS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,21 @@ GUARDS: dict[str, dict[str, Any]] = {
     "ensemble, pessimism 1": {"scorer": "ensemble", "scorer_pessimism": 1.0},
     "ensemble, pessimism 3": {"scorer": "ensemble", "scorer_pessimism": 3.0},
 }
+# With the scorer of 100 ratings, from no guard to the defaults and beyond.
+HACKABLE: dict[str, dict[str, Any]] = {
+    "no guards": {"reward_loss": "linear", "preserve_weight": 0.0},
+    "hinge alone": {"preserve_weight": 0.0},
+    "preserve 3 alone": {"reward_loss": "linear"},
+    "stat_guard 1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "stat_guard": 1.0},
+    "smoothing 0.1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "reward_smoothing": 0.1},
+    "defaults": {},
+    "defaults, preserve 1": {"preserve_weight": 1.0},
+    "defaults, stat_guard 0.1": {"stat_guard": 0.1},
+    "defaults, stat_guard 1": {"stat_guard": 1.0},
+    "defaults, smoothing 0.02": {"reward_smoothing": 0.02},
+    "defaults, smoothing 0.1": {"reward_smoothing": 0.1},
+    "defaults, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
+}
 
 
 def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -50,6 +66,8 @@ def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     if "shapes" in groups:
         for estimator in ESTIMATORS[:-1]:  # guidance has no shape
             found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for shape in SHAPES[1:]}
+    if "hackable" in groups:
+        found |= {f"{HACKABLE_PREFIX}{name}": {"scorer": "few", **changes} for name, changes in HACKABLE.items()}
     if "guards" in groups:
         found |= {f"prev + hinge, {name}": changes for name, changes in GUARDS.items()}
     return found
@@ -68,10 +86,21 @@ def prepare(folder: Path, score: str) -> dict[str, Path]:
         "ensemble": (ratings, {"scorer_kind": "latent_resnet", "max_train_steps": 1200, "head_members": 4}),
         "judge": (others, {"scorer_kind": "transformers_cnn", "scorer_size": "resnet-tiny", "max_train_steps": 600}),
     }
+    table = folder / "100_ratings.csv"
+    if not table.is_file():
+        write_subset(ratings, table, range(130), ["train"] * 100 + ["validation"] * 30)
+    few = {"scorer_kind": "latent_resnet", "max_train_steps": 400, "train_batch_size": 32, "image_dir": str(ratings.parent)}
+    recipes |= {"few": (table, few), "few_ensemble": (table, {**few, "head_members": 4})}
     files = {name: folder / name / f"{name}.safetensors" for name in recipes}
     for name, (table, settings) in recipes.items():
         if not files[name].is_file():
-            train_scorer(folder / name, output_name=name, train_data_file=str(table), cache_dir=str(table.parent / "cache"), **settings)
+            train_scorer(
+                folder / name,
+                output_name=name,
+                train_data_file=str(table),
+                cache_dir=str(folder / ("cache_1" if name == "judge" else "cache_0")),
+                **settings,
+            )
     return files
 
 
@@ -83,6 +112,7 @@ def record(name: str, seed: int, run: Mapping[str, Any], measured: Measured) -> 
         **run,
         "true": measured.gains("true").tolist(),
         "judge": measured.gains("judge").tolist(),
+        "shown": measured.gains("shown").tolist(),
         "captions": measured.values["captions"].mean((0, 1)).tolist(),
         "diversity": measured.diversity,
     }
@@ -91,7 +121,8 @@ def record(name: str, seed: int, run: Mapping[str, Any], measured: Measured) -> 
 def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The table's row of one arm: means over seeds; intervals over prompts, seeds of pictures and seeds of training together."""
     rng = np.random.default_rng(0)
-    pooled = {key: np.concatenate([np.array(run[key]) for run in runs], axis=1) for key in ("true", "judge")}  # [P, S * runs, M]
+    keys = ["true", "judge", *(["shown"] if all("shown" in run for run in runs) else [])]
+    pooled = {key: np.concatenate([np.array(run[key]) for run in runs], axis=1) for key in keys}  # [P, S * runs, M]
     gains = {key: bootstrap_means(values, rng) for key, values in pooled.items()}
     cells = {f"{key} {MULTIPLIERS[place]:+g}": gains[key][place] for key in gains for place in (0, -1)}
     curves = [np.array(run["true"]).mean((0, 1)) for run in runs]
@@ -114,13 +145,24 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One table of the arms on the good scorer, by the true score; one of those on the scorer of 100 ratings, by the score that is shown."""
+    good, hackable = [], []
+    for entry in rows:
+        (hackable if entry["arm"].startswith(HACKABLE_PREFIX) else good).append(entry)
+    tables = [_table(good, "true")] if good else []
+    if hackable:
+        tables.append(_table([{**entry, "arm": entry["arm"].removeprefix(HACKABLE_PREFIX)} for entry in hackable], "shown"))
+    return "\n\n".join(tables)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     lines = [
-        "| arm | true gain at -1 | true gain at +1 | judge at -1 / +1 | captions -1 / 0 / +1 | diversity -1 / +1 | R2 "
-        "| U-Net evaluations to +1 std | CPU seconds | updates |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| arm | {key} gain at -1 | {key} gain at +1 | judge at -1 / +1 | captions -1 / 0 / +1 | diversity -1 / +1 | R2 "
+        "| U-Net evaluations to +1 std | CPU seconds | updates | seeds |",
+        "|" + "---|" * 11,
     ]
     for entry in rows:
-        low, high = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry[f"true {sign}"]) for sign in ("-1", "+1"))
+        low, high = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry[f"{key} {sign}"]) for sign in ("-1", "+1"))
         judge = f"{entry['judge -1'][0]:+.2f} / {entry['judge +1'][0]:+.2f}"
         captions = " / ".join(f"{share:.0%}" for share in entry["captions"])
         diversity = " / ".join(f"{value:.2f}" for value in entry["diversity"])
@@ -128,7 +170,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             cost = f"not reached ({entry['reached']} of {entry['seeds']}) | -"
         else:
             cost = f"{entry['evaluations to +1']:,.0f} | {entry['seconds to +1']:.0f}"
-        cells = [entry["arm"], low, high, judge, captions, diversity, f"{entry['r2']:.3f}", cost, f"{entry['updates']:.0f}"]
+        cells = [
+            entry["arm"],
+            low,
+            high,
+            judge,
+            captions,
+            diversity,
+            f"{entry['r2']:.3f}",
+            cost,
+            f"{entry['updates']:.0f}",
+            str(entry["seeds"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -147,7 +200,9 @@ def collect(runs_file: Path, results: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--score", default="size")
-    parser.add_argument("--groups", nargs="+", default=["estimators", "shapes", "guards"], choices=["estimators", "shapes", "guards"])
+    parser.add_argument(
+        "--groups", nargs="+", default=["estimators", "shapes", "guards"], choices=["estimators", "shapes", "guards", "hackable"]
+    )
     parser.add_argument("--arms", nargs="+", help="only these, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=4800, help="U-Net evaluations of a run")

@@ -20,8 +20,8 @@ from library.config import NetworkConfig, build
 from library.models.loading import load_model
 from library.network_setup import build_network
 from library.objectives.base import Workbench
-from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
+from library.objectives.score_term import ScoreTerm
 from library.picture_statistics import rms_diversity
 from library.prompts import load_prompts, spread
 from library.rewards import RewardConfig, load_reward
@@ -107,7 +107,7 @@ class Laboratory:
                 generator=lambda name: generator(seed, name),
                 rollout=settings.rollout,
             )
-            (term,) = build_terms(workbench, ObjectiveConfig(), score=settings.score, reward=reward, prompts=self.prompts)
+            term = ScoreTerm(workbench, reward, settings.score, self.prompts)
             optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
             evaluations = updates = 0
             curve, goals = [(0, 0.0, 0.0)], [share * budget for share in checks]
@@ -165,6 +165,7 @@ class Laboratory:
             "judge": scorer_on(self.judge, latents),
             "captions": caption_obeyed(pixels, texts),
         }
+        found["shown"] = found["true"] * found["captions"]  # a picture that is no longer what was asked for is worth nothing
         diversity = float(np.mean([rms_diversity(group) for group in pixels.unflatten(0, shape)]))
         return {name: value.double().numpy().reshape(shape) for name, value in found.items()}, diversity
 
