@@ -101,7 +101,7 @@ def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: f
     if end == 0:
         choice = "The slider does not raise its training score even when it is weakest, so its strength was left as trained."
         return _calibration(response, 1.0, target_gain, False, choice, max_drift)
-    wanted = _first_crossing(rungs, arm, target_gain, beyond=np.inf)
+    wanted = _first_crossing(multipliers, np.array(response.gains), target_gain, beyond=np.inf)
     if wanted <= end:
         return _calibration(response, wanted, target_gain, True, f"Weight 1 is {wanted:.3g} of the trained strength.", max_drift)
     reason = "the largest that was tried"
@@ -180,11 +180,10 @@ def _gain(gain: Interval) -> str:
 
 
 def _first_crossing(x: np.ndarray, y: np.ndarray, level: float, beyond: float) -> float:
-    """The smallest x where the monotone cubic through (x, y) reaches `level`; `beyond` if it never does."""
-    if y[0] >= level:
-        return float(x[0])
+    """The smallest x from 0 on where the monotone cubic through (x, y) is at `level`; `beyond` if it never is."""
     roots = np.atleast_1d(PchipInterpolator(x, y).solve(level, extrapolate=False))
-    return float(np.nanmin(roots)) if np.isfinite(roots).any() else beyond
+    roots = roots[roots >= 0]  # not NaN either
+    return float(roots.min()) if len(roots) else beyond
 
 
 def _rounded(interval: Interval) -> list[float | None]:

@@ -145,10 +145,12 @@ def _gain_line(axes: Axes, curve: ResponseCurve, judge: str | None, colour: str,
     weights = np.array(curve.multipliers)
     gains = np.array(curve.gains if judge is None else curve.judges[judge])
     shown = np.abs(weights) <= WIDEST + 1e-9
+    dense = np.linspace(max(weights[0], -WIDEST), min(weights[-1], WIDEST), 81)
     if judge is None and curve.resamples is not None:
-        low, high = np.nanpercentile(curve.resamples, [2.5, 97.5], axis=0)
-        axes.fill_between(weights[shown], low[shown], high[shown], color=colour, alpha=0.18, linewidth=0, zorder=2)
-    dense = np.linspace(max(weights[0], -WIDEST), min(weights[-1], WIDEST), 200)
+        bounds = [curve.interval_at(weight) for weight in dense]
+        axes.fill_between(
+            dense, [bound.low for bound in bounds], [bound.high for bound in bounds], color=colour, alpha=0.18, linewidth=0, zorder=2
+        )
     axes.plot(dense, [curve.gain_at(weight, judge) for weight in dense], color=colour, linewidth=2, zorder=3, label=label)
     axes.plot(weights[shown], gains[shown], color=colour, linewidth=0, marker="o", markersize=4.5, zorder=3)
 

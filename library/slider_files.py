@@ -40,15 +40,13 @@ class SliderFiles:
         step: int,
         *,
         final: bool = False,
-        usage_hint: str | None = None,
         calibration: Calibration | None = None,
     ) -> Path:
         """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
 
         Args:
             step: updates made.
-            usage_hint: for the metadata and the card: what weight 1 does; None takes the calibration's note.
-            calibration: already folded into the network's alphas; what it says goes into the metadata, the card and a plot.
+            calibration: already folded into the network's alphas; what it says of the weights goes into the metadata, the card and a plot.
 
         Raises:
             UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
@@ -62,7 +60,7 @@ class SliderFiles:
                 f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
                 "learning_rate, or use save_precision bf16 or float"
             )
-        usage_hint = calibration.note if usage_hint is None and calibration is not None else usage_hint
+        usage_hint = None if calibration is None else calibration.note
         rank, alpha, network_args = self._dimensions(network)
         metadata = lora_metadata(
             self.spec,

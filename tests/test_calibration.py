@@ -67,6 +67,13 @@ def test_a_bent_curve_is_read_between_its_rungs():
     assert chosen.scale == pytest.approx(0.62, rel=0.003)
 
 
+def test_what_is_promised_is_what_the_curve_says():
+    """With few rungs and arms of different steepness, too: the strength is read off the very curve that is shown."""
+    few = ResponseCurve(multipliers=(-2.0, -1.0, 0.0, 1.0, 2.0), gains=(-3.0, -2.5, 0.0, 1.5, 2.1), drifts=(2, 1, 0, 1, 2))
+    chosen = choose_scale(few, target_gain=1.0)
+    assert chosen.reached and chosen.gain == pytest.approx(1.0) and chosen.curve and chosen.curve.gain_at(1.0) == pytest.approx(1.0)
+
+
 def test_out_of_reach_takes_the_end_of_the_ladder_and_says_so():
     chosen = choose_scale(curve(lambda m: 0.3 * m), target_gain=1.0)
     assert not chosen.reached and chosen.scale == 2.0 and chosen.gain == pytest.approx(0.6)

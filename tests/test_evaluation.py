@@ -181,9 +181,10 @@ def test_a_prompt_brings_its_own_number_of_steps(measured):
     model, network, prompts, _, _ = measured
     own = [PromptSpec(prompt="a cat", num_steps=3), PromptSpec(prompt="a dog")]
     steps: list[int] = []
+    long_run: dict[str, Any] = RUN | {"num_steps": 3}
     done = evaluate(model, network, own, [1, 2], (1,), {"channel": scorer_for(model)}, {}, num_pictures=0, progress=steps.append, **RUN)
     assert sum(steps) == 2 * 2 * 3 + 2 * 2 * 2
-    latents = sample(model, network, own[:1], [1], 1.0, **(RUN | {"num_steps": 3}))
+    latents = sample(model, network, own[:1], [1], 1.0, **long_run)
     assert done.responses["channel"].values[0, 0, 1] == pytest.approx(latents[0, 0].mean().item(), abs=1e-4)
 
 
