@@ -173,7 +173,7 @@ def train(config: LecoScoreConfig) -> Path:
             with in_use(network, optimizer.optimizer):
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
-        if first_step == 0 and config.monitor.evaluate_every_n_steps is not None:
+        if first_step == 0 and monitor.observes_at(0):
             with in_use(network, optimizer.optimizer):
                 start = monitor.observe(0).metrics()
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
@@ -200,7 +200,7 @@ def train(config: LecoScoreConfig) -> Path:
 
             start, done, stop = {}, step + 1, None
             with in_use(network, optimizer.optimizer):
-                if due(done, config.monitor.evaluate_every_n_steps):
+                if monitor.observes_at(done):
                     seen = monitor.observe(done)  # on every process, so that all stop together
                     metrics, stop = metrics | seen.metrics(), seen.stop
                 if accelerator.is_main_process:

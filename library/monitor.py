@@ -111,7 +111,7 @@ class Monitor:
     """Measures a network on fixed prompts and seeds. The base model's pictures are made once.
 
     Args:
-        prompts: what to measure on; `num_eval_prompts` of them are taken.
+        prompts: what to measure on; `num_eval_prompts` of them are taken. With none, nothing is measured.
         encoder: holds their conditioning.
         judges: opinions that the training does not follow.
     """
@@ -130,6 +130,10 @@ class Monitor:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.rollout, self.config, self.judges = rollout, config, judges or Judges()
         self.resolution = rollout.size(model.spec.resolution)
+        if not prompts:
+            if config.sample_every_n_steps is not None or config.sample_at_first:
+                raise UserError("there are no prompts to make previews of; give eval_prompts_file")
+            logger.info("without prompts the slider is neither measured nor calibrated; eval_prompts_file gives some")
         self.all_prompts = prompts
         self.prompts = self._chosen(config.num_eval_prompts)
         self.pictures = self._fixed_pictures(self.prompts)
@@ -143,6 +147,10 @@ class Monitor:
         self.best = KeepBest()
         self.last: Observation | None = None
 
+    def observes_at(self, step: int) -> bool:
+        """Whether the slider is to be observed after update number `step`, or before training (0)."""
+        return bool(self.prompts) and due(step, self.config.evaluate_every_n_steps)
+
     def observe(self, step: int) -> Observation:
         """Measure the slider at +1 and -1 after `step` updates, say what there is to say, and hold its weights if it is the best yet.
 
@@ -151,7 +159,9 @@ class Monitor:
         """
         self._check_unit()
         up, down = self.pictures.measure(1.0, "measuring +1"), self.pictures.measure(-1.0, "measuring -1")
-        seen = self.watch.judge(observe(step, self.pictures.base(), up, down, self.judges.names, self.pictures.directions))
+        held = {goal.name: goal.limit.value for goal in self.reward.goals if goal.limit is not None and goal.held}
+        seen = observe(step, self.pictures.base(), up, down, self.judges.names, self.pictures.directions, held)
+        seen = self.watch.judge(seen)
         logger.info("%s", seen)
         for warning in seen.warnings:
             logger.warning("%s", warning)
@@ -164,11 +174,11 @@ class Monitor:
         """After the last update: the best weights are put into the network, and its alpha is scaled to what `calibrate` says.
 
         Returns:
-            After how many updates the network now is, and the calibration; None without `calibrate` or without a training score.
+            After how many updates the network now is, and the calibration; None without `calibrate`, a training score or prompts.
         """
-        if self.config.keep_best and self.config.evaluate_every_n_steps is not None:
+        if self.config.keep_best and self.observes_at(0):
             step = self._restore_best(step)
-        if not self.config.calibrate or not self.reward.goals:
+        if not (self.config.calibrate and self.reward.goals and self.prompts):
             return step, None
         calibration = self.calibration(self.config.calibrate)
         self.network.scale_alpha(calibration.scale)
@@ -234,6 +244,7 @@ class Monitor:
             guidance_scale=self.rollout.leco_denoise_guidance_scale,
             multipliers=self.config.sample_multipliers,
             solver=self.rollout.sampler,
+            guidance_rescale=self.rollout.guidance_rescale,
             batch_size=self.config.sample_batch_size,
         )
         return path

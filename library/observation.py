@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Observation:
         responses: of the reward, the training scores and the judges, at the weights -1, 0 and +1.
         statistics: those of `library.measurement.Measured` at weight -1 and at +1.
         base_statistics: those of `library.measurement.BasePictures`.
+        held: training scores that are neither to rise nor to fall, and how far they may move, in the scorer's standard deviations.
         warnings: sentences that were not said before.
         stop: why training should stop now, or None.
     """
@@ -40,6 +41,7 @@ class Observation:
     responses: Mapping[str, Response]
     statistics: Mapping[int, Mapping[str, float]]
     base_statistics: Mapping[str, float]
+    held: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     stop: str | None = None
 
@@ -128,15 +130,29 @@ class Observation:
         return f"step {self.step}: " + "; ".join(parts)
 
 
-def observe(step: int, base: BasePictures, up: Measured, down: Measured, judge_names: Sequence[str], directions: np.ndarray) -> Observation:
-    """Put the measurements at +1 and -1 together. `directions` [P] as in `summarise_response`."""
+def observe(
+    step: int,
+    base: BasePictures,
+    up: Measured,
+    down: Measured,
+    judge_names: Sequence[str],
+    directions: np.ndarray,
+    held: Mapping[str, float] | None = None,
+) -> Observation:
+    """Put the measurements at +1 and -1 together. `directions` [P] as in `summarise_response`, `held` as in `Observation`."""
     rng = np.random.default_rng(0)
     responses = {}
     for name, values in base.scores.items():
         role = "judge" if name in judge_names else "scorer"
         table = np.stack([down.scores[name], values, up.scores[name]], axis=2)
         responses[name] = summarise_response(name, role, table, WEIGHTS, rng, directions)
-    return Observation(step=step, responses=responses, statistics={1: up.statistics, -1: down.statistics}, base_statistics=base.statistics)
+    return Observation(
+        step=step,
+        responses=responses,
+        statistics={1: up.statistics, -1: down.statistics},
+        base_statistics=base.statistics,
+        held=held or {},
+    )
 
 
 def _bounds(interval: Interval) -> list[tuple[str, float]]:

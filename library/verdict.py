@@ -18,7 +18,7 @@ FLAT_GAIN = 0.1  # standard deviations: less is no effect
 FLAT_LOOKS = 3  # looks without effect until that is said
 HARDLY_MOVED = 0.01  # relative change of the predictions
 # The complaints that speak against a slider whatever its score is about: stronger colours, for one, may be what was wanted.
-GAMING_MARKS = ("share of ", "clipping", "nyquist", "latent_nyquist", "diversity")
+GAMING_MARKS = ("share of ", "held ", "clipping", "nyquist", "latent_nyquist", "diversity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,14 @@ def complaints(observation: Observation) -> dict[str, str]:
         if (lost := observation.share_lost(judge)) > CAPTION_LOSS:
             found[f"share of {judge.name}"] = (
                 f"step {step}: {judge.name} holds for {lost:.0%} of the pictures less than without the slider: what was asked for gets lost"
+            )
+    for name, limit in observation.held.items():
+        gains = observation.responses[name].gains  # in the scorer's standard deviations
+        moved, sign = max((abs(gains[1 + sign].value), sign) for sign in SIGNS)
+        if moved > limit:
+            found[f"held {name}"] = (
+                f"step {step}: at weight {sign:+d} the score {name}, which is to be held within {limit:g} of its standard deviations, "
+                f"has moved by {moved:.2f}"
             )
     return found | _marks(observation)
 

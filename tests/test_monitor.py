@@ -14,7 +14,7 @@ from library.measurement import BasePictures, Measured
 from library.models.base import DiffusionModel
 from library.monitor import Effect, Monitor, MonitorConfig, due
 from library.observation import Observation
-from library.rewards import Goal, Reward
+from library.rewards import Goal, Limit, Reward
 from library.rollout import RolloutConfig
 from library.sampling import PromptEncoder, sample
 from library.scorers.base import Scorer
@@ -286,3 +286,20 @@ def test_due() -> None:
 def test_settings_that_mean_nothing(values: dict) -> None:
     with pytest.raises(UserError):
         MonitorConfig(**values)
+
+
+def test_without_prompts_nothing_is_measured() -> None:
+    """As when a slider is learned from words alone."""
+    monitor, _, network = monitor_for([])
+    assert not monitor.observes_at(0) and not monitor.observes_at(50)
+    assert monitor.finish(50) == (50, None)
+    with pytest.raises(UserError, match="give eval_prompts_file"):
+        monitor_for([], sample_every_n_steps=10)
+    assert network.loras
+
+
+def test_a_score_that_is_to_be_held_is_watched() -> None:
+    monitor, model, _ = monitor_for(PROMPTS[:1])
+    held = Goal(scorer=scorer_for(model, WavyScorer), weight=0.0, limit=Limit("hold", 1e-4))
+    monitor.reward = monitor.pictures.reward = Reward([*monitor.reward.goals, held])
+    assert any("the score WavyScorer, which is to be held within 0.0001" in warning for warning in monitor.observe(50).warnings)

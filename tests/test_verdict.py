@@ -32,6 +32,7 @@ def seen(
     shares: dict[str, tuple[float, float, float]] | None = None,
     spread: float = 0.1,
     directions: np.ndarray | None = None,
+    held: dict[str, tuple[float, float, float]] | None = None,
     **statistics: float,
 ) -> Observation:
     """An observation in which scores gain as told at +1 and at -1 (above 0 is the right way), in within-prompt standard deviations.
@@ -39,6 +40,7 @@ def seen(
     Args:
         shares: of yes-or-no judges: at -1, 0 and +1.
         spread: of the gain over pictures.
+        held: scores that are to stay: their gains, in their own units, and the limit.
         statistics: at both signs, where they are not `HEALTHY`.
     """
     rng = np.random.default_rng(0)
@@ -55,6 +57,9 @@ def seen(
     for name, (at_down, at_base, at_up) in (shares or {}).items():
         for table, share in ((down, at_down), (base, at_base), (up, at_up)):
             table[name] = (np.arange(P * S) < round(share * P * S)).astype(float).reshape(P, S)
+    for name, (gain_up, gain_down, _) in (held or {}).items():
+        base[name] = rng.standard_normal((P, S))
+        up[name], down[name] = base[name] + gain_up, base[name] - gain_down
     base_statistics = {"latent_diversity": 1.0, "clipped": 0.01}
     return observe(
         step,
@@ -63,6 +68,7 @@ def seen(
         Measured(scores=down, statistics=HEALTHY | statistics),
         [*(judges or {}), *(shares or {})],
         wanted,
+        {name: limit for name, (_, _, limit) in (held or {}).items()},
     )
 
 
@@ -142,6 +148,7 @@ def test_a_healthy_slider_has_nothing_to_complain_of() -> None:
         ({"score": (2.0, 2.0), "judges": {"taste": (0.5, 2.0)}}, "unconfirmed", "gained 2.0 standard deviations and the judges only 0.5"),
         ({"score": (2.0, 0.0)}, "dead-1", "weight +1 moves the training score by 2.0 standard deviations and weight -1 does not"),
         ({"shares": {"obeyed": (1.0, 1.0, 0.75)}}, "share of obeyed", "obeyed holds for 25% of the pictures less"),
+        ({"held": {"size": (0.1, 0.3, 0.2)}}, "held size", "at weight -1 the score size, which is to be held within 0.2"),
         ({"clipped": 0.2}, "clipping", "20% of the pixel values are clipped to black or white (1% without the slider)"),
         ({"saturation": 1.8}, "saturation", "1.8 times as strong"),
         ({"nyquist": 3.0}, "nyquist", "the finest detail in the pixels is 3.0 times"),
