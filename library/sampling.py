@@ -251,6 +251,15 @@ def predict_guided_eps(
         return model.predict_eps(latents, timesteps, cond)
     both = model.predict_eps(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), Conditioning.cat([uncond, cond]))
     uncond_eps, cond_eps = both.chunk(2)
+    return guide(model, latents, timesteps, cond_eps, uncond_eps, scales, rescale)
+
+
+def guide(
+    model: DiffusionModel, latents: Tensor, timesteps: Tensor, cond_eps: Tensor, uncond_eps: Tensor | None, scales: Tensor, rescale: float
+) -> Tensor:
+    """The guided prediction [B, C, h, w] from that of each branch; `cond_eps` itself where there is no other. The rest as above."""
+    if uncond_eps is None:
+        return cond_eps
     eps = guided_eps(uncond_eps, cond_eps, scales)
     if rescale == 0:
         return eps
