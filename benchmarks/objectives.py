@@ -145,7 +145,7 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One table of the arms on the good scorer, by the true score; one of those on the scorer of 100 ratings, by the score that is shown."""
+    """A table of the arms on the good scorer, by the true score; one of those on 100 ratings, by the score that is shown."""
     good, hackable = [], []
     for entry in rows:
         (hackable if entry["arm"].startswith(HACKABLE_PREFIX) else good).append(entry)

@@ -118,7 +118,7 @@ def from_toml(text: str, path: Path) -> list[Entry]:
         unused |= passed_over
         entries += _from_table({key: value for key, value in values.items() if key not in passed_over}, where)
     if unused:
-        logger.warning("%s: %s belong to LECO's own objective; a score does not use them", path, ", ".join(sorted(unused)))
+        logger.warning("%s: %s are for objective leco; a score does not use them", path, ", ".join(sorted(unused)))
     return entries
 
 

@@ -69,7 +69,7 @@ def test_leco_sliders_give_what_they_act_on(tmp_path: Path, caplog: pytest.LogCa
         PromptSpec(prompt="person", height=96, width=64, weight=1.5),
         PromptSpec(prompt="person", height=64, width=96, weight=1.5),
     ]
-    assert "belong to LECO's own objective" in caplog.text
+    assert "are for objective leco" in caplog.text
 
 
 def test_a_slider_of_no_class_acts_on_the_empty_prompt(tmp_path: Path) -> None:
