@@ -4,11 +4,8 @@ from collections.abc import Sequence
 
 from library.evaluation import SliderEvaluation
 from library.statistics import Interval, Response
+from library.verdict import CAPTION_LOSS, CLIPPING_RISE, DIVERSITY_FLOOR, JUDGE_SHARE, NYQUIST_CEILING, SATURATION_CEILING
 
-CAPTION_LOSS = 0.10  # a 0/1 judge may fall by this much (10 percentage points) before the report warns
-CLIPPING_RISE = 0.05  # share of pixel values
-DIVERSITY_FLOOR = 0.7  # of the base model's
-JUDGE_SHARE = 0.5  # of the training score's gain that a judge is to confirm
 FEW_PAIRS = 32
 
 
@@ -78,14 +75,24 @@ def warnings_of(evaluation: SliderEvaluation) -> list[str]:
             )
         if statistics.pixel_diversity[place] < DIVERSITY_FLOOR:
             found.append(f"At weight {weight} seeds of one prompt differ only {statistics.pixel_diversity[place]:.0%} as much as without.")
+        if statistics.saturation and statistics.saturation[place] > SATURATION_CEILING:
+            found.append(f"At weight {weight} the colours are {statistics.saturation[place]:.1f} times as strong as without the slider.")
+        if statistics.nyquist and statistics.nyquist[place] > NYQUIST_CEILING:
+            found.append(
+                f"At weight {weight} the finest detail is {statistics.nyquist[place]:.1f} times as strong as without the slider: a grid or "
+                "noise, the usual trace of a gamed score."
+            )
     if evaluation.num_pairs < FEW_PAIRS:
         found.append(f"Only {evaluation.num_pairs} pairs of prompt and seed were measured: the intervals are wide.")
     return found
 
 
 def text_table(evaluation: SliderEvaluation) -> str:
-    """The measurement for a terminal, a line a multiplier: gains in within-prompt standard deviations with 95 % intervals (shares
-    of pictures for yes-or-no judges), drift, clipping and diversity; then what there is to warn of."""
+    """The measurement for a terminal, a line a multiplier; then what there is to warn of.
+
+    Gains are in within-prompt standard deviations with 95 % intervals (yes-or-no judges: shares of pictures); diversity, colours and
+    fine detail are times the base model's.
+    """
     statistics = evaluation.statistics
     columns = [["", "weight", *map(_weight, evaluation.multipliers)]]
     for response in evaluation.responses.values():
@@ -98,6 +105,9 @@ def text_table(evaluation: SliderEvaluation) -> str:
     columns.append(["drift", "pixel RMS", *(f"{value:.3f}" for value in statistics.pixel_drift)])
     columns.append(["", "clipped", *(f"{value:.1%}" for value in statistics.clipped)])
     columns.append(["", "diversity", *(f"{value:.2f}" for value in statistics.pixel_diversity)])
+    for name, values in (("colours", statistics.saturation), ("fine detail", statistics.nyquist)):
+        if values:
+            columns.append(["", name, *(f"{value:.2f}" for value in values)])
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*columns, strict=True)]
     title = f"{evaluation.name}: {len(evaluation.prompts)} prompts, {evaluation.num_pairs} pairs of prompt and seed"

@@ -152,7 +152,8 @@ class FixedPictures:
 
     def _looks(self, seen: PromptPictures, *, thorough: bool = True) -> dict[str, float]:
         """Statistics of one prompt's pictures alone, in their own units."""
-        looks = {"latent_diversity": rms_diversity(seen.latents), "latent_nyquist": nyquist_share(seen.latents).mean().item()}
+        latents = seen.latents.cpu()  # float64, which not every device has
+        looks = {"latent_diversity": rms_diversity(latents), "latent_nyquist": nyquist_share(latents).mean().item()}
         if seen.decoded is not None and seen.shown is not None:
             functions = {"saturation": chroma, "clipped": clipped_share, "edges": edge_energy, "nyquist": nyquist_share}
             looks |= {name: function(seen.decoded).mean().item() for name, function in functions.items()}
@@ -191,6 +192,7 @@ class FixedPictures:
                     resolution=size,
                     batch_size=self.batch_size,
                     solver=self.rollout.sampler,
+                    guidance_rescale=self.rollout.guidance_rescale,
                     encoder=self.encoder,
                     progress=bar.update,
                 )

@@ -9,7 +9,8 @@ from library.observation import SIGNS, Observation
 
 CAPTION_LOSS = 0.10  # a yes-or-no judge may fall by this share of the pictures
 CLIPPING_RISE = 0.05  # share of pixel values
-DIVERSITY_FLOORS = {"latent_diversity": 0.7, "diversity": 0.5}  # of the base model's; the second is a squared distance
+DIVERSITY_FLOOR = 0.7  # of the base model's RMS distance between seeds
+DIVERSITY_FLOORS = {"latent_diversity": DIVERSITY_FLOOR, "diversity": DIVERSITY_FLOOR**2}  # the second is a squared distance
 JUDGE_SHARE = 0.5  # of the training score's gain that the judges are to confirm
 SATURATION_CEILING = 1.5  # times the base model's mean chroma
 NYQUIST_CEILING = 2.0  # times the base model's share of the highest frequencies
