@@ -121,7 +121,7 @@ def calibration() -> list[Row]:
         path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40)
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)
-        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], (-1.0, -0.5, 0.5, 1.0), 32)
+        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=32)
         rows.append(
             {"run": score, "promised": 1.0, **ends(measured, score), "r2": measured.responses[score].r2, "card": card["description"]}
         )
@@ -137,6 +137,7 @@ UNGUARDED = {
     "early_stop_patience": "",
     "keep_best": False,
 }
+PLAIN = {"max_train_steps": 120, "evaluate_every_n_steps": "", "calibrate": ""}  # as trained: neither stopped, chosen nor calibrated
 LONG = {"max_train_steps": 240, "evaluate_every_n_steps": 30, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
 
 
@@ -190,7 +191,7 @@ def opposites() -> list[Row]:
     for word in ("large", "small"):
         files[word] = folder / f"held_out_{word}.txt"
         files[word].write_text("\n".join(_sized(text, word) for text in plain[:16]) + "\n", encoding="utf-8")
-    path = slider("opposites", scorer=[str(scorer("size"))], prompts_file=str(file), evaluate_every_n_steps=40)
+    path = slider("opposites", scorer=[str(scorer("size"))], prompts_file=str(file), **PLAIN)
     rows = []
     for word, held in files.items():
         measured = measure(path, [judge_name("size"), CAPTIONS], held)
@@ -206,7 +207,7 @@ def two_scores() -> list[Row]:
             f"{raised} alone": {"scorer": files[:1]},
             f"{raised}, {held} held": {"scorer": files, "scorer_limits": ["none", "hold=0.1"]},
         }.items():
-            path = slider(f"two_scores_{name.replace(', ', '_').replace(' ', '_')}", **changes)
+            path = slider(f"two_scores_{name.replace(', ', '_').replace(' ', '_')}", **PLAIN, **changes)
             measured = measure(path, [judge_name(raised), judge_name(held), CAPTIONS], prompts()[1])
             rows.append({"run": name, "raised": raised, "other": held, **ends(measured, raised), **other_ends(measured, held)})
     return rows
@@ -235,11 +236,11 @@ def leco() -> list[Row]:
     bright = {"scorer": [str(scorer("brightness"))]}
     rows = []
     for name, changes in {
-        "words: size": {"prompts_file": str(folder / "size.toml"), "eval_prompts_file": str(prompts()[0]), "calibrate": ""},
+        "words: size": {"prompts_file": str(folder / "size.toml"), "objective": ["leco"]},
         "score: brightness": bright,
-        "both": {**words, **bright, "objective": ["score", "leco"], "calibrate": ""},
+        "both": {**words, **bright, "objective": ["score", "leco"]},
     }.items():
-        path = slider(f"leco_{name.replace(': ', '_')}", **changes)
+        path = slider(f"leco_{name.replace(': ', '_')}", **PLAIN, **changes)
         measured = measure(path, [judge_name("size"), judge_name("brightness"), CAPTIONS], prompts()[1])
         rows.append({"run": name, "raised": "size", "other": "brightness", **ends(measured, "size"), **other_ends(measured, "brightness")})
     return rows
