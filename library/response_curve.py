@@ -78,9 +78,11 @@ class CurveSummary:
     def usable_words(self) -> str:
         if self.usable == (0, 0):
             return "usable at no weight"
-        low, high = (f"{end:+.3g}" if end else "0" for end in self.usable)
-        farther = any(abs(end) < WIDEST and used == end for used, end in zip(self.usable, self.measured, strict=True))
-        return f"usable from {low} to {high}" + (" (no farther measured)" if farther else "")
+        low, high = (
+            (f"{end:+.3g}" if end else "0") + (" (no farther measured)" if end == measured and abs(end) < WIDEST else "")
+            for end, measured in zip(self.usable, self.measured, strict=True)
+        )
+        return f"usable from {low} to {high}"
 
 
 def response_curve(
@@ -119,11 +121,7 @@ def response_curve(
         drifts=tuple(map(float, drifts)),
         clipped=tuple(map(float, clipped)),
         resamples=resamples,
-        judges={
-            name: tuple(map(float, changes(values).mean((0, 1)) / units[name]))
-            for name, values in judges.items()
-            if units[name] > 0
-        },
+        judges={name: tuple(map(float, changes(values).mean((0, 1)) / units[name])) for name, values in judges.items() if units[name] > 0},
     )
 
 

@@ -138,7 +138,7 @@ def test_no_usable_range():
 def test_what_was_not_measured_is_not_claimed():
     chosen = choose_scale(curve(lambda m: 0.7 * m), target_gain=1.0)  # scale 1.43: measured to weight 1.4
     assert chosen.line and chosen.line.measured[1] == pytest.approx(1.4) and chosen.line.usable == chosen.line.measured
-    assert "usable from -1.4 to +1.4 (no farther measured)" in chosen.note
+    assert "usable from -1.4 (no farther measured) to +1.4 (no farther measured)" in chosen.note
     assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
 
 

@@ -142,7 +142,7 @@ def test_report_shows_every_picture_as_it_is_and_large_ones_smaller():
 
 def test_report_says_what_one_needs_to_know():
     text = html_report([evaluation_of(judge=(-0.5, 0, 0.4))])
-    assert "recommended weight" in text and "Begin with weight +1" in text and "usable from -1 to +1" in text
+    assert "recommended weight" in text and "Begin with weight +1" in text and "usable from -1 (no farther measured) to +1" in text
     assert "66%" in text or "67%" in text  # of 1.2 standard deviations the judges see 0.4
     assert text.index("Same prompt, same seed") < text.index("Score over weight") < text.index("What to know before using it")
     object.__setattr__(evaluation := evaluation_of(), "statistics", replace(evaluation.statistics, saturation=(0.5, 1.0, 1.75)))
