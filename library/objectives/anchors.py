@@ -12,7 +12,7 @@ from library.objectives.base import Workbench
 from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
 from library.prompts import load_prompts
 from library.rollout import Belt
-from library.solvers import guided_eps
+from library.sampling import guide
 from library.types import Conditioning, LossOutput, PromptSpec
 
 
@@ -66,7 +66,8 @@ class AnchorsTerm:
         losses = errors * min_snr_weights(model, batch.timesteps, self.regression.min_snr_gamma)
 
         eps = eps.detach()
-        self.belt.advance(guided_eps(without[rows:], eps, batch.guidance_scales) if guided else eps)
+        uncond, rescale = without[rows:] if guided else None, self.workbench.rollout.guidance_rescale
+        self.belt.advance(guide(model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, rescale))
         rolled = self.belt.num_unet_evaluations - self._counted
         self._counted += rolled
         return LossOutput(

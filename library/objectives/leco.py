@@ -21,8 +21,7 @@ from library.leco_prompts import LecoSetting, load_leco_settings
 from library.objectives.base import Workbench
 from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
 from library.rollout import ROLLOUTS, Belt
-from library.sampling import Size
-from library.solvers import guided_eps
+from library.sampling import Size, guide
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,8 @@ class LecoTerm:
         losses = errors * weights * min_snr_weights(model, batch.timesteps, self.regression.min_snr_gamma)
 
         eps = eps.detach()
-        belt.advance(eps if frozen.rollout_uncond is None else guided_eps(frozen.rollout_uncond, eps, batch.guidance_scales))
+        rescale = self.workbench.rollout.guidance_rescale
+        belt.advance(guide(model, batch.latents, batch.timesteps, eps, frozen.rollout_uncond, batch.guidance_scales, rescale))
         rolled = self._rollout_evaluations() - self._counted
         self._counted += rolled
         return LossOutput(
