@@ -117,11 +117,11 @@ def share(evaluation: SliderEvaluation, multiplier: float) -> float:
 
 def calibration() -> list[Row]:
     rows = []
-    for score in ("brightness", "size", "colourfulness"):
+    for score in ("brightness", "size", "centredness"):
         path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40)
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)
-        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=32)
+        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=64)
         rows.append(
             {"run": score, "promised": 1.0, **ends(measured, score), "r2": measured.responses[score].r2, "card": card["description"]}
         )
