@@ -64,3 +64,4 @@ class ScoreTerm:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollout.load_state_dict(state["rollout"])
         self.generator.set_state(state["views"])
+        self._counted = self.rollout.num_unet_evaluations  # of the beginning that the state replaces
