@@ -337,7 +337,7 @@ def test_from_prompts_to_a_slider_that_saw_none(tmp_path: Path) -> None:
 
 
 def test_settings_that_make_no_adapter_are_refused(tmp_path: Path) -> None:
-    given = {"prompts_file": tmp_path / "p.txt", "clip_model": tmp_path}
+    given: dict[str, Any] = {"prompts_file": tmp_path / "p.txt", "clip_model": tmp_path}
     for wrong, message in (
         ({"clip_model": None}, "must both be set"),
         ({"output": Path("a.bin")}, "safetensors"),
