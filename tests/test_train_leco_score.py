@@ -21,6 +21,7 @@ from library.checkpoints import load_state
 from library.cli import parse_config, run_main
 from library.config import NetworkConfig, SavingConfig
 from library.models.loading import load_model
+from library.monitor import Monitor
 from library.sampling import initial_noise, sample
 from library.scorers.io import save_scorer
 from library.slider_files import SliderFiles
@@ -136,7 +137,7 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
     from library.calibration import Calibration
 
     half = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
-    monkeypatch.setattr(train_leco_score.Monitor, "calibration", lambda self, target: half)
+    monkeypatch.setattr(Monitor, "calibration", lambda self, target: half)
     path = run(workplace, tmp_path, calibrate=1.0, save_state_on_train_end=True)
     alphas = {tensor.item() for name, tensor in load_file(path).items() if name.endswith(".alpha")}
     assert alphas == {1.0} and metadata_of(path)["ss_network_alpha"] == "1.0" and metadata_of(path)["modelspec.usage_hint"] == "Half."
