@@ -201,7 +201,7 @@ def opposites() -> list[Row]:
 
 def two_scores() -> list[Row]:
     rows = []
-    for raised, held in (("brightness", "colourfulness"), ("size", "brightness")):
+    for raised, held in (("size", "brightness"), ("brightness", "size")):
         files = [str(scorer(raised)), str(scorer(held, name=f"{held}_held"))]
         for name, changes in {
             f"{raised} alone": {"scorer": files[:1]},
