@@ -55,6 +55,8 @@ HACKABLE: dict[str, dict[str, Any]] = {
     "defaults, smoothing 0.02": {"reward_smoothing": 0.02},
     "defaults, smoothing 0.1": {"reward_smoothing": 0.1},
     "defaults, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
+    "guidance": {"score_estimator": "guidance"},
+    "x0_renoise": {"score_estimator": "x0_renoise"},
 }
 
 
