@@ -190,7 +190,8 @@ def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def collect(runs_file: Path, results: Path) -> None:
     """Make the table of all finished runs."""
-    runs = [json.loads(line) for line in runs_file.read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, runs_file.read_text(encoding="utf-8").splitlines())
+    runs = list({(run["arm"], run["seed"]): run for run in lines}.values())  # two processes may have made the same run
     names = list(dict.fromkeys(run["arm"] for run in runs))
     rows = [row(name, [run for run in runs if run["arm"] == name]) for name in names]
     results.parent.mkdir(parents=True, exist_ok=True)

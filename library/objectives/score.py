@@ -24,7 +24,8 @@ from library.objectives.reward_shapes import SHAPES
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.x0_renoise import X0Renoise
 from library.rewards import Reward
-from library.solvers import Solver, guided_eps, rescale_guided_eps
+from library.sampling import guide
+from library.solvers import Solver
 from library.types import Conditioning, LossOutput, RolloutBatch
 from networks.lora import LoRANetwork
 
@@ -184,13 +185,7 @@ class ScoreObjective:
             return replace(self.model.encode_prompts([prompt.prompt for prompt in batch.prompts]), time_ids=batch.cond.time_ids)
 
     def _guide(self, eps: Tensor, uncond: Tensor | None, batch: RolloutBatch) -> Tensor:
-        if uncond is None:
-            return eps
-        guided = guided_eps(uncond, eps, batch.guidance_scales)
-        if not self.guidance_rescale:
-            return guided
-        abar, kind = self.model.schedule.abar(batch.timesteps), self.model.spec.prediction_type
-        return rescale_guided_eps(guided, eps, self.guidance_rescale, latents=batch.latents, abar=abar, prediction_type=kind)
+        return guide(self.model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, self.guidance_rescale)
 
     def _noise(self, batch: RolloutBatch, own: int, generator: torch.Generator | None) -> Tensor:
         """Noise for the estimator's views [V, B, C, h, w], the same for both signs of a sample; none for one that has no views."""
