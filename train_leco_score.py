@@ -22,6 +22,7 @@ from library.monitor import due
 from library.network_setup import in_use
 from library.objectives.base import check_finite, mean_metrics
 from library.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
+from library.reward_check import check_reward
 from library.runtime import all_reduce_grads, create_accelerator, describe_device, set_num_threads
 from library.sampling import model_autocast
 from library.slider_files import restore, states_of
@@ -30,6 +31,7 @@ from library.tracking import Tracker
 from library.types import LossOutput
 
 logger = logging.getLogger("train_leco_score")
+FLAT_OR_EXPLODING = 3  # exit code of check_reward
 
 
 def train(config: LecoScoreConfig) -> Path:
@@ -41,6 +43,13 @@ def train(config: LecoScoreConfig) -> Path:
     logger.info("%s", describe_device(accelerator))
     made = prepare(config, accelerator)
     model, network, terms, monitor, files = made.model, made.network, made.terms, made.monitor, made.files
+    if config.check.check_reward:
+        if not monitor.prompts:
+            raise UserError("check_reward looks at one prompt, and there is none; set prompts_file or eval_prompts_file")
+        steps, prompt = config.training.max_train_steps, monitor.prompts[0]
+        report = check_reward(made.workbench, terms, made.reward, config.score, config.optimizer, prompt, monitor, steps)
+        print(report)
+        raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
     scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)

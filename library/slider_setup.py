@@ -22,7 +22,8 @@ from library.objectives.regression import RegressionConfig
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.prompt_buckets import with_aspect_buckets
 from library.prompts import PromptOptions, load_prompts
-from library.rewards import RewardConfig, load_reward
+from library.reward_check import CheckConfig
+from library.rewards import Reward, RewardConfig, load_reward
 from library.rollout import RolloutConfig
 from library.runtime import check_writable, generator, weight_dtype
 from library.sampling_setup import fit_rollout
@@ -49,6 +50,7 @@ class LecoScoreConfig:
     optimizer: OptimizerConfig
     training: TrainingConfig
     monitor: MonitorConfig
+    check: CheckConfig
     saving: SavingConfig
     logging: LoggingConfig
 
@@ -58,6 +60,8 @@ class SliderParts:
     """What a training works on.
 
     Attributes:
+        workbench: what the terms work with.
+        reward: what is scored; without goals if there is no score.
         terms: of the objective, each with its own batches.
         monitor: measures, warns, keeps the best step, calibrates.
         files: writes what the run leaves behind.
@@ -65,6 +69,8 @@ class SliderParts:
 
     model: DiffusionModel
     network: LoRANetwork
+    workbench: Workbench
+    reward: Reward
     terms: list[Term]
     monitor: Monitor
     files: SliderFiles
@@ -136,7 +142,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         model.free_text_encoders()
     monitor = Monitor(model, network, reward, eval_prompts, encoder, rollout, config.monitor, judges)
     files = SliderFiles(config.saving, config.network, model.spec, size, _training_metadata(config))
-    return SliderParts(model, network, terms, monitor, files)
+    return SliderParts(model, network, workbench, reward, terms, monitor, files)
 
 
 def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:

@@ -126,6 +126,14 @@ class ScoreObjective:
         return out, self._guide(eps.detach(), uncond, batch)[:own]
 
     @torch.no_grad()
+    def foresee_frozen(self, batch: RolloutBatch) -> Foreseen:
+        """Where the frozen model's prediction leads."""
+        uncond, frozen = self._predict_without_gradient(batch, len(batch.latents), frozen=True)
+        assert frozen is not None
+        scene = Scene(batch=batch, schedule=self.schedule, solver=self.solver)
+        return self.estimator.foresee(scene, self._guide(frozen, uncond, batch), self._frozen_predictor(batch))
+
+    @torch.no_grad()
     def _predict_without_gradient(self, batch: RolloutBatch, own: int, *, frozen: bool) -> tuple[Tensor | None, Tensor | None]:
         """eps of the unconditional branch with the LoRA and of the conditional one without it, in one call; None where not needed.
 

@@ -1,0 +1,95 @@
+"""A look before the training: what it says of a good signal, of none, and of one that breaks; and that it leaves nothing behind."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.config import OptimizerConfig, build
+from library.monitor import Monitor, MonitorConfig
+from library.objectives.score_config import ScoreConfig
+from library.objectives.score_term import ScoreTerm
+from library.reward_check import RewardCheck, check_reward
+from library.rewards import Goal, Reward
+from library.scorers.base import Scorer
+from library.types import PromptSpec
+from tests.scorers_for_tests import ChannelScorer, scorer_for
+from tests.tiny_leco_run import make_workplace, settings
+from tests.workbench_for_tests import make_workbench
+from train_leco_score import FLAT_OR_EXPLODING, LecoScoreConfig, train
+
+PROMPT = PromptSpec(prompt="a red circle")
+
+
+class ConstantScorer(ChannelScorer):
+    """Says the same of everything."""
+
+    def score(self, latents, sigmas, cond, prompts):
+        return super().score(latents, sigmas, cond, prompts) * 0
+
+
+class BrokenScorer(ChannelScorer):
+    """Is not finite."""
+
+    def score(self, latents, sigmas, cond, prompts):
+        return super().score(latents, sigmas, cond, prompts) / 0
+
+
+def check(scorer: type[Scorer] = ChannelScorer, learning_rate: float = 1e-3, **score) -> tuple[RewardCheck, bool]:
+    """The report, and whether the network is as it was."""
+    bench = make_workbench(strength=0.0)
+    reward = Reward([Goal(scorer=scorer_for(bench.model, scorer))])
+    config = ScoreConfig(**score)
+    term = ScoreTerm(bench, reward, config, [PROMPT])
+    monitor = Monitor(
+        bench.model,
+        bench.network,
+        reward,
+        [PROMPT],
+        bench.encoder,
+        bench.rollout,
+        MonitorConfig(num_eval_prompts=1, eval_seeds_per_prompt=2),
+    )
+    before = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
+    report = check_reward(bench, [term], reward, config, OptimizerConfig(learning_rate=learning_rate), PROMPT, monitor, 100)
+    after = bench.network.state_dict()
+    return report, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
+    report, unchanged = check(learning_rate=1e-2)
+    assert report.passed and unchanged
+    assert report.gain_up > 0 and report.gain_down > 0 and report.drift > 0 and report.predicted > 0
+    assert [one.sigma for one in report.probes] == sorted((one.sigma for one in report.probes), reverse=True)
+    assert "the reward can be trained" in str(report) and "score" in report.norms
+
+
+def test_a_constant_score_is_flat_and_explained() -> None:
+    report, unchanged = check(ConstantScorer)
+    assert not report.passed and unchanged and "says the same of everything" in report.faults[0]
+
+
+def test_a_score_that_is_not_finite_is_explained() -> None:
+    report, unchanged = check(BrokenScorer, preserve_weight=0.0, reward_loss="linear", normalize_gradient=False)
+    assert not report.passed and unchanged and "not finite" in report.faults[0]
+    assert math.isnan(report.predicted)
+
+
+def test_a_learning_rate_that_changes_everything_at_once_is_a_fault() -> None:
+    report, unchanged = check(learning_rate=100.0)
+    assert not report.passed and unchanged and "learning_rate" in " ".join(report.faults)
+
+
+def test_a_learning_rate_that_does_nothing_is_a_fault() -> None:
+    report, _ = check(learning_rate=1e-9)
+    assert not report.passed and "next to nothing" in report.faults[0]
+
+
+def test_the_script_reports_and_ends_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = build(LecoScoreConfig, settings(make_workplace(tmp_path / "in"), tmp_path / "out", check_reward=True, learning_rate=1e-12))
+    with pytest.raises(SystemExit) as ended:
+        train(config)
+    assert ended.value.code == FLAT_OR_EXPLODING
+    assert "fault: the run would gain next to nothing" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.safetensors"))
