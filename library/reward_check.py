@@ -215,8 +215,8 @@ def _faults(
             found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
     if not found and (predicted < FLAT_RUN if math.isfinite(predicted) else max(map(abs, gains)) < FLAT_GAIN):
         found.append(
-            "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's output "
-            f"is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is already where hinge_margin lets it rest"
+            "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
+            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"
         )
     return found
 

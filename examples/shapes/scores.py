@@ -48,4 +48,10 @@ def centredness(pixels: Tensor) -> Tensor:
     return 1 - ((x.square() + y.square()) / 2).sqrt()
 
 
-SCORES = {"brightness": brightness, "colourfulness": colourfulness, "size": size, "centredness": centredness}
+def contrast(pixels: Tensor) -> Tensor:
+    """Standard deviation of luma over the picture: 0 for a plain one, at most 0.5."""
+    luma = (pixels * pixels.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1)
+    return luma.flatten(1).std(1, correction=0)
+
+
+SCORES = {"brightness": brightness, "colourfulness": colourfulness, "size": size, "centredness": centredness, "contrast": contrast}
