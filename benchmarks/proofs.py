@@ -138,7 +138,7 @@ UNGUARDED = {
     "keep_best": False,
 }
 PLAIN = {"max_train_steps": 120, "evaluate_every_n_steps": "", "calibrate": ""}  # as trained: neither stopped, chosen nor calibrated
-LONG = {"max_train_steps": 240, "evaluate_every_n_steps": 30, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
+LONG = {"max_train_steps": 120, "evaluate_every_n_steps": 20, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
 
 
 def few_ratings(score: str, count: int = 100) -> Path:
