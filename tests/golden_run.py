@@ -1,4 +1,4 @@
-"""The golden run: rewards and drifts of 20 steps of train_leco_score.py on a tiny SD1 model, to notice any change of what training computes.
+"""The golden run: rewards and drifts of 20 steps of train_leco_score.py on a tiny SD1 model: any change of what training computes shows.
 
 python -m tests.golden_run     # writes tests/golden/leco_score_sd1.txt anew, when the change is meant
 """
