@@ -2,7 +2,7 @@
 
     python -m benchmarks.proofs calibration hacking opposites two_scores leco early_stop
 
-calibration  four scores: what the file promises of weight +1 against the true gain on prompts that training never saw
+calibration  five scores: what the file promises of weight +1 against the true gain on prompts that training never saw
 hacking      a scorer that was taught to love a stain, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
@@ -117,7 +117,7 @@ def share(evaluation: SliderEvaluation, multiplier: float) -> float:
 
 def calibration() -> list[Row]:
     rows = []
-    for score in ("brightness", "size", "contrast", "centredness"):
+    for score in ("brightness", "size", "warmth", "contrast", "centredness"):
         path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40)
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)

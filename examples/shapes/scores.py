@@ -54,4 +54,16 @@ def contrast(pixels: Tensor) -> Tensor:
     return luma.flatten(1).std(1, correction=0)
 
 
-SCORES = {"brightness": brightness, "colourfulness": colourfulness, "size": size, "centredness": centredness, "contrast": contrast}
+def warmth(pixels: Tensor) -> Tensor:
+    """Mean red minus mean blue, -1 (blue) to 1 (red or yellow)."""
+    return (pixels[:, 0] - pixels[:, 2]).mean((1, 2))
+
+
+SCORES = {
+    "brightness": brightness,
+    "colourfulness": colourfulness,
+    "size": size,
+    "centredness": centredness,
+    "contrast": contrast,
+    "warmth": warmth,
+}
