@@ -1,0 +1,122 @@
+"""Rollouts that train on finished pictures, noised anew."""
+
+import pytest
+import torch
+
+from library.noise_schedule import per_sample
+from library.noised_pictures import LastStepNoisedRollout, NoisedRollout, PictureRollout
+from library.rollout import RolloutConfig
+from library.sampling import PromptEncoder, initial_noise, sample
+from library.types import PromptSpec, RolloutBatch
+from tests.test_rollout import PROMPTS, lora_for
+from tests.tiny_models import tiny_model
+
+
+def make_rollout(kind: type[NoisedRollout] = NoisedRollout, seed: int = 0, source: list | None = None, **settings) -> NoisedRollout:
+    model = tiny_model("sd1")
+    network = lora_for(model)
+    config = RolloutConfig(**{"train_batch_size": 4, "max_denoising_steps": 6, "num_renoisings": 3, "resolution": (64,), **settings})
+    generator = torch.Generator().manual_seed(seed)
+    return kind(model, network, source or PROMPTS, PromptEncoder(model, network), config, generator)
+
+
+def clean_of(rollout: NoisedRollout, batch: RolloutBatch) -> torch.Tensor:
+    """The pictures that were noised, from the noise that is known."""
+    assert batch.added_noise is not None
+    abar = per_sample(rollout.schedule.abar(batch.timesteps), batch.latents)
+    return (batch.latents - (1 - abar).sqrt() * batch.added_noise) / abar.sqrt()
+
+
+def test_a_picture_is_used_several_times_and_then_another_is_made() -> None:
+    rollout = make_rollout()
+    seen, costs, places = [], [], set()
+    for _ in range(7):
+        before = rollout.num_unet_evaluations
+        batch = rollout.batch()
+        seen.append(clean_of(rollout, batch))
+        costs.append(rollout.num_unet_evaluations - before)
+        places |= set(batch.timesteps.tolist())
+        assert torch.equal(batch.next_timesteps == -1, batch.timesteps == rollout.pools[0].timesteps[-2])
+        rollout.advance(torch.zeros_like(batch.latents))
+    assert costs == [2 * 4 * 6, 0, 0, 2 * 4 * 6, 0, 0, 2 * 4 * 6]
+    assert len(places) > 3
+    for first, second in ((0, 1), (1, 2), (3, 4), (4, 5)):
+        assert torch.allclose(seen[first], seen[second], atol=1e-3)
+    assert (seen[2] - seen[3]).abs().mean() > 0.1
+
+
+def test_the_noise_is_new_every_time() -> None:
+    rollout = make_rollout()
+    noises = [rollout.batch().added_noise for _ in range(3)]
+    assert noises[0] is not None and noises[1] is not None
+    assert (noises[0] - noises[1]).abs().mean() > 0.5
+    assert noises[0].std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_pictures_are_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noised is what the sampler makes of the same noise, prompts and multipliers (float32: 1e-4)."""
+    rollout = make_rollout(prompts_file="-", train_batch_size=2, resolution=(128,))
+    started = []
+    monkeypatch.setattr(rollout, "start_all", lambda pool: (NoisedRollout.start_all(rollout, pool), started.append(pool.latents.clone())))
+    batch = rollout.batch()
+    monkeypatch.setattr("library.sampling.initial_noise", lambda seeds, shape: (started[0], initial_noise(seeds, shape)[1]))
+    settings = {"num_steps": 6, "guidance_scale": 5.0, "resolution": (128, 128), "batch_size": 2}
+    expected = sample(rollout.model, rollout.network, batch.prompts, [0, 1], batch.multipliers, **settings)
+    assert set(batch.multipliers.tolist()) == {1, -1}
+    assert torch.allclose(clean_of(rollout, batch), expected, atol=1e-3)
+
+
+def test_the_last_steps_rollout_stands_at_the_last_step() -> None:
+    rollout = make_rollout(LastStepNoisedRollout)
+    for _ in range(4):
+        assert (rollout.batch().next_timesteps == -1).all()
+
+
+# -- pictures from elsewhere -----------------------------------------------------------------------------------------------
+
+PICTURES = [
+    (torch.full((4, 8, 8), 1.0), PromptSpec(prompt="a red circle")),
+    (torch.full((4, 8, 16), 2.0), PromptSpec(prompt="a blue square", weight=4.0)),
+    (torch.full((4, 8, 8), 3.0), PromptSpec(prompt="a red circle")),
+]
+
+
+def test_pictures_cost_no_trajectory_and_come_with_their_prompts_and_sizes() -> None:
+    rollout = make_rollout(PictureRollout, source=PICTURES, num_renoisings=1)
+    seen = set()
+    for _ in range(30):
+        batch = rollout.batch()
+        for picture, prompt in zip(clean_of(rollout, batch), batch.prompts, strict=True):
+            value = round(picture.mean().item())
+            assert torch.allclose(picture, torch.full_like(picture, value), atol=1e-3)
+            seen.add((value, prompt.prompt, tuple(picture.shape)))
+    assert rollout.num_unet_evaluations == 0
+    wanted = {(1, "a red circle", (4, 8, 8)), (2, "a blue square", (4, 8, 16)), (3, "a red circle", (4, 8, 8))}
+    assert seen == wanted
+
+
+def test_pictures_are_drawn_by_weight() -> None:
+    rollout = make_rollout(PictureRollout, source=PICTURES, num_renoisings=1)
+    drawn = [prompt.prompt for _ in range(60) for prompt in rollout.batch().prompts]
+    assert 0.52 < drawn.count("a blue square") / len(drawn) < 0.82  # 4 of 6
+
+
+# -- put away and taken out again ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [NoisedRollout, LastStepNoisedRollout, PictureRollout])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_a"])
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_a_restored_rollout_goes_on_as_if_nothing_had_happened(kind: type[NoisedRollout], sampler: str, count: int) -> None:
+    """In the middle of a picture's uses, at their end, and before the first."""
+    source = PICTURES if kind is PictureRollout else [PromptSpec(prompt="a"), PromptSpec(prompt="b", width=128)]
+    first, other = (make_rollout(kind, seed, source, sampler=sampler, train_batch_size=2, max_denoising_steps=3) for seed in (0, 9))
+    for _ in range(count):
+        first.batch()
+    other.batch()
+    other.load_state_dict(first.state_dict())
+    for _ in range(5):
+        one, two = first.batch(), other.batch()
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.multipliers, two.multipliers)
+        assert one.prompts == two.prompts and torch.equal(one.timesteps, two.timesteps)
+        assert one.noise is None or (two.noise is not None and torch.equal(one.noise, two.noise))

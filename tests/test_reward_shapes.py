@@ -1,0 +1,105 @@
+"""How strongly a sample is pushed: the shapes' values, and what the objective's margins make of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.objectives.estimators import Scene
+from library.objectives.reward_shapes import SHAPES, hinge, linear, softplus, target
+from library.types import PromptSpec, RolloutBatch
+from tests.objective_for_tests import Stage, make_stage
+from tests.scorers_for_tests import ChannelScorer
+
+GAINS = torch.tensor([-1.0, 0.0, 1.75, 1.9, 2.0, 2.1, 3.0])
+MARGIN = torch.full((7,), 2.0)
+
+
+def test_hinge_pushes_until_the_gain_is_there() -> None:
+    assert hinge(GAINS, MARGIN).tolist() == [1, 1, 1, 1, 0, 0, 0]
+
+
+def test_target_fades_out_at_the_target_and_pushes_back_beyond_it() -> None:
+    """Over a quarter of the margin to either side, which is where Huber's loss is a parabola."""
+    assert torch.allclose(target(GAINS, MARGIN), torch.tensor([1, 1, 0.5, 0.2, 0, -0.2, -1]), atol=1e-5)
+
+
+def test_linear_never_rests() -> None:
+    assert linear(GAINS, MARGIN).tolist() == [1] * 7
+
+
+def test_softplus_is_half_at_the_margin() -> None:
+    found = softplus(GAINS, MARGIN)
+    assert found[4] == 0.5 and (found.diff() < 0).all()
+    assert torch.allclose(found[3] + found[5], torch.tensor(1.0)) and found[0] > 0.99 and found[6] < 0.2
+
+
+def test_every_push_is_the_slope_of_its_loss() -> None:
+    """The losses as they are written down elsewhere; margin 2, so that Huber's knee is at half a standard deviation."""
+    gains = torch.linspace(-1, 5, 23, requires_grad=True)
+    margin = torch.full_like(gains, 2.0)
+    losses: dict[str, Tensor] = {
+        "hinge": torch.relu(margin - gains),
+        "target": torch.nn.functional.huber_loss(gains, margin, reduction="none", delta=0.5) / 0.5,
+        "linear": -gains,
+        "softplus": torch.nn.functional.softplus(margin - gains, beta=2.0),
+    }
+    assert losses.keys() == SHAPES.keys()
+    for name, loss in losses.items():
+        (slope,) = torch.autograd.grad(loss.sum(), gains)
+        assert torch.allclose(SHAPES[name](gains.detach(), margin), -slope, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_margin_of_zero_gives_finite_pushes(name: str) -> None:
+    assert torch.isfinite(SHAPES[name](GAINS, torch.zeros(7))).all()
+
+
+# -- in the objective ------------------------------------------------------------------------------------------------------
+
+CALM = {"scorer": ChannelScorer, "resolution": 64, "guidance": 1.0}
+
+
+def pushed(shape: str, gain: float, *, prompts: list[PromptSpec] | None = None, multiplier: float = 1.0, **settings) -> float:
+    """The push of one sample whose gain is `gain`, of which 6 steps make a trajectory."""
+    stage = make_stage(batch_size=1, reward_loss=shape, **CALM, **settings)
+    batch = replace(stage.belt.batch(), multipliers=torch.tensor([multiplier]))
+    batch = batch if prompts is None else replace(batch, prompts=prompts)
+    estimated = stage.objective.estimator.foresee(
+        _scene(stage, batch), torch.zeros_like(batch.latents), lambda latents, timesteps: torch.zeros_like(latents)
+    )
+    return stage.objective._push(batch, estimated)(torch.tensor([gain])).item()
+
+
+def _scene(stage: Stage, batch: RolloutBatch) -> Scene:
+    return Scene(batch=batch, schedule=stage.objective.schedule, solver=stage.objective.solver)
+
+
+def test_the_margin_is_a_steps_share_of_the_whole_trajectorys() -> None:
+    assert [pushed("hinge", gain, hinge_margin=3.0) for gain in (0.49, 0.51)] == [1, 0]
+    assert [pushed("hinge", gain, hinge_margin=3.0, multiplier=-2.0) for gain in (0.99, 1.01)] == [1, 0]
+    long = [PromptSpec(prompt="a red circle", num_steps=60)]
+    assert [pushed("hinge", gain, hinge_margin=3.0, prompts=long) for gain in (0.049, 0.051)] == [1, 0]
+    assert pushed("target", 0.5, reward_target=3.0, hinge_margin=9.0) == 0
+    assert pushed("target", 0.6, reward_target=3.0) < 0
+    assert pushed("softplus", 0.5, hinge_margin=3.0) == 0.5
+    assert pushed("linear", 99.0) == 1
+
+
+def test_guidance_ignores_the_shape() -> None:
+    assert pushed("hinge", 99.0, score_estimator="guidance") == 1
+
+
+def test_a_sample_that_is_far_enough_rests_and_one_beyond_its_target_is_pushed_back() -> None:
+    settings = {"strength": 0.5, "preserve_weight": 1e-9, **CALM}  # not 0: losses count from the frozen model
+    resting = make_stage(reward_loss="hinge", hinge_margin=1e-6, **settings)
+    batch = resting.belt.batch()
+    turned = replace(batch, prompts=[replace(batch.prompts[0], direction=-1.0), *batch.prompts[1:]])
+    pushed = [metrics["pushed"] for metrics in (resting.loss(batch).metrics, resting.loss(turned).metrics)]
+    assert abs(pushed[0] - pushed[1]) == pytest.approx(1 / 3)  # the first sample went the right way, or the wrong one
+    onward = make_stage(reward_loss="linear", **settings)
+    back = make_stage(reward_loss="target", reward_target=1e-6, **settings)
+    resting_rows = resting.loss(turned).sample_losses.abs() < 1e-6
+    assert resting_rows.any() and not resting_rows.all()
+    assert torch.allclose(back.loss(turned).sample_losses, onward.loss(turned).sample_losses * torch.where(resting_rows, -1, 1), rtol=1e-3)
