@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-import train_leco_score
+import library.slider_setup as slider_setup
 from library.independent_judges import Judges
 from library.rewards import Goal, Reward
 from library.tracking import read_metrics
@@ -28,9 +28,9 @@ def test_a_gamed_score_warns_stops_and_keeps_the_best_step(
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny_model()
-    monkeypatch.setattr(train_leco_score, "load_reward", lambda *_args, **_settings: Reward([Goal(scorer=scorer_for(model))]))
+    monkeypatch.setattr(slider_setup, "load_reward", lambda *_args, **_settings: Reward([Goal(scorer=scorer_for(model))]))
     judges = Judges(scorers={"taste": scorer_for(model, Opposite)})
-    monkeypatch.setattr(train_leco_score, "load_judges", lambda *_args, **_settings: judges)
+    monkeypatch.setattr(slider_setup, "load_judges", lambda *_args, **_settings: judges)
     workplace = make_workplace(tmp_path / "in")
     (workplace / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
 
