@@ -338,10 +338,11 @@ def test_from_prompts_to_a_slider_that_saw_none(tmp_path: Path) -> None:
 
 def test_settings_that_make_no_adapter_are_refused(tmp_path: Path) -> None:
     given: dict[str, Any] = {"prompts_file": tmp_path / "p.txt", "clip_model": tmp_path}
-    for wrong, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"clip_model": None}, "must both be set"),
         ({"output": Path("a.bin")}, "safetensors"),
-        ({"resolution": 65}, "8"),
-    ):
+        ({"resolution": 65}, "multiple of 8"),
+    ]
+    for wrong, message in cases:
         with pytest.raises(UserError, match=message):
             AdapterConfig(**(given | wrong))

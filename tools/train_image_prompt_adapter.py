@@ -42,8 +42,8 @@ class AdapterConfig:
     num_pictures: int = option(2000, help="At most so many of them.")
     output: Path = option(Path("image_prompt_adapter.safetensors"), help="The file to write.")
     adapter_width: int = option(1024, help="Width of the network that corrects points.")
-    adapter_noise: float = option(1.0, help="How far the prompts' embeddings are pushed at random; see docs/text_free.md.")
-    max_train_steps: int = option(5000, help="Updates.")
+    adapter_noise: float = option(0.5, help="How far the prompts' embeddings are pushed at random; see docs/text_free.md.")
+    max_train_steps: int = option(5000, help="Updates after the least-squares fit; 0 for the fit alone, which takes a minute.")
     train_batch_size: int = option(8, help="Trajectories on which the U-Net's outputs are compared.")
     text_batch_size: int = option(32, help="Prompts whose encodings are compared in the same update.")
     hidden_weight: float = option(1.0, help="Weight of the encodings' error beside the U-Net's.")
@@ -61,9 +61,9 @@ class AdapterConfig:
             raise UserError("prompts_file and clip_model must both be set: prompts to train on, and the folder of a CLIPModel")
         if self.output.suffix != ".safetensors":
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
-        check_at_least(self, 1, "num_pictures", "adapter_width", "max_train_steps", "train_batch_size", "text_batch_size", "num_threads")
+        check_at_least(self, 1, "num_pictures", "adapter_width", "train_batch_size", "text_batch_size", "num_threads")
         check_at_least(self, 1, "max_denoising_steps")
-        check_at_least(self, 0, "adapter_noise", "hidden_weight")
+        check_at_least(self, 0, "adapter_noise", "hidden_weight", "max_train_steps")
         check_above(self, 0, "learning_rate", "guidance_scale")
         if self.resolution is not None and (self.resolution <= 0 or self.resolution % 8):
             raise UserError(f"resolution is {self.resolution}; it must be a positive multiple of 8")

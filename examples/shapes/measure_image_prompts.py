@@ -27,6 +27,12 @@ from library.types import PromptSpec
 MODEL = Path(__file__).with_name("model")
 
 
+def shares(shape_right: Tensor, colour_right: Tensor) -> str:
+    """Of bools [N] each."""
+    both = (shape_right & colour_right).float().mean()
+    return f"shape {shape_right.float().mean():.1%}, colour {colour_right.float().mean():.1%}, both {both:.1%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip_model", type=Path, required=True)
@@ -51,14 +57,18 @@ def main() -> None:
             num_steps=20,
             guidance_scale=3.0,
             resolution=(64, 64),
-            batch_size=72,
+            batch_size=24,
             encoder=encoder,
         )
-        shape_right, colour_right = obeyed(decode(model, latents, 72), wanted)
-        both = (shape_right & colour_right).float().mean()
-        print(f"{name}: shape {shape_right.float().mean():.1%}, colour {colour_right.float().mean():.1%}, both {both:.1%}", flush=True)
+        shape_right, colour_right = obeyed(decode(model, latents, 24), wanted)
+        print(f"{name}: {shares(shape_right, colour_right)}", flush=True)
 
     print(f"{len(scenes)} pictures")
+    names = clip.embed_texts([f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS])
+    named = ((embeddings - embeddings.mean(0)) @ (names - names.mean(0)).T).argmax(1)  # shapes are the outer loop: [N]
+    own = torch.tensor([SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour) for shape, colour in kinds])
+    shape_right, colour_right = named // len(COLOURS) == own // len(COLOURS), named % len(COLOURS) == own % len(COLOURS)
+    print(f"CLIP itself: {shares(shape_right, colour_right)}")
     report("their captions", PromptEncoder(model), [caption(scene, rng) for scene in scenes])
     for path in args.adapters:
         adapter = load_adapter(path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
 
 from library.models.base import DiffusionModel
 from library.sampling import Size, model_autocast
@@ -23,7 +24,7 @@ class AdapterRecipe:
 
     Attributes:
         width: see `AdapterSpec`.
-        steps: updates; the learning rate rises to its value in the first twentieth and falls to 0 along a cosine.
+        steps: updates after the fit, 0 for none; the learning rate rises to its value in the first twentieth and falls to 0 along a cosine.
         batch_size: trajectories on which the U-Net is compared. text_batch_size: prompts whose encodings are compared.
         hidden_weight: of the encodings' error, beside the U-Net's.
         noise: how far the embeddings are pushed, `perturb`'s amount.
@@ -36,7 +37,7 @@ class AdapterRecipe:
     text_batch_size: int = 32
     learning_rate: float = 3e-4
     hidden_weight: float = 1.0
-    noise: float = 1.0
+    noise: float = 0.5
     num_steps: int = 20
     guidance_scale: float = 5.0
 
@@ -139,12 +140,15 @@ def train_adapter(
     itself (so that it is measured where it will be used), plus the error of the encodings, which is cheap and sees more prompts.
     """
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.05)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
+    effects: list[float] = []  # so far: a batch of nearly finished pictures, which prompts hardly change, must not weigh more
     adapter.train()
     teacher = trajectories(model, prompts, recipe, generator, size)
     for step, batch in zip(range(1, recipe.steps + 1), teacher, strict=False):
+        error, effect = eps_error(adapter, model, clip, batch, recipe.noise, generator)
+        effects.append(float(effect))
         errors = Errors(
-            eps=eps_error(adapter, model, clip, batch, recipe.noise, generator),
+            eps=error * len(effects) / max(sum(effects), 1e-12),
             hidden=hidden_error(adapter, model, clip, _drawn(prompts, recipe.text_batch_size, generator), recipe.noise, generator),
         )
         optimizer.zero_grad()
@@ -168,19 +172,20 @@ def validate(
 ) -> Errors:
     """Errors on prompts that were not trained on, without noise, over as many batches as a trajectory has steps."""
     teacher = trajectories(model, prompts, recipe, generator, size)
-    eps = [eps_error(adapter, model, clip, batch, 0.0, generator) for _, batch in zip(range(recipe.num_steps), teacher, strict=False)]
-    return Errors(torch.stack(eps).mean(), hidden_error(adapter, model, clip, prompts[:256], 0.0, generator))
+    pairs = [eps_error(adapter, model, clip, batch, 0.0, generator) for _, batch in zip(range(recipe.num_steps), teacher, strict=False)]
+    error, effect = torch.tensor(pairs).sum(0)
+    return Errors(error / effect.clamp_min(1e-12), hidden_error(adapter, model, clip, prompts[:256], 0.0, generator))
 
 
 def eps_error(
     adapter: ImagePromptAdapter, model: DiffusionModel, clip: ClipPair, batch: TeacherBatch, noise: float, generator: torch.Generator
-) -> Tensor:
-    """Squared distance of the U-Net's eps under the adapter from that under the prompt, over that from no prompt to the prompt."""
+) -> tuple[Tensor, Tensor]:
+    """Mean squared distance of the U-Net's eps under the adapter from that under the prompt, and of that from no prompt's."""
     answered = adapter(perturb(adapter.of_texts(clip.embed_texts(batch.prompts)), noise, generator))
     cond = Conditioning(answered.text, answered.pooled, batch.cond.time_ids)
     with model_autocast(model):
         eps = model.predict_eps(batch.latents, batch.timesteps, cond)
-    return (eps - batch.cond_eps).square().mean() / (batch.cond_eps - batch.uncond_eps).square().mean().clamp_min(1e-12)
+    return (eps - batch.cond_eps).square().mean(), (batch.cond_eps - batch.uncond_eps).square().mean()
 
 
 def hidden_error(
