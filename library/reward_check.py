@@ -1,11 +1,12 @@
 """Is there a signal to train on? One gradient step on one prompt, and what it says of the run; the network is left as it was."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.config import OptimizerConfig, option
 from library.errors import UserError
@@ -17,6 +18,7 @@ from library.objectives.score_config import ScoreConfig
 from library.objectives.score_term import ScoreTerm
 from library.optimizers import create_optimizer
 from library.rewards import Reward
+from library.sampling import model_autocast
 from library.statistics import within_prompt_std
 from library.types import PromptSpec, RolloutBatch
 
@@ -24,6 +26,7 @@ PROBES = 8  # places on the schedule
 FLAT_RUN = 0.1  # within-prompt standard deviations: a run that is to gain less is not worth its time
 FLAT_GAIN = 1e-6  # standard deviations: the rounding of a step's gain
 FLAT_GRADIENT = 1e-7  # standard deviations of the score per unit of a latent
+LOSS_SCALE = 2.0**12  # small gradients underflow in fp16
 EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed by its own size
 
 
@@ -125,26 +128,27 @@ def check_reward(
     probe = ScoreTerm(
         replace(workbench, rollout=replace(workbench.rollout, train_batch_size=PROBES)), reward, score, [replace(prompt, weight=1.0)]
     )
-    batch = probe.rollout.batch()
-    probes = _probes(probe, batch, workbench.rollout.max_denoising_steps)
+    with model_autocast(workbench.model):
+        batch = probe.rollout.batch()
+        probes = _probes(probe, batch)
 
     norms: dict[str, float] = {}
     for term in terms:
-        network.zero_grad()
-        (term().loss * term.weight).backward()
+        _backward(workbench, lambda term=term: term().loss * term.weight)
         norms[term.name] = _norm(network.parameters())
-    network.zero_grad()
     groups, _ = network.prepare_optimizer_params(optimizer.text_encoder_lr, optimizer.unet_lr, optimizer.learning_rate)
     stepper = create_optimizer(optimizer, groups)
-    probe.objective(batch, _views(workbench))[0].loss.backward()
+    start = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
+    _backward(workbench, lambda: probe.objective(batch, _views(workbench))[0].loss)
+    if optimizer.max_grad_norm:
+        nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)
     stepper.step()
     network.zero_grad()
-    with torch.no_grad():
-        up, down = (probe.objective(_at(batch, sign), _views(workbench))[0].metrics for sign in (1.0, -1.0))
+    stepped = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
     network.load_state_dict(before)
 
-    gains = [float(one["gain_per_step"]) for one in (up, down)]
-    drift = float(up.get("eps_drift", math.nan))
+    gains = [after - at for (at, _), (after, _) in zip(start, stepped, strict=True)]
+    drift = float(torch.stack([(after - at).square().mean() for (_, at), (_, after) in zip(start, stepped, strict=True)]).mean().sqrt())
     predicted = _predicted(probe, batch, sum(gains) / 2, drift, score, monitor, num_steps)
     faults = _faults(probes, gains, drift, predicted, score, workbench)
     return RewardCheck(
@@ -160,14 +164,14 @@ def check_reward(
     )
 
 
-def _probes(term: ScoreTerm, batch: RolloutBatch, num_steps: int) -> list[Probe]:
+def _probes(term: ScoreTerm, batch: RolloutBatch) -> list[Probe]:
     """The score's gradient at each of the batch's places, where the model's own prediction leads."""
     foreseen = term.objective.foresee_frozen(batch)
     _, gradients = score_gradients(term.objective.reward, foreseen.latents, foreseen.sigmas, batch.cond, batch.prompts)
     goals = [goal for goal in term.objective.reward.goals if goal.sign]
     raw = torch.stack([goal.weight * gradients[goal.name] for goal in goals]).sum(0)  # [B, C, h, w]
     sizes, reach = rms(raw), (foreseen.reach * batch.guidance_scales).abs()
-    per_unit = sizes * reach * raw[0].numel() * num_steps / foreseen.share  # <g, dx> with dx = reach along g at RMS 1
+    per_unit = sizes * reach * raw[0].numel() / term.objective.share(batch, foreseen)  # <g, dx> with dx = reach along g at RMS 1
     order = torch.argsort(batch.sigmas, descending=True)
     columns = (batch.sigmas, sizes, reach, per_unit)
     rows = zip(*(column[order].tolist() for column in columns), strict=True)
@@ -181,8 +185,8 @@ def _predicted(
     if not score.normalize_gradient or not drift > 0:
         return math.nan
     bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
-    share = float(term.objective.foresee_frozen(batch).share.mean())
-    whole = gain * term.objective.num_steps / share * min(num_steps, bound / drift)
+    share = float(term.objective.share(batch, term.objective.foresee_frozen(batch)).mean())
+    whole = gain / share * min(num_steps, bound / drift)
     base = monitor.pictures.base().scores
     unit = within_prompt_std(base[REWARD]) if REWARD in base else 0.0
     return whole / unit if unit > 0 else math.nan
@@ -221,8 +225,34 @@ def _faults(
     return found
 
 
-def _at(batch: RolloutBatch, sign: float) -> RolloutBatch:
-    return replace(batch, multipliers=batch.multipliers.abs() * sign)
+@torch.no_grad()
+def _look(term: ScoreTerm, batch: RolloutBatch, sign: float, views: torch.Generator) -> tuple[float, Tensor]:
+    """With the network at multipliers of one sign: the mean reward in the wanted direction, in standard deviations of the score, and the
+    prediction [B, C, h, w]."""
+    objective, rollout = copy(term.objective), term.rollout
+    objective.config = replace(objective.config, paired_signs=False, odd_weight=0.0)
+    model, multipliers = rollout.model, batch.multipliers.abs() * sign
+    height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
+    rollout.network.eval()  # without dropout
+    with model_autocast(model):
+        cond, uncond = rollout.conditioning(batch.prompts, (height, width), multipliers)
+        batch = replace(batch, multipliers=multipliers, cond=cond, uncond=uncond)
+        reward = objective(batch, views)[0].metrics["reward"]
+        rollout.network.set_multiplier(multipliers)
+        eps = model.predict_eps(batch.latents, batch.timesteps, cond)
+    rollout.network.train()
+    return float(batch.directions[0] * reward), eps
+
+
+def _backward(workbench: Workbench, loss: Callable[[], Tensor]) -> None:
+    """Leave the loss's gradient in the network."""
+    workbench.network.zero_grad()
+    with model_autocast(workbench.model):
+        value = loss()
+    (value * LOSS_SCALE).backward()
+    for parameter in workbench.network.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= LOSS_SCALE
 
 
 def _views(workbench: Workbench) -> torch.Generator:

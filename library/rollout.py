@@ -253,7 +253,7 @@ class Belt:
         prompts = [pool.prompts[index] for index in pool.chosen]
         in_turn = [self.config.train_multipliers[turn % len(self.config.train_multipliers)] for turn in pool.turns]
         multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
-        cond, uncond = self._conditioning(prompts, pool.size, torch.tensor(multipliers, device=device))
+        cond, uncond = self.conditioning(prompts, pool.size, torch.tensor(multipliers, device=device))
         noise = torch.randn(pool.latents.shape, generator=self.generator).to(device) if self.solver.needs_noise else None
         return RolloutBatch(
             latents=pool.latents,
@@ -270,7 +270,8 @@ class Belt:
             history=pool.history,
         )
 
-    def _conditioning(self, prompts: list[PromptSpec], size: Size, multipliers: Tensor) -> tuple[Conditioning, Conditioning]:
+    def conditioning(self, prompts: list[PromptSpec], size: Size, multipliers: Tensor) -> tuple[Conditioning, Conditioning]:
+        """Of both branches, B rows each, the LoRA of the text encoders at these multipliers [B]; with gradient to it in the first."""
         if not self.network.text_encoder_loras:
             return self.encoder.cond(prompts, size), self.encoder.uncond(prompts, size)
         self.network.set_multiplier(multipliers)

@@ -1,6 +1,7 @@
 """A look before the training: what it says of a good signal, of none, and of one that breaks; and that it leaves nothing behind."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 
 from library.config import OptimizerConfig, build
 from library.monitor import Monitor, MonitorConfig
-from library.objectives.score_config import ScoreConfig
+from library.objectives.base import Workbench
+from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import ScoreTerm
 from library.reward_check import RewardCheck, check_reward
 from library.rewards import Goal, Reward
 from library.scorers.base import Scorer
 from library.types import PromptSpec
+from networks.lora import create_network
 from tests.scorers_for_tests import ChannelScorer, scorer_for
 from tests.tiny_leco_run import make_workplace, settings
+from tests.tiny_models import tiny_model
 from tests.workbench_for_tests import make_workbench
 from train_leco_score import FLAT_OR_EXPLODING, LecoScoreConfig, train
 
@@ -36,23 +40,18 @@ class BrokenScorer(ChannelScorer):
         return super().score(latents, sigmas, cond, prompts) / 0
 
 
-def check(scorer: type[Scorer] = ChannelScorer, learning_rate: float = 1e-3, **score) -> tuple[RewardCheck, bool]:
+def check(
+    scorer: type[Scorer] = ChannelScorer, learning_rate: float = 1e-3, bench: Workbench | None = None, prompt: PromptSpec = PROMPT, **score
+) -> tuple[RewardCheck, bool]:
     """The report, and whether the network is as it was."""
-    bench = make_workbench(strength=0.0)
+    bench = bench or make_workbench(strength=0.0)
     reward = Reward([Goal(scorer=scorer_for(bench.model, scorer))])
     config = ScoreConfig(**score)
-    term = ScoreTerm(bench, reward, config, [PROMPT])
-    monitor = Monitor(
-        bench.model,
-        bench.network,
-        reward,
-        [PROMPT],
-        bench.encoder,
-        bench.rollout,
-        MonitorConfig(num_eval_prompts=1, eval_seeds_per_prompt=2),
-    )
+    term = ScoreTerm(bench, reward, config, [prompt])
+    measured = MonitorConfig(num_eval_prompts=1, eval_seeds_per_prompt=2)
+    monitor = Monitor(bench.model, bench.network, reward, [prompt], bench.encoder, bench.rollout, measured)
     before = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
-    report = check_reward(bench, [term], reward, config, OptimizerConfig(learning_rate=learning_rate), PROMPT, monitor, 100)
+    report = check_reward(bench, [term], reward, config, OptimizerConfig(learning_rate=learning_rate), prompt, monitor, 100)
     after = bench.network.state_dict()
     return report, all(torch.equal(before[name], after[name]) for name in before)
 
@@ -65,13 +64,51 @@ def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
     assert "the reward can be trained" in str(report) and "score" in report.norms
 
 
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_every_estimator_can_be_looked_at(estimator: str) -> None:
+    report, unchanged = check(learning_rate=1e-2, score_estimator=estimator, bench=make_workbench(strength=0.0, draft_steps=2))
+    assert unchanged and report.gain_up > 0 and report.gain_down > 0 and report.predicted > 0, report
+    assert all(probe.gradient > 0 and probe.first_order > 0 for probe in report.probes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reward_loss": "linear", "preserve_weight": 0.0},  # the frozen model is not asked, so the loss knows of no gain
+        {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": False},
+        {"paired_signs": True, "odd_weight": 0.1},
+        {"prompt": PromptSpec(prompt="a red circle", direction=-1.0, num_steps=3)},
+    ],
+    ids=str,
+)
+def test_a_good_signal_is_one_with_any_setting(settings: dict) -> None:
+    report, unchanged = check(learning_rate=1e-2, **settings)
+    assert report.passed and unchanged, report
+    assert report.gain_up > 0 and report.gain_down > 0 and report.drift > 0
+
+
+def test_a_network_that_does_something_already_is_looked_at_for_what_the_step_does() -> None:
+    large = replace(PROMPT, width=128, height=128)  # at 64 the tiny model jumps
+    fresh, worn = (check(bench=make_workbench(strength=strength), prompt=large)[0] for strength in (0.0, 0.5))
+    assert worn.drift < 20 * fresh.drift < 0.1, (worn, fresh)  # the network's own drift is several tenths
+
+
+def test_half_precision_with_text_encoders() -> None:
+    model = tiny_model()
+    network = create_network(1.0, 4, 4.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))
+    network.apply_to(model.text_encoders, model.unet)
+    model.freeze().to(dtype=torch.bfloat16)
+    report, unchanged = check(bench=make_workbench(model=model, network=network), learning_rate=1e-2)
+    assert report.passed and unchanged, report
+
+
 def test_a_constant_score_is_flat_and_explained() -> None:
     report, unchanged = check(ConstantScorer)
     assert not report.passed and unchanged and "says the same of everything" in report.faults[0]
 
 
 def test_a_score_that_is_not_finite_is_explained() -> None:
-    report, unchanged = check(BrokenScorer, preserve_weight=0.0, reward_loss="linear", normalize_gradient=False)
+    report, unchanged = check(BrokenScorer, normalize_gradient=False)
     assert not report.passed and unchanged and "not finite" in report.faults[0]
     assert math.isnan(report.predicted)
 

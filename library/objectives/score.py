@@ -237,7 +237,7 @@ class ScoreObjective:
             shape = directions.view(-1, 1, 1, 1) * batch.latents[0].numel()
             slopes = [goal.weight * gradients[goal.name] for goal in self.reward.goals if goal.sign]
             return shape * torch.stack(slopes).sum(0) * self._push(batch, foreseen)(gain).view(-1, 1, 1, 1), reward, gain
-        push, share = self._push(batch, foreseen), self._share(batch, foreseen)
+        push, share = self._push(batch, foreseen), self.share(batch, foreseen)
         return ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, share), reward, gain
 
     def _total(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -248,10 +248,10 @@ class ScoreObjective:
         config = self.config
         shape = SHAPES["linear" if self.estimator.at_frozen else config.reward_loss]
         wanted = config.reward_target if config.reward_loss == "target" else config.hinge_margin
-        margin = wanted * batch.multipliers.abs() * self._share(batch, foreseen)
+        margin = wanted * batch.multipliers.abs() * self.share(batch, foreseen)
         return lambda gain: shape(gain, margin)
 
-    def _share(self, batch: RolloutBatch, foreseen: Foreseen) -> Tensor:
+    def share(self, batch: RolloutBatch, foreseen: Foreseen) -> Tensor:
         """The part of a whole trajectory's change that this step accounts for [B]."""
         return foreseen.share / foreseen.share.new_tensor([prompt.num_steps or self.num_steps for prompt in batch.prompts])
 
