@@ -23,6 +23,7 @@ from library.picture_statistics import (
     rms_diversity,
     vae_features,
 )
+from library.prompt_syntax import plain_text
 from library.sampling import PromptEncoder, Size, decode, sample, size_of
 from library.scorers.base import Scorer
 from library.slider_evaluation import PictureStatistics, SliderEvaluation
@@ -206,11 +207,11 @@ def _rate(
     rater: Judge | Scorer, latents: Tensor, pixels: Tensor, prompts: Sequence[PromptSpec], encoder: PromptEncoder, resolution: Size
 ) -> Tensor:
     """Scores [B] of pictures of one size."""
-    texts = [prompt.prompt for prompt in prompts]
+    texts = [plain_text(prompt.prompt) for prompt in prompts]
     if not isinstance(rater, Scorer):
         return rater(pixels, texts)
     # What was asked for, in the base model's words: a LoRA of the text encoder must not talk to its own judge.
-    cond = encoder.encode(texts, size_of(prompts[0], resolution), [0.0] * len(texts)) if rater.spec.uses_prompt else None
+    cond = encoder.cond(prompts, size_of(prompts[0], resolution), [0.0] * len(texts)) if rater.spec.uses_prompt else None
     return rater(latents, latents.new_zeros(len(latents)), cond, texts)
 
 

@@ -29,6 +29,7 @@ from library.picture_statistics import (
     rms_diversity,
     vae_features,
 )
+from library.prompt_syntax import plain_text
 from library.rewards import Reward
 from library.rollout import RolloutConfig
 from library.sampling import PromptEncoder, Size, decode, initial_noise, model_autocast, sample, size_of
@@ -203,7 +204,7 @@ class FixedPictures:
 
     def _scores(self, row: int, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
         prompts = [self.prompts[row]] * len(latents)
-        texts = [prompt.prompt for prompt in prompts]
+        texts = [plain_text(prompt.prompt) for prompt in prompts]
         # What was asked for, in the base model's words: a LoRA of the text encoder must not talk to its own judge.
         cond = self.encoder.cond(prompts, self._size(prompts[0]), [0.0] * len(prompts))
         sigmas = latents.new_zeros(len(latents))

@@ -16,11 +16,11 @@ from library.independent_judges import Judges
 from library.keep_best import KeepBest, merit
 from library.measurement import REWARD, FixedPictures
 from library.models.base import DiffusionModel
-from library.observation import Observation, observe
+from library.observation import Bound, Observation, observe
 from library.previews import preview_path, write_preview
 from library.prompts import spread
 from library.response_curve import ResponseCurve, response_curve
-from library.rewards import Reward
+from library.rewards import Goal, Reward
 from library.rollout import RolloutConfig
 from library.sampling import PromptEncoder, size_of
 from library.statistics import within_prompt_std
@@ -160,7 +160,8 @@ class Monitor:
         self._check_unit()
         up, down = self.pictures.measure(1.0, "measuring +1"), self.pictures.measure(-1.0, "measuring -1")
         held = {goal.name: goal.limit.value for goal in self.reward.goals if goal.limit is not None and goal.held}
-        seen = observe(step, self.pictures.base(), up, down, self.judges.names, self.pictures.directions, held)
+        bounds = {goal.name: _bound(goal) for goal in self.reward.goals if goal.limit is not None and not goal.held}
+        seen = observe(step, self.pictures.base(), up, down, self.judges.names, self.pictures.directions, held, bounds)
         seen = self.watch.judge(seen)
         logger.info("%s", seen)
         for warning in seen.warnings:
@@ -281,6 +282,14 @@ class Monitor:
         scores = (pictures or self.pictures).base().scores
         if REWARD in scores and within_prompt_std(scores[REWARD]) == 0:
             raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other eval prompts")
+
+
+def _bound(goal: Goal) -> Bound:
+    """What a goal's limit, max or min, allows."""
+    assert goal.limit is not None
+    above = goal.limit.kind == "max"
+    words = f"{'above' if above else 'below'} {goal.limit.value:g}"
+    return Bound(1 if above else -1, float(goal.standardise(goal.limit.value)), words)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -24,6 +24,25 @@ def hack_index(score_gain: float, judge_gain: float) -> float:
     return (score_gain - judge_gain) / max(score_gain, FIRM_GAIN)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A value that a training score is not to pass.
+
+    Attributes:
+        side: +1 where it is not to be above, -1 where it is not to be below.
+        value: in the scorer's standard deviations, as scores are measured.
+        words: the bound in the score's own units, "above 7.5".
+    """
+
+    side: int
+    value: float
+    words: str
+
+    def share_beyond(self, values: np.ndarray) -> float:
+        """Of pictures [P, S]."""
+        return float((self.side * (values - self.value) > 0).mean())
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
     """What a slider does after `step` updates.
@@ -33,6 +52,7 @@ class Observation:
         statistics: those of `library.measurement.Measured` at weight -1 and at +1.
         base_statistics: those of `library.measurement.BasePictures`.
         held: training scores that are neither to rise nor to fall, and how far they may move, in the scorer's standard deviations.
+        beyond: of training scores with a bound: the bound in words, and the shares of pictures beyond it at the weights -1, 0 and +1.
         warnings: sentences that were not said before.
         stop: why training should stop now, or None.
     """
@@ -42,6 +62,7 @@ class Observation:
     statistics: Mapping[int, Mapping[str, float]]
     base_statistics: Mapping[str, float]
     held: Mapping[str, float] = field(default_factory=dict)
+    beyond: Mapping[str, tuple[str, tuple[float, ...]]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     stop: str | None = None
 
@@ -138,6 +159,7 @@ def observe(
     judge_names: Sequence[str],
     directions: np.ndarray,
     held: Mapping[str, float] | None = None,
+    bounds: Mapping[str, Bound] | None = None,
 ) -> Observation:
     """Put the measurements at +1 and -1 together. `directions` [P] as in `summarise_response`, `held` as in `Observation`."""
     rng = np.random.default_rng(0)
@@ -152,6 +174,10 @@ def observe(
         statistics={1: up.statistics, -1: down.statistics},
         base_statistics=base.statistics,
         held=held or {},
+        beyond={
+            name: (bound.words, tuple(bound.share_beyond(part.scores[name]) for part in (down, base, up)))
+            for name, bound in (bounds or {}).items()
+        },
     )
 
 

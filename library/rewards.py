@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.config import check_at_least, option
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
+from library.prompt_syntax import plain_text
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.heads import READOUTS
 from library.scorers.io import check_scorer_fits, load_scorer
@@ -180,7 +181,7 @@ class Goal:
             ascent: +1 where the whole reward is to rise, -1 where it is to fall [B]. The score is then the pessimistic one: mean minus
                 `pessimism` standard deviations where it is to rise, plus as many where it is to fall. None is the mean.
         """
-        texts = [prompt.prompt for prompt in prompts]
+        texts = [plain_text(prompt.prompt) for prompt in prompts]
         with torch.autocast(latents.device.type, enabled=False):  # half precision would round the gradient of a small change away
             latents, sigmas = latents.float(), sigmas.float()
             if ascent is None or not self.pessimism or not self.sign:

@@ -8,6 +8,7 @@ from typing import Any
 from library.observation import SIGNS, Observation
 
 CAPTION_LOSS = 0.10  # a yes-or-no judge may fall by this share of the pictures
+BEYOND_RISE = 0.10  # share of the pictures whose score has passed its limit
 CLIPPING_RISE = 0.05  # share of pixel values
 DIVERSITY_FLOOR = 0.7  # of the base model's RMS distance between seeds
 DIVERSITY_FLOORS = {"latent_diversity": DIVERSITY_FLOOR, "diversity": DIVERSITY_FLOOR**2}  # the second is a squared distance
@@ -19,7 +20,7 @@ FLAT_GAIN = 0.1  # standard deviations: less is no effect
 FLAT_LOOKS = 3  # looks without effect until that is said
 HARDLY_MOVED = 0.01  # relative change of the predictions
 # The complaints that speak against a slider whatever its score is about: stronger colours, for one, may be what was wanted.
-GAMING_MARKS = ("share of ", "held ", "clipping", "nyquist", "latent_nyquist", "diversity")
+GAMING_MARKS = ("share of ", "held ", "beyond ", "clipping", "nyquist", "latent_nyquist", "diversity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,13 @@ def complaints(observation: Observation) -> dict[str, str]:
             found[f"held {name}"] = (
                 f"step {step}: at weight {sign:+d} the score {name}, which is to be held within {limit:g} of its standard deviations, "
                 f"has moved by {moved:.2f}"
+            )
+    for name, (words, shares) in observation.beyond.items():
+        share, sign = max((shares[1 + sign], sign) for sign in SIGNS)
+        if share - shares[1] > BEYOND_RISE:
+            found[f"beyond {name}"] = (
+                f"step {step}: at weight {sign:+d} the score {name} of {share:.0%} of the pictures is {words}, its limit "
+                f"({shares[1]:.0%} without the slider)"
             )
     return found | _marks(observation)
 

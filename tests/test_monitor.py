@@ -303,3 +303,13 @@ def test_a_score_that_is_to_be_held_is_watched() -> None:
     held = Goal(scorer=scorer_for(model, WavyScorer), weight=0.0, limit=Limit("hold", 1e-4))
     monitor.reward = monitor.pictures.reward = Reward([*monitor.reward.goals, held])
     assert any("the score WavyScorer, which is to be held within 0.0001" in warning for warning in monitor.observe(50).warnings)
+
+
+def test_a_bound_that_is_passed_is_told_of() -> None:
+    monitor, model, _ = monitor_for(PROMPTS[:1])
+    for value, shares in ((-1e6, (1.0, 1.0, 1.0)), (1e6, (0.0, 0.0, 0.0))):
+        goal = Goal(scorer=scorer_for(model, WavyScorer), weight=0.0, limit=Limit("max", value))
+        monitor.reward = monitor.pictures.reward = Reward([*monitor.reward.goals[:1], goal])
+        monitor.pictures._base = None
+        seen = monitor.observe(50)
+        assert seen.beyond == {"WavyScorer": (f"above {value:g}", shares)}

@@ -70,6 +70,20 @@ def test_a_prompts_direction_does_not_reach_the_reward() -> None:
     assert torch.equal(first, second) and first.abs().min() > 0
 
 
+def test_a_scorer_is_told_the_prompt_without_its_syntax() -> None:
+    told: list[Sequence[str] | None] = []
+
+    class Listener(ChannelScorer):
+        def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+            told.append(prompts)
+            return super().score(latents, sigmas, cond, prompts)
+
+    listener = a_scorer(Listener)
+    prompts = [PromptSpec(prompt="a (red:1.3) [old] car BREAK at night"), PromptSpec(prompt=r"miku \(vocaloid\)")]
+    Reward([Goal(scorer=listener)])(some_latents(), torch.zeros(2), None, prompts)
+    assert told == [["a red old car at night", "miku (vocaloid)"]]
+
+
 @pytest.mark.parametrize(
     ("word", "limit"),
     [("none", None), ("hold=0.2", Limit("hold", 0.2)), ("max=7.5", Limit("max", 7.5)), ("min=-3", Limit("min", -3.0))],

@@ -5,7 +5,7 @@ import pytest
 
 from library.keep_best import merit
 from library.measurement import REWARD, BasePictures, Measured
-from library.observation import Observation, hack_index, observe
+from library.observation import Bound, Observation, hack_index, observe
 from library.verdict import Watch, complaints
 
 P, S = 6, 4
@@ -33,6 +33,7 @@ def seen(
     spread: float = 0.1,
     directions: np.ndarray | None = None,
     held: dict[str, tuple[float, float, float]] | None = None,
+    bounds: dict[str, Bound] | None = None,
     **statistics: float,
 ) -> Observation:
     """An observation in which scores gain as told at +1 and at -1 (above 0 is the right way), in within-prompt standard deviations.
@@ -41,6 +42,7 @@ def seen(
         shares: of yes-or-no judges: at -1, 0 and +1.
         spread: of the gain over pictures.
         held: scores that are to stay: their gains, in their own units, and the limit.
+        bounds: of the reward.
         statistics: at both signs, where they are not `HEALTHY`.
     """
     rng = np.random.default_rng(0)
@@ -69,6 +71,7 @@ def seen(
         [*(judges or {}), *(shares or {})],
         wanted,
         {name: limit for name, (_, _, limit) in (held or {}).items()},
+        bounds,
     )
 
 
@@ -149,6 +152,12 @@ def test_a_healthy_slider_has_nothing_to_complain_of() -> None:
         ({"score": (2.0, 0.0)}, "dead-1", "weight +1 moves the training score by 2.0 standard deviations and weight -1 does not"),
         ({"shares": {"obeyed": (1.0, 1.0, 0.75)}}, "share of obeyed", "obeyed holds for 25% of the pictures less"),
         ({"held": {"size": (0.1, 0.3, 0.2)}}, "held size", "at weight -1 the score size, which is to be held within 0.2"),
+        (
+            {"score": (2.0, 2.0), "bounds": {REWARD: Bound(1, 2.0, "above 7.5")}},
+            f"beyond {REWARD}",
+            "% of the pictures is above 7.5, its limit",
+        ),
+        ({"score": (2.0, 2.0), "bounds": {REWARD: Bound(-1, -2.0, "below 4")}}, f"beyond {REWARD}", "at weight -1 the score reward of"),
         ({"clipped": 0.2}, "clipping", "20% of the pixel values are clipped to black or white (1% without the slider)"),
         ({"saturation": 1.8}, "saturation", "1.8 times as strong"),
         ({"nyquist": 3.0}, "nyquist", "the finest detail in the pixels is 3.0 times"),
