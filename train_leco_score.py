@@ -2,7 +2,7 @@
 
     accelerate launch train_leco_score.py --config_file examples/shapes/slider.toml
 
-Trajectories of the prompts are denoised with the LoRA on. At every step, the latents that the next step leads to are scored, and
+Trajectories of the prompts are denoised with the LoRA on. At every step, the latents that the prediction leads to are scored, and
 the LoRA learns to make that score higher where its multiplier is positive and lower where it is negative, while staying near the
 frozen model. Independent judges watch; training stops when the slider is strong enough, or when the score is gamed, the best step is
 kept, and the strength at which weight 1 does what `calibrate` says is folded into alpha. Words (LECO), pictures and pairs of pictures

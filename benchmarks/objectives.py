@@ -10,7 +10,7 @@ drawings. An arm is one change of the defaults of BASE; finished runs are kept i
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ import numpy as np
 import torch
 
 from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_subset
-from benchmarks.slider_laboratory import BASE, MULTIPLIERS, Laboratory, Measured, crossing
+from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from examples.shapes.draw_pictures import write_prompts
+from library.objectives.score_config import ScoreConfig
 from library.statistics import bootstrap_means, linear_fit
 
+GROUPS = ("estimators", "shapes", "guards", "hackable")
 HACKABLE_PREFIX = "100 ratings, "
-ESTIMATORS = ("prev", "x0", "x0_renoise", "draft", "draft_lv", "direct_align", "guidance")
-SHAPES = ("hinge", "target", "softplus", "linear")
+ESTIMATORS = ("prev", "x0", "x0_renoise", "direct_align", "guidance", "draft", "draft_lv")
+SHAPES = ("hinge", "linear", "softplus", "target")
+DEFAULT = f"{ScoreConfig().score_estimator} + {ScoreConfig().reward_loss}"
 GUARDS: dict[str, dict[str, Any]] = {
     "no preservation": {"preserve_weight": 0.0},
     "no preservation, linear": {"preserve_weight": 0.0, "reward_loss": "linear"},
@@ -48,35 +51,36 @@ HACKABLE: dict[str, dict[str, Any]] = {
     "preserve 3 alone": {"reward_loss": "linear"},
     "stat_guard 1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "stat_guard": 1.0},
     "smoothing 0.1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "reward_smoothing": 0.1},
-    "defaults": {},
-    "defaults, preserve 1": {"preserve_weight": 1.0},
-    "defaults, stat_guard 0.1": {"stat_guard": 0.1},
-    "defaults, stat_guard 1": {"stat_guard": 1.0},
-    "defaults, smoothing 0.02": {"reward_smoothing": 0.02},
-    "defaults, smoothing 0.1": {"reward_smoothing": 0.1},
-    "defaults, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
-    "guidance": {"score_estimator": "guidance"},
-    "x0_renoise": {"score_estimator": "x0_renoise"},
+    "preserve 1": {"preserve_weight": 1.0},
+    "stat_guard 0.1": {"stat_guard": 0.1},
+    "stat_guard 1": {"stat_guard": 1.0},
+    "smoothing 0.02": {"reward_smoothing": 0.02},
+    "smoothing 0.1": {"reward_smoothing": 0.1},
+    "raw gradient": {"normalize_gradient": False},
+    "ensemble, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
 }
 
 
 def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Arms by name: settings that differ from the defaults."""
+    estimators = {f"{estimator} + hinge": {"score_estimator": estimator} for estimator in ESTIMATORS}
     found: dict[str, dict[str, Any]] = {}
     if "estimators" in groups:
-        found |= {f"{estimator} + hinge": {"score_estimator": estimator} for estimator in ESTIMATORS}
+        found |= estimators
     if "shapes" in groups:
-        for estimator in ESTIMATORS[:-1]:  # guidance has no shape
-            found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for shape in SHAPES[1:]}
-    if "hackable" in groups:
-        found |= {f"{HACKABLE_PREFIX}{name}": {"scorer": "few", **changes} for name, changes in HACKABLE.items()}
+        for shape in SHAPES[1:]:
+            shaped = [estimator for estimator in ESTIMATORS if estimator != "guidance"]  # which has no shape
+            found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for estimator in shaped}
     if "guards" in groups:
-        found |= {f"prev + hinge, {name}": changes for name, changes in GUARDS.items()}
+        found |= {f"{DEFAULT}, {name}": changes for name, changes in GUARDS.items()}
+    if "hackable" in groups:
+        few = estimators | {f"{DEFAULT}, {name}": changes for name, changes in HACKABLE.items()}
+        found |= {f"{HACKABLE_PREFIX}{name}": {"scorer": "few", **changes} for name, changes in few.items()}
     return found
 
 
-def prepare(folder: Path, score: str) -> dict[str, Path]:
-    """Drawings, prompts and scorers: the one that is trained on, one with an ensemble of four heads, and the judge."""
+def prepare(folder: Path, score: str, needed: Collection[str]) -> dict[str, Path]:
+    """Drawings, prompts and the needed scorers: "scorer", "ensemble" of four heads, "few" ratings, "few_ensemble", "judge"."""
     ratings, others = (
         drawn_pictures(folder / "pictures", 2000, score, seed=0),
         drawn_pictures(folder / "other_pictures", 2000, score, seed=1),
@@ -95,7 +99,7 @@ def prepare(folder: Path, score: str) -> dict[str, Path]:
     recipes |= {"few": (table, few), "few_ensemble": (table, {**few, "head_members": 4})}
     files = {name: folder / name / f"{name}.safetensors" for name in recipes}
     for name, (table, settings) in recipes.items():
-        if not files[name].is_file():
+        if name in needed and not files[name].is_file():
             train_scorer(
                 folder / name,
                 output_name=name,
@@ -117,6 +121,7 @@ def record(name: str, seed: int, run: Mapping[str, Any], measured: Measured) -> 
         "shown": measured.gains("shown").tolist(),
         "captions": measured.values["captions"].mean((0, 1)).tolist(),
         "diversity": measured.diversity,
+        "side effects": measured.side_effects().tolist(),
     }
 
 
@@ -126,17 +131,20 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = ["true", "judge", *(["shown"] if all("shown" in run for run in runs) else [])]
     pooled = {key: np.concatenate([np.array(run[key]) for run in runs], axis=1) for key in keys}  # [P, S * runs, M]
     gains = {key: bootstrap_means(values, rng) for key, values in pooled.items()}
-    cells = {f"{key} {MULTIPLIERS[place]:+g}": gains[key][place] for key in gains for place in (0, -1)}
+    cells = {f"{key} {MULTIPLIERS[place]:+g}": gains[key][place] for key in gains for place in (MINUS, PLUS)}
     curves = [np.array(run["true"]).mean((0, 1)) for run in runs]
+    beside = [value for run, curve in zip(runs, curves, strict=True) for value in side_effects_at(curve, run["side effects"], 1.0)]
+    known = [value for value in beside if value is not None]
     reached = [crossing(run["curve"], 1.0, 0) for run in runs]
     seconds = [crossing(run["curve"], 1.0, 1) for run in runs]
     return {
         "arm": name,
         "seeds": len(runs),
         **{key: [value.value, value.low, value.high] for key, value in cells.items()},
-        "spread of true +1": float(np.std([curve[-1] for curve in curves])),
-        "captions": np.mean([run["captions"] for run in runs], axis=0)[[0, BASE, -1]].tolist(),
-        "diversity": np.mean([run["diversity"] for run in runs], axis=0)[[0, -1]].tolist(),
+        "spread of true +1": float(np.std([curve[PLUS] for curve in curves])),
+        "captions": np.mean([run["captions"] for run in runs], axis=0)[[MINUS, BASE, PLUS]].tolist(),
+        "diversity": np.mean([run["diversity"] for run in runs], axis=0)[[MINUS, PLUS]].tolist(),
+        "side effects": float(np.mean(known)) if len(known) == len(beside) else None,
         "r2": float(np.mean([linear_fit(np.array(MULTIPLIERS), curve)[1] for curve in curves])),
         "evaluations to +1": None if None in reached else float(np.mean([value for value in reached if value is not None])),
         "seconds to +1": None if None in seconds else float(np.mean([value for value in seconds if value is not None])),
@@ -144,6 +152,19 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "updates": float(np.mean([run["updates"] for run in runs])),
         "evaluations": float(np.mean([run["evaluations"] for run in runs])),
     }
+
+
+def side_effects_at(gains: np.ndarray, effects: Sequence[float], level: float) -> list[float | None]:
+    """Side effects at the two multipliers where the true gain is -level and +level; None where it is not reached.
+
+    Sliders of different strength are compared at the same gain, as calibration would ship them.
+    """
+    found: list[float | None] = []
+    for step in (-1, 1):
+        places = [BASE + step * count for count in range(BASE + 1)]
+        points = [(effects[place], step * gains[place]) for place in places]
+        found.append(crossing(points, level, 0))
+    return found
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -160,8 +181,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     lines = [
         f"| arm | {key} gain at -1 | {key} gain at +1 | judge at -1 / +1 | captions -1 / 0 / +1 | diversity -1 / +1 | R2 "
-        "| U-Net evaluations to +1 std | CPU seconds | updates | seeds |",
-        "|" + "---|" * 11,
+        "| side effects at 1 std | U-Net evaluations to +1 std | CPU seconds | updates | seeds |",
+        "|" + "---|" * 12,
     ]
     for entry in rows:
         low, high = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry[f"{key} {sign}"]) for sign in ("-1", "+1"))
@@ -180,6 +201,7 @@ def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
             captions,
             diversity,
             f"{entry['r2']:.3f}",
+            "-" if entry["side effects"] is None else f"{entry['side effects']:.2f}",
             cost,
             f"{entry['updates']:.0f}",
             str(entry["seeds"]),
@@ -203,9 +225,7 @@ def collect(runs_file: Path, results: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--score", default="size")
-    parser.add_argument(
-        "--groups", nargs="+", default=["estimators", "shapes", "guards"], choices=["estimators", "shapes", "guards", "hackable"]
-    )
+    parser.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS)
     parser.add_argument("--arms", nargs="+", help="only these, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=4800, help="U-Net evaluations of a run")
@@ -216,13 +236,13 @@ def main() -> None:
     folder: Path = args.output_dir / args.score
     runs_file, results = folder / "runs.jsonl", args.results or ROOT / "benchmarks" / "results" / f"objectives_{args.score}"
     if not args.collect:
-        files = prepare(folder, args.score)
+        wanted = {name: changes for name, changes in arms(args.groups).items() if not args.arms or name in args.arms}
+        files = prepare(folder, args.score, {"judge"} | {changes.get("scorer", "scorer") for changes in wanted.values()})
         torch.set_num_threads(1)
         pictures = folder / "pictures"
         laboratory = Laboratory(args.score, files["judge"], pictures / "prompts.txt", pictures / "held_out_prompts.txt")
         finished = [json.loads(line) for line in runs_file.read_text(encoding="utf-8").splitlines()] if runs_file.is_file() else []
         done = {(run["arm"], run["seed"]) for run in finished}
-        wanted = {name: changes for name, changes in arms(args.groups).items() if not args.arms or name in args.arms}
         for seed in args.seeds:
             for name, changes in wanted.items():
                 if (name, seed) in done:
@@ -233,7 +253,8 @@ def main() -> None:
                     file.write(json.dumps(record(name, seed, run, measured)) + "\n")
                 gains = measured.gains("true").mean((0, 1))
                 print(
-                    f"{name} seed {seed}: {gains[0]:+.2f} / {gains[-1]:+.2f}, {run['updates']} updates, {run['seconds']:.0f} s", flush=True
+                    f"{name} seed {seed}: {gains[MINUS]:+.2f} / {gains[PLUS]:+.2f}, {run['updates']} updates, {run['seconds']:.0f} s",
+                    flush=True,
                 )
     collect(runs_file, results)
 

@@ -1,19 +1,22 @@
 """Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
 
-    python -m benchmarks.proofs calibration hacking opposites two_scores leco early_stop
+    python -m benchmarks.proofs calibration hacking opposites two_scores leco early_stop text_free
 
 calibration  five scores: what the file promises of weight +1 against the true gain on prompts that training never saw
-hacking      a scorer that was taught to love a stain, with and without the guards, watched by independent judges
+hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
 leco         a prompt file of sd-scripts, alone and mixed with a score
 early_stop   a run that would have ended worse, with and without judges
+text_free    a slider that learned on pictures without captions
 Every run is train_leco_score.py's own, with the settings of examples/shapes/slider.toml where none are named. Gains are in within-prompt
 standard deviations of the base model, by functions of pixels, on held-out prompts.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +80,9 @@ def slider(name: str, **changes: Any) -> Path:
 
 
 def measure(
-    path: Path, judges: Sequence[str], prompts_file: Path, multipliers: Sequence[float] = (-1.0, 1.0), count: int = 16
+    path: Path, judges: Sequence[str], prompts_file: Path, multipliers: Sequence[float] = (-1.0, 1.0), count: int = 16, seeds: int = 4
 ) -> SliderEvaluation:
-    """What a slider does on `count` prompts with 4 seeds each, by judges; kept beside it."""
+    """What a slider does on `count` prompts with so many seeds each, by judges; kept beside it."""
     kept = path.with_name(f"measured_{prompts_file.stem}.json")
     if kept.is_file():
         return SliderEvaluation.from_dict(json.loads(kept.read_text(encoding="utf-8")))
@@ -91,7 +94,7 @@ def measure(
         model,
         network,
         found,
-        [[50_000 + 4 * row + seed for seed in range(4)] for row in range(len(found))],
+        [[50_000 + seeds * row + seed for seed in range(seeds)] for row in range(len(found))],
         multipliers,
         {},
         {name.rpartition(":")[2]: load_judge(name) for name in judges},
@@ -115,13 +118,17 @@ def share(evaluation: SliderEvaluation, multiplier: float) -> float:
     return evaluation.responses["caption_obeyed"].means[evaluation.multipliers.index(multiplier)].value
 
 
+# The unit and the gain are both measured; many prompts make both firm.
+SURE = {"num_eval_prompts": 16, "eval_seeds_per_prompt": 3, "num_calibration_prompts": 128}
+
+
 def calibration() -> list[Row]:
     rows = []
     for score in ("brightness", "size", "warmth", "contrast", "centredness"):
-        path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40)
+        path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40, **SURE)
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)
-        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=64)
+        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=128, seeds=3)
         rows.append(
             {"run": score, "promised": 1.0, **ends(measured, score), "r2": measured.responses[score].r2, "card": card["description"]}
         )
@@ -213,6 +220,31 @@ def two_scores() -> list[Row]:
     return rows
 
 
+def text_free() -> list[Row]:
+    """A slider that learned on pictures without captions, and the same on written prompts."""
+    clip, adapter = OUTPUT / "clip", OUTPUT / "text_free" / "adapter.safetensors"
+    rated = scorer("brightness")
+    pictures = drawn_pictures(OUTPUT / "pictures_brightness_0", 2000, "brightness", 0).parent / "images"
+    if not (clip / "captions.txt").is_file():
+        run("-m", "examples.shapes.train_clip", "--output_dir", clip)
+    if not adapter.is_file():
+        files = ["--pretrained_model_name_or_path", MODEL, "--clip_model", clip, "--prompts_file", clip / "captions.txt"]
+        files += ["--pictures", pictures, "--num_pictures", 500, "--output", adapter, "--num_threads", 1]
+        recipe = ["--adapter_width", 256, "--max_train_steps", 200, "--learning_rate", 5e-4, "--guidance_scale", 3]
+        run("tools/train_image_prompt_adapter.py", *files, *recipe)
+    seen = {"image_prompts": str(pictures), "image_prompt_limit": 500, "image_prompt_adapter": str(adapter), "clip_model": str(clip)}
+    rows = []
+    for name, changes in {"pictures without captions": seen, "written prompts": {}}.items():
+        path = slider(f"text_free_{name.partition(' ')[0]}", scorer=[str(rated)], **PLAIN, **changes)
+        rows.append({"run": name, **ends(measure(path, [judge_name("brightness"), CAPTIONS], prompts()[1]), "brightness")})
+    return rows
+
+
+def run(*words: object) -> None:
+    """Another program of the repository, with this Python."""
+    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT)
+
+
 LECO_FILE = """# As in the documentation of sd-scripts' train_leco.py: a slider in words.
 [[targets]]
 target_class = "{target}"
@@ -278,6 +310,7 @@ PROOFS: dict[str, Callable[[], list[Row]]] = {
     "two_scores": two_scores,
     "leco": leco,
     "early_stop": early_stop,
+    "text_free": text_free,
 }
 
 

@@ -34,8 +34,9 @@ from library.statistics import within_prompt_std
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
-MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-BASE = MULTIPLIERS.index(0.0)
+MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+BASE, MINUS, PLUS = (MULTIPLIERS.index(value) for value in (0.0, -1.0, 1.0))
+OTHER = "other "  # before the name of a true score that was not trained
 SIZE = (64, 64)
 SAMPLING: dict[str, Any] = {"num_steps": 20, "guidance_scale": 3.0, "resolution": SIZE, "batch_size": 48}
 
@@ -59,6 +60,11 @@ class Measured:
         values = self.values[name]
         return (values - values[:, :, BASE : BASE + 1]) / within_prompt_std(values[:, :, BASE])
 
+    def side_effects(self) -> np.ndarray:
+        """How far the true scores that were not trained have moved [M]: RMS of their gains over pairs and scores."""
+        moved = [self.gains(name) for name in self.values if name.startswith(OTHER)]
+        return np.sqrt(np.square(moved).mean((0, 1, 2)))
+
 
 class Laboratory:
     """Args:
@@ -70,6 +76,7 @@ class Laboratory:
         self.model = load_model(str(MODEL)).freeze()
         self.encoder = PromptEncoder(self.model)
         self.true_score, self.judge = SCORES[score], load_scorer(judge)
+        self.other_scores = {f"{OTHER}{name}": function for name, function in SCORES.items() if name != score}
         self.prompts, self.prompts_file = load_prompts(prompts), str(prompts)
         self.eval_prompts = spread(load_prompts(held_out), num_prompts)
         self.num_seeds = num_seeds
@@ -126,7 +133,7 @@ class Laboratory:
             spent += time.process_time() - started
             network.eval()
             measured = self.measure(network)
-            curve.append((evaluations, spent, float(measured.gains("true")[:, :, -1].mean())))
+            curve.append((evaluations, spent, float(measured.gains("true")[:, :, PLUS].mean())))
         finally:
             network.remove()
         return {"updates": updates, "evaluations": evaluations, "seconds": spent, "curve": curve}, measured
@@ -165,6 +172,7 @@ class Laboratory:
             "judge": scorer_on(self.judge, latents),
             "captions": caption_obeyed(pixels, texts),
         }
+        found |= {name: function(pixels) for name, function in self.other_scores.items()}
         found["shown"] = found["true"] * found["captions"]  # a picture that is no longer what was asked for is worth nothing
         diversity = float(np.mean([rms_diversity(group) for group in pixels.unflatten(0, shape)]))
         return {name: value.double().numpy().reshape(shape) for name, value in found.items()}, diversity

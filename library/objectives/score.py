@@ -1,4 +1,4 @@
-"""The LECO-score step: move the LoRA so that the latents which the next step leads to score higher.
+"""The LECO-score step: move the LoRA so that the latents which its prediction leads to score higher.
 
 One U-Net call with gradient predicts the noise of the conditional branch; the unconditional branch and the frozen model
 are predicted in one call without. An estimator says which latents the guided prediction leads to. The score's gradient is

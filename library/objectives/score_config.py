@@ -22,7 +22,7 @@ class ScoreConfig:
     """What is scored, how the score becomes a loss, and what holds the model in place."""
 
     score_estimator: str = option(
-        "prev",
+        "x0_renoise",
         choices=("prev", "x0", "x0_renoise", "draft", "draft_lv", "direct_align", "guidance"),  # the keys of ESTIMATORS, below
         help="Latents to score: prev, the next step's; x0, the clean latents foreseen; x0_renoise, those noised anew; draft, the "
         "finished picture through the last draft_steps; draft_lv, finished pictures' last step; direct_align, noised finished pictures; "
