@@ -133,7 +133,7 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     gains = {key: bootstrap_means(values, rng) for key, values in pooled.items()}
     cells = {f"{key} {MULTIPLIERS[place]:+g}": gains[key][place] for key in gains for place in (MINUS, PLUS)}
     curves = [np.array(run["true"]).mean((0, 1)) for run in runs]
-    beside = [value for run, curve in zip(runs, curves, strict=True) for value in side_effects_at(curve, run["side effects"], 1.0)]
+    beside = [side_effects_at(curve, run["side effects"], 1.0) for run, curve in zip(runs, curves, strict=True)]
     known = [value for value in beside if value is not None]
     reached = [crossing(run["curve"], 1.0, 0) for run in runs]
     seconds = [crossing(run["curve"], 1.0, 1) for run in runs]
@@ -144,7 +144,7 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread of true +1": float(np.std([curve[PLUS] for curve in curves])),
         "captions": np.mean([run["captions"] for run in runs], axis=0)[[MINUS, BASE, PLUS]].tolist(),
         "diversity": np.mean([run["diversity"] for run in runs], axis=0)[[MINUS, PLUS]].tolist(),
-        "side effects": float(np.mean(known)) if len(known) == len(beside) else None,
+        "side effects": [float(np.mean(known)), min(known), max(known)] if len(known) == len(beside) else None,
         "r2": float(np.mean([linear_fit(np.array(MULTIPLIERS), curve)[1] for curve in curves])),
         "evaluations to +1": None if None in reached else float(np.mean([value for value in reached if value is not None])),
         "seconds to +1": None if None in seconds else float(np.mean([value for value in seconds if value is not None])),
@@ -154,17 +154,17 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def side_effects_at(gains: np.ndarray, effects: Sequence[float], level: float) -> list[float | None]:
-    """Side effects at the two multipliers where the true gain is -level and +level; None where it is not reached.
+def side_effects_at(gains: np.ndarray, effects: Sequence[float], level: float) -> float | None:
+    """Side effects where the true gain is -level and where it is +level, the mean of the two; None where one is not reached.
 
     Sliders of different strength are compared at the same gain, as calibration would ship them.
     """
-    found: list[float | None] = []
+    found = []
     for step in (-1, 1):
         places = [BASE + step * count for count in range(BASE + 1)]
-        points = [(effects[place], step * gains[place]) for place in places]
-        found.append(crossing(points, level, 0))
-    return found
+        found.append(crossing([(effects[place], step * gains[place]) for place in places], level, 0))
+    low, high = found
+    return None if low is None or high is None else (low + high) / 2
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -201,7 +201,7 @@ def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
             captions,
             diversity,
             f"{entry['r2']:.3f}",
-            "-" if entry["side effects"] is None else f"{entry['side effects']:.2f}",
+            "-" if entry["side effects"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*entry["side effects"]),
             cost,
             f"{entry['updates']:.0f}",
             str(entry["seeds"]),

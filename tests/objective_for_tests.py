@@ -65,7 +65,7 @@ def make_stage(
     Args:
         strength: standard deviation of the LoRA's up weights; at 0 it does nothing yet.
         std: of the scorer; its score in standard deviations stays what it is.
-        settings: of ScoreConfig.
+        settings: of ScoreConfig. The estimator is prev, whose gain is that of one step.
     """
     model = model or tiny_model(kind)
     network = network or lora_for(model, strength)
@@ -77,7 +77,7 @@ def make_stage(
         sampler=sampler,
         draft_steps=draft_steps,
     )
-    config = ScoreConfig(**settings)
+    config = ScoreConfig(**{"score_estimator": "prev", **settings})
     rollout_class = SCORE_ROLLOUTS[ESTIMATORS[config.score_estimator](config).rollout or "belt"]
     belt = rollout_class(model, network, prompts, PromptEncoder(model, network), rollout, torch.Generator().manual_seed(seed))
     reward = Reward([Goal(scorer=scorer_for(model, scorer, std=std))])

@@ -59,7 +59,9 @@ def objective_for(
 ) -> tuple[Belt, ScoreObjective]:
     rollout = RolloutConfig(prompts_file="-", train_batch_size=4, max_denoising_steps=6, leco_denoise_guidance_scale=guidance)
     belt = Belt(model, network, [RED, BLUE], PromptEncoder(model, network), rollout, torch.Generator().manual_seed(0))
-    return belt, ScoreObjective(model, network, Reward([Goal(scorer=scorer)]), ScoreConfig(**settings), belt.solver, 6)
+    return belt, ScoreObjective(
+        model, network, Reward([Goal(scorer=scorer)]), ScoreConfig(**{"score_estimator": "prev", **settings}), belt.solver, 6
+    )
 
 
 def test_gradients_differ_by_prompt() -> None:

@@ -38,7 +38,10 @@ class ScoreConfig:
         5.0,
         help="Gain over the frozen model at which hinge and softplus stop, over a whole trajectory, in the score's standard deviations.",
     )
-    reward_target: float = option(1.0, help="With reward_loss target: the gain at multiplier 1, in the same unit.")
+    reward_target: float = option(
+        3.0,
+        help="With reward_loss target: the gain at multiplier 1, in the same unit, if every step's gain lasted; a third of it does.",
+    )
     reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.")
     reward_smoothing: float = option(
         0.0, help="Take the score's gradient this far to the worse side, relative to the latents' size (try 0.02): against sharp peaks."
