@@ -1,8 +1,9 @@
 """Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
 
-    python -m benchmarks.proofs calibration hacking opposites two_scores leco early_stop text_free
+    python -m benchmarks.proofs calibration hard_calibration hacking opposites two_scores leco early_stop text_free
 
-calibration  five scores: what the file promises of weight +1 against the true gain on prompts that training never saw
+calibration  three scores: what the file promises of weight +1 against the true gain on prompts that training never saw
+hard_calibration  the same of two that a scorer learns less well
 hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
@@ -122,9 +123,9 @@ def share(evaluation: SliderEvaluation, multiplier: float) -> float:
 SURE = {"num_eval_prompts": 16, "eval_seeds_per_prompt": 3, "num_calibration_prompts": 128}
 
 
-def calibration() -> list[Row]:
+def calibration(scores: Sequence[str] = ("brightness", "size", "warmth")) -> list[Row]:
     rows = []
-    for score in ("brightness", "size", "warmth", "contrast", "centredness"):
+    for score in scores:
         path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40, **SURE)
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)
@@ -268,7 +269,7 @@ def leco() -> list[Row]:
     bright = {"scorer": [str(scorer("brightness"))]}
     rows = []
     for name, changes in {
-        "words: size": {"prompts_file": str(folder / "size.toml"), "objective": ["leco"]},
+        "words: size": {"prompts_file": str(folder / "size.toml"), "objective": ["leco"], "scorer": []},
         "score: brightness": bright,
         "both": {**words, **bright, "objective": ["score", "leco"]},
     }.items():
@@ -305,6 +306,7 @@ def _sized(text: str, word: str) -> str:
 
 PROOFS: dict[str, Callable[[], list[Row]]] = {
     "calibration": calibration,
+    "hard_calibration": lambda: calibration(("contrast", "centredness")),
     "hacking": hacking,
     "opposites": opposites,
     "two_scores": two_scores,
