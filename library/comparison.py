@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from library.findings import ends
-from library.observation import hack_index
+from library.observation import hack_index, share_kept
 from library.response_curve import CurveSummary, curve_of, summarise_curve
 from library.slider_evaluation import SliderEvaluation
 from library.statistics import Interval, Response, nan_to_none, paired_difference
@@ -116,7 +116,10 @@ def _hack_index(evaluation: SliderEvaluation) -> float | None:
     def gain(role: str, place: int) -> float:
         return float(np.sign(place - zero) * np.mean([response.gains_std[place].value for response in by_role[role]]))
 
-    return max(hack_index(gain("scorer", place), gain("judge", place)) for place in ends(evaluation) if place != zero)
+    def index(place: int) -> float:
+        return hack_index(gain("scorer", place), gain("judge", place), share_kept(evaluation.responses.values(), place, zero))
+
+    return max(index(place) for place in ends(evaluation) if place != zero)
 
 
 def _signed(interval: Interval) -> str:

@@ -1,7 +1,7 @@
 """One look at a slider while it trains: gains at +1 and -1 with intervals, what the judges say, and how far the two are apart."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,14 +14,25 @@ WEIGHTS = (-1.0, 0.0, 1.0)  # the multipliers of the responses of an observation
 FIRM_GAIN = 0.5  # within-prompt standard deviations; a score that moved less is not yet worth a ratio
 
 
-def hack_index(score_gain: float, judge_gain: float) -> float:
-    """The share of the training score's gain that the judges do not see: (score - judge) / score.
+def hack_index(score_gain: float, judge_gain: float, kept: float = 1.0) -> float:
+    """The share of the training score's gain that the judges do not see: (score - kept * judge) / score.
 
     0: the judges gain as much. 1: they do not move. 2: they lose what the score gains. Below 0: they gain more. A score that gained less
     than `FIRM_GAIN` is divided by that instead, so that the index is finite, and 0 at the start. Gains are in within-prompt standard
     deviations, in the wanted direction.
+
+    Args:
+        kept: the share of the pictures that still show what was asked for (`share_kept`). What judges gain on the others is no gain: a
+            judge is taken in by pictures such as nobody has ever rated.
     """
-    return (score_gain - judge_gain) / max(score_gain, FIRM_GAIN)
+    return (score_gain - judge_gain * (kept if judge_gain > 0 else 1.0)) / max(score_gain, FIRM_GAIN)
+
+
+def share_kept(judges: Iterable[Response], place: int, base: int) -> float:
+    """How many pictures the strictest yes-or-no judge says yes to at the weight in `place`, over those at the weight in `base`; at most 1,
+    and 1 without such judges."""
+    means = [judge.means for judge in judges if judge.is_share and judge.means[base].value > 0]
+    return min([mean[place].value / mean[base].value for mean in means] + [1.0])
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ class Observation:
 
     def hack_index_at(self, sign: int) -> float | None:
         score, judge = self.score_gain(sign).value, self.judge_gain(sign)
-        return None if judge is None or math.isnan(score) else hack_index(score, judge)
+        kept = share_kept(self.share_judges, 1 + sign, 1)
+        return None if judge is None or math.isnan(score) else hack_index(score, judge, kept)
 
     @property
     def hack_index(self) -> float | None:

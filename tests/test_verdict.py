@@ -99,6 +99,15 @@ def test_hack_index(score: float, judge: float, index: float) -> None:
     assert hack_index(score, judge) == pytest.approx(index)
 
 
+def test_what_judges_gain_on_pictures_that_were_lost_is_no_gain() -> None:
+    assert hack_index(2.0, 4.0, 0.25) == pytest.approx(0.5)
+    assert hack_index(2.0, -1.0, 0.25) == pytest.approx(1.5)  # a loss stays one
+    whole = {"score": (2.0, 2.0), "judges": {"a": (3.0, 2.0)}}
+    assert seen(**whole).hack_index == pytest.approx(0)
+    lost = seen(**whole, shares={"obeyed": (1.0, 0.8, 0.2), "sharp": (1.0, 1.0, 0.9)})  # 0.2 of 0.8 at +1; more than before counts as all
+    assert lost.hack_index_at(1) == pytest.approx((2 - 0.25 * 3) / 2, abs=0.05) and lost.hack_index_at(-1) == pytest.approx(0)
+
+
 def test_gains_are_in_standard_deviations_and_in_the_wanted_direction() -> None:
     directions = np.array([1.0, -1.0] * 3)
     observation = seen(score=(1.5, 0.5), judges={"a": (1.0, 0.2), "b": (0.0, -0.4)}, directions=directions)
@@ -120,7 +129,7 @@ def test_the_metrics_are_flat_numbers() -> None:
         "judge/obeyed/share_at_+1": 0.5,
         "judge/obeyed/share_at_-1": 0.75,
         "judge/obeyed/share_of_base": 1.0,
-        "hack_index": 0.6,
+        "hack_index": 0.7,  # at -1: 0.75 of the judge's 0.2 is left of the score's 0.5
         "saturation_at_+1": 1.1,
         "eps_distance_at_-1": 0.1,
     }
