@@ -190,15 +190,13 @@ def opposites() -> list[Row]:
     """One file with "large" at +1 and "small" at -1: at weight +1 what is to be large is larger, and what is to be small is smaller."""
     folder = OUTPUT / "opposites"
     folder.mkdir(parents=True, exist_ok=True)
-    train_prompts, held_out = (load_prompts(path) for path in prompts())
-    plain = [prompt.prompt for prompt in train_prompts if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
+    plain, plain_held_out = (plain_prompts(path) for path in prompts())
     file, files = folder / "prompts.txt", {}
     lines = [f"{_sized(text, word)} --direction {sign}" for text in plain[:64] for word, sign in (("large", 1), ("small", -1))]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plain = [prompt.prompt for prompt in held_out if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
     for word in ("large", "small"):
         files[word] = folder / f"held_out_{word}.txt"
-        files[word].write_text("\n".join(_sized(text, word) for text in plain[:16]) + "\n", encoding="utf-8")
+        files[word].write_text("\n".join(_sized(text, word) for text in plain_held_out[:16]) + "\n", encoding="utf-8")
     path = slider("opposites", scorer=[str(scorer("size"))], prompts_file=str(file), **PLAIN)
     rows = []
     for word, held in files.items():
@@ -251,7 +249,7 @@ LECO_FILE = """# As in the documentation of sd-scripts' train_leco.py: a slider 
 target_class = "{target}"
 positive = "{positive}"
 negative = "{negative}"
-guidance_scale = 2.0
+guidance_scale = 1.5
 resolution = 64
 multiplier = 1.0
 weight = 1.0
@@ -259,24 +257,35 @@ weight = 1.0
 
 
 def leco() -> list[Row]:
-    """A slider from words alone (small against large), from a score alone, and from both at once."""
+    """A slider from words alone (small against large), from a score alone, and from both at once, on the same prompts.
+
+    The score's preserve_weight of 3 holds the model against the words, too, so the words are given a weight of 4 beside it.
+    """
     folder = OUTPUT / "leco"
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = ("circle", "square", "triangle", "star")
-    text = "\n".join(LECO_FILE.format(target=f"a {s}", positive=f"a large {s}", negative=f"a small {s}") for s in shapes)
-    (folder / "size.toml").write_text(text, encoding="utf-8")
+    seen, held_out = folder / "prompts.txt", folder / "held_out.txt"
+    texts, others = (plain_prompts(path) for path in prompts())
+    seen.write_text("\n".join(texts[:24]) + "\n", encoding="utf-8")
+    held_out.write_text("\n".join(others[:16]) + "\n", encoding="utf-8")
+    settings = [LECO_FILE.format(target=text, positive=_sized(text, "large"), negative=_sized(text, "small")) for text in texts[:24]]
+    (folder / "size.toml").write_text("\n".join(settings), encoding="utf-8")
     words = {"leco_prompts_file": str(folder / "size.toml")}
-    bright = {"scorer": [str(scorer("brightness"))]}
+    bright = {"scorer": [str(scorer("brightness"))], "prompts_file": str(seen)}
     rows = []
     for name, changes in {
         "words: size": {"prompts_file": str(folder / "size.toml"), "objective": ["leco"], "scorer": []},
         "score: brightness": bright,
-        "both": {**words, **bright, "objective": ["score", "leco"]},
+        "both": {**words, **bright, "objective": ["score", "leco"], "leco_weight": 4.0},
     }.items():
         path = slider(f"leco_{name.replace(': ', '_')}", **PLAIN, **changes)
-        measured = measure(path, [judge_name("size"), judge_name("brightness"), CAPTIONS], prompts()[1])
+        measured = measure(path, [judge_name("size"), judge_name("brightness"), CAPTIONS], held_out)
         rows.append({"run": name, "raised": "size", "other": "brightness", **ends(measured, "size"), **other_ends(measured, "brightness")})
     return rows
+
+
+def plain_prompts(path: Path) -> list[str]:
+    """Those of a file that say nothing of size."""
+    return [prompt.prompt for prompt in load_prompts(path) if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
 
 
 def ends(measured: SliderEvaluation, score: str) -> Row:
