@@ -174,12 +174,15 @@ def hacking() -> list[Row]:
 
 
 def early_stop() -> list[Row]:
-    """The unguarded run again; now judges may stop it and choose its step."""
+    """The unguarded run again; now judges may choose its step, and it may stop once it is strong enough."""
     score, rows = "size", []
     judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
     watched = {**UNGUARDED, "keep_best": True, "early_stop_patience": 3}
-    for name, changes in {"without guards": UNGUARDED, "stopped and turned back by judges": watched}.items():
-        folder = "hacking_without_guards" if changes is UNGUARDED else "early_stop"
+    for name, (folder, changes) in {
+        "without guards": ("hacking_without_guards", UNGUARDED),
+        "best step kept by judges": ("early_stop", watched),
+        "stopped at a gain of 1.3, best step kept": ("early_stop_gain", {**watched, "early_stop_gain": 1.3}),
+    }.items():
         path = slider(folder, scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
         rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
