@@ -27,6 +27,7 @@ FLAT_RUN = 0.1  # within-prompt standard deviations: a run that is to gain less 
 FLAT_GAIN = 1e-6  # standard deviations: the rounding of a step's gain
 FLAT_GRADIENT = 1e-7  # standard deviations of the score per unit of a latent
 LOSS_SCALE = 2.0**12  # small gradients underflow in fp16
+LASTING = 0.6  # of the prediction was there at the end of the runs that it was compared with (docs/experiments.md)
 EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed by its own size
 
 
@@ -90,8 +91,8 @@ class RewardCheck:
         ]
         if not math.isnan(self.predicted):
             lines.append(
-                f"predicted after {self.num_steps} steps: about {self.predicted:.1f} within-prompt standard deviations at weight 1, if "
-                "gains add up (they do so less and less); what the run measures counts"
+                f"predicted after {self.num_steps} steps: {LASTING * self.predicted:.1f} to {self.predicted:.1f} within-prompt standard "
+                "deviations at weight 1; the more if all gains add up, which they do less and less; what the run measures counts"
             )
         verdict = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
         return "\n".join([*lines, "", *verdict])

@@ -62,6 +62,7 @@ def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
     assert report.gain_up > 0 and report.gain_down > 0 and report.drift > 0 and report.predicted > 0
     assert [one.sigma for one in report.probes] == sorted((one.sigma for one in report.probes), reverse=True)
     assert "the reward can be trained" in str(report) and "score" in report.norms
+    assert f"{0.6 * report.predicted:.1f} to {report.predicted:.1f} within-prompt" in str(report)
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
