@@ -5,7 +5,7 @@
 
 Every arm trains from the same learned scorer with the same budget of U-Net evaluations (a backward counts as two). Gains are in
 within-prompt standard deviations of the base model over held-out prompts. The judge is another kind of scorer, trained on other
-drawings. An arm is one change of the defaults of BASE; finished runs are kept in output_dir/runs.jsonl and not made again.
+drawings. An arm is a change of ScoreConfig's defaults; finished runs are kept in output_dir/runs.jsonl and not made again.
 """
 
 import argparse
