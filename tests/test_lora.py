@@ -412,7 +412,8 @@ def test_max_norm_shrinks_only_what_is_too_long() -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("options", [{}, {"conv_dim": "2", "conv_alpha": "3"}])
 def test_saved_reloaded_and_merged_it_is_the_applied_network(family: str, options: dict[str, str], tmp_path: Path) -> None:
-    """Merged weights give the applied network's output to 5e-4 (float32 sums in another order); the LoRA changes it by 0.1 and more."""
+    """The LoRA changes the output by 0.1 and more. Reloaded it gives the same to 1e-4: a network without gradients may run other Linear
+    kernels (oneDNN; up to 4e-5 was seen). Merged, to 5e-4: float32 sums in another order."""
     model = tiny_model(family)
     call = _call(model)
     plain = call()
@@ -431,7 +432,7 @@ def test_saved_reloaded_and_merged_it_is_the_applied_network(family: str, option
     assert all(torch.equal(value, saved[key]) for key, value in loaded.state_dict().items())
     assert loaded.get_trainable_params() == []
     loaded.apply_to(model.text_encoders, model.unet)
-    assert torch.equal(call(), applied)
+    torch.testing.assert_close(call(), applied, atol=1e-4, rtol=0)
     loaded.remove()
 
     merging, _ = create_network_from_weights(0.8, None, None, model.text_encoders, model.unet, weights_sd=weights)

@@ -1,5 +1,6 @@
 """The score as a term of training, for every estimator: what it costs, what it trains, that it resumes, and whole runs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,12 @@ def test_text_encoders_are_trained_too(estimator: str, kind: str) -> None:
     # SDXL does not read its first text encoder's last layer
     unread = {name for name in gradients if kind == "sdxl" and name.startswith("lora_te1_text_model_encoder_layers_2_")}
     assert unread == {name for name, gradient in gradients.items() if gradient is None}
+    # Self-attention among one token is 1 whatever its query and key are: there their gradient is 0 by mathematics, and what is computed is
+    # rounding. At 64 pixels the tiny SDXL has one token in every block, the tiny SD1 in all but its first ones.
+    one_token = {name for name in gradients if re.search(r"lora_unet_.*_attn1_to_[qk]$", name)}
     for name, gradient in gradients.items():
-        assert gradient is None or (torch.isfinite(gradient).all() and gradient.abs().max() > 0), name
+        assert gradient is None or torch.isfinite(gradient).all(), name
+        assert gradient is None or name in one_token or gradient.abs().max() > 0, name
 
 
 def test_paired_signs_with_text_encoders_are_refused() -> None:
@@ -167,5 +172,6 @@ def test_training_runs(estimator: str, reward_loss: str, workplace: Path, tmp_pa
     numbers = {
         name: [float(record[name] or 0) for record in records] for name in ("loss", "reward", "gain_per_step", "eps_drift", "grad_norm")
     }
-    assert numbers["eps_drift"][1] > 0 == numbers["eps_drift"][0]
+    # An untrained LoRA does nothing; but the frozen model's rows stand in another batch, for which other kernels may run: 1e-6 of a drift.
+    assert numbers["eps_drift"][1] > 10 * numbers["eps_drift"][0] and numbers["eps_drift"][0] < 2e-6
     assert numbers["grad_norm"][0] > 0 and all(numbers["reward"])
