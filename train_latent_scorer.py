@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-from library.augmentation import LatentAugmentation
-from library.cli import parse_config, run_main
-from library.config import LoggingConfig, TrainingConfig
 from library.models.vae import VaeFingerprint
-from library.optimizers import check_optimizer
-from library.runtime import check_writable, create_accelerator, describe_device, set_num_threads
-from library.scorer_config import DataConfig, OutputConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pixel_augmentation import PixelAugmentation
-from library.scorer_setup import load_data, make_backbone, make_prompt_encoder, make_source
-from library.scorer_training import PretrainingScorer, ScorerTrainer, Stage
+from library.scorer_training.augmentation import LatentAugmentation
+from library.scorer_training.config import DataConfig, OutputConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig
+from library.scorer_training.setup import load_data, make_backbone, make_prompt_encoder, make_source
+from library.scorer_training.trainer import PretrainingScorer, ScorerTrainer, Stage
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
-from library.tracking import Tracker
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import LoggingConfig, TrainingConfig
+from library.training.optimizers import check_optimizer
+from library.training.runtime import check_writable, create_accelerator, describe_device, set_num_threads
+from library.training.tracking import Tracker
 
 logger = logging.getLogger("train_latent_scorer")
 

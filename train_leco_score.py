@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from library.checkpoints import load_state, restore_rng_state, rng_state
-from library.cli import parse_config, run_main, setup_logging
 from library.errors import UserError
-from library.monitor import due
-from library.network_setup import in_use
 from library.objectives.base import check_finite, mean_metrics
-from library.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
-from library.reward_check import check_reward
-from library.runtime import all_reduce_grads, create_accelerator, describe_device, set_num_threads
-from library.sampling import model_autocast
-from library.slider_files import restore, states_of
-from library.slider_setup import LecoScoreConfig, prepare
-from library.tracking import Tracker
+from library.rollouts.sample import model_autocast
+from library.settings.cli import parse_config, run_main, setup_logging
+from library.slider_training.check import check_reward
+from library.slider_training.files import restore, states_of
+from library.slider_training.monitor import due
+from library.slider_training.network import in_use
+from library.slider_training.setup import LecoScoreConfig, prepare
+from library.training.checkpoints import load_state, restore_rng_state, rng_state
+from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
+from library.training.runtime import all_reduce_grads, create_accelerator, describe_device, set_num_threads
+from library.training.tracking import Tracker
 from library.types import LossOutput
 
 logger = logging.getLogger("train_leco_score")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes_runs import ROOT, columns_of, drawn_pictures, train_scorer, write_results
-from library.criteria.registry import CRITERIA
+from library.scorer_training.criteria.registry import CRITERIA
 
 CRITERIA_MIXED = ("emd", "classification", "multilabel", "mse")
 WAYS: dict[str, dict[str, Any]] = {

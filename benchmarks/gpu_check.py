@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.step import environment
 from library.atomic_files import atomic_write_text
-from library.cli import run_main
-from library.config import TrainingConfig
-from library.runtime import create_accelerator
+from library.settings.cli import run_main
+from library.settings.shared import TrainingConfig
+from library.training.runtime import create_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 570.0  # seconds for all sections together

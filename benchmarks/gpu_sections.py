@@ -15,12 +15,12 @@ from torch.utils.benchmark import Timer
 from benchmarks.measured_step import PROMPTS, set_attention, untrained_scorer
 from benchmarks.random_models import random_model
 from library.atomic_files import atomic_write_text
-from library.cli import run_main
-from library.config import OptimizerConfig, TrainingConfig
 from library.errors import UserError
-from library.optimizers import OPTIMIZERS, create_optimizer
-from library.runtime import create_accelerator
-from library.sampling import model_autocast
+from library.rollouts.sample import model_autocast
+from library.settings.cli import run_main
+from library.settings.shared import OptimizerConfig, TrainingConfig
+from library.training.optimizers import OPTIMIZERS, create_optimizer
+from library.training.runtime import create_accelerator
 
 
 def attention(device: torch.device, tiny: bool) -> dict[str, Any]:

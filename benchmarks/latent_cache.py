@@ -25,17 +25,17 @@ from tqdm import tqdm
 
 from benchmarks.step import environment
 from library.atomic_files import atomic_write_text
-from library.cli import parse_config, run_main
-from library.config import TrainingConfig, check_at_least, option
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.runtime import create_accelerator, set_num_threads
 from library.scorer_data.batches import LatentDataset
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.records import FileState
 from library.scorers.base import ScorerSpec
 from library.scorers.registry import build_scorer, preset_architecture
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import TrainingConfig, check_at_least, option
+from library.training.runtime import create_accelerator, set_num_threads
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.0, 1.0))
 SHARD_ROWS = 1024

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from examples.shapes.pictures import to_pixels
 from examples.shapes.scores import size
 from examples.shapes.world import draw, random_scene
-from library.criteria.metrics import spearman
 from library.models.loading import load_vae
 from library.models.vae import encode_images
-from library.scorer_training import add_noise, draw_sigmas, standard_schedule
+from library.scorer_training.criteria.metrics import spearman
+from library.scorer_training.trainer import add_noise, draw_sigmas, standard_schedule
 from library.scorers.base import Backbone
 from library.scorers.masked_latents import MaskedLatentPretraining
 from library.scorers.registry import get_backbone, preset_architecture

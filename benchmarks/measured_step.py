@@ -11,20 +11,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.timing import Part, Stopwatch, peak_memory, reset_peak_memory, spread_of, synchronize, untimed
-from library.config import NetworkConfig, OptimizerConfig
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.network_setup import build_network
+from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import SCORE_ROLLOUTS
-from library.optimizers import create_optimizer, create_scheduler
-from library.rewards import Goal, Reward
-from library.rollout import RolloutConfig
-from library.runtime import generator
-from library.sampling import PromptEncoder, model_autocast
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.sample import PromptEncoder, model_autocast
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.registry import build_scorer, preset_architecture
+from library.settings.shared import NetworkConfig, OptimizerConfig
+from library.slider_training.network import build_network
+from library.training.optimizers import create_optimizer, create_scheduler
+from library.training.runtime import generator
 from library.types import Conditioning, LossOutput, PromptSpec
 
 PROMPTS = [PromptSpec(prompt=f"a photo of a {thing}") for thing in ("house", "face", "dog", "street", "forest", "car", "cup", "boat")]

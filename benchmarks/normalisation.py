@@ -28,14 +28,14 @@ from benchmarks.step import environment
 from examples.shapes.pictures import draw_batch
 from examples.shapes.scores import brightness, size
 from library.atomic_files import atomic_write_text
-from library.cli import run_main
 from library.models.loading import load_vae
 from library.models.vae import encode_images
-from library.scorer_training import add_noise, draw_sigmas, standard_schedule
+from library.scorer_training.trainer import add_noise, draw_sigmas, standard_schedule
 from library.scorers.base import Backbone
 from library.scorers.convolutional import replace_batch_norms
 from library.scorers.latent_resnet import LatentResNet
 from library.scorers.transformers_cnn import TransformersCnn
+from library.settings.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"brightness": brightness, "size": size}

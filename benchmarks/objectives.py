@@ -20,8 +20,8 @@ import torch
 from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_subset
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from examples.shapes.draw_pictures import write_prompts
+from library.measuring.statistics import bootstrap_means, linear_fit
 from library.objectives.score_config import ScoreConfig
-from library.statistics import bootstrap_means, linear_fit
 
 GROUPS = ("estimators", "shapes", "guards", "hackable")
 HACKABLE_PREFIX = "100 ratings, "

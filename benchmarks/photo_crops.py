@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.package_pictures import photographs, split
 from benchmarks.photo_vae import NUM_TEST_PHOTOGRAPHS
-from library.runtime import generator
+from library.training.runtime import generator
 
 # Width and height of the cuts: buckets of about 128 x 128, so that a cut is encoded as it is.
 SIZES = ((128, 128), (144, 112), (112, 144), (160, 96), (96, 160))

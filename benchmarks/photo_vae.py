@@ -29,9 +29,9 @@ from benchmarks.package_pictures import clipart, photographs, split
 from library.atomic_files import atomic_write_text
 from library.models.loading import load_vae
 from library.models.vae import decode_latents, encode_images
-from library.plots import image_grid
-from library.runtime import generator
+from library.reports.plots import image_grid
 from library.scorer_data.pictures import to_pixels
+from library.training.runtime import generator
 
 NUM_TEST_PHOTOGRAPHS = 60
 CLIPART_PER_SUBJECT_TEST = 0.25

@@ -26,15 +26,15 @@ import torch
 
 from benchmarks.shapes_runs import MODEL, ROOT, drawn_pictures, train_scorer, write_subset
 from examples.shapes.draw_pictures import write_prompts
-from library.cli import read_config_file
-from library.config import build
-from library.evaluation import evaluate
+from library.measuring.evaluation import evaluate
+from library.measuring.slider_evaluation import SliderEvaluation
 from library.models.loading import load_model
-from library.options import options
-from library.prompts import load_prompts, spread
+from library.prompts.files import load_prompts, spread
 from library.scorers.judges import load_judge
-from library.slider_evaluation import SliderEvaluation
-from library.tracking import read_metrics
+from library.settings.cli import read_config_file
+from library.settings.options import options
+from library.settings.shared import build
+from library.training.tracking import read_metrics
 from networks.lora import create_network_from_weights
 from train_leco_score import LecoScoreConfig, train
 

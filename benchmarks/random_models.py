@@ -6,11 +6,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
+from library.diffusion.noise_schedule import NoiseSchedule
 from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.registry import FAMILIES
 from library.models.single_file import bundled_config
-from library.noise_schedule import NoiseSchedule
 
 TEXT_ENCODERS: dict[str, type[PreTrainedModel]] = {
     "CLIPTextModel": CLIPTextModel,
@@ -23,7 +23,7 @@ def random_model(
 ) -> DiffusionModel:
     """A frozen model of a family in `FAMILIES`, drawn from torch's global generator; `tiny` is the one of the tests."""
     if tiny:
-        from tests.tiny_models import tiny_model  # the tests need not be there for the rest
+        from tests.helpers.tiny_models import tiny_model  # the tests need not be there for the rest
 
         return tiny_model(family_name).to(device, dtype)
     family, config = FAMILIES[family_name], bundled_config(family_name)

@@ -34,9 +34,9 @@ from benchmarks.real_pictures_report import markdown
 from benchmarks.same_content import same_content
 from benchmarks.timm_network import BATCH_SIZE, LEARNING_RATE, Stack, fit, outputs_of, stacks
 from library.atomic_files import atomic_write_text
-from library.criteria.metrics import spearman, top_k_accuracy
 from library.models.loading import load_vae
 from library.models.vae import decode_latents, encode_images
+from library.scorer_training.criteria.metrics import spearman, top_k_accuracy
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
 from library.scorers.optional_packages import import_timm

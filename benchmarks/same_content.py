@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.photo_crops import SIZES, colourfulness
-from library.criteria.metrics import spearman
 from library.models.vae import encode_images
 from library.scorer_data.pictures import to_pixels
+from library.scorer_training.criteria.metrics import spearman
 from library.scorers.base import BackboneScorer
 
 SQUARES = (96, 128, 160, 192, 256)  # pixels; training saw areas of 128 x 128

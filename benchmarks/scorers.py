@@ -29,10 +29,10 @@ from benchmarks.shapes_runs import (
     train_scorer,
     write_results,
 )
-from library.criteria.registry import CRITERIA
 from library.scorer_data.batches import LatentDataset
-from library.scorer_training import add_noise
-from library.scorer_validation import validate
+from library.scorer_training.criteria.registry import CRITERIA
+from library.scorer_training.trainer import add_noise
+from library.scorer_training.validation import validate
 from library.scorers.base import BackboneScorer
 from library.scorers.heads import HeadSpec
 

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from examples.shapes.draw_pictures import write_ratings
-from library.config import build
-from library.scorer_setup import load_data, make_source
-from library.scorer_tasks import Task
-from library.scorer_validation import SigmaTable
+from library.scorer_training.setup import load_data, make_source
+from library.scorer_training.tasks import Task
+from library.scorer_training.validation import SigmaTable
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
+from library.settings.shared import build
 from train_latent_scorer import LatentScorerConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]

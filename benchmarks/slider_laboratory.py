@@ -16,21 +16,21 @@ from torch import Tensor
 from benchmarks.shapes_runs import MODEL
 from examples.shapes.judge import caption_obeyed
 from examples.shapes.scores import SCORES
-from library.config import NetworkConfig, build
+from library.measuring.image_statistics import rms_diversity
+from library.measuring.statistics import within_prompt_std
 from library.models.loading import load_model
-from library.network_setup import build_network
 from library.objectives.base import Workbench
+from library.objectives.rewards import RewardConfig, load_reward
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import ScoreTerm
-from library.picture_statistics import rms_diversity
-from library.prompts import load_prompts, spread
-from library.rewards import RewardConfig, load_reward
-from library.rollout import RolloutConfig
-from library.runtime import generator
-from library.sampling import PromptEncoder, decode, sample
+from library.prompts.files import load_prompts, spread
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.sample import PromptEncoder, decode, sample
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer
-from library.statistics import within_prompt_std
+from library.settings.shared import NetworkConfig, build
+from library.slider_training.network import build_network
+from library.training.runtime import generator
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 

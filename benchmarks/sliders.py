@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from library.evaluation import SliderEvaluation
+from library.measuring.evaluation import SliderEvaluation
 from library.scorers.io import load_scorer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,14 +27,14 @@ from tqdm import tqdm
 from benchmarks.measured_step import MeasuredStep, StepSettings, measure
 from benchmarks.random_models import random_model
 from library.atomic_files import atomic_write_text
-from library.cli import parse_config, run_main
-from library.config import NetworkConfig, OptimizerConfig, TrainingConfig, check_at_least, option
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.score import ESTIMATORS
-from library.rollout import ROLLOUTS
-from library.runtime import create_accelerator, describe_device, set_num_threads, weight_dtype
+from library.rollouts.belt import ROLLOUTS
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig, check_at_least, option
+from library.training.runtime import create_accelerator, describe_device, set_num_threads, weight_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from library.runtime import generator
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 from library.scorers.optional_packages import import_timm
+from library.training.runtime import generator
 
 WIDTHS = (32, 64, 128, 256)  # half of a ResNet-18's
 BATCH_SIZE, LEARNING_RATE = 32, 1e-3

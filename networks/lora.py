@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
-from library.lora_metadata import hash_metadata
 from networks.lora_keys import diffusers_unet_key
+from networks.lora_metadata import hash_metadata
 from networks.lora_module import LoRAModule, Strength
 from networks.lora_options import dropout_options, network_args, rank_option
 from networks.lora_targets import TextEncoders, find_targets, parts_of

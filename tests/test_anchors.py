@@ -12,7 +12,7 @@ from library.objectives.anchors import AnchorConfig, AnchorsTerm, build
 from library.objectives.base import Workbench
 from library.objectives.regression import RegressionConfig
 from library.types import PromptSpec
-from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
+from tests.helpers.workbench import assert_resumes, make_workbench, train_steps
 
 PROMPTS = [PromptSpec(prompt="a tree"), PromptSpec(prompt="a house", negative_prompt="fog")]
 

@@ -6,12 +6,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from library.augmentation import LatentAugmentation, augment, cutout, jitter, mixup, shift_and_crop, vary
-from library.criteria.registry import CRITERIA
 from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
+from library.scorer_training.augmentation import LatentAugmentation, augment, cutout, jitter, mixup, shift_and_crop, vary
+from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import HeadSpec
-from tests.toy_targets import randn, rng, toy
+from tests.helpers.toy_targets import randn, rng, toy
 
 ALL = LatentAugmentation(latent_shift=2, latent_crop=0.7, latent_jitter=0.1, latent_noise=0.1, latent_cutout=0.3)
 

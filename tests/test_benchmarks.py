@@ -14,9 +14,9 @@ from benchmarks.gpu_check import Section, judge_section, judge_step, judge_tests
 from benchmarks.measured_step import MeasuredStep, StepSettings, measure
 from benchmarks.random_models import random_model
 from benchmarks.timing import Stopwatch
-from library.config import NetworkConfig, OptimizerConfig, TrainingConfig, build
 from library.errors import UserError
-from library.runtime import create_accelerator
+from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig, build
+from library.training.runtime import create_accelerator
 
 TINY = {"model_family": "sd1", "random_weights": True, "tiny": True, "scorer_size": "tiny", "num_threads": 1}
 QUICK = TINY | {"max_denoising_steps": 3, "warm_up_steps": 1, "timed_steps": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import latent_cache
-from library.cli import run_main
+from library.settings.cli import run_main
 
 
 def test_a_small_cache_is_measured_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.cli import run_main
 from library.models.vae import VaeFingerprint
 from library.scorer_data import encoding
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.records import FilePicture
-from tests.tiny_models import tiny_vae
+from library.settings.cli import run_main
+from tests.helpers.tiny_models import tiny_vae
 from tools import cache_latents
 
 ROOT = Path(__file__).resolve().parents[1]

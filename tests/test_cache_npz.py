@@ -18,7 +18,7 @@ from library.scorer_data.encoding import encode_missing
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.pictures import to_pixels
 from library.scorer_data.records import FilePicture
-from tests.tiny_models import tiny_vae
+from tests.helpers.tiny_models import tiny_vae
 
 BUCKETS = BucketConfig(resolution="64", enable_bucket=False)
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from library.calibration import Calibration, choose_scale, settle
 from library.errors import UserError
-from library.response_curve import ResponseCurve, response_curve, summarise_curve
-from library.sampling import sample
-from library.statistics import Interval, bootstrap_gains, within_prompt_std
+from library.measuring.calibration import Calibration, choose_scale, settle
+from library.measuring.response_curve import ResponseCurve, response_curve, summarise_curve
+from library.measuring.statistics import Interval, bootstrap_gains, within_prompt_std
+from library.rollouts.sample import sample
 from library.types import PromptSpec
+from tests.helpers.tiny_models import tiny_model
 from tests.test_sampling import network_for
-from tests.tiny_models import tiny_model
 
 MULTIPLIERS = (-2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 

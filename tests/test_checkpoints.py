@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from library import atomic_files
-from library.checkpoints import (
+from library.errors import UserError
+from library.training.checkpoints import (
     STATE_FILE,
     atomic_open,
     atomic_save_safetensors,
@@ -29,7 +30,6 @@ from library.checkpoints import (
     state_path,
     weights_path,
 )
-from library.errors import UserError
 
 
 def test_written_files_hold_what_was_given(tmp_path: Path) -> None:

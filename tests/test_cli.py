@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import toml
 
-from library import cli
-from library.cli import parse_config, run_main
-from library.config import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig, option
 from library.errors import UserError
+from library.settings import cli
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from library.config import (
+from library.errors import UserError
+from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+from library.settings.shared import (
     LoggingConfig,
     ModelConfig,
     NetworkConfig,
@@ -19,8 +21,6 @@ from library.config import (
     option,
     options,
 )
-from library.errors import UserError
-from library.sd_scripts_keys import REPLACEMENTS, UNUSED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.criteria.ensembles import mean_outputs, member_losses
-from library.criteria.metrics import spearman
-from library.criteria.preference import outcome_shares
-from library.criteria.registry import CRITERIA, criteria_of
 from library.errors import UserError
+from library.scorer_training.criteria.ensembles import mean_outputs, member_losses
+from library.scorer_training.criteria.metrics import spearman
+from library.scorer_training.criteria.preference import outcome_shares
+from library.scorer_training.criteria.registry import CRITERIA, criteria_of
 from library.scorers.heads import READOUTS, Head, HeadSpec, score_and_uncertainty
-from tests.toy_targets import randn, rng, toy
+from tests.helpers.toy_targets import randn, rng, toy
 
 # -- every criterion -----------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from scipy import stats
 
-from library.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
-from library.criteria.metrics import pearson
-from library.criteria.registry import CRITERIA
+from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
+from library.scorer_training.criteria.metrics import pearson
+from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import READOUTS, HeadSpec, score_and_uncertainty
-from tests.toy_targets import randn, toy
+from tests.helpers.toy_targets import randn, toy
 
 
 def test_bootstrap_weights_are_exponential_and_belong_to_the_picture() -> None:

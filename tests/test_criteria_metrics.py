@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from library.criteria.metrics import (
+from library.scorer_training.criteria.metrics import (
     average_precision,
     balanced_accuracy,
     mean_average_precision,
@@ -16,9 +16,9 @@ from library.criteria.metrics import (
     spearman,
     top_k_accuracy,
 )
-from library.criteria.registry import CRITERIA
+from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import HeadSpec
-from tests.toy_targets import randn, rng
+from tests.helpers.toy_targets import randn, rng
 
 
 def test_correlations_equal_scipys_with_ties() -> None:

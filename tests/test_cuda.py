@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.checkpoints import load_state, save_state
 from library.models.base import DiffusionModel
+from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
-from library.rewards import Goal, Reward
-from library.rollout import Belt, RolloutConfig
-from library.sampling import PromptEncoder, model_autocast
+from library.rollouts.belt import Belt, RolloutConfig
+from library.rollouts.sample import PromptEncoder, model_autocast
+from library.training.checkpoints import load_state, save_state
 from library.types import LossOutput, PromptSpec
 from networks.lora import LoRANetwork
-from tests.scorers_for_tests import WavyScorer, scorer_for
+from tests.helpers.scorers import WavyScorer, scorer_for
+from tests.helpers.tiny_models import KINDS, tiny_model
 from tests.test_rollout import lora_for
-from tests.tiny_models import KINDS, tiny_model
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.noise_schedule import per_sample, v_to_eps
+from library.diffusion.noise_schedule import per_sample, v_to_eps
+from library.diffusion.solvers import SOLVERS, get_solver
 from library.objectives.draft import Draft
 from library.objectives.estimators import Predict, Scene, step_reach
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.x0_renoise import X0Renoise
-from library.solvers import SOLVERS, get_solver
 from library.types import Conditioning, History, RolloutBatch
-from tests.objective_for_tests import Stage, gradients, make_stage
-from tests.scorers_for_tests import ChannelScorer
+from tests.helpers.objective import Stage, gradients, make_stage
+from tests.helpers.scorers import ChannelScorer
 
 PLAIN = {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": False}
 DIRECT = [name for name, make in ESTIMATORS.items() if not make(ScoreConfig()).at_frozen]

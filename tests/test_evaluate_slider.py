@@ -15,7 +15,7 @@ from library.scorers.io import save_scorer
 from library.scorers.registry import build_scorer, preset_architecture
 from library.types import PromptSpec
 from networks.lora import create_network
-from tests.tiny_models import save_folder, tiny_model
+from tests.helpers.tiny_models import save_folder, tiny_model
 from tools import evaluate_slider
 
 ROOT = Path(__file__).resolve().parents[1]

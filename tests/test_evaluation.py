@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from library.errors import UserError
-from library.evaluation import evaluate, sample_base
+from library.measuring.evaluation import evaluate, sample_base
+from library.measuring.slider_evaluation import SliderEvaluation
+from library.measuring.statistics import bootstrap_means, linear_fit, paired_difference, summarise_response, within_prompt_std
 from library.models.base import DiffusionModel
-from library.plots import GAP, HEADER, LABEL_WIDTH
-from library.previews import preview_path, write_preview
-from library.sampling import decode, sample
+from library.reports.plots import GAP, HEADER, LABEL_WIDTH
+from library.rollouts.sample import decode, sample
 from library.scorers.base import Scorer, ScorerSpec
-from library.slider_evaluation import SliderEvaluation
-from library.statistics import bootstrap_means, linear_fit, paired_difference, summarise_response, within_prompt_std
+from library.slider_training.previews import preview_path, write_preview
 from library.types import PromptSpec
+from tests.helpers.tiny_models import tiny_model
 from tests.test_sampling import network_for
-from tests.tiny_models import tiny_model
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 RUN: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_size": 7}

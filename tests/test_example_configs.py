@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from library.cli import parse_config
-from library.leco_prompts import is_leco_file, load_leco_settings
+from library.prompts.leco_files import is_leco_file, load_leco_settings
+from library.settings.cli import parse_config
 from tools.evaluate_slider import EvaluateSliderConfig
 from train_latent_scorer import LatentScorerConfig
 from train_leco_score import LecoScoreConfig

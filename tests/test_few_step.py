@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from library.diffusion.solvers import get_solver
 from library.errors import UserError
-from library.few_step import DMD2, HYPER, LCM, LIGHTNING, TURBO, SamplingChoice, detect, recommended
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.sampling import sample
-from library.solvers import get_solver
+from library.rollouts.few_step import DMD2, HYPER, LCM, LIGHTNING, TURBO, SamplingChoice, detect, recommended
+from library.rollouts.sample import sample
 from library.types import PromptSpec
-from tests.tiny_models import save_folder, tiny_model, tiny_unet_config
+from tests.helpers.tiny_models import save_folder, tiny_model, tiny_unet_config
 
 ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)
 

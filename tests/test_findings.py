@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from library.findings import text_table, warnings_of
+from library.measuring.findings import text_table, warnings_of
 from tests.test_report import evaluation_of
 
 

@@ -9,13 +9,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-import library.slider_setup as slider_setup
-from library.independent_judges import Judges
-from library.rewards import Goal, Reward
-from library.tracking import read_metrics
-from tests.scorers_for_tests import ChannelScorer, scorer_for
-from tests.tiny_leco_run import make_workplace, run
-from tests.tiny_models import tiny_model
+import library.slider_training.setup as slider_setup
+from library.measuring.judges import Judges
+from library.objectives.rewards import Goal, Reward
+from library.training.tracking import read_metrics
+from tests.helpers.scorers import ChannelScorer, scorer_for
+from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model
 
 
 class Opposite(ChannelScorer):

@@ -12,23 +12,23 @@ from torch import Tensor
 from library.errors import UserError
 from library.objectives.goals import BEYOND_BOUND, ascent_direction
 from library.objectives.gradients import rms, score_gradients, unit_rms
+from library.objectives.rewards import Goal, Limit, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
-from library.rewards import Goal, Limit, Reward
-from library.rollout import Belt, RolloutConfig
-from library.sampling import PromptEncoder
+from library.rollouts.belt import Belt, RolloutConfig
+from library.rollouts.sample import PromptEncoder
 from library.scorers.base import Scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.registry import build_scorer
-from library.tracking import read_metrics
+from library.training.tracking import read_metrics
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork
-from tests.scorers_for_tests import ChannelScorer, StandardisedScorer, WavyScorer
+from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer
+from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model
 from tests.test_rewards import a_scorer, ensemble_of, some_latents
 from tests.test_rollout import lora_for
-from tests.tiny_leco_run import make_workplace, run
-from tests.tiny_models import tiny_model
 
 ROWS = 4
 DIRECTIONS = torch.tensor([1.0, -1.0, 1.0, -1.0])

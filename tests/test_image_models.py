@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_image_models import PROJECTION, SIDE, save_head, tiny_classifier, tiny_clip, tiny_siglip
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ConvNextV2Config, ConvNextV2Model
@@ -21,6 +20,7 @@ from library.scorers.image_models import metric_packages
 from library.scorers.image_models.base import ImageModel, Specification
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, even_starts, resized
 from library.scorers.image_models.registry import IMAGE_MODELS, build_image_model, read_image_model
+from tests.helpers.tiny_image_models import PROJECTION, SIDE, save_head, tiny_classifier, tiny_clip, tiny_siglip
 
 DEEP = (1024, 128, 64, 16, 1)
 PROMPTS = ["a red circle", "two blue squares on a green table"]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from library.config import build
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.sampling import PromptEncoder, sample
+from library.rollouts.sample import PromptEncoder, sample
 from library.scorers.image_models.preprocessing import Preprocessing
+from library.settings.shared import build
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter
 from library.text_free.adapter_training import (
     AdapterRecipe,
@@ -32,9 +32,9 @@ from library.text_free.fingerprint import Fingerprint, text_encoder_fingerprint
 from library.text_free.image_prompts import ImagePromptEncoder, TextFreeConfig, encoder_and_prompts
 from library.types import PromptSpec
 from networks.lora import create_network
-from tests import tiny_leco_run
-from tests.tiny_leco_run import tiny_scorer
-from tests.tiny_models import tiny_model, tiny_text_config
+from tests.helpers import tiny_leco_run
+from tests.helpers.tiny_leco_run import tiny_scorer
+from tests.helpers.tiny_models import tiny_model, tiny_text_config
 from tools.train_image_prompt_adapter import AdapterConfig, TrainImagePromptAdapterConfig, train
 
 COLOURS, SHAPES, PLACES = ("red", "blue", "green", "black"), ("circle", "square", "star"), ("left", "right")

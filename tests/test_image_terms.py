@@ -19,7 +19,7 @@ from library.objectives.known_noise import buckets_around, draw_alike
 from library.objectives.regression import RegressionConfig
 from library.scorer_data.buckets import bucket_sizes
 from library.scorer_data.records import Skipped
-from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
+from tests.helpers.workbench import assert_resumes, make_workbench, train_steps
 
 
 def save_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
@@ -140,7 +140,7 @@ def test_a_term_goes_on_where_it_was_put_away(make) -> None:
 
 def test_text_encoder_modules_are_trained_by_pictures() -> None:
     from networks.lora import create_network
-    from tests.tiny_models import tiny_model
+    from tests.helpers.tiny_models import tiny_model
 
     model = tiny_model("sd1")
     network = create_network(1.0, 2, 2.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.independent_judges import load_judges
+from library.measuring.judges import load_judges
 from library.scorers.io import save_scorer
-from tests.tiny_leco_run import foreign_vae_fingerprint, tiny_scorer
-from tests.tiny_models import tiny_model
+from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, tiny_scorer
+from tests.helpers.tiny_models import tiny_model
 
 SOURCE = "def redness(pixels):\n    return pixels[:, 0].mean((1, 2))\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.leco_prompts import LecoSetting, is_leco_file, load_leco_settings
+from library.prompts.leco_files import LecoSetting, is_leco_file, load_leco_settings
 
 Write = Callable[[str], Path]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.leco_prompts import LecoSetting
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.base import Workbench
 from library.objectives.leco import LecoConfig, LecoTerm, build, possible_sizes, random_crops, with_statistics_of
 from library.objectives.regression import RegressionConfig
-from library.rollout import Belt
+from library.prompts.leco_files import LecoSetting
+from library.rollouts.belt import Belt
 from library.types import RolloutBatch
-from tests.workbench_for_tests import assert_resumes, make_workbench, train_steps
+from tests.helpers.workbench import assert_resumes, make_workbench, train_steps
 
 SETTINGS = [
     LecoSetting(target="a red circle", positive="a red circle", action="erase", guidance_scale=1.5),

@@ -15,7 +15,7 @@ from library.models.base import DiffusionModel
 from library.models.loading import load_model, load_vae
 from library.models.registry import FAMILIES
 from library.models.vae import VaeFingerprint
-from tests.tiny_models import (
+from tests.helpers.tiny_models import (
     FAMILY_NAMES,
     KINDS,
     assert_same_weights,

@@ -8,13 +8,13 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_NAMES, tiny_model
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from networks.lora import LoRANetwork, create_network, create_network_from_weights
 from networks.lora_keys import diffusers_unet_key
+from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model
 
 
 def _call(model: DiffusionModel, rows: int = 4) -> Callable[[], Tensor]:

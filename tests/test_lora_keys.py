@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny_models import FAMILY_NAMES, tiny_model, unet_to_ldm
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -17,6 +16,7 @@ from library.models.single_file import bundled_config
 from networks.lora import LoRANetwork, create_network
 from networks.lora_keys import sgm_path, text_encoder_key, unet_family, unet_key
 from networks.lora_targets import find_targets, layers_inside
+from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model, unet_to_ldm
 
 
 def _full_size(family: str) -> tuple[UNet2DConditionModel, list[nn.Module]]:

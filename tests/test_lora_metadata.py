@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from library.lora_metadata import MINIMUM_KEYS, hash_metadata, lora_metadata, write_sidecar
+from networks.lora_metadata import MINIMUM_KEYS, hash_metadata, lora_metadata, write_sidecar
 
 
 @dataclass(frozen=True, kw_only=True)

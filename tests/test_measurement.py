@@ -5,10 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import library.measurement
-from library.independent_judges import Judges
-from library.measurement import FixedPictures
-from library.picture_statistics import (
+import library.measuring.measurement as measurement
+from library.measuring.image_statistics import (
     chroma,
     clipped_share,
     eps_distance,
@@ -18,15 +16,17 @@ from library.picture_statistics import (
     rms_diversity,
     vae_features,
 )
-from library.rewards import Goal, Reward
-from library.rollout import RolloutConfig
-from library.sampling import PromptEncoder, decode, sample
+from library.measuring.judges import Judges
+from library.measuring.measurement import FixedPictures
+from library.objectives.rewards import Goal, Reward
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.sample import PromptEncoder, decode, sample
 from library.scorers.judges import Judge
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
-from tests.scorers_for_tests import WavyScorer, scorer_for
+from tests.helpers.scorers import WavyScorer, scorer_for
+from tests.helpers.tiny_models import tiny_model
 from tests.test_rollout import lora_for
-from tests.tiny_models import tiny_model
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
 REDNESS = Judge(name="redness", function=lambda pixels: pixels[:, 0].mean((1, 2)), takes_prompts=False)
@@ -140,7 +140,7 @@ def test_a_network_that_does_nothing_is_not_sampled(monkeypatch: pytest.MonkeyPa
     pictures = fixed_pictures()
     no_network(pictures.network)
     base = pictures.base()
-    monkeypatch.setattr(library.measurement, "sample", None)
+    monkeypatch.setattr(measurement, "sample", None)
     measured = pictures.measure(1.0, "")
     assert measured.scores is base.scores
     assert {name: measured.statistics[name] for name in DISTANCES} == dict.fromkeys(DISTANCES, 0.0)
@@ -152,7 +152,7 @@ def test_a_network_that_does_nothing_measures_the_same_when_it_is_sampled(monkey
     pictures = fixed_pictures()
     no_network(pictures.network)
     short = pictures.measure(1.0, "").statistics
-    monkeypatch.setattr(library.measurement, "_is_null", lambda network: False)
+    monkeypatch.setattr(measurement, "_is_null", lambda network: False)
     assert pictures.measure(1.0, "").statistics == pytest.approx(short, abs=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_pictures_are_decoded_only_where_somebody_looks(
     monkeypatch: pytest.MonkeyPatch, look_at_pixels: bool, judges: Judges, decodes: bool
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(library.measurement, "decode", lambda model, latents, size: calls.append(1) or decode(model, latents, size))
+    monkeypatch.setattr(measurement, "decode", lambda model, latents, size: calls.append(1) or decode(model, latents, size))
     pictures = fixed_pictures(judges=judges, look_at_pixels=look_at_pixels)
     measured = pictures.measure(1.0, "", thorough=False)
     assert bool(calls) is decodes

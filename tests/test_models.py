@@ -8,16 +8,16 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from library.diffusion.noise_schedule import v_to_eps
+from library.diffusion.solvers import ddim_step
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.registry import FAMILIES
 from library.models.single_file import bundled_config
 from library.models.vae import VaeFingerprint, probe_picture
-from library.noise_schedule import v_to_eps
-from library.solvers import ddim_step
 from library.types import Conditioning
-from tests.tiny_models import FAMILY_NAMES, IMAGE_SIZE, KINDS, LATENT_SIZE, tiny_model, tiny_vae
+from tests.helpers.tiny_models import FAMILY_NAMES, IMAGE_SIZE, KINDS, LATENT_SIZE, tiny_model, tiny_vae
 
 PROMPTS = ["a photo of a cat", "the night sky, oil on canvas"]
 

@@ -7,23 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
-from library.checkpoints import load_state, save_state
 from library.errors import UserError
-from library.independent_judges import Judges
-from library.measurement import BasePictures, Measured
+from library.measuring.judges import Judges
+from library.measuring.measurement import BasePictures, Measured
+from library.measuring.observation import Observation
+from library.measuring.statistics import within_prompt_std
 from library.models.base import DiffusionModel
-from library.monitor import Effect, Monitor, MonitorConfig, due
-from library.observation import Observation
-from library.rewards import Goal, Limit, Reward
-from library.rollout import RolloutConfig
-from library.sampling import PromptEncoder, sample
+from library.objectives.rewards import Goal, Limit, Reward
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.sample import PromptEncoder, sample
 from library.scorers.base import Scorer
-from library.statistics import within_prompt_std
+from library.slider_training.monitor import Effect, Monitor, MonitorConfig, due
+from library.training.checkpoints import load_state, save_state
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.scorers_for_tests import ChannelScorer, WavyScorer, scorer_for
+from tests.helpers.scorers import ChannelScorer, WavyScorer, scorer_for
+from tests.helpers.tiny_models import tiny_model
 from tests.test_rollout import lora_for
-from tests.tiny_models import tiny_model
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
 

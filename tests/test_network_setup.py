@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.config import NetworkConfig
 from library.errors import UserError
-from library.network_setup import build_network, in_use
-from library.optimizers import create_optimizer
+from library.settings.shared import NetworkConfig
+from library.slider_training.network import build_network, in_use
+from library.training.optimizers import create_optimizer
 from networks.lora import LoRANetwork
-from tests.tiny_models import tiny_model
+from tests.helpers.tiny_models import tiny_model
 
 
 def built(*, gradient_checkpointing: bool = False, seed: int = 0, **values) -> LoRANetwork:
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_recomputes_with_the_multipliers_of_the_forward()
 
 
 def test_in_use_dropout_is_off_and_averaged_weights_are_on() -> None:
-    from library.config import OptimizerConfig
+    from library.settings.shared import OptimizerConfig
 
     network = built(network_dropout=0.5)
     groups, _ = network.prepare_optimizer_params(None, None, 1e-2)

@@ -2,8 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
-from library.errors import UserError
-from library.noise_schedule import (
+from library.diffusion.noise_schedule import (
     ABAR_FLOOR,
     NoiseSchedule,
     abar_to_sigma,
@@ -15,6 +14,7 @@ from library.noise_schedule import (
     v_to_x0,
     x0_to_eps,
 )
+from library.errors import UserError
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,

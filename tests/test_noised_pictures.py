@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from library.noise_schedule import per_sample
-from library.noised_pictures import LastStepNoisedRollout, NoisedRollout, PictureRollout
-from library.rollout import RolloutConfig
-from library.sampling import PromptEncoder, initial_noise, sample
+from library.diffusion.noise_schedule import per_sample
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.noised import LastStepNoisedRollout, NoisedRollout, PictureRollout
+from library.rollouts.sample import PromptEncoder, initial_noise, sample
 from library.types import PromptSpec, RolloutBatch
+from tests.helpers.tiny_models import tiny_model
 from tests.test_rollout import PROMPTS, lora_for
-from tests.tiny_models import tiny_model
 
 
 def make_rollout(kind: type[NoisedRollout] = NoisedRollout, seed: int = 0, source: list | None = None, **settings) -> NoisedRollout:
@@ -59,7 +59,7 @@ def test_the_pictures_are_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(rollout, "start_all", lambda pool: (NoisedRollout.start_all(rollout, pool), started.append(pool.latents.clone())))
     batch = rollout.batch()
-    monkeypatch.setattr("library.sampling.initial_noise", lambda seeds, shape: (started[0], initial_noise(seeds, shape)[1]))
+    monkeypatch.setattr("library.rollouts.sample.initial_noise", lambda seeds, shape: (started[0], initial_noise(seeds, shape)[1]))
     settings = {"num_steps": 6, "guidance_scale": 5.0, "resolution": (128, 128), "batch_size": 2}
     expected = sample(rollout.model, rollout.network, batch.prompts, [0, 1], batch.multipliers, **settings)
     assert set(batch.multipliers.tolist()) == {1, -1}

@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim import Optimizer
 
-from library.config import OptimizerConfig
 from library.errors import UserError
-from library.optimizers import (
+from library.settings.shared import OptimizerConfig
+from library.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     check_optimizer,

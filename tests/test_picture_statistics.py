@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.picture_statistics import (
+from library.measuring.image_statistics import (
     channel_statistics_distance,
     chroma,
     clipped_share,
@@ -20,7 +20,7 @@ from library.picture_statistics import (
     rms_diversity,
     vae_features,
 )
-from tests.tiny_models import tiny_vae
+from tests.helpers.tiny_models import tiny_vae
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

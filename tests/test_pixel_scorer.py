@@ -10,13 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
-from tiny_models import tiny_model, tiny_vae
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, decode_latents
-from library.rewards import RewardConfig, load_reward
+from library.objectives.rewards import RewardConfig, load_reward
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec
 from library.scorers.image_models.base import Loaded
 from library.scorers.image_models.registry import read_image_model
@@ -26,7 +24,9 @@ from library.scorers.pixel_decoder import PixelDecoder, blend, decoder_config, l
 from library.scorers.pixel_gradient import measure_gradient
 from library.scorers.registry import build_scorer
 from library.types import PromptSpec
-from tests.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
+from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model, tiny_vae
 from tools import make_pixel_scorer
 
 

@@ -12,8 +12,8 @@ from library.errors import UserError
 from library.objectives.preservation import asymmetry, eps_drift, statistics_drift
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.types import Conditioning, RolloutBatch
-from tests.objective_for_tests import Stage, make_stage
-from tests.scorers_for_tests import StandardisedScorer
+from tests.helpers.objective import Stage, make_stage
+from tests.helpers.scorers import StandardisedScorer
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

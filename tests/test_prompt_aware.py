@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.evaluation import evaluate
+from library.measuring.evaluation import evaluate
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.gradients import score_gradients
+from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
-from library.rewards import Goal, Reward
-from library.rollout import Belt, RolloutConfig
-from library.sampling import PromptEncoder
+from library.rollouts.belt import Belt, RolloutConfig
+from library.rollouts.sample import PromptEncoder
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.unet_encoder import UNetEncoder
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.scorers_for_tests import StandardisedScorer, scorer_for
+from tests.helpers.scorers import StandardisedScorer, scorer_for
+from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model
 from tests.test_rollout import lora_for
 from tests.test_unet_encoder import make_scorer
-from tests.tiny_leco_run import make_workplace, run
-from tests.tiny_models import tiny_model
 
 RED, BLUE = PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", negative_prompt="ugly")
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from library.models.base import DiffusionModel
 from library.models.prompt_chunks import apply_weights
-from library.sampling import PromptEncoder, sample, time_ids_of
+from library.rollouts.sample import PromptEncoder, sample, time_ids_of
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.tiny_models import FAMILY_NAMES, tiny_model
+from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # a row alone and in a batch
 WORDS = ["cat", "dog", "red", "blue", "tree"]  # a token each

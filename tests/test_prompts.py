@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.prompt_buckets import with_aspect_buckets
-from library.prompt_syntax import escape, parse_weights, plain_text
-from library.prompts import PromptOptions, load_prompts, spread
+from library.models.prompt_syntax import escape, parse_weights, plain_text
+from library.prompts.buckets import with_aspect_buckets
+from library.prompts.files import PromptOptions, load_prompts, spread
 from library.types import PromptSpec
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from tests.rated_files import add_pictures, counts, read, write
+from tests.helpers.rated_files import add_pictures, counts, read, write
 
 # The first lines of AVA.txt are of this form: index, image, ten counts, two tags, contest.
 AVA = """\

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from library.errors import UserError
 from library.scorer_data.readers.popularity import SMALLEST_BIN, PopularityModel, log_popularity
-from tests.rated_files import add_pictures, counts, read, write
+from tests.helpers.rated_files import add_pictures, counts, read, write
 
 
 def old_post(number: int, **changes: Any) -> dict[str, Any]:

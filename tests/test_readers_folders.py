@@ -7,7 +7,7 @@ import pytest
 from library.errors import UserError
 from library.scorer_data.readers.base import BadValue
 from library.scorer_data.readers.wikiart import year_of
-from tests.rated_files import add_pictures, counts, read, write
+from tests.helpers.rated_files import add_pictures, counts, read, write
 
 
 def test_a_folder_is_a_class(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.scorer_data.records import SlicePicture
-from tests.rated_files import add_pictures, counts, read, write
+from tests.helpers.rated_files import add_pictures, counts, read, write
 
 TABLES = """
     CREATE TABLE generations (id INTEGER PRIMARY KEY, prompt TEXT, method TEXT, verified INTEGER);

@@ -9,7 +9,7 @@ from library.errors import UserError
 from library.scorer_data.readers.base import BadValue
 from library.scorer_data.readers.pairs import preference_value
 from library.scorer_data.records import FilePicture
-from tests.rated_files import add_pictures, counts, read, read_pairs, write
+from tests.helpers.rated_files import add_pictures, counts, read, read_pairs, write
 
 
 @pytest.mark.parametrize(

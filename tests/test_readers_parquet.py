@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from library.errors import UserError
 from library.scorer_data.readers.parquet import ParquetPicture
-from tests.rated_files import add_pictures, read, read_pairs, write
+from tests.helpers.rated_files import add_pictures, read, read_pairs, write
 
 
 def encoded(grey: int) -> bytes:

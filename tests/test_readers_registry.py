@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from library.criteria.registry import get_criterion
 from library.errors import UserError
 from library.scorer_data.readers.base import TARGETS, ReaderOptions
 from library.scorer_data.readers.registry import READERS, read_records, recognise
 from library.scorer_data.records import FilePicture, RatedImage, RatedPair, Skipped
 from library.scorer_data.skips import SkipReport
 from library.scorer_data.splits import name_fraction, split_images, split_of
-from tests.rated_files import read, write
+from library.scorer_training.criteria.registry import get_criterion
+from tests.helpers.rated_files import read, write
 
 # -- options -------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 
 from library.errors import UserError
 from library.scorer_data.records import FilePicture
-from tests.rated_files import add_pictures, counts, read, write
+from tests.helpers.rated_files import add_pictures, counts, read, write
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from library.comparison import comparison_dict, comparison_text, digest
-from library.findings import summary, text_table, warnings_of
-from library.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
-from library.report import STATISTICS, html_report
-from library.slider_evaluation import PictureStatistics, SliderEvaluation
-from library.statistics import summarise_response
+from library.measuring.comparison import comparison_dict, comparison_text, digest
+from library.measuring.findings import summary, text_table, warnings_of
+from library.measuring.slider_evaluation import PictureStatistics, SliderEvaluation
+from library.measuring.statistics import summarise_response
+from library.reports.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
+from library.reports.report import STATISTICS, html_report
 
 MULTIPLIERS = (-1.0, 0.0, 1.0)
 FLAT = (0.0, 0.0, 0.0)

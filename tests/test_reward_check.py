@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.config import OptimizerConfig, build
-from library.monitor import Monitor, MonitorConfig
 from library.objectives.base import Workbench
+from library.objectives.rewards import Goal, Reward
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import ScoreTerm
-from library.reward_check import RewardCheck, check_reward
-from library.rewards import Goal, Reward
 from library.scorers.base import Scorer
+from library.settings.shared import OptimizerConfig, build
+from library.slider_training.check import RewardCheck, check_reward
+from library.slider_training.monitor import Monitor, MonitorConfig
 from library.types import PromptSpec
 from networks.lora import create_network
-from tests.scorers_for_tests import ChannelScorer, scorer_for
-from tests.tiny_leco_run import make_workplace, settings
-from tests.tiny_models import tiny_model
-from tests.workbench_for_tests import make_workbench
+from tests.helpers.scorers import ChannelScorer, scorer_for
+from tests.helpers.tiny_leco_run import make_workplace, settings
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.workbench import make_workbench
 from train_leco_score import FLAT_OR_EXPLODING, LecoScoreConfig, train
 
 PROMPT = PromptSpec(prompt="a red circle")

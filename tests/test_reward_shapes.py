@@ -9,8 +9,8 @@ from torch import Tensor
 from library.objectives.estimators import Scene
 from library.objectives.reward_shapes import SHAPES, hinge, linear, softplus, target
 from library.types import PromptSpec, RolloutBatch
-from tests.objective_for_tests import Stage, make_stage
-from tests.scorers_for_tests import ChannelScorer
+from tests.helpers.objective import Stage, make_stage
+from tests.helpers.scorers import ChannelScorer
 
 GAINS = torch.tensor([-1.0, 0.0, 1.75, 1.9, 2.0, 2.1, 3.0])
 MARGIN = torch.full((7,), 2.0)

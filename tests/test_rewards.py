@@ -10,13 +10,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.rewards import Goal, Limit, Reward, RewardConfig, ScorerEnsemble, load_reward, states_uncertainty
+from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, ScorerEnsemble, load_reward, states_uncertainty
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
 from library.scorers.registry import build_scorer
 from library.types import Conditioning, PromptSpec
-from tests.scorers_for_tests import ChannelScorer, WavyScorer
+from tests.helpers.scorers import ChannelScorer, WavyScorer
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.5, -0.5))
 PROMPTS = [PromptSpec(prompt="a red circle", direction=-1.0), PromptSpec(prompt="a blue square")]

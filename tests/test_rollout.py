@@ -5,11 +5,11 @@ import torch
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.rollout import ROLLOUTS, Belt, RolloutConfig
-from library.sampling import PromptEncoder, sample
+from library.rollouts.belt import ROLLOUTS, Belt, RolloutConfig
+from library.rollouts.sample import PromptEncoder, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.tiny_models import tiny_model
+from tests.helpers.tiny_models import tiny_model
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", weight=3.0)]
 
@@ -62,7 +62,7 @@ def test_a_trajectory_of_the_belt_is_a_sampled_picture() -> None:
         belt.advance(eps)
     model, seed = belt.model, 123
 
-    from library import sampling
+    from library.rollouts import sample as sampling
 
     original, sampling.initial_noise = sampling.initial_noise, lambda seeds, shape: (noise, [])
     try:

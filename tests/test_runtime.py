@@ -6,10 +6,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from library import runtime
-from library.config import TrainingConfig
 from library.errors import UserError
-from library.runtime import (
+from library.settings.shared import TrainingConfig
+from library.training import runtime
+from library.training.runtime import (
     all_reduce_grads,
     check_writable,
     create_accelerator,

@@ -15,10 +15,10 @@ from diffusers import (
 
 from library.errors import UserError
 from library.models.single_file import bundled_config
-from library.sampling import PromptEncoder, decode, initial_noise, sample
+from library.rollouts.sample import PromptEncoder, decode, initial_noise, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.tiny_models import tiny_model, tiny_unet_config
+from tests.helpers.tiny_models import tiny_model, tiny_unet_config
 
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
 SEEDS = [11, 12, 13]

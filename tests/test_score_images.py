@@ -16,24 +16,24 @@ from PIL import Image
 
 import train_latent_scorer
 from examples.shapes.world import draw, random_scene
-from library import image_scoring
-from library.config import build
-from library.contact_sheet import Exhibit, contact_sheet, histograms
+from library.diffusion.noise_schedule import per_sample, sigma_to_abar
 from library.errors import UserError
-from library.image_scoring import CommandRater, JudgeRater, LatentRater, Outcome, Rating, TableRater
 from library.models.vae import VaeFingerprint, encode_images
-from library.noise_schedule import per_sample, sigma_to_abar
-from library.runtime import generator
+from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.readers.registry import read_records
 from library.scorer_data.records import FilePicture, RatedImage, Skipped
+from library.scorers import raters as image_scoring
 from library.scorers.base import ScorerSpec
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import Judge
+from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rating, TableRater
 from library.scorers.registry import build_scorer, preset_architecture
-from tests.tiny_models import tiny_vae
+from library.settings.shared import build
+from library.training.runtime import generator
+from tests.helpers.tiny_models import tiny_vae
 from tools import score_images
 
 BUCKETS = BucketConfig(resolution="64", min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from library.types import Conditioning, RolloutBatch
-from tests.objective_for_tests import Stage, gradients, make_stage
-from tests.scorers_for_tests import ChannelScorer, CutScorer
+from tests.helpers.objective import Stage, gradients, make_stage
+from tests.helpers.scorers import ChannelScorer, CutScorer
 
 
 def test_gradient_is_the_same_with_gradient_checkpointing() -> None:

@@ -12,16 +12,16 @@ from torch import nn
 from library.errors import UserError
 from library.objectives.base import Workbench
 from library.objectives.reward_shapes import SHAPES
+from library.objectives.rewards import Goal, Reward
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import SCORE_ROLLOUTS, ScoreTerm
-from library.rewards import Goal, Reward
-from library.tracking import read_metrics
+from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
-from tests.scorers_for_tests import WavyScorer, scorer_for
-from tests.tiny_leco_run import make_workplace, run
-from tests.tiny_models import tiny_model
-from tests.workbench_for_tests import assert_resumes, make_workbench
+from tests.helpers.scorers import WavyScorer, scorer_for
+from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.workbench import assert_resumes, make_workbench
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", width=128)]
 BATCH = 3

@@ -6,12 +6,12 @@ import pytest
 import safetensors
 from PIL import Image
 
-from library.calibration import choose_scale
-from library.config import NetworkConfig, SavingConfig
-from library.response_curve import ResponseCurve
-from library.slider_files import SliderFiles
+from library.measuring.calibration import choose_scale
+from library.measuring.response_curve import ResponseCurve
+from library.settings.shared import NetworkConfig, SavingConfig
+from library.slider_training.files import SliderFiles
+from tests.helpers.tiny_models import tiny_model
 from tests.test_sampling import network_for
-from tests.tiny_models import tiny_model
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 CALIBRATION = choose_scale(

@@ -15,8 +15,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from library.errors import UserError
-from library.noise_schedule import (
+from library.diffusion.noise_schedule import (
     NoiseSchedule,
     abar_to_sigma,
     eps_to_v,
@@ -26,7 +25,8 @@ from library.noise_schedule import (
     v_to_x0,
     x0_to_eps,
 )
-from library.solvers import SOLVERS, ddim_step, get_solver, guided_eps, rescale_guidance, rescale_guided_eps
+from library.diffusion.solvers import SOLVERS, ddim_step, get_solver, guided_eps, rescale_guidance, rescale_guided_eps
+from library.errors import UserError
 from library.types import History
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}

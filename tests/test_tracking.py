@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from library.config import LoggingConfig
 from library.errors import UserError
-from library.tracking import Tracker, read_metrics, to_floats
+from library.settings.shared import LoggingConfig
+from library.training.tracking import Tracker, read_metrics, to_floats
 
 
 def lines(folder: Path) -> list[dict]:

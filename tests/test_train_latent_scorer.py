@@ -15,25 +15,25 @@ import train_latent_scorer
 from examples.shapes.pictures import to_pixels
 from examples.shapes.scores import brightness
 from examples.shapes.world import draw, random_scene
-from library import scorer_setup
-from library.cli import run_main
-from library.config import build
-from library.criteria.registry import CRITERIA
 from library.errors import UserError
-from library.scorer_balancing import IndependentOptimizers, SummedLosses, parameter_groups
-from library.scorer_config import ScorerTrainingConfig
 from library.scorer_data.batches import LatentBatch
-from library.scorer_data_config import Dataset, Subset, read_dataset_config
-from library.scorer_tasks import PackedTags, Task
-from library.scorer_training import add_noise, check_losses, draw_sigmas, share_out, standard_schedule
-from library.scorer_validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, validate
+from library.scorer_training import setup as scorer_setup
+from library.scorer_training.balancing import IndependentOptimizers, SummedLosses, parameter_groups
+from library.scorer_training.config import ScorerTrainingConfig
+from library.scorer_training.criteria.registry import CRITERIA
+from library.scorer_training.dataset_config import Dataset, Subset, read_dataset_config
+from library.scorer_training.tasks import PackedTags, Task
+from library.scorer_training.trainer import add_noise, check_losses, draw_sigmas, share_out, standard_schedule
+from library.scorer_training.validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, validate
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.scorers.latent_resnet import LatentResNet
-from library.tracking import read_metrics
+from library.settings.cli import run_main
+from library.settings.shared import build
+from library.training.tracking import read_metrics
+from tests.helpers.tiny_models import tiny_vae
 from tests.test_scorers import VAE
-from tests.tiny_models import tiny_vae
 
 SCHEDULE = standard_schedule()
 

@@ -17,20 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_leco_score
-from library.checkpoints import load_state
-from library.cli import parse_config, run_main
-from library.config import NetworkConfig, SavingConfig
 from library.models.loading import load_model
-from library.monitor import Monitor
-from library.sampling import initial_noise, sample
+from library.rollouts.sample import initial_noise, sample
 from library.scorers.io import save_scorer
-from library.slider_files import SliderFiles
-from library.tracking import read_metrics
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import NetworkConfig, SavingConfig
+from library.slider_training.files import SliderFiles
+from library.slider_training.monitor import Monitor
+from library.training.checkpoints import load_state
+from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
-from tests.golden_run import GOLDEN_FILE, golden_numbers
-from tests.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
-from tests.tiny_models import tiny_model
+from tests.helpers.golden_run import GOLDEN_FILE, golden_numbers
+from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
+from tests.helpers.tiny_models import tiny_model
 from train_leco_score import LecoScoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def test_metadata_by_family(tmp_path: Path, kind: str, base_version: str, archit
 
 
 def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.calibration import Calibration
+    from library.measuring.calibration import Calibration
 
     half = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
     monkeypatch.setattr(Monitor, "calibration", lambda self, target: half)
@@ -146,7 +146,7 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
 
 
 def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.verdict import Watch
+    from library.measuring.verdict import Watch
 
     monkeypatch.setattr(Watch, "_stop", lambda self, seen: "strong enough" if seen.step == 2 else None)
     run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2)
@@ -255,7 +255,7 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
 
 
 def test_the_golden_run(tmp_path: Path) -> None:
-    """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.golden_run` writes the file anew."""
+    """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.helpers.golden_run` writes the file anew."""
     expected = [float(line) for line in GOLDEN_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert len(expected) == 40
     assert golden_numbers(tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)

@@ -21,7 +21,7 @@ from library.scorers.registry import build_scorer
 from library.scorers.unet_encoder import UNetEncoder
 from library.scorers.unet_taps import POOLS, Pool, build_first_half, distinctive_config, outputs_of, tap_names
 from library.types import Conditioning
-from tests.tiny_models import KINDS, tiny_model
+from tests.helpers.tiny_models import KINDS, tiny_model
 
 SIGMAS = torch.tensor([0.0, 0.7, 100.0])  # clean, within the schedule, beyond it
 

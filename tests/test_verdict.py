@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from library.keep_best import merit
-from library.measurement import REWARD, BasePictures, Measured
-from library.observation import Bound, Observation, hack_index, observe
-from library.verdict import Watch, complaints
+from library.measuring.measurement import REWARD, BasePictures, Measured
+from library.measuring.observation import Bound, Observation, hack_index, observe
+from library.measuring.verdict import Watch, complaints
+from library.slider_training.keep_best import merit
 
 P, S = 6, 4
 HEALTHY = {

@@ -17,20 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.cli import parse_config, run_main
-from library.config import TrainingConfig, option
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint, encode_images
-from library.runtime import create_accelerator, set_num_threads
-from library.scorer_config import DataConfig
 from library.scorer_data.encoding import encode_missing
 from library.scorer_data.latent_cache import open_cache
 from library.scorer_data.readers.base import Tally
 from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.records import FilePicture, Picture
 from library.scorer_data.skips import SkipReport
-from library.scorer_tasks import collect, pictures_of
+from library.scorer_training.config import DataConfig
+from library.scorer_training.tasks import collect, pictures_of
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import TrainingConfig, option
+from library.training.runtime import create_accelerator, set_num_threads
 from train_latent_scorer import LatentScorerConfig
 
 logger = logging.getLogger("cache_latents")

@@ -26,24 +26,24 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text
-from library.cli import parse_config, run_main
-from library.comparison import comparison_dict, comparison_text, digest
-from library.config import ModelConfig, check_at_least, option
+from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
-from library.evaluation import evaluate, sample_base
-from library.few_step import SamplingChoice, detect, recommended
-from library.findings import text_table
+from library.measuring.comparison import comparison_dict, comparison_text, digest
+from library.measuring.evaluation import evaluate, sample_base
+from library.measuring.findings import text_table
+from library.measuring.slider_evaluation import SliderEvaluation
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.plots import multiplier_grid, score_curves
-from library.prompts import load_prompts, spread
-from library.report import html_report
-from library.runtime import check_writable, set_num_threads, weight_dtype
+from library.prompts.files import load_prompts, spread
+from library.reports.plots import multiplier_grid, score_curves
+from library.reports.report import html_report
+from library.rollouts.few_step import SamplingChoice, detect, recommended
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
-from library.slider_evaluation import SliderEvaluation
-from library.solvers import ALIASES, SOLVERS
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import ModelConfig, check_at_least, option
+from library.training.runtime import check_writable, set_num_threads, weight_dtype
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
 

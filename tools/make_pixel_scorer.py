@@ -21,21 +21,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.cli import parse_config, run_main
-from library.config import check_at_least, option
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint, encode_images, place_vae, probe_picture
-from library.runtime import set_num_threads
-from library.scorer_config import VaeConfig
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
+from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.image_models.registry import read_image_model
 from library.scorers.io import save_scorer
 from library.scorers.pixel import RUNS_VAE, ready_made
 from library.scorers.pixel_decoder import load_tiny_autoencoder
 from library.scorers.pixel_gradient import measure_gradient
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import check_at_least, option
+from library.training.runtime import set_num_threads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text
-from library.cli import parse_config, run_main
-from library.config import check_above, check_at_least, option
-from library.contact_sheet import Exhibit, contact_sheet, histograms
-from library.criteria.metrics import spearman
 from library.errors import UserError
-from library.image_scoring import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
 from library.models.loading import load_model, load_vae
 from library.models.vae import VaeFingerprint, place_vae
-from library.runtime import check_writable, set_num_threads
+from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import read_picture
 from library.scorer_data.readers.base import BadValue, ReaderOptions, Tally, split_name
@@ -43,9 +38,14 @@ from library.scorer_data.readers.rows import ROW_FORMATS, read_rows
 from library.scorer_data.readers.tables import path_text
 from library.scorer_data.records import FilePicture, RatedImage, Skipped
 from library.scorer_data.skips import SkipReport
+from library.scorer_training.criteria.metrics import spearman
 from library.scorers.image_models.registry import build_image_model, read_image_model
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
+from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
+from library.settings.cli import parse_config, run_main
+from library.settings.shared import check_above, check_at_least, option
+from library.training.runtime import check_writable, set_num_threads
 
 THUMBNAIL = 512  # pixels of a picture on the sheet before it is fitted into its cell
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.cli import parse_config, run_main, setup_logging
-from library.config import ModelConfig, check_above, check_at_least, option
 from library.errors import UserError
 from library.models.loading import load_model
-from library.prompts import load_prompts
-from library.runtime import generator, set_num_threads, weight_dtype
+from library.prompts.files import load_prompts
+from library.settings.cli import parse_config, run_main, setup_logging
+from library.settings.shared import ModelConfig, check_above, check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures
+from library.training.runtime import generator, set_num_threads, weight_dtype
 
 logger = logging.getLogger("train_image_prompt_adapter")
 HELD_OUT = 10  # every so many prompts, one is not trained on

@@ -12,10 +12,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
 from library.models.prompt_chunks import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
-from library.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class DiffusionModel(ABC):
         that of the first chunk.
 
         Args:
-            prompts: of any length, with A1111's weights (`library.prompt_syntax`) unless `prompt_weighting` is off.
+            prompts: of any length, with A1111's weights (`library.models.prompt_syntax`) unless `prompt_weighting` is off.
             size, time_ids: see `time_ids`.
         """
         assert self.text_encoders, "the text encoders were freed"

@@ -11,13 +11,13 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
 from library.models import single_file
 from library.models.base import DiffusionModel, Family
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.registry import FAMILIES
 from library.models.vae import place_vae
-from library.noise_schedule import NoiseSchedule
 
 logger = logging.getLogger(__name__)
 

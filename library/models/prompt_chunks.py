@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.prompt_syntax import parse_weights
+from library.models.prompt_syntax import parse_weights
 
 LEAST_MEAN = 0.01  # of hidden states, as a share of their standard deviation
 Chunk = list[tuple[int, float]]  # at most 75 tokens, each with its weight

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from library.config import check_above, check_at_least, option
 from library.errors import UserError
 from library.objectives.base import Workbench
 from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
-from library.prompts import load_prompts
-from library.rollout import Belt
-from library.sampling import guide
+from library.prompts.files import load_prompts
+from library.rollouts.belt import Belt
+from library.rollouts.sample import guide
+from library.settings.shared import check_above, check_at_least, option
 from library.types import Conditioning, LossOutput, PromptSpec
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.rollout import RolloutConfig
-from library.sampling import PromptEncoder
+from library.rollouts.belt import RolloutConfig
+from library.rollouts.sample import PromptEncoder
 from library.types import LossOutput
 from networks.lora import LoRANetwork
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from library.noise_schedule import abar_to_sigma, per_sample
+from library.diffusion.noise_schedule import abar_to_sigma, per_sample
 from library.objectives.estimators import Estimator, Foreseen, Predict, Scene
 
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from library.noise_schedule import NoiseSchedule
-from library.solvers import Solver
+from library.diffusion.noise_schedule import NoiseSchedule
+from library.diffusion.solvers import Solver
 from library.types import History, RolloutBatch
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.objectives.gradients import rms, unit_rms
-from library.rewards import Goal
+from library.objectives.rewards import Goal
 
 BEYOND_BOUND = 0.2  # standard deviations beyond a max or min at which the score is pushed back with full strength
 MOST_AMPLIFIED = 10.0  # goals that contradict each other leave next to nothing, which must not be blown up to full strength

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from library.rewards import Goal, Reward
+from library.objectives.rewards import Goal, Reward
 from library.types import Conditioning, PromptSpec
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.config import check_above, option
 from library.errors import UserError
 from library.objectives.base import Workbench
 from library.objectives.known_noise import (
@@ -28,6 +27,7 @@ from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, so
 from library.scorer_data.readers.rows import read_rows
 from library.scorer_data.records import FilePicture, Skipped
 from library.scorer_data.skips import SkipReport
+from library.settings.shared import check_above, option
 from library.types import LossOutput, PromptSpec
 
 

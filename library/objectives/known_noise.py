@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.objectives.base import Workbench
 from library.objectives.regression import as_output, min_snr_weights, squared_errors, trained_conditioning
-from library.sampling import Size
+from library.rollouts.sample import Size
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import Picture, Skipped

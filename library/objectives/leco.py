@@ -3,8 +3,8 @@
     loss = | f_LoRA(x_t, target) - [f(x_t, neutral) +- guidance (f(x_t, positive) - f(x_t, unconditional))] |^2
 
 f is what the U-Net puts out, x_t is where a trajectory of the target prompt stands, rolled out with the LoRA on. One belt for each
-picture size (see `library.rollout`) hands out x_t at every call, so a step is one U-Net call with gradient, of one row a sample, and one
-without: the frozen predictions and the rollout's unconditional branch together. Published programs denoise from noise for each step.
+picture size (see `library.rollouts.belt`) hands out x_t at every call, so a step is one U-Net call with gradient, of one row a sample, and
+one without: the frozen predictions and the rollout's unconditional branch together. Published programs denoise from noise for each step.
 """
 
 import logging
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.config import check_above, option
 from library.errors import UserError
-from library.leco_prompts import LecoSetting, load_leco_settings
 from library.objectives.base import Workbench
 from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
-from library.rollout import ROLLOUTS, Belt
-from library.sampling import Size, guide
+from library.prompts.leco_files import LecoSetting, load_leco_settings
+from library.rollouts.belt import ROLLOUTS, Belt
+from library.rollouts.sample import Size, guide
+from library.settings.shared import check_above, option
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
 logger = logging.getLogger(__name__)

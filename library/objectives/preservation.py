@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from library.noise_schedule import per_sample
+from library.diffusion.noise_schedule import per_sample
 
 
 def eps_drift(eps: Tensor, frozen_eps: Tensor) -> Tensor:

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from library.config import option
 from library.errors import UserError
-from library.leco_prompts import is_leco_file
 from library.objectives import anchors, image_pairs, images, leco
 from library.objectives.anchors import AnchorConfig
 from library.objectives.base import Term, Workbench
@@ -13,9 +11,11 @@ from library.objectives.image_pairs import ImagePairsConfig
 from library.objectives.images import ImagesConfig
 from library.objectives.leco import LecoConfig
 from library.objectives.regression import RegressionConfig
+from library.objectives.rewards import Reward
 from library.objectives.score_config import ScoreConfig
 from library.objectives.score_term import ScoreTerm
-from library.rewards import Reward
+from library.prompts.leco_files import is_leco_file
+from library.settings.shared import option
 from library.types import PromptSpec
 
 

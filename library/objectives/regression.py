@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.config import check_above, option
+from library.diffusion.noise_schedule import eps_to_v
 from library.models.base import DiffusionModel
-from library.noise_schedule import eps_to_v
 from library.objectives.base import Workbench
-from library.sampling import Size
+from library.rollouts.sample import Size
+from library.settings.shared import check_above, option
 from library.types import Conditioning
 
 

@@ -12,20 +12,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from library.diffusion.noise_schedule import eps_to_x0
+from library.diffusion.solvers import Solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.noise_schedule import eps_to_x0
 from library.objectives.draft import Draft
 from library.objectives.estimators import Foreseen, Predict, Scene
 from library.objectives.goals import ascent_direction
 from library.objectives.gradients import score_gradients
 from library.objectives.preservation import asymmetry, eps_drift, statistics_drift
 from library.objectives.reward_shapes import SHAPES
+from library.objectives.rewards import Reward
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.x0_renoise import X0Renoise
-from library.rewards import Reward
-from library.sampling import guide
-from library.solvers import Solver
+from library.rollouts.sample import guide
 from library.types import Conditioning, LossOutput, RolloutBatch
 from networks.lora import LoRANetwork
 
@@ -38,7 +38,7 @@ class ScoreObjective:
 
     Args:
         num_steps: of the sampler, for prompts that bring none; a gain over a whole trajectory is this many times that of one step.
-        guidance_rescale: phi of `library.solvers.rescale_guidance`.
+        guidance_rescale: phi of `library.diffusion.solvers.rescale_guidance`.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.config import check_above, check_at_least, option
 from library.errors import UserError
 from library.objectives.direct_align import DirectAlign
 from library.objectives.draft import Draft
@@ -15,6 +14,7 @@ from library.objectives.prev import Prev
 from library.objectives.reward_shapes import SHAPES
 from library.objectives.x0 import X0
 from library.objectives.x0_renoise import X0Renoise
+from library.settings.shared import check_above, check_at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.noised_pictures import LastStepNoisedRollout, NoisedRollout, PictureRollout
 from library.objectives.base import Workbench
 from library.objectives.images import encode_folder
+from library.objectives.rewards import Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
-from library.rewards import Reward
-from library.rollout import ROLLOUTS, Belt
+from library.rollouts.belt import ROLLOUTS, Belt
+from library.rollouts.noised import LastStepNoisedRollout, NoisedRollout, PictureRollout
 from library.types import LossOutput, PromptSpec
 
 SCORE_ROLLOUTS: dict[str, type[Belt]] = {**ROLLOUTS, "noised": NoisedRollout, "noised_last": LastStepNoisedRollout}

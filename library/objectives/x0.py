@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from library.noise_schedule import abar_to_sigma, eps_to_x0
+from library.diffusion.noise_schedule import abar_to_sigma, eps_to_x0
 from library.objectives.estimators import Estimator, Foreseen, Predict, Scene
 
 

@@ -8,8 +8,8 @@ than `max_crop`. The options have the names and the meaning that they have in sd
 import math
 from dataclasses import dataclass
 
-from library.config import option
 from library.errors import UserError
+from library.settings.shared import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.runtime import free_cores
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.latent_cache import LatentCache
 from library.scorer_data.npz_cache import NpzCache
 from library.scorer_data.pictures import read_picture, to_pixels
 from library.scorer_data.pixel_augmentation import PLAIN, render
 from library.scorer_data.records import FilePicture, FileState, Picture, Skipped, SlicePicture
+from library.training.runtime import free_cores
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from library.config import check_at_least, option
 from library.errors import UserError
 from library.scorer_data.pictures import cover
+from library.settings.shared import check_at_least, option
 
 PLAIN = ""
 FLIPPED = "flip"

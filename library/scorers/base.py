@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
-        """The JSON values of a new backbone. `options` are those of `library.scorer_config.ScorerConfig.backbone_options`.
+        """The JSON values of a new backbone. `options` are those of `library.scorer_training.config.ScorerConfig.backbone_options`.
 
         Raises:
             UserError: there is no such size, or an option that this kind does not have.

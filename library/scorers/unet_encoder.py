@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
-from library.noise_schedule import NoiseSchedule
 from library.scorers.base import Backbone, ModelSource
 from library.scorers.unet_taps import MID_BLOCK, TapReadout, build_first_half, distinctive_config, outputs_of, tap_channels, tap_names
 from library.types import Conditioning

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from library.diffusion.solvers import ddim_step
 from library.models.base import DiffusionModel
-from library.sampling import Size, model_autocast
-from library.solvers import ddim_step
+from library.rollouts.sample import Size, model_autocast
 from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb
 from library.text_free.clip_pair import ClipPair
 from library.text_free.fingerprint import text_encoder_fingerprint

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.config import nearest
 from library.errors import UserError
 from library.scorer_data.records import Records, Skipped
+from library.settings.shared import nearest
 
 TARGETS = ("score", "label", "votes", "tags", "pair")
 SPLIT_NAMES: Mapping[str, str] = {

@@ -1,0 +1,1 @@
+"""Noise levels and sampler steps: mathematics without a model."""

@@ -1,0 +1,1 @@
+"""What a slider does: pictures at several multipliers, scored, compared, judged."""

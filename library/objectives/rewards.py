@@ -1,0 +1,287 @@
+"""Scorers and what is wanted of each: raise it, lower it, hold it where the frozen model has it, never let it pass a bound."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.prompt_syntax import plain_text
+from library.models.vae import VaeFingerprint
+from library.scorers.base import Scorer, ScorerSpec
+from library.scorers.heads import READOUTS
+from library.scorers.io import check_scorer_fits, load_scorer
+from library.settings.shared import check_at_least, option
+from library.types import Conditioning, PromptSpec, RewardOutput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far a score may go.
+
+    Attributes:
+        kind: "hold" keeps it where the frozen model has it, "max" below and "min" above a bound.
+        value: for "hold", the distance from the frozen model, in standard deviations (of `ScorerSpec`), above 0;
+            for "max" and "min", the bound in the score's own units.
+    """
+
+    kind: str
+    value: float
+
+    @staticmethod
+    def parse(word: str) -> "Limit | None":
+        """ "none", "hold=0.2", "max=7.5" or "min=4". Raises UserError for anything else."""
+        if word == "none":
+            return None
+        kind, _, text = word.partition("=")
+        try:
+            limit = Limit(kind, float(text))
+        except ValueError:
+            limit = None
+        if limit is None or kind not in ("hold", "max", "min") or not abs(limit.value) < float("inf"):
+            raise UserError(f"scorer_limits has {word!r}, but a limit is none, hold=0.2, max=7.5 or min=4 (with your numbers)")
+        if kind == "hold" and limit.value <= 0:
+            raise UserError(f"scorer_limits has {word!r}, but the distance must be above 0, such as hold=0.2")
+        return limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Which scores the slider moves, which it must leave alone, and how far they are trusted."""
+
+    scorer: tuple[str, ...] = option((), help="Latent scorer files, made by train_latent_scorer.py.")
+    scorer_weights: tuple[float, ...] = option((), help="Weight of each scorer; below 0 lowers that score. Default 1 each.")
+    scorer_limits: tuple[str, ...] = option(
+        (),
+        help="One word a scorer: none; hold=0.2 keeps it within 0.2 of its standard deviations of the frozen model, and neither raises "
+        "nor lowers it; max=7.5 or min=4 let it not pass that value, in its own units.",
+    )
+    scorer_ensemble: bool = option(False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.")
+    scorer_pessimism: float | None = option(
+        None,
+        help="Take a score for this many of its own standard deviations of uncertainty worse than it says, for scorers that state one; "
+        "default 1. 0 believes the mean.",
+    )
+    force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "scorer_pessimism")
+        count = self.num_scores
+        counted = "the one score of an ensemble" if self.scorer_ensemble else f"{count} scorers"
+        if len(self.scorer_weights) not in (0, count):
+            raise UserError(f"scorer_weights holds {len(self.scorer_weights)} numbers for {counted}; give one a score, or none")
+        if len(self.scorer_limits) not in (0, count):
+            raise UserError(f"scorer_limits holds {len(self.scorer_limits)} words for {counted}; give one a score (none for no limit)")
+        for weight, limit in zip(self.weights, self.limits, strict=True):
+            if limit is not None and limit.kind == "hold" and weight != 0:
+                raise UserError(f"scorer_weights has {weight:g} for a score that scorer_limits holds; a held score has weight 0")
+        if count and not any(self.weights):
+            raise UserError("no score is to rise or fall: all are held or have weight 0; give one a weight in scorer_weights and no hold")
+
+    @property
+    def num_scores(self) -> int:
+        return min(len(self.scorer), 1) if self.scorer_ensemble else len(self.scorer)
+
+    @property
+    def limits(self) -> list[Limit | None]:
+        """One a score. Raises UserError for a word that is none."""
+        return [Limit.parse(word) for word in self.scorer_limits] or [None] * self.num_scores
+
+    @property
+    def weights(self) -> list[float]:
+        """One a score, 0 where it is held."""
+        held = [limit is not None and limit.kind == "hold" for limit in self.limits]
+        return list(self.scorer_weights) or [0.0 if hold else 1.0 for hold in held]
+
+
+class ScorerEnsemble(Scorer):
+    """Scorers of one opinion as one scorer, in the units of the first.
+
+    The score is the mean of the members' standardised scores; the variance the members' mean variance plus the variance of their
+    scores (Lakshminarayanan et al., arXiv 1612.01474).
+    """
+
+    def __init__(self, members: Sequence[Scorer]) -> None:
+        specs = [member.spec for member in members]
+        super().__init__(
+            ScorerSpec(
+                kind="ensemble",
+                architecture={},
+                vae=specs[0].vae,
+                noise_aware=all(spec.noise_aware for spec in specs),
+                uses_prompt=any(spec.uses_prompt for spec in specs),
+                mean=specs[0].mean,
+                std=specs[0].std,
+            )
+        )
+        self.scorers = nn.ModuleList(members)
+        self.name = "+".join(dict.fromkeys(member.name for member in members))
+
+    def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        return self.score_and_uncertainty(latents, sigmas, cond, prompts)[0]
+
+    def score_and_uncertainty(
+        self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        scores, variances = [], []
+        for member in self.scorers:
+            assert isinstance(member, Scorer)
+            score, uncertainty = member.score_and_uncertainty(latents, sigmas, cond, prompts)
+            scores.append((score - member.spec.mean) / member.spec.std)
+            variances.append((uncertainty / member.spec.std).square())
+        members = torch.stack(scores)
+        variance = members.var(0, correction=0) + torch.stack(variances).mean(0)
+        # the square root's slope is infinite where all members agree
+        return members.mean(0) * self.spec.std + self.spec.mean, variance.clamp_min(1e-12).sqrt() * self.spec.std
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One score and what is wanted of it.
+
+    Attributes:
+        scorer: frozen, on the model's device.
+        weight: how much it counts beside the others; below 0 when a positive slider is to lower it, 0 when it is only limited.
+        limit: how far it may go; a held score is neither raised nor lowered, whatever its weight.
+        pessimism: by how many standard deviations of the scorer's own uncertainty its score is taken to be worse.
+    """
+
+    scorer: Scorer
+    weight: float = 1.0
+    limit: Limit | None = None
+    pessimism: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.scorer.name
+
+    @property
+    def held(self) -> bool:
+        return self.limit is not None and self.limit.kind == "hold"
+
+    @property
+    def sign(self) -> float:
+        """+1 when a positive slider raises the score, -1 when it lowers it, 0 when it does neither."""
+        return 0.0 if self.held or self.weight == 0 else 1.0 if self.weight > 0 else -1.0
+
+    def standardise(self, score: Tensor | float) -> Tensor | float:
+        return (score - self.scorer.spec.mean) / self.scorer.spec.std
+
+    def value(
+        self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[PromptSpec], ascent: Tensor | None = None
+    ) -> Tensor:
+        """The score [B] in standard deviations of the scorer; differentiable in the latents.
+
+        Args:
+            ascent: +1 where the whole reward is to rise, -1 where it is to fall [B]. The score is then the pessimistic one: mean minus
+                `pessimism` standard deviations where it is to rise, plus as many where it is to fall. None is the mean.
+        """
+        texts = [plain_text(prompt.prompt) for prompt in prompts]
+        with torch.autocast(latents.device.type, enabled=False):  # half precision would round the gradient of a small change away
+            latents, sigmas = latents.float(), sigmas.float()
+            if ascent is None or not self.pessimism or not self.sign:
+                score = self.scorer(latents, sigmas, cond, texts)
+            else:
+                mean, uncertainty = self.scorer.score_and_uncertainty(latents, sigmas, cond, texts)
+                score = mean - self.pessimism * self.sign * ascent * uncertainty
+        value = self.standardise(score)
+        assert isinstance(value, Tensor)
+        return value
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The weighted sum of scores, each in its own standard deviations, so that weights mean the same for every scorer."""
+
+    goals: Sequence[Goal]
+
+    @property
+    def scorers(self) -> list[Scorer]:
+        return [goal.scorer for goal in self.goals]
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether a goal cannot be judged without the frozen model's score."""
+        return any(goal.held for goal in self.goals)
+
+    def to(self, device: torch.device | str) -> "Reward":
+        return Reward([replace(goal, scorer=goal.scorer.to(device)) for goal in self.goals])
+
+    def __call__(
+        self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[PromptSpec], ascent: Tensor | None = None
+    ) -> RewardOutput:
+        """Score variance-preserving latents [B, C, h, w] at sigmas [B]; differentiable in the latents.
+
+        It says how high the scores are, not whether that is wanted: the directions of prompts and multipliers are left to the caller.
+
+        Args:
+            cond, prompts: what was asked for, B of each.
+            ascent: as in `Goal.value`; None, for measurements, takes every scorer at its word.
+
+        Returns:
+            `terms`: every goal's value [B]; `total`: the weighted sum of those that are to rise or fall [B].
+        """
+        terms = {goal.name: goal.value(latents, sigmas, cond, prompts, ascent) for goal in self.goals}
+        total = torch.stack([goal.weight * terms[goal.name] for goal in self.goals if goal.sign]).sum(0)
+        return RewardOutput(total, terms)
+
+
+def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware: bool, gradient_checkpointing: bool = False) -> Reward:
+    """Load scorer files and check that they can judge this model's latents at the noise levels they will be shown.
+
+    Args:
+        vae: the model's.
+        needs_noise_aware: whether noisy latents will be scored.
+        gradient_checkpointing: let scorers that can save memory do so.
+
+    Raises:
+        UserError: a file that is no scorer, one for another VAE, a noise-blind one that is needed noise-aware, two of one name.
+    """
+    scorers = []
+    for path in config.scorer:
+        scorer = load_scorer(path)
+        check_scorer_fits(scorer, vae)
+        if needs_noise_aware and not scorer.spec.noise_aware:
+            advice = f"scorer {path} was trained on clean latents only, and this score_estimator scores noisy ones"
+            if not config.force_scorer:
+                raise UserError(f"{advice}; use score_estimator x0, or train the scorer with noise, or set force_scorer")
+            logger.warning("%s; used all the same (force_scorer)", advice)
+        if gradient_checkpointing:
+            scorer.enable_gradient_checkpointing()
+        scorers.append(scorer)
+    if config.scorer_ensemble and scorers:
+        _check_distinct([str(Path(path).resolve()) for path in config.scorer])
+        scorers = [ScorerEnsemble(scorers)]
+    _check_distinct([scorer.name for scorer in scorers])
+    if config.scorer_pessimism and not any(map(states_uncertainty, scorers)):
+        logger.warning(
+            "scorer_pessimism is %g, but no scorer states how sure it is; train with head_members, or give several files of one "
+            "opinion and set scorer_ensemble",
+            config.scorer_pessimism,
+        )
+    pessimism = 1.0 if config.scorer_pessimism is None else config.scorer_pessimism
+    return Reward(
+        [
+            Goal(scorer=scorer.requires_grad_(False).eval(), weight=weight, limit=limit, pessimism=pessimism * states_uncertainty(scorer))
+            for scorer, weight, limit in zip(scorers, config.weights, config.limits, strict=True)
+        ]
+    )
+
+
+def states_uncertainty(scorer: Scorer) -> bool:
+    """Whether a scorer says how sure it is: by members that may disagree, or by a spread that it was trained to state."""
+    if isinstance(scorer, ScorerEnsemble):
+        return True
+    head = scorer.spec.head()
+    _, stated = READOUTS[head.readout](torch.zeros(1, 1, head.outputs), head)
+    return head.members > 1 or stated is not None
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"two scorers have the name {max(names, key=names.count)!r}; train or save one under another output_name")

@@ -1,0 +1,137 @@
+"""Prompt lists from files, with their choices written out: docs/prompts.md shows every format."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from library.errors import UserError
+from library.models.prompt_syntax import escape
+from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
+from library.prompts.tags import split_tags, tag_prompt, vary
+from library.prompts.wildcards import Wildcards
+from library.settings.shared import check_at_least, option
+from library.types import PromptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How prompts are read, and what becomes of them."""
+
+    prompt_format: str = option(
+        "auto",
+        choices=("auto", "danbooru"),
+        help="Of a .txt: auto takes each line as a prompt, danbooru as the tags of a picture (1girl solo long_hair).",
+    )
+    shuffle_caption: bool = option(False, help="With prompt_format danbooru: shuffle each line's tags.")
+    keep_tokens: int = option(0, help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.")
+    caption_tag_dropout_rate: float = option(0.0, help="With prompt_format danbooru: leave each tag out with this probability.")
+    num_tag_variants: int = option(4, help="Prompts made of each line of tags that are shuffled or dropped.")
+    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.")
+    max_prompt_variants: int = option(64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.")
+    prompt_weighting: bool = option(
+        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text."
+    )
+    enable_bucket: bool = option(False, help="Spread prompts that have no size of their own over pictures of other aspect ratios.")
+    min_bucket_reso: int | None = option(None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.")
+    max_bucket_reso: int | None = option(None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.")
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_tag_variants", "max_prompt_variants")
+        check_at_least(self, 0, "keep_tokens")
+        if not 0 <= self.caption_tag_dropout_rate < 1:
+            raise UserError(f"caption_tag_dropout_rate is {self.caption_tag_dropout_rate}; it must be from 0 to below 1")
+        if self.varies_tags and self.prompt_format != "danbooru":
+            raise UserError("shuffle_caption and caption_tag_dropout_rate are for tags; set prompt_format to danbooru, or leave them out")
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+
+
+def load_prompts(
+    path: str | Path,
+    categories: Sequence[str] | None = None,
+    options: PromptOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> list[PromptSpec]:
+    """Read a prompt list; its kind is told by the file's ending.
+
+    `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
+    top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a
+    line, `#` begins a comment line, with sd-scripts' options (`prompt_entries.LINE_OPTIONS`). A prompt with choices
+    (`library.prompts.wildcards`) becomes several, which share its weight.
+
+    Args:
+        categories: of a TSV, keep only rows of these (column `Category`).
+        options: None is the defaults.
+        generator: of choices and tags that are drawn; None is one with seed 0.
+
+    Raises:
+        UserError: no such file, nothing in it, or a line or key that cannot be understood; it names file and line.
+    """
+    path, options = Path(path), options or PromptOptions()
+    generator = generator or torch.Generator().manual_seed(0)
+    if not path.is_file():
+        raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
+    if categories and path.suffix != ".tsv":
+        raise UserError(f"prompt_categories choose rows of a PartiPrompts .tsv, but the prompts file is {path}; leave them out")
+    if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
+        raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
+    match path.suffix:
+        case ".toml":
+            prompts = _written_out(from_toml(text, path), options, generator)
+        case ".tsv":
+            prompts = [_literal(spec, options) for spec in from_tsv(text, path, categories)]
+        case _ if options.prompt_format == "danbooru":
+            prompts = _of_tags(from_lines(text.splitlines(), path), options, generator)
+        case _:
+            prompts = _written_out(from_lines(text.splitlines(), path), options, generator)
+    if not prompts:
+        raise UserError(f"prompts file {path} holds no prompts; write one a line")
+    return prompts
+
+
+def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
+    """Choices in prompt and negative prompt are made together: each variant is a pair."""
+    wildcards = Wildcards(options.wildcards_dir)
+    prompts = []
+    for where, spec in entries:
+        variants = wildcards.expand((spec.prompt, spec.negative_prompt), options.max_prompt_variants, generator, where)
+        for prompt, negative in variants:
+            prompts.append(replace(spec, prompt=prompt, negative_prompt=negative, weight=spec.weight / len(variants)))
+    return prompts
+
+
+def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
+    count = options.num_tag_variants if options.varies_tags else 1
+    prompts = []
+    for _, spec in entries:
+        tags = split_tags(spec.prompt)
+        for _ in range(count):
+            varied = vary(
+                tags,
+                shuffle=options.shuffle_caption,
+                keep=options.keep_tokens,
+                dropout=options.caption_tag_dropout_rate,
+                generator=generator,
+            )
+            prompts.append(replace(spec, prompt=tag_prompt(varied, weighting=options.prompt_weighting), weight=spec.weight / count))
+    return prompts
+
+
+def _literal(spec: PromptSpec, options: PromptOptions) -> PromptSpec:
+    return replace(spec, prompt=escape(spec.prompt)) if options.prompt_weighting else spec
+
+
+def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:
+    """`count` prompts, evenly over the list (all of them if there are fewer), ordered by size so that equal sizes stand together."""
+    count = min(count, len(prompts))
+    chosen = [prompts[index * len(prompts) // count] for index in range(count)]
+    return sorted(chosen, key=lambda prompt: (prompt.height or 0, prompt.width or 0))

@@ -1,0 +1,259 @@
+"""Pictures of a measurement, as PNG: the score over the multiplier, and the grid of images."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from library.measuring.calibration import Calibration
+from library.measuring.response_curve import WIDEST, CurveSummary, ResponseCurve
+from library.measuring.slider_evaluation import SliderEvaluation
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
+USABLE = "#e3f5ea"
+MIN_CELL, MAX_CELL = 128, 320  # pixels, the longer side of a picture in a grid
+LABEL_WIDTH, GAP, HEADER = 190, 6, 34  # pixels
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a plot: of words, of what matters less, of the ground, and of lines that only guide the eye."""
+
+    ink: str
+    muted: str
+    paper: str
+    rule: str
+
+
+LIGHT = Palette(INK, MUTED, PAPER, RULE)
+DARK = Palette("#e5e7eb", "#9ca3af", "#1d2128", "#3a414d")
+
+
+def signed(value: float) -> str:
+    """A multiplier as people write it: +1, -0.5, 0, with a real minus sign."""
+    return f"{value:+g}".replace("-", "\u2212") if value else "0"
+
+
+def score_curves(evaluations: Sequence[SliderEvaluation]) -> bytes:
+    """One panel a score, one line a slider: mean score over the multiplier, PNG.
+
+    The band is the 95 % interval of the change against the base model (pair by pair), which is the broken line. The axis on the
+    right is that change in within-prompt standard deviations of the base model, of the first slider's run.
+    """
+    names = list(evaluations[0].responses)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(0.6 + 4.2 * columns, 0.3 + 3.5 * rows, LIGHT)
+    for position, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        _score_panel(axes, evaluations, name, LIGHT)
+        if position == 0 and len(evaluations) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
+def score_plot(evaluations: Sequence[SliderEvaluation], name: str, palette: Palette = LIGHT) -> bytes:
+    """One panel of `score_curves`."""
+    figure = _figure(5.2, 3.9, palette)
+    axes = figure.add_subplot()
+    _score_panel(axes, evaluations, name, palette)
+    if len(evaluations) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    return _png(figure)
+
+
+def gain_plot(evaluation: SliderEvaluation, usable: tuple[float, float], palette: Palette = LIGHT) -> bytes:
+    """All scores of one slider on one scale, PNG: gains in within-prompt standard deviations with 95 % intervals; the usable weights
+    are shaded. Yes-or-no judges and scores that do not vary without the slider have no such scale and are left out."""
+    figure = _figure(5.2, 3.9, palette)
+    axes = figure.add_subplot()
+    if usable[0] < usable[1]:
+        axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
+    axes.axhline(0, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
+    shown = [response for response in evaluation.responses.values() if response.std > 0 and not response.is_share]
+    for number, response in enumerate(shown):
+        low, value, high = (np.array([getattr(gain, bound) for gain in response.gains_std]) for bound in ("low", "value", "high"))
+        colour, role = COLOURS[number % len(COLOURS)], "training score" if response.role == "scorer" else "judge"
+        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        label = f"{role} {_tail(response.name, 26)}"
+        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=label, zorder=3)
+    axes.set_title("Training score and judges", fontsize=11, color=palette.ink, loc="left", fontweight="bold")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
+    axes.set_ylabel("change / standard deviation", fontsize=9, color=palette.ink)
+    axes.set_xticks(evaluation.multipliers, [signed(value) for value in evaluation.multipliers])
+    _quiet(axes, palette)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    return _png(figure)
+
+
+def _figure(width: float, height: float, palette: Palette) -> Figure:
+    """An empty figure, inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
+    return Figure(figsize=(width, height), dpi=130, facecolor=palette.paper, layout=layout)
+
+
+def _tail(name: str, length: int) -> str:
+    """The end of a name, which is what differs."""
+    return name if len(name) <= length else f"\u2026{name[1 - length :]}"
+
+
+def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
+    """Gains of the calibrated slider over its weight, PNG: the training score with its interval and straight line, the judges, what the
+    second measurement found at -1 and +1, and the usable range (shaded)."""
+    curve, line = calibration.curve, calibration.line
+    assert curve is not None and line is not None, "nothing was measured"
+    figure = _figure(6.4, 4.4, LIGHT)
+    axes = figure.add_subplot()
+    if line.usable[0] < line.usable[1]:
+        axes.axvspan(*line.usable, color=USABLE, linewidth=0, zorder=0, label="usable")
+    ends = np.array([line.measured[0], line.measured[1]])
+    axes.plot(ends, line.slope.value * ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=_line_label(line))
+    _gain_line(axes, curve, None, COLOURS[0], "training score")
+    for number, name in enumerate(curve.judges):
+        _gain_line(axes, curve, name, COLOURS[(number + 1) % len(COLOURS)], f"judge {_tail(name, 32)}")
+    for weight, gain in ((1, calibration.verified_up), (-1, calibration.verified_down)):
+        if gain is not None:
+            label = "measured again, other seeds" if weight == 1 else None
+            error = [[gain.value - gain.low], [gain.high - gain.value]]
+            axes.errorbar(
+                [weight], [gain.value], error, color=INK, marker="D", markersize=5, capsize=3, linewidth=1.2, zorder=5, label=label
+            )
+    axes.set_xlim(-WIDEST - 0.1, WIDEST + 0.1)
+    axes.set_title(_tail(title, 60), fontsize=11, color=INK, loc="left", fontweight="bold")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
+    axes.set_ylabel("gain / standard deviations", fontsize=9, color=INK)
+    axes.axhline(0, color=RULE, linewidth=1, zorder=0)
+    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
+    _quiet(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _png(figure)
+
+
+def _gain_line(axes: Axes, curve: ResponseCurve, judge: str | None, colour: str, label: str) -> None:
+    """The measured rungs within the weights that are shown, and the curve between them."""
+    weights = np.array(curve.multipliers)
+    gains = np.array(curve.gains if judge is None else curve.judges[judge])
+    shown = np.abs(weights) <= WIDEST + 1e-9
+    dense = np.linspace(max(weights[0], -WIDEST), min(weights[-1], WIDEST), 81)
+    if judge is None and curve.resamples is not None:
+        bounds = [curve.interval_at(weight) for weight in dense]
+        axes.fill_between(
+            dense, [bound.low for bound in bounds], [bound.high for bound in bounds], color=colour, alpha=0.18, linewidth=0, zorder=2
+        )
+    axes.plot(dense, [curve.gain_at(weight, judge) for weight in dense], color=colour, linewidth=2, zorder=3, label=label)
+    axes.plot(weights[shown], gains[shown], color=colour, linewidth=0, marker="o", markersize=4.5, zorder=3)
+
+
+def _line_label(line: CurveSummary) -> str:
+    return f"line: slope {line.slope.value:.2f}, R\u00b2 {line.r2:.3f}"
+
+
+def _quiet(axes: Axes, palette: Palette = LIGHT) -> None:
+    """Axes that let the data speak."""
+    axes.set_facecolor(palette.paper)
+    axes.tick_params(labelsize=8, colors=palette.muted, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(palette.rule)
+    axes.grid(axis="y", color=palette.rule, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str, palette: Palette) -> None:
+    first = evaluations[0].responses[name]
+    base = first.means[evaluations[0].multipliers.index(0)].value
+    axes.axhline(base, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
+    for number, evaluation in enumerate(evaluations):
+        gains, colour = evaluation.responses[name].gains, COLOURS[number % len(COLOURS)]
+        low, value, high = (base + np.array([getattr(gain, bound) for gain in gains]) for bound in ("low", "value", "high"))
+        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=evaluation.name, zorder=3)
+    axes.set_title(
+        textwrap.shorten(name, 36, placeholder=" ...") if " " in name else _tail(name, 36),
+        fontsize=11,
+        color=palette.ink,
+        loc="left",
+        fontweight="bold",
+        pad=20,
+    )
+    subtitle = "training score" if first.role == "scorer" else "independent judge"
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=palette.muted, va="bottom")
+    axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
+    axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=palette.ink)
+    axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
+    axes.margins(x=0.04, y=0.12)
+    if first.is_share:
+        axes.set_ylim(-0.03, 1.06)
+    _quiet(axes, palette)
+    if first.std > 0 and not first.is_share:
+        to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)
+        right = axes.secondary_yaxis("right", functions=(to_gain, to_score))
+        right.set_ylabel("change / standard deviation", fontsize=8, color=palette.muted)
+        right.tick_params(labelsize=8, colors=palette.muted, length=3)
+        right.spines["right"].set_color(palette.rule)
+
+
+def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
+    """Labelled pictures, rows of uint8 [M, 3, H, W]; sizes may differ from row to row.
+
+    Small pictures are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large ones are reduced.
+    """
+    pictures = [[_resize(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in row] for row in rows]
+    width = max(picture.width for row in pictures for picture in row)
+    heights = [max(picture.height for picture in row) for row in pictures]
+    canvas = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * (width + GAP), HEADER + sum(heights) + GAP * len(rows)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    bold, plain = font(16, bold=True), font(12)
+    for column, label in enumerate(column_labels):
+        draw.text((LABEL_WIDTH + column * (width + GAP) + width // 2, HEADER // 2), label, fill=INK, font=bold, anchor="mm")
+    top = HEADER
+    for row, label, height in zip(pictures, row_labels, heights, strict=True):
+        lines = textwrap.wrap(label, 26, max_lines=max(2, height // 17), placeholder=" \u2026")
+        draw.multiline_text((12, top + height // 2), "\n".join(lines), fill=INK, font=plain, anchor="lm", spacing=3)
+        for column, picture in enumerate(row):
+            left = LABEL_WIDTH + column * (width + GAP) + (width - picture.width) // 2
+            canvas.paste(picture, (left, top + (height - picture.height) // 2))
+        top += height + GAP
+    return canvas
+
+
+def multiplier_grid(rows: Sequence[Tensor], row_labels: Sequence[str], multipliers: Sequence[float]) -> bytes:
+    """`image_grid` with a column a multiplier, PNG."""
+    buffer = io.BytesIO()
+    image_grid(rows, row_labels, [signed(value) if value else "0 (base)" for value in multipliers]).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _resize(picture: Image.Image) -> Image.Image:
+    longer = max(picture.size)
+    if longer < MIN_CELL:
+        factor = -(-MIN_CELL // longer)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if longer > MAX_CELL:
+        return picture.resize((picture.width * MAX_CELL // longer, picture.height * MAX_CELL // longer), Image.Resampling.LANCZOS)
+    return picture
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings, so that a grid looks the same on every system."""
+    file = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", file)), size)

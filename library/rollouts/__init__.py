@@ -1,0 +1,1 @@
+"""How pictures come about: sampling them, and the batches of trajectories that training moves along."""

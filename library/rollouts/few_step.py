@@ -1,0 +1,195 @@
+"""Bases that were distilled to draw in a few steps: how to tell one, how to sample it, and what to say when the settings do not fit it.
+
+The figures are those of the models' own pages: SDXL-Turbo and SD-Turbo (arXiv 2311.17042), LCM (2310.04378), SDXL-Lightning (2402.13929),
+Hyper-SD (2404.13686), DMD2 (2405.14867).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from library.diffusion.noise_schedule import TimestepSpacing
+from library.diffusion.solvers import get_solver
+from library.errors import UserError
+from library.models.base import DiffusionModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStepBase:
+    """How a distilled base is meant to be sampled.
+
+    Attributes:
+        name: of the method.
+        num_steps: that it draws best in.
+        min_steps, max_steps: that it was distilled for.
+        guidance_scale: classifier-free guidance by two branches; 1 is none.
+        max_guidance_scale: above it pictures burn.
+        sampler: a name in `solvers.SOLVERS`.
+        samplers: all that do; `sampler` is one of them.
+        spacing: of the timesteps.
+        note: how it was recognised, for the log.
+        embedded_guidance: the scale that its U-Net takes as an input; None if it takes none.
+    """
+
+    name: str
+    num_steps: int
+    min_steps: int
+    max_steps: int
+    guidance_scale: float = 1.0
+    max_guidance_scale: float = 2.0
+    sampler: str
+    samplers: tuple[str, ...]
+    spacing: TimestepSpacing
+    note: str = ""
+    embedded_guidance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingChoice:
+    """The values to sample with.
+
+    Attributes:
+        spacing: None is the model's own.
+        embedded_guidance: for `DiffusionModel.embedded_guidance`; None for a model that takes none.
+        warnings: what the user asked for that does not fit the base, in words.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    sampler: str
+    spacing: TimestepSpacing | None
+    embedded_guidance: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+LCM = FewStepBase(name="LCM", num_steps=4, min_steps=1, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="lcm")
+DMD2 = FewStepBase(name="DMD2", num_steps=4, min_steps=4, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="trailing")
+TURBO = FewStepBase(
+    name="Turbo",
+    num_steps=4,
+    min_steps=1,
+    max_steps=4,
+    sampler="euler_a",
+    samplers=("euler_a", "euler", "ddim", "ddpm"),
+    spacing="trailing",
+)
+LIGHTNING = FewStepBase(
+    name="Lightning", num_steps=4, min_steps=2, max_steps=8, sampler="euler", samplers=("euler", "ddim"), spacing="trailing"
+)
+HYPER = FewStepBase(name="Hyper-SD", num_steps=8, min_steps=2, max_steps=12, sampler="ddim", samplers=("ddim", "euler"), spacing="trailing")
+
+# What a file's or folder's name says, in lower case with CamelCase split. "hyper" also begins "hyper realism", so it needs company.
+_NAMES = (
+    (r"lightning", LIGHTNING),
+    (r"(?<![a-z])hyper([-_ ]?(sd|\d+[-_ ]?step)|\.|$)", HYPER),
+    (r"(?<![a-z])dmd2?(?![a-z])", DMD2),
+    (r"(?<![a-z])lcm(?![a-z])", LCM),
+    (r"turbo", TURBO),
+)
+_EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")  # SD-Turbo's, SDXL-Turbo's
+_TURBO_RESOLUTION = 512
+
+
+def detect(model: DiffusionModel) -> FewStepBase | None:
+    """Which few-step base a model is, by its U-Net, its name or its scheduler; None if nothing says that it is one.
+
+    Raises:
+        UserError: it is one that cannot be sampled here: a one-step checkpoint of Lightning or Hyper-SD.
+    """
+    spec, schedule = model.spec, model.schedule
+    if model.embeds_guidance:
+        note = "its U-Net takes the guidance scale as an input"
+        return replace(LCM, note=note, max_guidance_scale=1.0, embedded_guidance=model.embedded_guidance)
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", spec.name).lower()
+    for pattern, base in _NAMES:
+        if re.search(pattern, name):
+            return _variant(replace(base, note=f"it is called {spec.name}"), name)
+    if spec.scheduler == "LCMScheduler":
+        return replace(LCM, note="its scheduler is LCMScheduler")
+    # SDXL and SD2 at 512 pixels, predicting eps, with trailing steps: of the published models only Turbo is all of that
+    if (
+        spec.scheduler in _EULER
+        and schedule.timestep_spacing == "trailing"
+        and spec.prediction_type == "epsilon"
+        and spec.family != "sd1"
+        and spec.resolution == _TURBO_RESOLUTION
+    ):
+        return replace(TURBO, note=f"its scheduler is {spec.scheduler} with trailing steps, and it draws {spec.resolution} pixels")
+    return None
+
+
+def _variant(base: FewStepBase, name: str) -> FewStepBase:
+    """The base with what its name says besides: the number of steps, and for Hyper-SD whether it kept guidance."""
+    found = re.search(r"(\d+)[-_ ]?steps?", name)
+    if base.name not in (LIGHTNING.name, HYPER.name):
+        return base
+    if base.name == HYPER.name and "cfg" in name:
+        base = replace(base, guidance_scale=5.0, max_guidance_scale=8.0)
+    if found is None:
+        return base
+    num_steps = int(found[1])
+    if num_steps == 1:
+        raise UserError(
+            f"The model is a one-step checkpoint of {base.name}, which puts out another quantity or starts at another timestep than the "
+            "schedule has; give the 2-, 4- or 8-step checkpoint."
+        )
+    return replace(base, num_steps=num_steps, min_steps=num_steps, max_steps=num_steps)
+
+
+def recommended(
+    base: FewStepBase | None,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    spacing: TimestepSpacing | None = None,
+    ordinary: SamplingChoice,
+) -> SamplingChoice:
+    """What to sample a model with: what the user set, else what suits the base, else `ordinary`.
+
+    Args:
+        base: from `detect`.
+        num_steps, guidance_scale, sampler, spacing: what the user set; None is not set. For a base whose U-Net takes the guidance
+            scale as an input, `guidance_scale` is that input, as in diffusers, and no guidance by two branches comes on top.
+        ordinary: the values for a model that is no few-step base.
+
+    Returns:
+        The values, with a warning for each that was set and does not fit the base.
+    """
+    if base is None:
+        return SamplingChoice(
+            num_steps=ordinary.num_steps if num_steps is None else num_steps,
+            guidance_scale=ordinary.guidance_scale if guidance_scale is None else guidance_scale,
+            sampler=ordinary.sampler if sampler is None else sampler,
+            spacing=ordinary.spacing if spacing is None else spacing,
+        )
+    embedded_guidance = base.embedded_guidance
+    if embedded_guidance is not None and guidance_scale is not None:
+        embedded_guidance, guidance_scale = guidance_scale, None
+    return SamplingChoice(
+        num_steps=base.num_steps if num_steps is None else num_steps,
+        guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
+        sampler=base.sampler if sampler is None else sampler,
+        spacing=base.spacing if spacing is None else spacing,
+        embedded_guidance=embedded_guidance,
+        warnings=tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
+    )
+
+
+def _warnings(
+    base: FewStepBase, num_steps: int | None, guidance_scale: float | None, sampler: str | None, spacing: TimestepSpacing | None
+) -> list[str]:
+    warnings = []
+    if num_steps is not None and not base.min_steps <= num_steps <= base.max_steps:
+        steps = f"{base.min_steps}" if base.min_steps == base.max_steps else f"{base.min_steps} to {base.max_steps}"
+        warnings.append(f"The base is {base.name}, distilled to draw in {steps} steps, not {num_steps}: use {base.num_steps}.")
+    if guidance_scale is not None and guidance_scale > base.max_guidance_scale:
+        kept = "with little guidance" if base.guidance_scale > 1 else "without guidance"
+        warnings.append(
+            f"The base is {base.name}, distilled to draw {kept}: a guidance scale of {guidance_scale:g} burns its pictures; "
+            f"use {base.guidance_scale:g}."
+        )
+    if sampler is not None and get_solver(sampler).name not in base.samplers:
+        warnings.append(f"The base is {base.name}, which is not made for the sampler {sampler}: use {base.sampler}.")
+    if spacing is not None and spacing != base.spacing:
+        warnings.append(f"The base is {base.name}, distilled at {base.spacing} timesteps, not {spacing}: use {base.spacing}.")
+    return warnings

@@ -1,0 +1,322 @@
+"""Pictures from a model, with or without a slider: whole trajectories, no gradient, a multiplier per sample.
+
+The noise of a sample is drawn on the CPU from its seed alone, so a seed means the same picture in every batch, on every
+device and at every multiplier.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from library.diffusion.noise_schedule import TimestepSpacing
+from library.diffusion.solvers import Solver, get_solver, guided_eps, rescale_guided_eps
+from library.errors import UserError
+from library.models.base import DiffusionModel, TimeIds
+from library.types import Conditioning, History, PromptSpec
+from networks.lora import LoRANetwork
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+
+class PromptEncoder:
+    """Conditioning of texts, each text encoded once and kept on the CPU.
+
+    Once every text of a run has been through it, the text encoders can be freed. A network with text encoder modules
+    changes the encoding with the multiplier and with every training step: then texts are encoded anew at every call, once per multiplier.
+
+    Whatever it returns is as long as the longest text that it was told of needs (`expect`), so that cond and uncond can be joined:
+    shorter texts end in empty chunks.
+    """
+
+    def __init__(self, model: DiffusionModel, network: LoRANetwork | None = None) -> None:
+        self._model = model
+        self._network = network if network is not None and len(network.text_encoder_loras) > 0 else None
+        self._rows: dict[tuple[str, float], Conditioning] = {}  # without time_ids
+        self._expected: set[str] = set()
+        self._empty_chunk: Tensor | None = None  # [1, 77, D], once a text has more than one
+        self._warned = False
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
+        """Conditioning of B texts for whole pictures of (height, width) pixels, on the model's device.
+
+        Args:
+            multipliers: of the network, one a text; None is 1 for all. Only a network with text encoder modules heeds them.
+        """
+        self._expect(texts)
+        strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
+        rows = self._rows if self._network is None else {}  # training changes what such a network makes of a text
+        keys = list(zip(texts, strengths, strict=True))
+        missing = sorted((key for key in dict.fromkeys(keys) if key not in rows), key=lambda key: key[1])
+        for strength, group in groupby(missing, key=lambda key: key[1]):
+            new = list(group)
+            with _multiplier(self._network, strength):
+                encoded = replace(self._model.encode_prompts([text for text, _ in new], size), time_ids=None).to("cpu")
+            rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
+        joined = Conditioning.cat([self.lengthen(rows[key]) for key in keys]).to(self._model.device)
+        return replace(joined, time_ids=self._model.time_ids(len(texts), size, device=joined.text.device))
+
+    def cond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
+        """Conditioning of B prompts, each told the size and crop that it brings; the rest as in `encode`."""
+        self.expect(prompts)
+        return self._told(self.encode([prompt.prompt for prompt in prompts], size, multipliers), prompts, size)
+
+    def uncond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
+        """The same of their negative prompts; as long as `cond`."""
+        self.expect(prompts)
+        return self._told(self.encode([prompt.negative_prompt for prompt in prompts], size, multipliers), prompts, size)
+
+    def encode_ahead(self, prompts: Sequence[PromptSpec], resolution: Size, batch_size: int = 32) -> None:
+        """Encode every text of these prompts, so that the text encoders can be freed. `resolution` as in `sample`."""
+        self.expect(prompts)
+        if self._network is not None:  # its encodings change with every step, so there is nothing to do ahead
+            return
+        texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
+        for start in range(0, len(texts), batch_size):
+            self.encode(texts[start : start + batch_size], resolution)
+
+    def expect(self, prompts: Sequence[PromptSpec]) -> None:
+        """From now on every conditioning is as long as the longest text of these prompts needs."""
+        self._expect([text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)])
+        if not (self._warned or self._model.told_size) and any(map(_has_size_conditioning, prompts)):
+            logger.warning("only SDXL is told the original size and crop of a picture; those of the prompts do nothing here")
+            self._warned = True
+
+    def lengthen(self, cond: Conditioning) -> Conditioning:
+        """Append empty chunks up to the length of every conditioning of this model."""
+        if self._empty_chunk is None:
+            return cond
+        lacking = self._model.prompt_chunks - cond.text.shape[1] // self._empty_chunk.shape[1]
+        empty = self._empty_chunk.to(cond.text).expand(len(cond), -1, -1)
+        return replace(cond, text=torch.cat([cond.text, *[empty] * lacking], dim=1)) if lacking > 0 else cond
+
+    @torch.no_grad()
+    def _expect(self, texts: Sequence[str]) -> None:
+        new = set(texts) - self._expected
+        if not new:
+            return
+        self._expected |= new
+        self._model.expect_prompts(sorted(new))
+        if self._network is None and self._empty_chunk is None and self._model.prompt_chunks > 1:
+            # now, while the text encoders are there
+            self._empty_chunk = self._model.encode_prompts([""]).text.chunk(self._model.prompt_chunks, dim=1)[0].to("cpu")
+
+    def _told(self, cond: Conditioning, prompts: Sequence[PromptSpec], size: Size) -> Conditioning:
+        own = [time_ids_of(prompt, size) for prompt in prompts]
+        return replace(cond, time_ids=self._model.time_ids(len(prompts), size, own, cond.text.device))
+
+
+def size_of(prompt: PromptSpec, resolution: Size) -> Size:
+    """(height, width) in pixels of a prompt's picture; `resolution` stands in for what the prompt leaves open."""
+    return prompt.height or resolution[0], prompt.width or resolution[1]
+
+
+def time_ids_of(prompt: PromptSpec, resolution: Size) -> TimeIds:
+    """What SDXL is told of a prompt's picture; without a word from the prompt, that it is whole."""
+    height, width = size_of(prompt, resolution)
+    return prompt.original_height or height, prompt.original_width or width, prompt.crop_top, prompt.crop_left, height, width
+
+
+def _has_size_conditioning(prompt: PromptSpec) -> bool:
+    return bool(prompt.original_width or prompt.original_height or prompt.crop_top or prompt.crop_left)
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
+    """Standard normal noise [B, *shape] on the CPU, row i from seeds[i] alone, and the generators to draw on from."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return _draw(generators, shape), generators
+
+
+def model_autocast(model: DiffusionModel) -> AbstractContextManager:
+    """Autocast to a half-precision model's type; nothing for any other model."""
+    if model.dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(model.device.type, dtype=model.dtype)
+    return nullcontext()
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    network: LoRANetwork | None,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int],
+    multipliers: Tensor | Sequence[float] | float = 1.0,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    resolution: Size,
+    batch_size: int,
+    solver: str = "ddim",
+    spacing: TimestepSpacing | None = None,
+    guidance_rescale: float = 0.0,
+    encoder: PromptEncoder | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Denoise N samples from pure noise to clean latents.
+
+    Args:
+        network: applied to both branches of the guidance; None samples the plain model. Its multiplier is put back after.
+        prompts, seeds: N of each. All prompts of one call have one size.
+        multipliers: of the network, one a sample [N] or one for all.
+        guidance_scale: for the prompts that do not bring their own; a batch in which all are 1 runs no unconditional branch.
+        resolution: (height, width) in pixels, for the prompts that do not bring their own.
+        solver: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
+        spacing: of the timesteps; None is the model's own.
+        guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
+        encoder: where the texts' encodings are kept; None encodes them here.
+        progress: called with the number of samples that went one step further, N * num_steps in all.
+
+    Returns:
+        Scaled clean latents [N, C, h, w], float32, on the model's device.
+
+    Raises:
+        UserError: there is no such solver or spacing, or too many steps for it; guidance for a model that takes it as an input.
+    """
+    count = len(prompts)
+    assert len(seeds) == count, "one seed a prompt"
+    size, *others = {size_of(prompt, resolution) for prompt in prompts}
+    assert not others, "one size a call"
+    strengths = torch.as_tensor(multipliers, dtype=torch.float32).flatten().expand(count)
+    encoder = encoder or PromptEncoder(model, network)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = slice(start, start + batch_size)
+        with _multiplier(network, strengths[rows].to(model.device)), model_autocast(model):
+            batches.append(
+                _sample_batch(
+                    model,
+                    prompts[rows],
+                    seeds[rows],
+                    strengths[rows].tolist(),
+                    num_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    size=size,
+                    solver=get_solver(solver),
+                    spacing=spacing,
+                    guidance_rescale=guidance_rescale,
+                    encoder=encoder,
+                    progress=progress,
+                )
+            )
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
+    """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured."""
+    decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(batch_size)]
+    return torch.cat(decoded) / 2 + 0.5
+
+
+def guidance_scales(model: DiffusionModel, prompts: Sequence[PromptSpec], default: float) -> Tensor:
+    """The scale of classifier-free guidance of each prompt [B], on the model's device; `default` for those that do not bring their own.
+
+    Raises:
+        UserError: the model's U-Net takes the scale as an input, so that guidance by two branches would come on top.
+    """
+    scales = [default if prompt.guidance_scale is None else prompt.guidance_scale for prompt in prompts]
+    if model.embeds_guidance and any(scale != 1 for scale in scales):
+        raise UserError(
+            f"{model.spec.name} takes its guidance scale as an input, the same for every prompt, so guidance of "
+            f"{max(scales, key=lambda scale: abs(scale - 1)):g} would come on top; set it to 1 and take it out of the prompts."
+        )
+    return torch.tensor(scales, dtype=torch.float32, device=model.device)
+
+
+def predict_guided_eps(
+    model: DiffusionModel,
+    latents: Tensor,
+    timesteps: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scales: Tensor,
+    rescale: float = 0.0,
+) -> Tensor:
+    """The prediction along which a sampler goes [B, C, h, w], float32: one U-Net call on 2 B rows, or on B without guidance.
+
+    Args:
+        latents: [B, C, h, w]. timesteps: [B].
+        uncond: as many rows as cond; None where every scale is 1.
+        scales: of guidance [B].
+        rescale: phi of `solvers.rescale_guidance`.
+    """
+    if uncond is None:
+        return model.predict_eps(latents, timesteps, cond)
+    both = model.predict_eps(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), Conditioning.cat([uncond, cond]))
+    uncond_eps, cond_eps = both.chunk(2)
+    return guide(model, latents, timesteps, cond_eps, uncond_eps, scales, rescale)
+
+
+def guide(
+    model: DiffusionModel, latents: Tensor, timesteps: Tensor, cond_eps: Tensor, uncond_eps: Tensor | None, scales: Tensor, rescale: float
+) -> Tensor:
+    """The guided prediction [B, C, h, w] from that of each branch; `cond_eps` itself where there is no other. The rest as above."""
+    if uncond_eps is None:
+        return cond_eps
+    eps = guided_eps(uncond_eps, cond_eps, scales)
+    if rescale == 0:
+        return eps
+    abar, prediction_type = model.schedule.abar(timesteps), model.spec.prediction_type
+    return rescale_guided_eps(eps, cond_eps, rescale, latents=latents, abar=abar, prediction_type=prediction_type)
+
+
+def _sample_batch(
+    model: DiffusionModel,
+    prompts: Sequence[PromptSpec],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    size: Size,
+    solver: Solver,
+    spacing: TimestepSpacing | None,
+    guidance_rescale: float,
+    encoder: PromptEncoder,
+    progress: Callable[[int], object] | None,
+) -> Tensor:
+    count, device = len(prompts), model.device
+    shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
+    scales = guidance_scales(model, prompts, guidance_scale)
+    cond = encoder.cond(prompts, size, strengths)
+    uncond = encoder.uncond(prompts, size, strengths) if bool((scales != 1).any()) else None
+    noise, generators = initial_noise(seeds, shape)
+    latents = noise.to(device)
+    schedule = solver.schedule(model.schedule)
+    timesteps = schedule.inference_timesteps(num_steps, spacing).to(device)
+    history: History | None = None
+    for now, after in zip(timesteps[:-1], timesteps[1:], strict=True):
+        now, after = now.expand(count), after.expand(count)
+        eps = predict_guided_eps(model, latents, now, cond, uncond, scales, guidance_rescale)
+        noise = _draw(generators, shape).to(device) if solver.needs_noise else None
+        abar = schedule.abar(now)
+        moved = solver.step(latents, eps, abar, schedule.abar(after), noise, history)
+        latents, history = moved, solver.remember(latents, eps, abar)
+        if progress is not None:
+            progress(count)
+    return latents
+
+
+def _draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@contextmanager
+def _multiplier(network: LoRANetwork | None, value: float | Tensor) -> Iterator[None]:
+    """The network runs at `value` inside the block, and at what it had again afterwards."""
+    if network is None:
+        yield
+        return
+    before = network.multiplier
+    network.set_multiplier(value)
+    try:
+        yield
+    finally:
+        network.set_multiplier(before)

@@ -1,0 +1,1 @@
+"""How a latent scorer is trained."""

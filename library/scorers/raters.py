@@ -1,0 +1,336 @@
+"""Scores of picture files: by a latent scorer, by a function of pixels, by a command, or from a table of what another program said.
+
+A rater is given pictures and gives back a rating for each, in their order, or says why not: a picture that cannot be scored ends nothing.
+"""
+
+import contextlib
+import csv
+import math
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from library.diffusion.noise_schedule import per_sample, sigma_to_abar
+from library.errors import UserError
+from library.models.vae import encode_images
+from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
+from library.scorer_data.pictures import cover, read_picture, to_pixels
+from library.scorer_data.records import FilePicture, RatedImage, Skipped
+from library.scorers.base import Scorer
+from library.scorers.judges import Judge
+from library.training.runtime import generator
+from library.types import Conditioning
+
+IMAGE_PLACE = "{image}"
+UNREADABLE, NO_SCORE = "picture cannot be read", "picture got no score"
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """A score, and the standard deviation that the rater itself gives it, in the score's units; None if it gives none."""
+
+    score: float
+    uncertainty: float | None = None
+
+
+Outcome = Rating | Skipped
+Progress = Callable[[int], object]  # is told how many pictures more are done
+Prepare = Callable[[Image.Image, RatedImage], Image.Image]  # may raise UserError to leave a picture out
+
+
+class Rater(Protocol):
+    """Something that scores pictures.
+
+    Attributes:
+        name: for columns and titles.
+    """
+
+    name: str
+
+    def rate(self, images: Sequence[RatedImage], progress: Progress = ...) -> list[Outcome]:
+        """A rating of each picture, or why it has none, in their order. Raises UserError if no picture at all can be rated this way."""
+        ...
+
+
+class LatentRater:
+    """A latent scorer, which looks at pictures through a VAE at the size of their bucket: resized to cover it, never squashed.
+
+    Args:
+        scorer, vae: on one device; whether they belong together is the caller's to check.
+        sigma: noise level at which the pictures are scored; 0 is clean. A picture's noise depends on `seed` and its name alone.
+        encode_prompts: needed by a scorer that uses the prompt.
+
+    Raises:
+        UserError: sigma is above 0 and the scorer was trained on clean latents only.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        vae: AutoencoderKL,
+        buckets: BucketConfig,
+        *,
+        sigma: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None,
+    ) -> None:
+        if sigma and not scorer.spec.noise_aware:
+            raise UserError(f"sigma is {sigma:g}, but scorer {scorer.name} was trained on clean pictures only; leave sigma at 0")
+        self.name, self.scorer, self.vae, self.buckets = scorer.name, scorer, vae, buckets
+        self.sigma, self.seed, self.batch_size, self.encode_prompts = sigma, seed, batch_size, encode_prompts
+
+    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+        _check_prompts(images, self.scorer.spec.uses_prompt, self.name)
+        return _rate_batches(images, self._fit, self._score, self.batch_size, progress)
+
+    def _fit(self, picture: Image.Image, image: RatedImage) -> Image.Image:
+        bucket = choose_bucket(*picture.size, self.buckets)
+        cut = crop_share(*picture.size, bucket)
+        if self.buckets.enable_bucket and cut > self.buckets.max_crop:
+            raise UserError(
+                f"picture {image.name} is {picture.width}x{picture.height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off "
+                f"{cut:.0%}: max_crop is {self.buckets.max_crop:g}"
+            )
+        return cover(picture, bucket)
+
+    @torch.no_grad()
+    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[Outcome]:
+        latents = encode_images(self.vae, pixels.to(self.vae.device))  # [B, C, h, w]
+        sigmas = latents.new_full((len(latents),), self.sigma)
+        if self.sigma:
+            rows = [torch.randn(latents.shape[1:], generator=generator(self.seed, image.name)) for image in images]
+            abar = per_sample(sigma_to_abar(sigmas), latents)
+            latents = abar.sqrt() * latents + (1 - abar).sqrt() * torch.stack(rows).to(latents.device)
+        prompts = [image.prompt for image in images] if self.scorer.spec.uses_prompt else None
+        cond = self.encode_prompts(prompts) if prompts is not None and self.encode_prompts is not None else None
+        scores, spreads = self.scorer.score_and_uncertainty(latents, sigmas, cond, prompts)
+        return [
+            _outcome(score, image, self.name, spread or None)
+            for score, spread, image in zip(scores.tolist(), spreads.tolist(), images, strict=True)
+        ]
+
+
+class JudgeRater:
+    """A function of pixels, which sees every picture whole and at its own size.
+
+    A picture that it raises an error for, or finds no finite number for, is left out.
+    """
+
+    def __init__(self, judge: Judge, name: str, *, batch_size: int = 8, device: torch.device | str = "cpu") -> None:
+        self.judge, self.name, self.batch_size, self.device = judge, name, batch_size, device
+
+    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+        _check_prompts(images, self.judge.takes_prompts, self.name)
+        return _rate_batches(images, lambda picture, _: picture, self._score, self.batch_size, progress)
+
+    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[Outcome]:
+        try:
+            scores = self.judge((pixels.to(self.device) + 1) / 2, [image.prompt for image in images])
+        except Exception as error:  # it is the user's code, and one picture may be what it cannot take
+            if len(images) > 1:
+                return [outcome for row, image in enumerate(images) for outcome in self._score(pixels[row : row + 1], [image])]
+            reason = str(error) if isinstance(error, UserError) else f"judge {self.name} failed with {type(error).__name__}: {error}"
+            return [Skipped(f"picture {images[0].name}: {' '.join(reason.split())}", NO_SCORE)]
+        return [_outcome(score, image, self.name) for score, image in zip(scores.tolist(), images, strict=True)]
+
+
+class CommandRater:
+    """A program of the user's, run without a shell.
+
+    With {image} in it, it is run once for each picture, {image} stands for the picture's path, and the last line that it prints is the
+    score. Without, it is run once, reads the paths from its standard input, one a line, and prints a score for each, one a line; a line
+    that is no number is a picture that it could not score.
+
+    Args:
+        command: as in a shell, with quotes where a word has spaces in it.
+        timeout: seconds for a picture; a program that is run once has so many for each of them.
+
+    Raises:
+        UserError: there is no such program.
+    """
+
+    def __init__(self, command: str, *, timeout: float = 60.0) -> None:
+        try:
+            self.words = shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"command {command!r} cannot be read: {error}; close its quotes") from error
+        if not self.words or shutil.which(self.words[0]) is None:
+            raise UserError(f"command {command!r}: there is no program {(self.words or [''])[0]!r}; give its path")
+        program = self.words[1] if len(self.words) > 1 and Path(self.words[1]).is_file() else self.words[0]  # an interpreter has a script
+        self.command, self.timeout, self.name = command, timeout, PurePath(program).stem
+        self.once_a_picture = any(IMAGE_PLACE in word for word in self.words)
+
+    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+        if not self.once_a_picture:
+            return self._rate_together(images, progress)
+        outcomes = []
+        for image in images:
+            outcomes.append(self._rate_one(image))
+            progress(1)
+        return outcomes
+
+    def _rate_one(self, image: RatedImage) -> Outcome:
+        try:
+            with _as_file(image) as path:
+                words = [word.replace(IMAGE_PLACE, path) for word in self.words]
+                done = subprocess.run(words, capture_output=True, text=True, timeout=self.timeout, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return Skipped(f"picture {image.name}: {self.name} took longer than {self.timeout:g} s", "command took too long")
+        except OSError as error:
+            return Skipped(f"picture {image.name} cannot be read: {error.strerror or error}", UNREADABLE)
+        if done.returncode:
+            reason = f"{self.name} ended with code {done.returncode}: {_last_line(done.stderr)}"
+            return Skipped(f"picture {image.name}: {reason}", "command failed")
+        lines = done.stdout.split("\n") if done.stdout.strip() else [""]
+        return _parse([line for line in lines if line.strip()][-1:] or [""], [image], self.name)[0]
+
+    def _rate_together(self, images: Sequence[RatedImage], progress: Progress) -> list[Outcome]:
+        with contextlib.ExitStack() as files:
+            paths = [files.enter_context(_as_file(image)) for image in images]
+            limit = self.timeout * max(1, len(images))
+            try:
+                done = subprocess.run(
+                    self.words, input="".join(f"{path}\n" for path in paths), capture_output=True, text=True, timeout=limit
+                )
+            except subprocess.TimeoutExpired as error:
+                raise UserError(f"command {self.command!r} took longer than {limit:g} s; raise command_timeout") from error
+        if done.returncode:
+            raise UserError(f"command {self.command!r} ended with code {done.returncode}: {_last_line(done.stderr)}")
+        lines = done.stdout.splitlines()
+        if len(lines) != len(images):
+            raise UserError(
+                f"command {self.command!r} printed {len(lines)} lines for {len(images)} pictures; it must print one number for each, "
+                f"or take one picture at a time by {IMAGE_PLACE}"
+            )
+        progress(len(images))
+        return _parse(lines, images, self.name)
+
+
+class TableRater:
+    """What another program has written: a CSV with the columns path and score, or as they are called.
+
+    Paths are relative to the CSV's folder, or as the pictures' source has them.
+
+    Raises:
+        UserError: there is no such file, or it has not these columns.
+    """
+
+    def __init__(self, file: Path, *, path_column: str = "path", score_column: str = "score") -> None:
+        self.name, self.file = file.stem, file
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                reader = csv.DictReader(stream)
+                for column in (path_column, score_column):
+                    if column not in (reader.fieldnames or ()):
+                        raise UserError(f"{file} has no column {column!r}; it has {', '.join(reader.fieldnames or ()) or 'none'}")
+                rows = [(str(row[path_column] or ""), str(row[score_column] or "")) for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"scores_csv {file} cannot be read: {error}") from error
+        self._by_name: Mapping[str, str] = {path.replace("\\", "/"): score for path, score in rows}
+        self._by_path: Mapping[str, str] = {str((file.parent / path).resolve()): score for path, score in rows}
+
+    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+        outcomes = []
+        for image in images:
+            text = self._by_path.get(str(image.picture.path.resolve())) if isinstance(image.picture, FilePicture) else None
+            text = self._by_name.get(image.name) if text is None else text
+            missing = Skipped(f"picture {image.name} is not in {self.file}", "picture is not in scores_csv")
+            outcomes.append(missing if text is None else _parse([text], [image], self.name)[0])
+            progress(1)
+        return outcomes
+
+
+def _check_prompts(images: Sequence[RatedImage], needed: bool, name: str) -> None:
+    if needed and not any(image.prompt for image in images):
+        raise UserError(f"{name} reads prompts and these pictures have none; give a table with the columns path and prompt")
+
+
+def _rate_batches(
+    images: Sequence[RatedImage],
+    prepare: Prepare,
+    score: Callable[[Tensor, Sequence[RatedImage]], list[Outcome]],
+    batch_size: int,
+    progress: Progress,
+) -> list[Outcome]:
+    """Score pictures [-1..1] in batches of one size. `prepare` may raise UserError to leave a picture out."""
+    outcomes: list[Outcome | None] = [None] * len(images)
+    for rows, pictures in _batches(images, prepare, batch_size, outcomes, progress):
+        for row, outcome in zip(rows, score(to_pixels(pictures), [images[row] for row in rows]), strict=True):
+            outcomes[row] = outcome
+        progress(len(rows))
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _batches(
+    images: Sequence[RatedImage],
+    prepare: Prepare,
+    batch_size: int,
+    outcomes: list[Outcome | None],
+    progress: Progress,
+) -> Iterator[tuple[list[int], list[Image.Image]]]:
+    """Batches of one size: rows and pictures. Unreadable pictures are noted in `outcomes`; few pictures wait, whatever their sizes."""
+    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+    for row, image in enumerate(images):
+        try:
+            picture = prepare(read_picture(image.picture), image)
+        except UserError as error:
+            outcomes[row] = Skipped(str(error), UNREADABLE)
+            progress(1)
+            continue
+        waiting.setdefault(picture.size, []).append((row, picture))
+        fullest = max(waiting, key=lambda size: len(waiting[size]))
+        if len(waiting[fullest]) >= batch_size or sum(map(len, waiting.values())) >= 4 * batch_size:
+            yield _part(waiting.pop(fullest))
+    for batch in waiting.values():
+        yield _part(batch)
+
+
+def _part(batch: Sequence[tuple[int, Image.Image]]) -> tuple[list[int], list[Image.Image]]:
+    return [row for row, _ in batch], [picture for _, picture in batch]
+
+
+@contextlib.contextmanager
+def _as_file(image: RatedImage) -> Iterator[str]:
+    """The path of a picture; of one within another file, that of a copy."""
+    if isinstance(image.picture, FilePicture):
+        yield image.picture.key
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, PurePath(image.name).name or "picture")
+        with image.picture.open() as stream:
+            path.write_bytes(stream.read())
+        yield str(path)
+
+
+def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for line, image in zip(lines, images, strict=True):
+        try:
+            outcomes.append(_outcome(float(line), image, name))
+        except ValueError:
+            reason = f"picture {image.name}: {name} said {line.strip()[:60]!r}, which is no number"
+            outcomes.append(Skipped(reason, NO_SCORE))
+    return outcomes
+
+
+def _outcome(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> Outcome:
+    if not math.isfinite(score):
+        return Skipped(f"picture {image.name}: {name} found {score:g}, which is no finite number", NO_SCORE)
+    return Rating(score, uncertainty)
+
+
+def _last_line(text: str) -> str:
+    """What a program says at the end, such as the error below a traceback."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

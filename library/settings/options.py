@@ -1,0 +1,265 @@
+"""The engine of the settings: frozen dataclasses, one per concern, filled from a mapping.
+
+A concern's fields are made with `option`, so that the help text lives on the field, and its `__post_init__` holds the checks.
+A script's config is a frozen dataclass whose fields are concerns; an option's name is the leaf field's name:
+
+    @dataclass(frozen=True, kw_only=True)
+    class RolloutConfig:
+        max_denoising_steps: int = option(40, help="Length of the sampler schedule.")
+
+        def __post_init__(self) -> None:
+            check_at_least(self, 1, "max_denoising_steps")
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScriptConfig:
+        model: ModelConfig
+        rollout: RolloutConfig
+
+    config = build(ScriptConfig, {"max_denoising_steps": 20, "pretrained_model_name_or_path": "sd15.safetensors"})
+
+A field's type is str, int, float, bool, Path, `X | None`, or a `tuple` / `list` of one of them. A tuple of dict takes a TOML array
+of tables.
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from library.errors import UserError
+from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+
+logger = logging.getLogger(__name__)
+ConfigT = TypeVar("ConfigT")
+
+
+def option(default: Any, *, help: str, choices: Iterable[str] | None = None, secret: bool = False) -> Any:
+    """A field of a concern.
+
+    Args:
+        default: used when neither the command line nor the file says otherwise.
+        help: one or two sentences for `--help`.
+        choices: the allowed values (of each item, for a list).
+        secret: never printed, written or shown in a repr.
+    """
+    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "secret": secret}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One leaf of a script's config.
+
+    Attributes:
+        name: as in the file and, after `--`, on the command line.
+        section: the name of the concern's field in the script's config.
+        item_type: str, int, float, bool, Path or dict; the value's type, or each item's when `container` is set.
+        container: tuple or list for an option of several values, else None.
+        optional: whether None is allowed.
+    """
+
+    name: str
+    section: str
+    item_type: type
+    container: type | None
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+    secret: bool
+
+
+def options(config_class: type) -> dict[str, Option]:
+    """The flat table of a script's options, by name, in the order of the fields."""
+    table: dict[str, Option] = {}
+    for section, concern in _concerns(config_class).items():
+        hints = get_type_hints(concern)
+        for field in dataclasses.fields(concern):
+            assert field.name not in table, f"two options are called {field.name}: in {table[field.name].section} and in {section}"
+            assert "help" in field.metadata, f"{concern.__name__}.{field.name} is not made with option()"
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            item_type, container, optional = _parse_type(hints[field.name])
+            table[field.name] = Option(
+                name=field.name,
+                section=section,
+                item_type=item_type,
+                container=container,
+                optional=optional,
+                default=default,
+                **field.metadata,
+            )
+    return table
+
+
+def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
+    """Make a script's config from a flat mapping of option names to values; what the mapping lacks takes its default.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type or outside its choices, or a concern's own check.
+    """
+    return construct(config_class, resolve(config_class, values))
+
+
+def resolve(config_class: type, values: Mapping[str, object]) -> dict[str, Any]:
+    """Every option's value, coerced to its type and checked against its choices; the concerns' own checks are not run.
+
+    Options of sd-scripts that are not ours are left out, with one warning that names them all.
+    """
+    table = options(config_class)
+    ignored = []
+    for name in values:
+        if name not in table:
+            if name not in UNUSED and name not in REPLACEMENTS:
+                raise UserError(f"unknown option {name!r}{_did_you_mean(name, table)}; --help lists the options")
+            ignored.append(f"{name} ({REPLACEMENTS[name]})" if name in REPLACEMENTS else name)
+    if ignored:
+        logger.warning("these options of sd-scripts do nothing here: %s", ", ".join(ignored))
+    return {name: coerce(entry, values[name]) if name in values else entry.default for name, entry in table.items()}
+
+
+def construct(config_class: type[ConfigT], resolved: Mapping[str, Any]) -> ConfigT:
+    """Fill the concerns with what `resolve` returned, which runs their checks."""
+    sections = {
+        section: concern(**{field.name: resolved[field.name] for field in dataclasses.fields(concern)})
+        for section, concern in _concerns(config_class).items()
+    }
+    return config_class(**sections)
+
+
+def coerce(entry: Option, value: object) -> Any:
+    """The value as the option's type: from a TOML value or from the words of the command line.
+
+    Raises:
+        UserError: naming the option, the value and what is expected.
+    """
+    if value is None or value == "":
+        if entry.optional:
+            return None
+        if entry.container is None and entry.item_type is not str:
+            raise UserError(f"{entry.name} is empty, but it must be {_EXPECTED[entry.item_type]}")
+    if entry.container is None:
+        return _coerce_item(entry, value)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return entry.container(_coerce_item(entry, item) for item in items)
+
+
+def key_value_pairs(name: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Split the "key=value" words of the option `name`; the values stay text.
+
+    Raises:
+        UserError: a word without "=" or without a key.
+    """
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f'{name} has {pair!r}, but every entry must be "key=value"')
+        result[key.strip()] = value.strip()
+    return result
+
+
+def check_at_least(config: object, minimum: float, *names: str) -> None:
+    """Refuse values below `minimum` (None passes)."""
+    _check_numbers(config, names, lambda value: value >= minimum, f"at least {minimum}")
+
+
+def check_above(config: object, bound: float, *names: str) -> None:
+    """Refuse values of `bound` and below (None passes)."""
+    _check_numbers(config, names, lambda value: value > bound, f"above {bound}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` looks most like, whatever the case, or None."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
+    return by_lower_case[matches[0]] if matches else None
+
+
+_EXPECTED: Mapping[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    dict: "a table",
+}
+
+
+def _concerns(config_class: type) -> dict[str, type]:
+    hints = get_type_hints(config_class)
+    sections = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+    for section, concern in sections.items():
+        assert dataclasses.is_dataclass(concern), f"{config_class.__name__}.{section} is not a concern (a dataclass)"
+    return sections
+
+
+def _parse_type(hint: Any) -> tuple[type, type | None, bool]:
+    """A field's type as (type of an item, tuple | list | None, whether None is allowed)."""
+    optional = False
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        assert len(members) == 1 and len(get_args(hint)) == 2, f"an option cannot be {hint}"
+        hint, optional = members[0], True
+    container = get_origin(hint) if get_origin(hint) in (tuple, list) else None
+    if container is not None:
+        hint = get_args(hint)[0]
+    hint = get_origin(hint) or hint  # dict[str, Any] -> dict
+    assert hint in _EXPECTED, f"an option cannot be {hint}"
+    return hint, container, optional
+
+
+def _coerce_item(entry: Option, value: object) -> Any:
+    try:
+        item = _convert(entry.item_type, value)
+    except (ValueError, OverflowError):
+        shown = "not usable" if entry.secret else repr(value)
+        raise UserError(f"{entry.name} is {shown}, but it must be {_EXPECTED[entry.item_type]}") from None
+    if entry.choices is not None and item not in entry.choices:
+        allowed = ", ".join(entry.choices)
+        raise UserError(f"{entry.name} is {value!r}, but it must be one of {allowed}{_did_you_mean(str(item), entry.choices)}")
+    return item
+
+
+def _convert(target: type, value: Any) -> Any:
+    """`value` as `target`; ValueError when it is not one. A bool is never taken for a number, nor a number for a bool."""
+    if target is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if target in (bool, dict) or isinstance(value, bool):
+        if not isinstance(value, target):
+            raise ValueError
+        return value
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, (str, int, float)):
+        raise ValueError
+    if target is float:
+        number = float(value)
+        if math.isnan(number):
+            raise ValueError
+        return number
+    if target is int:
+        if isinstance(value, str):
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        if value != int(value):
+            raise ValueError
+        return int(value)
+    return Path(str(value)).expanduser() if target is Path else str(value)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    match = nearest(name, known)
+    return "" if match is None else f" (did you mean {match!r}?)"
+
+
+def _check_numbers(config: object, names: Iterable[str], accepts: Callable[[float], bool], rule: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not accepts(value):
+            raise UserError(f"{name} is {value}, but it must be {rule}")

@@ -1,0 +1,197 @@
+"""The settings that several scripts share, one dataclass per concern, under the names that sd-scripts gave them.
+
+The engine that fills them is in `library.settings.options`; a module with a concern of its own imports it from here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+from library.settings.options import (
+    Option,
+    build,
+    check_above,
+    check_at_least,
+    coerce,
+    construct,
+    key_value_pairs,
+    nearest,
+    option,
+    options,
+    resolve,
+)
+
+__all__ = [
+    "LoggingConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "Option",
+    "SavingConfig",
+    "TrainingConfig",
+    "build",
+    "check_above",
+    "check_at_least",
+    "coerce",
+    "construct",
+    "key_value_pairs",
+    "nearest",
+    "option",
+    "options",
+    "resolve",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which Stable Diffusion model is trained on."""
+
+    pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or hub id.")
+    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; auto reads it from the weights.")
+    v2: bool = option(False, help="The model is Stable Diffusion 2.x: the same as model_family = sd2.")
+    v_parameterization: bool | None = option(None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.")
+    vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own.")
+    clip_skip: int | None = option(None, help="Take the text encoder's output this many layers before its end (1 = the last layer).")
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_model_name_or_path:
+            raise UserError("pretrained_model_name_or_path is not set; give a checkpoint file, a diffusers folder or a hub id")
+        if self.v2 and self.model_family not in ("auto", "sd2"):
+            raise UserError(f"v2 is set and model_family is {self.model_family}; leave one of the two out")
+        check_at_least(self, 1, "clip_skip")
+
+    @property
+    def family(self) -> str:
+        """ "auto", "sd1", "sd2" or "sdxl": what `model_family` and `v2` say together."""
+        return "sd2" if self.v2 else self.model_family
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The LoRA."""
+
+    network_module: str = option("networks.lora", help="Python module of the network, e.g. networks.lora or lycoris.kohya.")
+    network_dim: int = option(8, help="Rank of the LoRA.")
+    network_alpha: float = option(8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.")
+    network_dropout: float | None = option(None, help="Share of the rank's neurons dropped in each step, from 0 to below 1.")
+    network_args: tuple[str, ...] = option((), help='Settings of the network module, "key=value" each, e.g. conv_dim=4.')
+    network_weights: Path | None = option(None, help="LoRA file to start from.")
+    dim_from_weights: bool = option(False, help="Take rank and alpha of each layer from network_weights.")
+    network_train_unet_only: bool = option(True, help="Train the U-Net only; when off, the text encoders get a LoRA too.")
+    scale_weight_norms: float | None = option(None, help="Scale each LoRA weight down to this norm after every step; try 1.0.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "network_dim")
+        check_at_least(self, 0, "network_alpha", "network_dropout")
+        check_above(self, 0, "scale_weight_norms")
+        if self.network_dropout is not None and self.network_dropout >= 1:
+            raise UserError(f"network_dropout is {self.network_dropout}, but it must be below 1")
+        if self.dim_from_weights and self.network_weights is None:
+            raise UserError("dim_from_weights is set without network_weights; name the LoRA file that the ranks are taken from")
+        key_value_pairs("network_args", self.network_args)
+
+    @property
+    def network_kwargs(self) -> dict[str, str]:
+        """`network_args` as the text-valued keyword arguments that a network module's create_network takes."""
+        return key_value_pairs("network_args", self.network_args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer, learning rates and their schedule: read by `library.training.optimizers`."""
+
+    optimizer_type: str = option("AdamW", help="AdamW, AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., or pkg.module.Class.")
+    optimizer_args: tuple[str, ...] = option((), help='Arguments of the optimizer, "key=value" each, e.g. weight_decay=0.01.')
+    learning_rate: float = option(1e-4, help="Learning rate. About 1.0 for Prodigy and D-Adaptation.")
+    unet_lr: float | None = option(None, help="Learning rate of the U-Net's LoRA, if not learning_rate.")
+    text_encoder_lr: float | None = option(None, help="Learning rate of the text encoders' LoRA, if not learning_rate.")
+    lr_scheduler: str = option(
+        "constant",
+        help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, "
+        "warmup_stable_decay, adafactor, or pkg.module.Class.",
+    )
+    lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. min_lr_rate=0.1.')
+    lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.")
+    lr_scheduler_num_cycles: int = option(1, help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.")
+    lr_scheduler_power: float = option(1.0, help="Power of the polynomial schedule.")
+    max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.")
+
+    def __post_init__(self) -> None:
+        check_above(self, 0, "learning_rate")
+        check_at_least(self, 0, "unet_lr", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
+        check_at_least(self, 1, "lr_scheduler_num_cycles")
+        if self.lr_warmup_steps > 1 and not float(self.lr_warmup_steps).is_integer():
+            raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}, but it must be a whole number of steps, or a share below 1")
+        key_value_pairs("optimizer_args", self.optimizer_args)
+        key_value_pairs("lr_scheduler_args", self.lr_scheduler_args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, precision, memory and randomness of a run."""
+
+    max_train_steps: int = option(500, help="Number of optimizer steps.")
+    gradient_accumulation_steps: int = option(1, help="Batches whose gradients are averaged for one optimizer step.")
+    gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time.")
+    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the models compute in; no is float32.")
+    sdpa: bool = option(True, help="Use torch's scaled dot product attention.")
+    xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of sdpa.")
+    torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.")
+    seed: int = option(0, help="Seed of every random draw of the run.")
+    num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_train_steps", "gradient_accumulation_steps", "num_threads")
+        check_at_least(self, 0, "seed")
+        if not (self.sdpa or self.xformers):
+            raise UserError("sdpa and xformers are both off; turn one of them on")
+
+    @property
+    def attention(self) -> str:
+        """ "xformers" or "sdpa", as `DiffusionModel.set_attention` takes it."""
+        return "xformers" if self.xformers else "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingConfig:
+    """What is written, where and when."""
+
+    output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
+    output_name: str = option("slider", help="File name of the result, without its extension.")
+    save_model_as: str = option("safetensors", choices=("safetensors",), help="File format.")
+    save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.")
+    save_every_n_steps: int | None = option(None, help="Save every so many steps too; not set: at the end only.")
+    save_last_n_steps: int | None = option(None, help="Delete files that save_every_n_steps wrote more than so many steps ago.")
+    save_state: bool = option(False, help="Save the whole training state, for resume, beside every saved file.")
+    save_state_on_train_end: bool = option(False, help="Save the training state at the end.")
+    resume: Path | None = option(None, help="Folder of a training state to go on from.")
+    no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.")
+    training_comment: str | None = option(None, help="A comment for the metadata.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
+        if self.output_name != Path(self.output_name).name or not self.output_name:
+            raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
+        if self.save_last_n_steps is not None and self.save_every_n_steps is None:
+            raise UserError("save_last_n_steps is set without save_every_n_steps; say how often to save")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where numbers and pictures go, besides output_dir/metrics.jsonl: read by `library.training.tracking`."""
+
+    logging_dir: Path | None = option(
+        None, help="Folder for TensorBoard and wandb; not set: output_dir/logs. Setting it turns TensorBoard on."
+    )
+    log_with: str | None = option(None, choices=("tensorboard", "wandb", "all"), help="Trackers to write to.")
+    log_prefix: str | None = option(None, help="Start of the name of the run's folder in logging_dir; a time follows.")
+    log_tracker_name: str | None = option(None, help="Name of the project in wandb, of the folder in TensorBoard.")
+    wandb_run_name: str | None = option(None, help="Name of the run in wandb.")
+    wandb_api_key: str | None = option(None, secret=True, help="wandb's API key. Never printed or written.")
+
+    @property
+    def trackers(self) -> frozenset[str]:
+        """The trackers asked for, out of "tensorboard" and "wandb"; logging_dir alone stands for TensorBoard, as in sd-scripts."""
+        if self.log_with is None:
+            return frozenset() if self.logging_dir is None else frozenset({"tensorboard"})
+        return frozenset({"tensorboard", "wandb"}) if self.log_with == "all" else frozenset({self.log_with})

@@ -1,0 +1,1 @@
+"""How a slider is trained: what is put together before the loop, and what watches it."""

@@ -1,0 +1,267 @@
+"""Is there a signal to train on? One gradient step on one prompt, and what it says of the run; the network is left as it was."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.measuring.measurement import REWARD
+from library.measuring.statistics import within_prompt_std
+from library.objectives.base import Term, Workbench
+from library.objectives.gradients import rms, score_gradients
+from library.objectives.rewards import Reward
+from library.objectives.score_config import ScoreConfig
+from library.objectives.score_term import ScoreTerm
+from library.rollouts.sample import model_autocast
+from library.settings.shared import OptimizerConfig, option
+from library.slider_training.monitor import Monitor
+from library.training.optimizers import create_optimizer
+from library.types import PromptSpec, RolloutBatch
+
+PROBES = 8  # places on the schedule
+FLAT_RUN = 0.1  # within-prompt standard deviations: a run that is to gain less is not worth its time
+FLAT_GAIN = 1e-6  # standard deviations: the rounding of a step's gain
+FLAT_GRADIENT = 1e-7  # standard deviations of the score per unit of a latent
+LOSS_SCALE = 2.0**12  # small gradients underflow in fp16
+LASTING = 0.6  # of the prediction was there at the end of the runs that it was compared with (docs/experiments.md)
+EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed by its own size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """A look before the training."""
+
+    check_reward: bool = option(
+        False, help="Make one gradient step on one prompt, say what it tells of the run, and end; nothing is trained or written."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What one place of the schedule says: sigma, RMS of the score's gradient in the scored latents, and how far eps moves them."""
+
+    sigma: float
+    gradient: float
+    reach: float
+    first_order: float  # gain of a whole trajectory, in standard deviations of the score, per unit of RMS that eps moves along the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardCheck:
+    """The report.
+
+    Attributes:
+        probes: by falling sigma.
+        norms: of each term's gradient in the network, weighted, by the term's name.
+        gain_up, gain_down: of one optimizer step, on the same latents, in the wanted direction, in standard deviations of the score, at
+            multiplier 1 and -1; a step of the sampler, not a whole picture.
+        drift: RMS that eps moved in that step.
+        predicted: gain at weight 1 after `num_steps` updates, in within-prompt standard deviations; NaN where it cannot be told.
+        faults: what is wrong, in words.
+    """
+
+    prompt: str
+    probes: Sequence[Probe]
+    norms: dict[str, float]
+    gain_up: float
+    gain_down: float
+    drift: float
+    predicted: float
+    num_steps: int
+    faults: Sequence[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    def __str__(self) -> str:
+        lines = [f"check_reward on {self.prompt!r}", "", "   sigma   gradient RMS   d latents / d eps   gain per unit of eps"]
+        lines += [f"{one.sigma:8.3g}   {one.gradient:12.3g}   {one.reach:17.3g}   {one.first_order:20.3g}" for one in self.probes]
+        total = sum(self.norms.values()) or 1.0
+        shares = ", ".join(f"{name} {norm:.3g} ({norm / total:.0%})" for name, norm in self.norms.items())
+        lines += [
+            "",
+            f"gradient norm of each term: {shares}",
+            f"one optimizer step, on the same latents: the score gains {self.gain_up:+.4f} standard deviations at +1 and "
+            f"{self.gain_down:+.4f} at -1 in the wanted direction; the prediction moves by {self.drift:.3g} (RMS)",
+        ]
+        if not math.isnan(self.predicted):
+            lines.append(
+                f"predicted after {self.num_steps} steps: {LASTING * self.predicted:.1f} to {self.predicted:.1f} within-prompt standard "
+                "deviations at weight 1; the more if all gains add up, which they do less and less; what the run measures counts"
+            )
+        verdict = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
+        return "\n".join([*lines, "", *verdict])
+
+
+def check_reward(
+    workbench: Workbench,
+    terms: Sequence[Term],
+    reward: Reward,
+    score: ScoreConfig,
+    optimizer: OptimizerConfig,
+    prompt: PromptSpec,
+    monitor: Monitor,
+    num_steps: int,
+) -> RewardCheck:
+    """Look at the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
+
+    The prediction: what one step of training gained, on every place of a trajectory, times the steps that are planned; but no farther
+    than the prediction can move, which is reward_weight / (2 preserve_weight) where preservation balances the score. The base model's
+    pictures tell how many within-prompt standard deviations that is. It takes gains to add up, so it is rather too high
+    (docs/experiments.md has it beside what was measured).
+
+    Args:
+        prompt: whose encoding the workbench's encoder holds.
+        num_steps: updates of the planned run.
+
+    Raises:
+        UserError: the objective has no score.
+    """
+    if not reward.goals:
+        raise UserError("check_reward looks at a score, and no scorer is given; set scorer, or leave check_reward out")
+    network = workbench.network
+    before = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    probe = ScoreTerm(
+        replace(workbench, rollout=replace(workbench.rollout, train_batch_size=PROBES)), reward, score, [replace(prompt, weight=1.0)]
+    )
+    with model_autocast(workbench.model):
+        batch = probe.rollout.batch()
+        probes = _probes(probe, batch)
+
+    norms: dict[str, float] = {}
+    for term in terms:
+        _backward(workbench, lambda term=term: term().loss * term.weight)
+        norms[term.name] = _norm(network.parameters())
+    groups, _ = network.prepare_optimizer_params(optimizer.text_encoder_lr, optimizer.unet_lr, optimizer.learning_rate)
+    stepper = create_optimizer(optimizer, groups)
+    start = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
+    _backward(workbench, lambda: probe.objective(batch, _views(workbench))[0].loss)
+    if optimizer.max_grad_norm:
+        nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)
+    stepper.step()
+    network.zero_grad()
+    stepped = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
+    network.load_state_dict(before)
+
+    gains = [after - at for (at, _), (after, _) in zip(start, stepped, strict=True)]
+    drift = float(torch.stack([(after - at).square().mean() for (_, at), (_, after) in zip(start, stepped, strict=True)]).mean().sqrt())
+    predicted = _predicted(probe, batch, sum(gains) / 2, drift, score, monitor, num_steps)
+    faults = _faults(probes, gains, drift, predicted, score, workbench)
+    return RewardCheck(
+        prompt=prompt.prompt,
+        probes=probes,
+        norms=norms,
+        gain_up=gains[0],
+        gain_down=gains[1],
+        drift=drift,
+        predicted=predicted,
+        num_steps=num_steps,
+        faults=faults,
+    )
+
+
+def _probes(term: ScoreTerm, batch: RolloutBatch) -> list[Probe]:
+    """The score's gradient at each of the batch's places, where the model's own prediction leads."""
+    foreseen = term.objective.foresee_frozen(batch)
+    _, gradients = score_gradients(term.objective.reward, foreseen.latents, foreseen.sigmas, batch.cond, batch.prompts)
+    goals = [goal for goal in term.objective.reward.goals if goal.sign]
+    raw = torch.stack([goal.weight * gradients[goal.name] for goal in goals]).sum(0)  # [B, C, h, w]
+    sizes, reach = rms(raw), (foreseen.reach * batch.guidance_scales).abs()
+    per_unit = sizes * reach * raw[0].numel() / term.objective.share(batch, foreseen)  # <g, dx> with dx = reach along g at RMS 1
+    order = torch.argsort(batch.sigmas, descending=True)
+    columns = (batch.sigmas, sizes, reach, per_unit)
+    rows = zip(*(column[order].tolist() for column in columns), strict=True)
+    return [Probe(sigma=sigma, gradient=size, reach=far, first_order=gain) for sigma, size, far, gain in rows]
+
+
+def _predicted(
+    term: ScoreTerm, batch: RolloutBatch, gain: float, drift: float, score: ScoreConfig, monitor: Monitor, num_steps: int
+) -> float:
+    """See `check_reward`; `gain` and `drift` are those of one step of training at one step of the sampler."""
+    if not score.normalize_gradient or not drift > 0:
+        return math.nan
+    bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
+    share = float(term.objective.share(batch, term.objective.foresee_frozen(batch)).mean())
+    whole = gain / share * min(num_steps, bound / drift)
+    base = monitor.pictures.base().scores
+    unit = within_prompt_std(base[REWARD]) if REWARD in base else 0.0
+    return whole / unit if unit > 0 else math.nan
+
+
+def _faults(
+    probes: Sequence[Probe], gains: Sequence[float], drift: float, predicted: float, score: ScoreConfig, workbench: Workbench
+) -> list[str]:
+    """What is wrong, and the likely reason."""
+    sizes = [one.gradient for one in probes]
+    lora = workbench.network.loras[0]
+    if not all(map(math.isfinite, [*sizes, *gains])):
+        return ["the score or its gradient is not finite: the scorer's file is damaged, or half precision overflows (use bf16)"]
+    found = []
+    blind = [one.sigma for one in probes if one.gradient < FLAT_GRADIENT]
+    if len(blind) == len(probes):
+        return [
+            "the score does not change with the latents: the scorer says the same of everything, or its gradient does not reach them "
+            "(tools/make_pixel_scorer.py says whether it does)"
+        ]
+    if blind:
+        found.append(f"the score has no gradient at sigma {', '.join(f'{sigma:.3g}' for sigma in blind)}: it was not trained on such noise")
+    if not math.isnan(drift) and drift > EXPLODING_DRIFT:
+        found.append(
+            f"one step moves the prediction by {drift:.3g} (RMS), which is as much as it is: lower learning_rate"
+            + ("" if score.normalize_gradient else ", or set normalize_gradient, without which a steep score is a large step")
+        )
+    for gain, sign in zip(gains, ("+1", "-1"), strict=True):
+        if gain < -FLAT_GAIN:
+            found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
+    if not found and (predicted < FLAT_RUN if math.isfinite(predicted) else max(map(abs, gains)) < FLAT_GAIN):
+        found.append(
+            "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
+            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"
+        )
+    return found
+
+
+@torch.no_grad()
+def _look(term: ScoreTerm, batch: RolloutBatch, sign: float, views: torch.Generator) -> tuple[float, Tensor]:
+    """With the network at multipliers of one sign: the mean reward in the wanted direction, in standard deviations of the score, and the
+    prediction [B, C, h, w]."""
+    objective, rollout = copy(term.objective), term.rollout
+    objective.config = replace(objective.config, paired_signs=False, odd_weight=0.0)
+    model, multipliers = rollout.model, batch.multipliers.abs() * sign
+    height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
+    rollout.network.eval()  # without dropout
+    with model_autocast(model):
+        cond, uncond = rollout.conditioning(batch.prompts, (height, width), multipliers)
+        batch = replace(batch, multipliers=multipliers, cond=cond, uncond=uncond)
+        reward = objective(batch, views)[0].metrics["reward"]
+        rollout.network.set_multiplier(multipliers)
+        eps = model.predict_eps(batch.latents, batch.timesteps, cond)
+    rollout.network.train()
+    return float(batch.directions[0] * reward), eps
+
+
+def _backward(workbench: Workbench, loss: Callable[[], Tensor]) -> None:
+    """Leave the loss's gradient in the network."""
+    workbench.network.zero_grad()
+    with model_autocast(workbench.model):
+        value = loss()
+    (value * LOSS_SCALE).backward()
+    for parameter in workbench.network.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= LOSS_SCALE
+
+
+def _views(workbench: Workbench) -> torch.Generator:
+    """The same noise for every look."""
+    return workbench.generator("check_reward")
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Of all gradients together."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return float(torch.stack([grad.norm() for grad in grads]).norm()) if grads else 0.0

@@ -1,0 +1,141 @@
+"""The files of a training run: slider weights with their metadata, and training states."""
+
+import contextlib
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.atomic_files import atomic_write_bytes
+from library.errors import UserError
+from library.measuring.calibration import Calibration
+from library.models.base import ModelSpec
+from library.reports.plots import calibration_plot
+from library.rollouts.sample import Size
+from library.settings.shared import NetworkConfig, SavingConfig
+from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
+from library.training.runtime import weight_dtype
+from networks.lora import LoRANetwork
+from networks.lora_metadata import lora_metadata, write_sidecar
+
+
+class SliderFiles:
+    """Writes what a run leaves behind, under sd-scripts' file names.
+
+    Args:
+        training: more `ss_` metadata: learning rate, optimizer, seed and the like.
+        size: (height, width) of the training pictures.
+    """
+
+    def __init__(self, saving: SavingConfig, network: NetworkConfig, spec: ModelSpec, size: Size, training: dict[str, Any]) -> None:
+        self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
+        self.started_at = time.time()
+        self.slider_path = weights_path(saving.output_dir, saving.output_name)
+        self.calibration_path = saving.output_dir / f"{saving.output_name}_calibration.png"
+
+    def save(
+        self,
+        network: LoRANetwork,
+        step: int,
+        *,
+        final: bool = False,
+        calibration: Calibration | None = None,
+    ) -> Path:
+        """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
+
+        Args:
+            step: updates made.
+            calibration: already folded into the network's alphas; what it says of the weights goes into the metadata, the card and a plot.
+
+        Raises:
+            UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
+        """
+        saving = self.saving
+        height, width = self.size
+        path = weights_path(saving.output_dir, saving.output_name, None if final else step)
+        dtype = weight_dtype(saving.save_precision)
+        if not all(weight.to(dtype).isfinite().all() for weight in network.state_dict().values()):
+            raise UserError(
+                f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
+                "learning_rate, or use save_precision bf16 or float"
+            )
+        usage_hint = None if calibration is None else calibration.note
+        rank, alpha, network_args = self._dimensions(network)
+        metadata = lora_metadata(
+            self.spec,
+            output_name=saving.output_name,
+            network_dim=rank,
+            network_alpha=alpha,
+            network_args=network_args,
+            network_module=self.network.network_module,
+            started_at=self.started_at,
+            finished_at=time.time(),
+            steps=step,
+            resolution=(width, height),
+            modelspec={"usage_hint": usage_hint},
+            training={
+                **self.training,
+                **(calibration.metadata() if calibration is not None else {}),
+                "training_comment": saving.training_comment,
+            },
+            no_metadata=saving.no_metadata,
+        )
+        network.save_weights(path, dtype, metadata)
+        if final:
+            weight = 1.0 if calibration is None else calibration.preferred_weight
+            write_sidecar(path, self.spec, preferred_weight=weight, description=usage_hint or "", notes=saving.training_comment or "")
+            if calibration is not None and calibration.curve is not None:
+                atomic_write_bytes(self.calibration_path, calibration_plot(calibration, saving.output_name))
+        elif saving.save_last_n_steps is not None:
+            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps)
+        return path
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed run of this name was writing: hidden files that never took their names."""
+        name = re.escape(self.saving.output_name) + r"(-step\d{8}|_\d{6}|_calibration)?"
+        unfinished = re.compile(rf"(sample/)?\.{name}\.(safetensors|json|png)\.\d+\.tmp|{name}-state/\.training_state\.pt\.\d+\.tmp")
+        for path in self.saving.output_dir.rglob(".*.tmp"):
+            if unfinished.fullmatch(path.relative_to(self.saving.output_dir).as_posix()):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def save_state(self, state: dict[str, Any], step: int, *, final: bool = False) -> Path:
+        """Write a training state, and delete the states that are too old."""
+        saving = self.saving
+        path = state_path(saving.output_dir, saving.output_name, None if final else step)
+        save_state(path, state)
+        if not final and saving.save_last_n_steps is not None:
+            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
+        return path
+
+    def _dimensions(self, network: LoRANetwork) -> tuple[int, float, dict[str, str]]:
+        """Rank, alpha and network_args as they are in the weights: calibration scales alphas, and dim_from_weights brings its own."""
+        loras = network.unet_loras or network.loras
+        small = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() == 1]
+        large = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() > 1]
+        convs = {"conv_dim": f"{large[0].rank}", "conv_alpha": f"{large[0].alpha.item():g}"} if large else {}
+        return small[0].rank, small[0].alpha.item(), {**self.network.network_kwargs, **convs}
+
+
+def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of every part that has a state_dict, and what kind of thing it is."""
+    return {name: {"kind": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
+
+
+def restore(parts: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
+    """Put each part into the state that `states_of` took.
+
+    Raises:
+        UserError: the states were taken from a run with other settings.
+    """
+    for name, part in parts.items():
+        advice = f"the {name} in {folder} does not fit this run's; resume with the settings of the run that was saved"
+        if name not in saved or saved[name]["kind"] != type(part).__name__:
+            raise UserError(advice)
+        try:
+            part.load_state_dict(saved[name]["state"])
+        except UserError:
+            raise
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(advice) from error

@@ -1,0 +1,82 @@
+"""From settings to a network that is attached to a model and ready to train."""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from library.errors import UserError
+from library.models.base import DiffusionModel
+from library.settings.shared import NetworkConfig
+from library.training.optimizers import evaluating
+from networks.lora import LoRANetwork
+
+logger = logging.getLogger(__name__)
+
+
+def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch.Generator, *, gradient_checkpointing: bool) -> LoRANetwork:
+    """Make the network that the settings ask for, attach it to the model and freeze everything else.
+
+    Args:
+        generator: for the initial weights.
+        gradient_checkpointing: turn it on in the U-Net, in a way that keeps per-sample multipliers right.
+
+    Raises:
+        UserError: no such module, or weights that do not fit the model.
+    """
+    module = _network_module(config.network_module)
+    text_encoders = [] if config.network_train_unet_only else model.text_encoders
+    if config.network_weights is not None and not config.network_weights.is_file():
+        raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
+    if config.dim_from_weights:
+        network, _ = module.create_network_from_weights(1.0, config.network_weights, model.vae, text_encoders, model.unet)
+    else:
+        network = module.create_network(
+            1.0,
+            config.network_dim,
+            config.network_alpha,
+            model.vae,
+            text_encoders,
+            model.unet,
+            neuron_dropout=config.network_dropout,
+            generator=generator,
+            **config.network_kwargs,
+        )
+        if config.network_weights is not None:
+            network.load_weights(config.network_weights)
+    network.apply_to(text_encoders, model.unet, apply_text_encoder=bool(text_encoders), apply_unet=True)
+    model.freeze()
+    network.prepare_grad_etc(text_encoders, model.unet)
+    network.to(model.device)
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
+    network.train()
+    size = sum(parameter.numel() for parameter in network.parameters())
+    logger.info("LoRA: %d modules, %.2f M parameters", len(network.loras), size / 1e6)
+    return network
+
+
+@contextmanager
+def in_use(network: LoRANetwork, optimizer: object) -> Iterator[None]:
+    """The network as its user will have it: no dropout, and a schedule-free optimizer's averaged weights."""
+    network.eval()
+    try:
+        with evaluating(optimizer):
+            yield
+    finally:
+        network.train()
+
+
+def _network_module(name: str) -> ModuleType:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"network_module {name} cannot be imported ({error}); use networks.lora") from error
+    network_class = getattr(module, "LoRANetwork", None)
+    if network_class is None or not issubclass(network_class, LoRANetwork):
+        raise UserError(f"network_module {name} has no per-sample multipliers, which a slider is trained with; use networks.lora")
+    return module

@@ -1,0 +1,1 @@
+"""What both trainings use: optimizers, devices, logs, files."""

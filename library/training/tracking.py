@@ -1,0 +1,211 @@
+"""Numbers and pictures of a run: a JSON-lines file always, TensorBoard and wandb when asked, and the progress bar."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.settings.shared import LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Where a tracker writes to."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def image(self, name: str, image: Image.Image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Writes metrics and images to every sink; a context manager that closes them.
+
+    A step's number is that of its update, from 0; so a run that resumes at `first_step` writes that one anew.
+
+    Args:
+        config: which sinks, besides output_dir/metrics.jsonl.
+        output_dir: the run's folder.
+        first_step: where the run starts; lines of metrics.jsonl from this step on are dropped, so 0 starts a new file.
+        settings: the run's settings, for wandb. Give no secret.
+        enabled: False (for every process but the first) makes every method do nothing.
+
+    Raises:
+        UserError: the package of a tracker that was asked for is missing.
+    """
+
+    def __init__(
+        self,
+        config: LoggingConfig,
+        output_dir: Path,
+        *,
+        first_step: int = 0,
+        settings: Mapping[str, object] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self._enabled = enabled
+        self._bar: tqdm | None = None
+        self._shown: tuple[str, ...] = ()
+        self._sinks: list[Sink] = []
+        if not enabled:
+            return
+        folder = config.logging_dir or output_dir / "logs"
+        if "tensorboard" in config.trackers:
+            run = (config.log_prefix or "") + time.strftime("%Y%m%d%H%M%S")
+            self._sinks.append(TensorBoardSink(folder / run / (config.log_tracker_name or "")))
+        if "wandb" in config.trackers:
+            self._sinks.append(WandbSink(config, folder, settings or {}))
+        self._sinks.append(JsonLinesSink(output_dir / METRICS_FILE, first_step))
+
+    def log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
+        """Write numbers, or tensors of one element, which are fetched together: one wait for the device a call.
+
+        NaN and infinity are written as null to metrics.jsonl.
+        """
+        if not self._enabled:
+            return
+        values = to_floats(metrics)
+        for sink in self._sinks:
+            sink.log(values, step)
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in self._shown if name in values})
+
+    def image(self, name: str, image: Image.Image | str | Path, step: int) -> None:
+        """Show a picture, or a picture file, in the trackers that show pictures."""
+        if not self._enabled:
+            return
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        for sink in self._sinks:
+            sink.image(name, picture, step)
+
+    def progress(self, total: int, initial: int = 0, desc: str = "steps", show: Sequence[str] = ("loss",)) -> tqdm:
+        """A progress bar that the caller updates; each `log` shows the metrics named in `show` at its end."""
+        self._shown = tuple(show)
+        self._bar = tqdm(total=total, initial=initial, desc=desc, disable=not self._enabled, dynamic_ncols=True)
+        return self._bar
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class JsonLinesSink:
+    """One JSON object a line: {"step": 3, "time": 1700000000.0, "loss": 0.1}. Pictures are left out."""
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_before(path, first_step)
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+        except ImportError as error:
+            raise UserError(f"log_with = tensorboard needs a package ({error}); try: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    def __init__(self, config: LoggingConfig, folder: Path, settings: Mapping[str, object]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise UserError(f"log_with = wandb needs a package ({error}); try: pip install wandb") from error
+        if config.wandb_api_key is not None:
+            wandb.login(key=config.wandb_api_key)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._make_image = wandb.Image
+        self._run = wandb.init(
+            project=config.log_tracker_name or "leco_score",
+            name=config.wandb_run_name,
+            config=dict(settings),
+            dir=str(folder),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self._run.log({name: self._make_image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Numbers and one-element tensors as numbers, in the given order; each device is waited for once."""
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, {})[name] = value.detach().float().reshape(())
+    fetched: dict[str, float] = {}
+    for tensors in by_device.values():
+        fetched |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
+    return {name: fetched[name] if isinstance(value, Tensor) else float(value) for name, value in metrics.items()}
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl, without a last one that a crash cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(_parse_line, lines) if record is not None]
+
+
+def _lines_before(path: Path, first_step: int) -> list[str]:
+    if first_step <= 0 or not path.exists():
+        return []
+    records = ((line, _parse_line(line)) for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
+    return [line for line, record in records if record is not None and record["step"] < first_step]
+
+
+def _parse_line(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, runs that take seconds, scorers with known answers."""

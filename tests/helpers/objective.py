@@ -1,0 +1,89 @@
+"""The score's objective and its rollout on a tiny model, for the tests of what it computes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.models.base import DiffusionModel
+from library.objectives.rewards import Goal, Reward
+from library.objectives.score import ScoreObjective
+from library.objectives.score_config import ESTIMATORS, ScoreConfig
+from library.objectives.score_term import SCORE_ROLLOUTS
+from library.rollouts.belt import Belt, RolloutConfig
+from library.rollouts.sample import PromptEncoder
+from library.scorers.base import Scorer
+from library.types import LossOutput, PromptSpec, RolloutBatch
+from networks.lora import LoRANetwork
+from tests.helpers.scorers import WavyScorer, scorer_for
+from tests.helpers.tiny_models import tiny_model
+from tests.test_rollout import lora_for
+
+PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square")]
+
+
+@dataclass
+class Stage:
+    """All that one step of the objective needs."""
+
+    model: DiffusionModel
+    network: LoRANetwork
+    belt: Belt
+    objective: ScoreObjective
+
+    def loss(self, batch: RolloutBatch | None = None, views_seed: int = 0) -> LossOutput:
+        """The objective's loss on a batch, or on the rollout's next one."""
+        return self.objective(batch or self.belt.batch(), torch.Generator().manual_seed(views_seed))[0]
+
+    def gradient(self, batch: RolloutBatch | None = None, views_seed: int = 0) -> torch.Tensor:
+        """The gradient of `loss` in the LoRA's weights, as one vector."""
+        self.network.zero_grad()
+        self.loss(batch, views_seed).loss.backward()
+        return gradients(self.network)
+
+
+def make_stage(
+    kind: str = "sd1",
+    scorer: type[Scorer] = WavyScorer,
+    *,
+    guidance: float = 5.0,
+    batch_size: int = 3,
+    strength: float = 0.05,
+    resolution: int = 128,
+    num_steps: int = 6,
+    sampler: str = "ddim",
+    draft_steps: int = 1,
+    std: float = 1.0,
+    seed: int = 0,
+    network: LoRANetwork | None = None,
+    model: DiffusionModel | None = None,
+    prompts: list[PromptSpec] = PROMPTS,
+    **settings: Any,
+) -> Stage:
+    """Pictures of 128 pixels: at 64 the tiny model's deepest norms have one position and two channels a group, and jump.
+
+    Args:
+        strength: standard deviation of the LoRA's up weights; at 0 it does nothing yet.
+        std: of the scorer; its score in standard deviations stays what it is.
+        settings: of ScoreConfig. The estimator is prev, whose gain is that of one step.
+    """
+    model = model or tiny_model(kind)
+    network = network or lora_for(model, strength)
+    rollout = RolloutConfig(
+        train_batch_size=batch_size,
+        max_denoising_steps=num_steps,
+        leco_denoise_guidance_scale=guidance,
+        resolution=(resolution,),
+        sampler=sampler,
+        draft_steps=draft_steps,
+    )
+    config = ScoreConfig(**{"score_estimator": "prev", **settings})
+    rollout_class = SCORE_ROLLOUTS[ESTIMATORS[config.score_estimator](config).rollout or "belt"]
+    belt = rollout_class(model, network, prompts, PromptEncoder(model, network), rollout, torch.Generator().manual_seed(seed))
+    reward = Reward([Goal(scorer=scorer_for(model, scorer, std=std))])
+    return Stage(model, network, belt, ScoreObjective(model, network, reward, config, belt.solver, num_steps))
+
+
+def gradients(network: LoRANetwork) -> torch.Tensor:
+    """The gradients of all weights that have one, as one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])

@@ -1,0 +1,69 @@
+"""train_leco_score.py on tiny random models: a model folder, a scorer for its VAE, prompts of two sizes, and settings for seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.models.vae import VaeFingerprint
+from library.scorers.base import Scorer, ScorerSpec
+from library.scorers.heads import HeadSpec
+from library.scorers.io import save_scorer
+from library.scorers.registry import build_scorer
+from library.settings.shared import build
+from tests.helpers.tiny_models import save_folder, tiny_model, tiny_vae
+from train_leco_score import LecoScoreConfig, train
+
+PROMPTS = "a red circle\na blue square --w 128\n"
+
+
+def tiny_scorer(vae: VaeFingerprint, **spec: Any) -> Scorer:
+    """An untrained latent ResNet: an opinion without sense, but with a gradient."""
+    architecture = {"in_channels": 4, "channels": [8, 16], "blocks": 1, "norm_groups": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_scorer(
+            ScorerSpec(kind="latent_resnet", architecture=architecture, vae=vae, heads=(HeadSpec(std=0.05),), std=0.05, **spec)
+        )
+
+
+def make_workplace(folder: Path, kind: str = "sd1") -> Path:
+    """`folder` with model/, scorer.safetensors and prompts.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(kind)
+    save_folder(model, folder / "model")
+    save_scorer(folder / "scorer.safetensors", tiny_scorer(model.vae_fingerprint()))
+    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    return folder
+
+
+def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(workplace / "model"),
+        "scorer": [str(workplace / "scorer.safetensors")],
+        "prompts_file": str(workplace / "prompts.txt"),
+        "output_dir": str(output_dir),
+        "output_name": "tiny",
+        "train_batch_size": 2,
+        "max_denoising_steps": 3,
+        "network_dim": 2,
+        "network_alpha": 2.0,
+        "learning_rate": 1e-2,
+        "max_train_steps": 2,
+        "num_threads": 1,
+        "save_precision": "float",
+        "num_eval_prompts": 1,
+        "eval_seeds_per_prompt": 2,
+        "num_sample_prompts": 1,
+        "evaluate_every_n_steps": "",
+        "calibrate": "",
+        **changes,
+    }
+
+
+def run(workplace: Path, output_dir: Path, **changes: Any) -> Path:
+    return train(build(LecoScoreConfig, settings(workplace, output_dir, **changes)))
+
+
+def foreign_vae_fingerprint() -> VaeFingerprint:
+    return VaeFingerprint.of(tiny_vae(seed=5))
