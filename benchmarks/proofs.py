@@ -30,6 +30,7 @@ from library.measuring.evaluation import evaluate
 from library.measuring.slider_evaluation import SliderEvaluation
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
+from library.rollouts.sample import SamplingConfig
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
 from library.settings.options import options
@@ -99,10 +100,7 @@ def measure(
         multipliers,
         {},
         {name.rpartition(":")[2]: load_judge(name) for name in judges},
-        num_steps=20,
-        guidance_scale=3.0,
-        resolution=(64, 64),
-        batch_size=48,
+        SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64)),
     )
     kept.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
     return evaluation

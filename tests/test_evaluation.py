@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from library.measuring.slider_evaluation import SliderEvaluation
 from library.measuring.statistics import bootstrap_means, linear_fit, paired_difference, summarise_response, within_prompt_std
 from library.models.base import DiffusionModel
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH
-from library.rollouts.sample import decode, sample
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer, ScorerSpec
 from library.slider_training.previews import preview_path, write_preview
 from library.types import PromptSpec
@@ -23,7 +24,7 @@ from tests.helpers.tiny_models import tiny_model
 from tests.test_sampling import network_for
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-RUN: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_size": 7}
+RUN: dict[str, Any] = {"sampling": SamplingConfig(num_steps=2, guidance_scale=3.0, size=(64, 64), batch_size=7)}
 
 
 class MeanOfChannel(Scorer):
@@ -181,7 +182,7 @@ def test_a_prompt_brings_its_own_number_of_steps(measured):
     model, network, prompts, _, _ = measured
     own = [PromptSpec(prompt="a cat", num_steps=3), PromptSpec(prompt="a dog")]
     steps: list[int] = []
-    long_run: dict[str, Any] = RUN | {"num_steps": 3}
+    long_run: dict[str, Any] = {"sampling": replace(RUN["sampling"], num_steps=3)}
     done = evaluate(model, network, own, [1, 2], (1,), {"channel": scorer_for(model)}, {}, num_pictures=0, progress=steps.append, **RUN)
     assert sum(steps) == 2 * 2 * 3 + 2 * 2 * 2
     latents = sample(model, network, own[:1], [1], 1.0, **long_run)
@@ -237,7 +238,7 @@ def test_preview(measured, tmp_path):
     model, network, prompts, _, _ = measured
     path = preview_path(tmp_path, "slider", 20)
     assert path == tmp_path / "sample" / "slider_000020.png"
-    write_preview(path, model, network, prompts[:2], [1, 2], **RUN)
+    write_preview(path, model, network, prompts[:2], [1, 2], (-1.0, 0.0, 1.0), **RUN)
     grid = np.asarray(Image.open(path)).astype(int)
     with network.disabled():
         base = decode(model, sample(model, None, prompts[:1], [1], **RUN), 1)[0].clamp(0, 1)

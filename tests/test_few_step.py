@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.rollouts.few_step import DMD2, HYPER, LCM, LIGHTNING, TURBO, SamplingChoice, detect, recommended
-from library.rollouts.sample import sample
+from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_unet_config
 
@@ -127,12 +127,13 @@ def test_a_folder_of_a_latent_consistency_model(tmp_path):
         None,
         [PromptSpec(prompt="a cat")],
         [1],
-        num_steps=choice.num_steps,
-        guidance_scale=choice.guidance_scale,
-        solver=choice.sampler,
-        spacing=choice.spacing,
-        resolution=(64, 64),
-        batch_size=1,
+        sampling=SamplingConfig(
+            num_steps=choice.num_steps,
+            guidance_scale=choice.guidance_scale,
+            size=(64, 64),
+            sampler=choice.sampler,
+            spacing=choice.spacing,
+        ),
     )
     assert latents.isfinite().all()
     ordinary_unet = replace(loaded.spec, name="model")

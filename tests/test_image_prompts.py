@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.rollouts.sample import PromptEncoder, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
 from library.settings.shared import build
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter
@@ -115,10 +115,7 @@ def test_trajectories_are_the_samplers(kind: str) -> None:
         None,
         [PromptSpec(prompt=batches[0].prompts[0])],
         [0],
-        num_steps=3,
-        guidance_scale=3.0,
-        resolution=SIZE,
-        batch_size=1,
+        sampling=SamplingConfig(num_steps=3, guidance_scale=3.0, size=SIZE),
     )
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator("cpu").manual_seed(0))
     assert torch.equal(batches[0].latents, noise)  # the generators agree in their first draw, so this is sample's trajectory

@@ -19,8 +19,7 @@ from library.measuring.image_statistics import (
 from library.measuring.judges import Judges
 from library.measuring.measurement import FixedPictures
 from library.objectives.rewards import Goal, Reward
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, decode, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
 from library.scorers.judges import Judge
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
@@ -44,26 +43,15 @@ def fixed_pictures(prompts: list[PromptSpec] = PROMPTS, judges: Judges | None = 
         judges=judges or Judges(),
         prompts=prompts,
         encoder=PromptEncoder(model, network),
-        rollout=RolloutConfig(prompts_file="-", max_denoising_steps=3, leco_denoise_guidance_scale=2.0),
+        sampling=SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64), batch_size=4),
         seeds_per_prompt=2,
-        batch_size=4,
         **settings,
     )
 
 
 def by_hand(pictures: FixedPictures, prompt: PromptSpec, seeds: list[int], multiplier: float, num_steps: int = 3) -> Tensor:
-    resolution = (prompt.height or 64, prompt.width or 64)
-    return sample(
-        pictures.model,
-        pictures.network,
-        [prompt] * 2,
-        seeds,
-        multiplier,
-        num_steps=num_steps,
-        guidance_scale=2.0,
-        resolution=resolution,
-        batch_size=2,
-    )
+    sampling = SamplingConfig(num_steps=num_steps, guidance_scale=2.0, size=(prompt.height or 64, prompt.width or 64))
+    return sample(pictures.model, pictures.network, [prompt] * 2, seeds, multiplier, sampling=sampling)
 
 
 def no_network(network: LoRANetwork) -> LoRANetwork:

@@ -15,7 +15,7 @@ from library.measuring.statistics import within_prompt_std
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
 from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
 from library.scorers.base import Scorer
 from library.slider_training.monitor import Effect, Monitor, MonitorConfig, due
 from library.training.checkpoints import load_state, save_state
@@ -52,7 +52,14 @@ def monitor_for(
 
 
 def latents_by_hand(model: DiffusionModel, network: LoRANetwork, prompt: PromptSpec, seeds: list[int], multiplier: float) -> torch.Tensor:
-    return sample(model, network, [prompt] * 2, seeds, multiplier, num_steps=3, guidance_scale=2.0, resolution=(64, 64), batch_size=2)
+    return sample(
+        model,
+        network,
+        [prompt] * 2,
+        seeds,
+        multiplier,
+        sampling=SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64), batch_size=2),
+    )
 
 
 def test_the_effect_is_the_gain_in_within_prompt_standard_deviations() -> None:

@@ -6,7 +6,7 @@ import torch
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.belt import ROLLOUTS, Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.tiny_models import tiny_model
@@ -66,7 +66,14 @@ def test_a_trajectory_of_the_belt_is_a_sampled_picture() -> None:
 
     original, sampling.initial_noise = sampling.initial_noise, lambda seeds, shape: (noise, [])
     try:
-        expected = sample(model, belt.network, PROMPTS[:1], [seed], 1.0, num_steps=5, guidance_scale=5.0, resolution=(64, 64), batch_size=1)
+        expected = sample(
+            model,
+            belt.network,
+            PROMPTS[:1],
+            [seed],
+            1.0,
+            sampling=SamplingConfig(num_steps=5, guidance_scale=5.0, size=(64, 64), batch_size=1),
+        )
     finally:
         sampling.initial_noise = original
     assert torch.allclose(ended, expected, atol=1e-5)

@@ -1,5 +1,7 @@
 """Sampling against diffusers' pipelines, and against itself: batches, seeds and multipliers must not leak into each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -15,7 +17,7 @@ from diffusers import (
 
 from library.errors import UserError
 from library.models.single_file import bundled_config
-from library.rollouts.sample import PromptEncoder, decode, initial_noise, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, initial_noise, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.tiny_models import tiny_model, tiny_unet_config
@@ -23,7 +25,7 @@ from tests.helpers.tiny_models import tiny_model, tiny_unet_config
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
 SEEDS = [11, 12, 13]
 ROUNDING = {"atol": 2e-4, "rtol": 2e-4}  # float32 over a trajectory; another batch size rounds otherwise
-RUN = {"num_steps": 3, "guidance_scale": 4.0, "resolution": (64, 64), "batch_size": 8}
+SAMPLING = SamplingConfig(num_steps=3, guidance_scale=4.0, size=(64, 64), batch_size=8)
 
 
 def network_for(model, with_text_encoder: bool = False, size: float = 0.1) -> LoRANetwork:
@@ -75,7 +77,7 @@ def test_equals_diffusers(kind, guidance_scale):
         guidance_scale=guidance_scale,
         output_type="latent",
     ).images
-    ours = sample(model, None, PROMPTS, SEEDS, num_steps=4, guidance_scale=guidance_scale, resolution=(64, 96), batch_size=8)
+    ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, num_steps=4, guidance_scale=guidance_scale, size=(64, 96)))
     torch.testing.assert_close(ours, expected, **ROUNDING)
     pixels = pipeline.image_processor.denormalize(pipeline.vae.decode(expected / model.spec.scaling_factor, return_dict=False)[0])
     torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
@@ -119,8 +121,8 @@ def test_samplers_equal_diffusers(kind, solver, scheduler, spacing, guidance_res
     if spacing != "lcm":
         config["timestep_spacing"] = spacing
     expected = their_latents(model, scheduler.from_config(config), 3, guidance_scale=3.0, guidance_rescale=guidance_rescale)
-    options = RUN | {"guidance_scale": 3.0, "solver": solver, "spacing": spacing, "guidance_rescale": guidance_rescale}
-    torch.testing.assert_close(sample(model, None, PROMPTS, SEEDS, **options), expected, atol=1e-3, rtol=1e-3)
+    sampling = replace(SAMPLING, guidance_scale=3.0, sampler=solver, spacing=spacing, guidance_rescale=guidance_rescale)
+    torch.testing.assert_close(sample(model, None, PROMPTS, SEEDS, sampling=sampling), expected, atol=1e-3, rtol=1e-3)
 
 
 def guidance_distilled_model():
@@ -140,7 +142,7 @@ def test_a_guidance_distilled_u_net_is_told_the_scale():
     pictures = {}
     for scale in (8.0, 3.0):
         model.embedded_guidance = scale
-        pictures[scale] = sample(model, None, PROMPTS, SEEDS, solver="lcm", spacing="lcm", **RUN | {"guidance_scale": 1.0})
+        pictures[scale] = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler="lcm", spacing="lcm", guidance_scale=1.0))
         expected = their_latents(model, LCMScheduler.from_config(config), 3, guidance_scale=scale)
         torch.testing.assert_close(pictures[scale], expected, **ROUNDING)
     assert (pictures[8.0] - pictures[3.0]).abs().max() > 0.01
@@ -149,7 +151,7 @@ def test_a_guidance_distilled_u_net_is_told_the_scale():
 @pytest.mark.parametrize(("prompt", "scale"), [(PromptSpec(prompt="a cat"), 4.0), (PromptSpec(prompt="a cat", guidance_scale=7.5), 1.0)])
 def test_a_guidance_distilled_u_net_refuses_guidance_on_top(prompt, scale):
     with pytest.raises(UserError, match="takes its guidance scale as an input"):
-        sample(guidance_distilled_model(), None, [prompt], [1], **RUN | {"guidance_scale": scale})
+        sample(guidance_distilled_model(), None, [prompt], [1], sampling=replace(SAMPLING, guidance_scale=scale))
 
 
 def test_equals_diffusers_sdxl():
@@ -177,31 +179,31 @@ def test_equals_diffusers_sdxl():
         guidance_scale=5.0,
         output_type="latent",
     ).images
-    ours = sample(model, None, PROMPTS, SEEDS, num_steps=3, guidance_scale=5.0, resolution=(96, 64), batch_size=8)
+    ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, guidance_scale=5.0, size=(96, 64)))
     torch.testing.assert_close(ours, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler_a", "dpmpp_2m"])
 def test_a_seed_is_a_picture_whatever_the_batch(solver):
     model = tiny_model()
-    together = sample(model, None, PROMPTS, SEEDS, solver=solver, **RUN)
-    alone = sample(model, None, PROMPTS[2:], SEEDS[2:], solver=solver, **RUN)
-    small = sample(model, None, PROMPTS, SEEDS, solver=solver, **RUN | {"batch_size": 2})
+    together = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler=solver))
+    alone = sample(model, None, PROMPTS[2:], SEEDS[2:], sampling=replace(SAMPLING, sampler=solver))
+    small = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler=solver, batch_size=2))
     torch.testing.assert_close(together[2:], alone, **ROUNDING)
     torch.testing.assert_close(together, small, **ROUNDING)
-    other = sample(model, None, PROMPTS, [1, 2, 3], solver=solver, **RUN)
+    other = sample(model, None, PROMPTS, [1, 2, 3], sampling=replace(SAMPLING, sampler=solver))
     assert (other - together).abs().max() > 0.1
 
 
 def test_one_batch_holds_different_multipliers():
     model = tiny_model()
-    plain = sample(model, None, PROMPTS, SEEDS, **RUN)
+    plain = sample(model, None, PROMPTS, SEEDS, sampling=SAMPLING)
     network = network_for(model)
-    mixed = sample(model, network, PROMPTS, SEEDS, torch.tensor([-1.0, 0.0, 1.0]), **RUN)
+    mixed = sample(model, network, PROMPTS, SEEDS, torch.tensor([-1.0, 0.0, 1.0]), sampling=SAMPLING)
     for row, multiplier in enumerate([-1.0, 0.0, 1.0]):
-        own = sample(model, network, PROMPTS, SEEDS, multiplier, **RUN)
+        own = sample(model, network, PROMPTS, SEEDS, multiplier, sampling=SAMPLING)
         torch.testing.assert_close(mixed[row], own[row], **ROUNDING)
-    assert torch.equal(sample(model, network, PROMPTS, SEEDS, 0.0, **RUN), plain)
+    assert torch.equal(sample(model, network, PROMPTS, SEEDS, 0.0, sampling=SAMPLING), plain)
     assert (mixed[0] - plain[0]).abs().max() > 0.01 and (mixed[2] - plain[2]).abs().max() > 0.01
     assert network.multiplier == 1.0
 
@@ -214,7 +216,7 @@ def test_the_multiplier_is_put_back_after_an_error():
         def stop(count: int) -> None:
             raise RuntimeError("stop")
 
-        sample(model, network, PROMPTS, SEEDS, -0.5, progress=stop, **RUN)
+        sample(model, network, PROMPTS, SEEDS, -0.5, progress=stop, sampling=SAMPLING)
     assert network.multiplier == 1.0
 
 
@@ -222,19 +224,19 @@ def test_no_unconditional_branch_at_guidance_1(monkeypatch):
     model, rows, steps = tiny_model(), [], []
     predict = model.predict_eps
     monkeypatch.setattr(model, "predict_eps", lambda latents, *rest: (rows.append(len(latents)), predict(latents, *rest))[1])
-    sample(model, None, PROMPTS, SEEDS, progress=steps.append, **RUN | {"guidance_scale": 1.0})
+    sample(model, None, PROMPTS, SEEDS, progress=steps.append, sampling=replace(SAMPLING, guidance_scale=1.0))
     assert rows == [3, 3, 3] and sum(steps) == 9
     rows.clear()
-    sample(model, None, PROMPTS, SEEDS, **RUN)
+    sample(model, None, PROMPTS, SEEDS, sampling=SAMPLING)
     assert rows == [6, 6, 6]
 
 
 def test_a_prompt_brings_its_own_guidance_and_size():
     model = tiny_model()
     own = PromptSpec(prompt="a cat", guidance_scale=7.0, width=96, height=64)
-    expected = sample(model, None, [PromptSpec(prompt="a cat")], [5], **RUN | {"guidance_scale": 7.0, "resolution": (64, 96)})
+    expected = sample(model, None, [PromptSpec(prompt="a cat")], [5], sampling=replace(SAMPLING, guidance_scale=7.0, size=(64, 96)))
     assert expected.shape == (1, 4, 8, 12)
-    assert torch.equal(sample(model, None, [own], [5], **RUN), expected)
+    assert torch.equal(sample(model, None, [own], [5], sampling=SAMPLING), expected)
 
 
 def test_texts_are_encoded_once(monkeypatch):
@@ -242,10 +244,10 @@ def test_texts_are_encoded_once(monkeypatch):
     encode = model.encode_prompts
     monkeypatch.setattr(model, "encode_prompts", lambda texts, size=None: (seen.extend(texts), encode(texts, size))[1])
     encoder = PromptEncoder(model, network_for(model))
-    first = sample(model, None, PROMPTS, SEEDS, encoder=encoder, **RUN)
+    first = sample(model, None, PROMPTS, SEEDS, encoder=encoder, sampling=SAMPLING)
     assert sorted(seen) == sorted({"a red circle", "a blue star", "a cat", "blurry", ""})
     model.free_text_encoders()
-    assert torch.equal(sample(model, None, PROMPTS, SEEDS, encoder=encoder, **RUN), first)
+    assert torch.equal(sample(model, None, PROMPTS, SEEDS, encoder=encoder, sampling=SAMPLING), first)
 
 
 def test_a_text_encoder_lora_encodes_at_each_multiplier():
@@ -256,8 +258,8 @@ def test_a_text_encoder_lora_encodes_at_each_multiplier():
     texts = encoder.encode(["a cat", "a cat", "a cat"], (64, 64), [0.0, 1.0, -1.0]).text
     torch.testing.assert_close(texts[:1], plain)
     assert (texts[1] - texts[0]).abs().max() > 1e-3 and (texts[1] - texts[2]).abs().max() > 1e-3
-    mixed = sample(model, network, PROMPTS[:2], SEEDS[:2], [1.0, -1.0], **RUN)
-    down = sample(model, network, PROMPTS[:2], SEEDS[:2], -1.0, **RUN)
+    mixed = sample(model, network, PROMPTS[:2], SEEDS[:2], [1.0, -1.0], sampling=SAMPLING)
+    down = sample(model, network, PROMPTS[:2], SEEDS[:2], -1.0, sampling=SAMPLING)
     torch.testing.assert_close(mixed[1], down[1], **ROUNDING)
 
 

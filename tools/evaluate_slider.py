@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -38,6 +37,7 @@ from library.prompts.files import load_prompts, spread
 from library.reports.plots import multiplier_grid, score_curves
 from library.reports.report import html_report
 from library.rollouts.few_step import SamplingChoice, detect, recommended
+from library.rollouts.sample import SamplingConfig
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
@@ -150,16 +150,25 @@ def main() -> None:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_writable(settings.output_dir)
 
-    sampling = recommended(
+    choice = recommended(
         detect(model), num_steps=settings.num_steps, guidance_scale=settings.guidance_scale, sampler=settings.sampler, ordinary=ORDINARY
     )
-    if sampling.embedded_guidance is not None:
-        model.embedded_guidance = sampling.embedded_guidance
-    for warning in sampling.warnings:
+    if choice.embedded_guidance is not None:
+        model.embedded_guidance = choice.embedded_guidance
+    for warning in choice.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    sampling = SamplingConfig(
+        num_steps=choice.num_steps,
+        guidance_scale=choice.guidance_scale,
+        size=settings.size(model.spec.resolution),
+        sampler=choice.sampler,
+        spacing=choice.spacing,
+        guidance_rescale=settings.guidance_rescale,
+        batch_size=settings.batch_size,
+    )
     bench = Bench(model, prompts, seed_table(prompts, settings), scorers, judges, settings, sampling)
     with bench.progress(len(prompts), "sampling the base model") as bar:
-        base = sample_base(model, prompts, bench.seeds, progress=bar.update, **bench.sampling_arguments)
+        base = sample_base(model, prompts, bench.seeds, sampling, progress=bar.update)
     evaluations = [bench.measure(file, name, base) for file, name in zip(files, names, strict=True)]
     paths = write_results(settings.output_dir, evaluations, settings.title)
     print("\n\n".join(map(text_table, evaluations)))
@@ -172,7 +181,7 @@ class Bench:
 
     Attributes:
         seeds: [P][S].
-        sampling: the choice for this base.
+        sampling: how the pictures are made.
     """
 
     model: DiffusionModel
@@ -181,20 +190,7 @@ class Bench:
     scorers: Mapping[str, Scorer]
     judges: Mapping[str, Judge | Scorer]
     settings: EvaluationConfig
-    sampling: SamplingChoice
-
-    @property
-    def sampling_arguments(self) -> dict[str, Any]:
-        """Of `evaluate` and `sample_base`."""
-        return {
-            "num_steps": self.sampling.num_steps,
-            "guidance_scale": self.sampling.guidance_scale,
-            "guidance_rescale": self.settings.guidance_rescale,
-            "solver": self.sampling.sampler,
-            "spacing": self.sampling.spacing,
-            "resolution": self.settings.size(self.model.spec.resolution),
-            "batch_size": self.settings.batch_size,
-        }
+    sampling: SamplingConfig
 
     def progress(self, num_pictures: int, label: str) -> tqdm:
         """A bar for so many pictures of each seed."""
@@ -218,11 +214,11 @@ class Bench:
                     settings.multipliers,
                     self.scorers,
                     self.judges,
+                    self.sampling,
                     name=name,
                     base=base,
                     num_pictures=settings.num_grid_prompts,
                     progress=bar.update,
-                    **self.sampling_arguments,
                 )
         finally:
             network.remove()

@@ -132,7 +132,7 @@ def measure_drawings(count: int = 2000, seed: int = 1_000_003) -> None:
 def measure_samples(model_path: str, per_resolution: int = 180, seed: int = 7) -> None:
     """Print how often a model's samples show what their captions say, by resolution."""
     from library.models.loading import load_model
-    from library.rollouts.sample import decode, sample
+    from library.rollouts.sample import SamplingConfig, decode, sample
     from library.types import PromptSpec
 
     model, rng = load_model(model_path), random.Random(seed)
@@ -144,10 +144,7 @@ def measure_samples(model_path: str, per_resolution: int = 180, seed: int = 7) -
                 None,
                 [PromptSpec(prompt=prompt) for prompt in prompts],
                 range(seed, seed + per_resolution),
-                num_steps=20,
-                guidance_scale=3.0,
-                resolution=(height, width),
-                batch_size=60,
+                sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(height, width), batch_size=60),
                 progress=bar.update,
             )
         shape_right, colour_right = obeyed(decode(model, latents, 60), prompts)

@@ -17,7 +17,7 @@ from examples.shapes.judge import obeyed
 from examples.shapes.pictures import to_pixels
 from examples.shapes.world import COLOURS, SHAPES, caption, draw, random_scene
 from library.models.loading import load_model
-from library.rollouts.sample import PromptEncoder, decode, sample
+from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
 from library.text_free.adapter import check_adapter_fits, load_adapter
 from library.text_free.clip_pair import ClipPair
 from library.text_free.fingerprint import text_encoder_fingerprint
@@ -54,10 +54,7 @@ def main() -> None:
             None,
             [PromptSpec(prompt=prompt) for prompt in prompts],
             range(len(prompts)),
-            num_steps=20,
-            guidance_scale=3.0,
-            resolution=(64, 64),
-            batch_size=24,
+            sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64), batch_size=24),
             encoder=encoder,
         )
         shape_right, colour_right = obeyed(decode(model, latents, 24), wanted)

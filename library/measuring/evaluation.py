@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_schedule import TimestepSpacing
 from library.errors import UserError
 from library.measuring.image_statistics import (
     channel_statistics_distance,
@@ -26,7 +25,7 @@ from library.measuring.slider_evaluation import PictureStatistics, SliderEvaluat
 from library.measuring.statistics import summarise_response
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import plain_text
-from library.rollouts.sample import PromptEncoder, Size, decode, sample, size_of
+from library.rollouts.sample import PromptEncoder, SamplingConfig, Size, decode, sample
 from library.scorers.base import Scorer
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
@@ -41,14 +40,8 @@ def sample_base(
     model: DiffusionModel,
     prompts: Sequence[PromptSpec],
     seeds: Sequence[int] | Sequence[Sequence[int]],
+    sampling: SamplingConfig,
     *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: Size,
-    batch_size: int,
-    solver: str = "ddim",
-    spacing: TimestepSpacing | None = None,
-    guidance_rescale: float = 0.0,
     encoder: PromptEncoder | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Tensor]:
@@ -57,19 +50,13 @@ def sample_base(
     table = _seed_table(prompts, seeds)
     encoder = encoder or PromptEncoder(model)
     latents: list[Tensor] = []
-    for chunk in _chunks(prompts, resolution, num_steps, batch_size // table.shape[1]):
+    for chunk in _chunks(prompts, sampling, sampling.batch_size // table.shape[1]):
         own = sample(
             model,
             None,
             [prompts[row] for row in chunk for _ in table[row]],
             table[chunk].flatten().tolist(),
-            num_steps=prompts[chunk[0]].num_steps or num_steps,
-            guidance_scale=guidance_scale,
-            resolution=resolution,
-            batch_size=batch_size,
-            solver=solver,
-            spacing=spacing,
-            guidance_rescale=guidance_rescale,
+            sampling=sampling,
             encoder=encoder,
             progress=progress,
         )
@@ -86,14 +73,8 @@ def evaluate(
     multipliers: Sequence[float],
     scorers: Mapping[str, Scorer],
     judges: Mapping[str, Judge | Scorer],
+    sampling: SamplingConfig,
     *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: Size,
-    batch_size: int,
-    solver: str = "ddim",
-    spacing: TimestepSpacing | None = None,
-    guidance_rescale: float = 0.0,
     name: str = "slider",
     encoder: PromptEncoder | None = None,
     base: Sequence[Tensor] | None = None,
@@ -108,8 +89,6 @@ def evaluate(
         multipliers: of the network; 0, the base model, is added where it is missing.
         scorers: what training follows; given clean latents at sigma 0.
         judges: functions of pixels [B, 3, H, W] in 0..1 and the prompts, or scorers that training does not follow.
-        num_steps, guidance_scale, resolution: for the prompts that do not bring their own.
-        solver, spacing, guidance_rescale: as in `sample`.
         base: what `sample_base` made of the same prompts, seeds and settings; None makes it here.
         num_pictures: of how many prompts the pictures are kept.
         progress: as in `sample`.
@@ -134,33 +113,21 @@ def evaluate(
                 model,
                 prompts,
                 table.tolist(),
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
-                resolution=resolution,
-                batch_size=batch_size,
-                solver=solver,
-                spacing=spacing,
-                guidance_rescale=guidance_rescale,
+                sampling,
                 progress=progress,
             )
     raters = {**scorers, **judges}
     scores: dict[str, list[np.ndarray]] = {key: [] for key in raters}
     measured: list[dict[str, np.ndarray]] = []
     pictures: list[Tensor] = []
-    for chunk in _chunks(prompts, resolution, num_steps, batch_size // (num_seeds * len(others))):
+    for chunk in _chunks(prompts, sampling, sampling.batch_size // (num_seeds * len(others))):
         moved = sample(
             model,
             network,
             [prompts[row] for row in chunk for _ in range(num_seeds * len(others))],
             table[chunk].flatten().repeat(len(others)).tolist(),
             others * (len(chunk) * num_seeds),
-            num_steps=prompts[chunk[0]].num_steps or num_steps,
-            guidance_scale=guidance_scale,
-            resolution=resolution,
-            batch_size=batch_size,
-            solver=solver,
-            spacing=spacing,
-            guidance_rescale=guidance_rescale,
+            sampling=sampling,
             encoder=encoder,
             progress=progress,
         )
@@ -168,11 +135,11 @@ def evaluate(
         moved = moved.cpu().unflatten(0, (*shape[:2], len(others)))
         unmoved = torch.stack([base[row] for row in chunk]).unsqueeze(2)
         latents = torch.cat([moved[:, :, :zero], unmoved, moved[:, :, zero:]], dim=2).flatten(0, 2)
-        decoded = decode(model, latents, batch_size)
+        decoded = decode(model, latents, sampling.batch_size)
         samples = [prompts[row] for row in chunk for _ in range(num_seeds * len(strengths))]
-        for rows in _slices(len(samples), batch_size):
+        for rows in _slices(len(samples), sampling.batch_size):
             for key, rater in raters.items():
-                rated = _rate(rater, latents[rows].to(model.device), decoded[rows].clamp(0, 1), samples[rows], encoder, resolution)
+                rated = _rate(rater, latents[rows].to(model.device), decoded[rows].clamp(0, 1), samples[rows], encoder, sampling)
                 scores[key].append(rated.cpu().double().numpy())
         for own_latents, own_decoded in zip(latents.unflatten(0, shape), decoded.unflatten(0, shape), strict=True):
             measured.append(_measure(model, own_latents, own_decoded, zero))
@@ -191,12 +158,12 @@ def evaluate(
         },
         statistics=_pool(measured, zero),
         settings={
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "solver": solver,
-            "timesteps": spacing or "the model's own",
-            "guidance_rescale": guidance_rescale,
-            "resolution": f"{resolution[1]}x{resolution[0]}",
+            "num_steps": sampling.num_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "solver": sampling.sampler,
+            "timesteps": sampling.spacing or "the model's own",
+            "guidance_rescale": sampling.guidance_rescale,
+            "resolution": f"{sampling.size[1]}x{sampling.size[0]}",
             "bootstrap_seed": bootstrap_seed,
         },
         pictures=tuple(pictures),
@@ -204,14 +171,14 @@ def evaluate(
 
 
 def _rate(
-    rater: Judge | Scorer, latents: Tensor, pixels: Tensor, prompts: Sequence[PromptSpec], encoder: PromptEncoder, resolution: Size
+    rater: Judge | Scorer, latents: Tensor, pixels: Tensor, prompts: Sequence[PromptSpec], encoder: PromptEncoder, sampling: SamplingConfig
 ) -> Tensor:
     """Scores [B] of pictures of one size."""
     texts = [plain_text(prompt.prompt) for prompt in prompts]
     if not isinstance(rater, Scorer):
         return rater(pixels, texts)
     # What was asked for, in the base model's words: a LoRA of the text encoder must not talk to its own judge.
-    cond = encoder.cond(prompts, size_of(prompts[0], resolution), [0.0] * len(texts)) if rater.spec.uses_prompt else None
+    cond = encoder.cond(prompts, sampling.of(prompts[0]).size, [0.0] * len(texts)) if rater.spec.uses_prompt else None
     return rater(latents, latents.new_zeros(len(latents)), cond, texts)
 
 
@@ -220,11 +187,11 @@ def _seed_table(prompts: Sequence[PromptSpec], seeds: Sequence[int] | Sequence[S
     return np.broadcast_to(table, (len(prompts), table.shape[-1]))  # [P, S]
 
 
-def _chunks(prompts: Sequence[PromptSpec], resolution: Size, num_steps: int, length: int) -> Iterator[list[int]]:
+def _chunks(prompts: Sequence[PromptSpec], sampling: SamplingConfig, length: int) -> Iterator[list[int]]:
     """Runs of neighbouring prompts of one size and number of steps, `length` (at least 1) at most."""
 
     def kind(prompt: PromptSpec) -> tuple[Size, int]:
-        return size_of(prompt, resolution), prompt.num_steps or num_steps
+        return sampling.of(prompt).size, sampling.of(prompt).num_steps
 
     chunk: list[int] = []
     for row, prompt in enumerate(prompts):

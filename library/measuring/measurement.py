@@ -31,8 +31,7 @@ from library.measuring.judges import Judges
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import plain_text
 from library.objectives.rewards import Reward
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, Size, decode, initial_noise, model_autocast, sample, size_of
+from library.rollouts.sample import PromptEncoder, SamplingConfig, Size, decode, initial_noise, model_autocast, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
@@ -97,7 +96,7 @@ class FixedPictures:
     Attributes:
         prompts: neighbours of one size and number of steps are sampled together.
         encoder: holds their conditioning.
-        rollout: sampler, steps, guidance and resolution, for the prompts that do not bring their own.
+        sampling: how the pictures are made.
         seeds_per_prompt: S. A prompt with a seed of its own begins with it; the seeds of all others differ.
         seed_offset: added to every seed.
         look_at_pixels: decode the pictures for the statistics of pixels; judges that are functions of pixels need them in any case.
@@ -109,9 +108,8 @@ class FixedPictures:
     judges: Judges
     prompts: Sequence[PromptSpec]
     encoder: PromptEncoder
-    rollout: RolloutConfig
+    sampling: SamplingConfig
     seeds_per_prompt: int
-    batch_size: int
     seed_offset: int = 0
     look_at_pixels: bool = True
     _base: BasePictures | None = field(default=None, init=False, repr=False)
@@ -180,7 +178,7 @@ class FixedPictures:
         rows_and_kinds = [(row, (self._size(prompt), self._num_steps(prompt))) for row, prompt in enumerate(self.prompts)]
         total = count * sum(num_steps for _, (_, num_steps) in rows_and_kinds)
         with tqdm(total=total, desc=label, leave=False, unit="step") as bar:
-            for (size, num_steps), group in groupby(rows_and_kinds, key=lambda pair: pair[1]):
+            for _, group in groupby(rows_and_kinds, key=lambda pair: pair[1]):
                 rows = [row for row, _ in group]
                 latents = sample(
                     self.model,
@@ -188,18 +186,13 @@ class FixedPictures:
                     [self.prompts[row] for row in rows for _ in range(count)],
                     [seed for row in rows for seed in self.seeds(row)],
                     multiplier,
-                    num_steps=num_steps,
-                    guidance_scale=self.rollout.leco_denoise_guidance_scale,
-                    resolution=size,
-                    batch_size=self.batch_size,
-                    solver=self.rollout.sampler,
-                    guidance_rescale=self.rollout.guidance_rescale,
+                    sampling=self.sampling,
                     encoder=self.encoder,
                     progress=bar.update,
                 )
                 for row, own in zip(rows, latents.split(count), strict=True):
                     pixels = self.look_at_pixels or self.judges.functions
-                    decoded = decode(self.model, own, self.batch_size) if pixels else None
+                    decoded = decode(self.model, own, self.sampling.batch_size) if pixels else None
                     yield PromptPictures(row=row, latents=own.to(device), decoded=decoded, scores=self._scores(row, own, decoded))
 
     def _scores(self, row: int, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
@@ -240,10 +233,10 @@ class FixedPictures:
         return [self.seed_offset + first + number for number in range(self.seeds_per_prompt)]
 
     def _size(self, prompt: PromptSpec) -> Size:
-        return size_of(prompt, self.rollout.size(self.model.spec.resolution))
+        return self.sampling.of(prompt).size
 
     def _num_steps(self, prompt: PromptSpec) -> int:
-        return prompt.num_steps or self.rollout.max_denoising_steps
+        return self.sampling.of(prompt).num_steps
 
 
 def _is_null(network: LoRANetwork) -> bool:

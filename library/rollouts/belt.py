@@ -19,7 +19,16 @@ from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import ALIASES, SOLVERS, get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.rollouts.sample import PromptEncoder, Size, guidance_scales, model_autocast, predict_guided_eps, size_of, time_ids_of
+from library.rollouts.sample import (
+    PromptEncoder,
+    SamplingConfig,
+    Size,
+    guidance_scales,
+    model_autocast,
+    predict_guided_eps,
+    size_of,
+    time_ids_of,
+)
 from library.settings.shared import check_above, check_at_least, option
 from library.types import Conditioning, History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
@@ -70,6 +79,17 @@ class RolloutConfig:
         """(height, width) in pixels."""
         width, height = (self.resolution * 2)[:2] or (native, native)
         return height, width
+
+    def sampling(self, native: int, batch_size: int) -> SamplingConfig:
+        """How the rollout samples, for whole pictures."""
+        return SamplingConfig(
+            num_steps=self.max_denoising_steps,
+            guidance_scale=self.leco_denoise_guidance_scale,
+            size=self.size(native),
+            sampler=self.sampler,
+            guidance_rescale=self.guidance_rescale,
+            batch_size=batch_size,
+        )
 
 
 @dataclass(eq=False)

@@ -7,14 +7,14 @@ device and at every multiplier.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from library.diffusion.noise_schedule import TimestepSpacing
-from library.diffusion.solvers import Solver, get_solver, guided_eps, rescale_guided_eps
+from library.diffusion.solvers import get_solver, guided_eps, rescale_guided_eps
 from library.errors import UserError
 from library.models.base import DiffusionModel, TimeIds
 from library.types import Conditioning, History, PromptSpec
@@ -23,6 +23,38 @@ from networks.lora import LoRANetwork
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How pictures are sampled. A prompt that brings its own size, steps or guidance scale has those (`of`).
+
+    Attributes:
+        num_steps: of the sampler.
+        guidance_scale: of classifier-free guidance; a batch in which all are 1 runs no unconditional branch.
+        size: (height, width) in pixels.
+        sampler: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
+        spacing: of the timesteps; None is the model's own.
+        guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
+        batch_size: pictures in one call of the U-Net or the VAE.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    size: Size
+    sampler: str = "ddim"
+    spacing: TimestepSpacing | None = None
+    guidance_rescale: float = 0.0
+    batch_size: int = 48
+
+    def of(self, prompt: PromptSpec) -> "SamplingConfig":
+        """As this prompt is sampled."""
+        return replace(
+            self,
+            num_steps=prompt.num_steps or self.num_steps,
+            guidance_scale=self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
+            size=size_of(prompt, self.size),
+        )
 
 
 class PromptEncoder:
@@ -149,13 +181,7 @@ def sample(
     seeds: Sequence[int],
     multipliers: Tensor | Sequence[float] | float = 1.0,
     *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: Size,
-    batch_size: int,
-    solver: str = "ddim",
-    spacing: TimestepSpacing | None = None,
-    guidance_rescale: float = 0.0,
+    sampling: SamplingConfig,
     encoder: PromptEncoder | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -163,13 +189,8 @@ def sample(
 
     Args:
         network: applied to both branches of the guidance; None samples the plain model. Its multiplier is put back after.
-        prompts, seeds: N of each. All prompts of one call have one size.
+        prompts, seeds: N of each. All prompts of one call have one size and number of steps.
         multipliers: of the network, one a sample [N] or one for all.
-        guidance_scale: for the prompts that do not bring their own; a batch in which all are 1 runs no unconditional branch.
-        resolution: (height, width) in pixels, for the prompts that do not bring their own.
-        solver: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
-        spacing: of the timesteps; None is the model's own.
-        guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
         encoder: where the texts' encodings are kept; None encodes them here.
         progress: called with the number of samples that went one step further, N * num_steps in all.
 
@@ -181,30 +202,16 @@ def sample(
     """
     count = len(prompts)
     assert len(seeds) == count, "one seed a prompt"
-    size, *others = {size_of(prompt, resolution) for prompt in prompts}
-    assert not others, "one size a call"
+    (size, num_steps), *others = {(own.size, own.num_steps) for own in map(sampling.of, prompts)}
+    assert not others, "one size and number of steps a call"
+    sampling = replace(sampling, size=size, num_steps=num_steps)
     strengths = torch.as_tensor(multipliers, dtype=torch.float32).flatten().expand(count)
     encoder = encoder or PromptEncoder(model, network)
     batches = []
-    for start in range(0, count, batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, count, sampling.batch_size):
+        rows = slice(start, start + sampling.batch_size)
         with _multiplier(network, strengths[rows].to(model.device)), model_autocast(model):
-            batches.append(
-                _sample_batch(
-                    model,
-                    prompts[rows],
-                    seeds[rows],
-                    strengths[rows].tolist(),
-                    num_steps=num_steps,
-                    guidance_scale=guidance_scale,
-                    size=size,
-                    solver=get_solver(solver),
-                    spacing=spacing,
-                    guidance_rescale=guidance_rescale,
-                    encoder=encoder,
-                    progress=progress,
-                )
-            )
+            batches.append(_sample_batch(model, prompts[rows], seeds[rows], strengths[rows].tolist(), sampling, encoder, progress))
     return torch.cat(batches)
 
 
@@ -272,29 +279,23 @@ def _sample_batch(
     prompts: Sequence[PromptSpec],
     seeds: Sequence[int],
     strengths: Sequence[float],
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    size: Size,
-    solver: Solver,
-    spacing: TimestepSpacing | None,
-    guidance_rescale: float,
+    sampling: SamplingConfig,
     encoder: PromptEncoder,
     progress: Callable[[int], object] | None,
 ) -> Tensor:
-    count, device = len(prompts), model.device
+    count, device, size, solver = len(prompts), model.device, sampling.size, get_solver(sampling.sampler)
     shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
-    scales = guidance_scales(model, prompts, guidance_scale)
+    scales = guidance_scales(model, prompts, sampling.guidance_scale)
     cond = encoder.cond(prompts, size, strengths)
     uncond = encoder.uncond(prompts, size, strengths) if bool((scales != 1).any()) else None
     noise, generators = initial_noise(seeds, shape)
     latents = noise.to(device)
     schedule = solver.schedule(model.schedule)
-    timesteps = schedule.inference_timesteps(num_steps, spacing).to(device)
+    timesteps = schedule.inference_timesteps(sampling.num_steps, sampling.spacing).to(device)
     history: History | None = None
     for now, after in zip(timesteps[:-1], timesteps[1:], strict=True):
         now, after = now.expand(count), after.expand(count)
-        eps = predict_guided_eps(model, latents, now, cond, uncond, scales, guidance_rescale)
+        eps = predict_guided_eps(model, latents, now, cond, uncond, scales, sampling.guidance_rescale)
         noise = _draw(generators, shape).to(device) if solver.needs_noise else None
         abar = schedule.abar(now)
         moved = solver.step(latents, eps, abar, schedule.abar(after), noise, history)

@@ -128,8 +128,8 @@ class Monitor:
         judges: Judges | None = None,
     ) -> None:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
-        self.rollout, self.config, self.judges = rollout, config, judges or Judges()
-        self.resolution = rollout.size(model.spec.resolution)
+        self.config, self.judges = config, judges or Judges()
+        self.sampling = rollout.sampling(model.spec.resolution, config.sample_batch_size)
         if not prompts:
             if config.sample_every_n_steps is not None or config.sample_at_first:
                 raise UserError("there are no prompts to make previews of; give eval_prompts_file")
@@ -239,14 +239,9 @@ class Monitor:
             self.network,
             prompts,
             [row if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)],
-            encoder=self.encoder,
-            resolution=self.resolution,
-            num_steps=self.rollout.max_denoising_steps,
-            guidance_scale=self.rollout.leco_denoise_guidance_scale,
-            multipliers=self.config.sample_multipliers,
-            solver=self.rollout.sampler,
-            guidance_rescale=self.rollout.guidance_rescale,
-            batch_size=self.config.sample_batch_size,
+            self.config.sample_multipliers,
+            self.sampling,
+            self.encoder,
         )
         return path
 
@@ -261,7 +256,7 @@ class Monitor:
     def _chosen(self, count: int) -> list[PromptSpec]:
         """Prompts, evenly over the list; those that can be sampled together are neighbours."""
         chosen = spread(self.all_prompts, count)
-        return sorted(chosen, key=lambda prompt: (size_of(prompt, self.resolution), prompt.num_steps or 0))
+        return sorted(chosen, key=lambda prompt: (size_of(prompt, self.sampling.size), prompt.num_steps or 0))
 
     def _fixed_pictures(self, prompts: Sequence[PromptSpec], seed_offset: int = 0) -> FixedPictures:
         return FixedPictures(
@@ -271,9 +266,8 @@ class Monitor:
             judges=self.judges,
             prompts=prompts,
             encoder=self.encoder,
-            rollout=self.rollout,
+            sampling=self.sampling,
             seeds_per_prompt=self.config.eval_seeds_per_prompt,
-            batch_size=self.config.sample_batch_size,
             seed_offset=seed_offset,
             look_at_pixels=self.config.pixel_statistics,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
 from library.reports.plots import multiplier_grid
-from library.rollouts.sample import PromptEncoder, Size, decode, sample, size_of
+from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
@@ -22,20 +22,11 @@ def write_preview(
     network: LoRANetwork,
     prompts: Sequence[PromptSpec],
     seeds: Sequence[int],
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    resolution: Size,
-    batch_size: int,
-    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
-    solver: str = "ddim",
-    guidance_rescale: float = 0.0,
+    multipliers: Sequence[float],
+    sampling: SamplingConfig,
     encoder: PromptEncoder | None = None,
 ) -> None:
     """Write a PNG with a row for each prompt (and its seed) and a column for each multiplier.
-
-    Args:
-        num_steps, guidance_scale, resolution: for the prompts that do not bring their own.
 
     Raises:
         UserError: if the file cannot be written.
@@ -43,20 +34,8 @@ def write_preview(
     encoder = encoder or PromptEncoder(model, network)
     rows = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        latents = sample(
-            model,
-            network,
-            [prompt] * len(multipliers),
-            [seed] * len(multipliers),
-            multipliers,
-            num_steps=prompt.num_steps or num_steps,
-            guidance_scale=guidance_scale,
-            resolution=size_of(prompt, resolution),
-            batch_size=batch_size,
-            solver=solver,
-            guidance_rescale=guidance_rescale,
-            encoder=encoder,
-        )
-        rows.append((decode(model, latents, batch_size).clamp(0, 1) * 255).round().byte())
+        count = len(multipliers)
+        latents = sample(model, network, [prompt] * count, [seed] * count, multipliers, sampling=sampling, encoder=encoder)
+        rows.append((decode(model, latents, sampling.batch_size).clamp(0, 1) * 255).round().byte())
     labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
     atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))
