@@ -32,8 +32,7 @@ from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
-from library.settings.options import options
-from library.settings.shared import build
+from library.settings.options import build, options
 from library.training.tracking import read_metrics
 from networks.lora import create_network_from_weights
 from train_leco_score import LecoScoreConfig, train

@@ -20,7 +20,7 @@ from library.diffusion.solvers import ALIASES, SOLVERS, get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.sample import PromptEncoder, Size, guidance_scales, model_autocast, predict_guided_eps, size_of, time_ids_of
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 from library.types import Conditioning, History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 
