@@ -34,7 +34,8 @@ from library.scorer_data.records import FileState
 from library.scorers.base import ScorerSpec
 from library.scorers.registry import build_scorer, preset_architecture
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import TrainingConfig, check_at_least, option
+from library.settings.options import check_at_least, option
+from library.settings.shared import TrainingConfig
 from library.training.runtime import create_accelerator, set_num_threads
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.0, 1.0))

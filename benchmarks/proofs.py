@@ -33,8 +33,7 @@ from library.prompts.files import load_prompts, spread
 from library.rollouts.sample import SamplingConfig
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
-from library.settings.options import options
-from library.settings.shared import build
+from library.settings.options import build, options
 from library.training.tracking import read_metrics
 from networks.lora import create_network_from_weights
 from train_leco_score import LecoScoreConfig, train

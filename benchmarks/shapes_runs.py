@@ -16,7 +16,7 @@ from library.scorer_training.tasks import Task
 from library.scorer_training.validation import SigmaTable
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
-from library.settings.shared import build
+from library.settings.options import build
 from train_latent_scorer import LatentScorerConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]

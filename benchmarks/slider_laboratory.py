@@ -28,7 +28,8 @@ from library.rollouts.belt import RolloutConfig
 from library.rollouts.sample import PromptEncoder, decode, sample
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer
-from library.settings.shared import NetworkConfig, build
+from library.settings.options import build
+from library.settings.shared import NetworkConfig
 from library.slider_training.network import build_network
 from library.training.runtime import generator
 from library.types import PromptSpec

@@ -33,7 +33,8 @@ from library.models.loading import load_model
 from library.objectives.score import ESTIMATORS
 from library.rollouts.belt import ROLLOUTS
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig, check_at_least, option
+from library.settings.options import check_at_least, option
+from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig
 from library.training.runtime import create_accelerator, describe_device, set_num_threads, weight_dtype
 
 

@@ -15,7 +15,8 @@ from benchmarks.measured_step import MeasuredStep, StepSettings, measure
 from benchmarks.random_models import random_model
 from benchmarks.timing import Stopwatch
 from library.errors import UserError
-from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig, build
+from library.settings.options import build
+from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig
 from library.training.runtime import create_accelerator
 
 TINY = {"model_family": "sd1", "random_weights": True, "tiny": True, "scorer_size": "tiny", "num_threads": 1}

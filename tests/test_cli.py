@@ -11,7 +11,8 @@ import toml
 from library.errors import UserError
 from library.settings import cli
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig, option
+from library.settings.options import option
+from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,20 +7,9 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from library.settings.options import build, key_value_pairs, nearest, option, options
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
-from library.settings.shared import (
-    LoggingConfig,
-    ModelConfig,
-    NetworkConfig,
-    OptimizerConfig,
-    SavingConfig,
-    TrainingConfig,
-    build,
-    key_value_pairs,
-    nearest,
-    option,
-    options,
-)
+from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
-from library.settings.shared import build
+from library.settings.options import build
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter
 from library.text_free.adapter_training import (
     AdapterRecipe,

@@ -12,7 +12,8 @@ from library.objectives.rewards import Goal, Reward
 from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import ScoreTerm
 from library.scorers.base import Scorer
-from library.settings.shared import OptimizerConfig, build
+from library.settings.options import build
+from library.settings.shared import OptimizerConfig
 from library.slider_training.check import RewardCheck, check_reward
 from library.slider_training.monitor import Monitor, MonitorConfig
 from library.types import PromptSpec

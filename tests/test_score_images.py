@@ -31,7 +31,7 @@ from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import Judge
 from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rating, TableRater
 from library.scorers.registry import build_scorer, preset_architecture
-from library.settings.shared import build
+from library.settings.options import build
 from library.training.runtime import generator
 from tests.helpers.tiny_models import tiny_vae
 from tools import score_images

@@ -30,7 +30,7 @@ from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.scorers.latent_resnet import LatentResNet
 from library.settings.cli import run_main
-from library.settings.shared import build
+from library.settings.options import build
 from library.training.tracking import read_metrics
 from tests.helpers.tiny_models import tiny_vae
 from tests.test_scorers import VAE

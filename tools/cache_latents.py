@@ -29,7 +29,8 @@ from library.scorer_data.skips import SkipReport
 from library.scorer_training.config import DataConfig
 from library.scorer_training.tasks import collect, pictures_of
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import TrainingConfig, option
+from library.settings.options import option
+from library.settings.shared import TrainingConfig
 from library.training.runtime import create_accelerator, set_num_threads
 from train_latent_scorer import LatentScorerConfig
 

@@ -34,7 +34,7 @@ from library.scorers.pixel import RUNS_VAE, ready_made
 from library.scorers.pixel_decoder import load_tiny_autoencoder
 from library.scorers.pixel_gradient import measure_gradient
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 from library.training.runtime import set_num_threads
 
 

@@ -44,7 +44,7 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 from library.training.runtime import check_writable, set_num_threads
 
 THUMBNAIL = 512  # pixels of a picture on the sheet before it is fitted into its cell

@@ -22,7 +22,8 @@ from library.errors import UserError
 from library.models.loading import load_model
 from library.prompts.files import load_prompts
 from library.settings.cli import parse_config, run_main, setup_logging
-from library.settings.shared import ModelConfig, check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
+from library.settings.shared import ModelConfig
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures

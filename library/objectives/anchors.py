@@ -12,7 +12,7 @@ from library.objectives.regression import RegressionConfig, as_output, min_snr_w
 from library.prompts.files import load_prompts
 from library.rollouts.belt import Belt
 from library.rollouts.sample import guide
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 from library.types import Conditioning, LossOutput, PromptSpec
 
 

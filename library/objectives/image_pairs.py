@@ -27,7 +27,7 @@ from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, so
 from library.scorer_data.readers.rows import read_rows
 from library.scorer_data.records import FilePicture, Skipped
 from library.scorer_data.skips import SkipReport
-from library.settings.shared import check_above, option
+from library.settings.options import check_above, option
 from library.types import LossOutput, PromptSpec
 
 

@@ -21,7 +21,7 @@ from library.objectives.regression import RegressionConfig, as_output, min_snr_w
 from library.prompts.leco_files import LecoSetting, load_leco_settings
 from library.rollouts.belt import ROLLOUTS, Belt
 from library.rollouts.sample import Size, guide
-from library.settings.shared import check_above, option
+from library.settings.options import check_above, option
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
 logger = logging.getLogger(__name__)

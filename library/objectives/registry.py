@@ -15,7 +15,7 @@ from library.objectives.rewards import Reward
 from library.objectives.score_config import ScoreConfig
 from library.objectives.score_term import ScoreTerm
 from library.prompts.leco_files import is_leco_file
-from library.settings.shared import option
+from library.settings.options import option
 from library.types import PromptSpec
 
 

@@ -10,7 +10,7 @@ from library.diffusion.noise_schedule import eps_to_v
 from library.models.base import DiffusionModel
 from library.objectives.base import Workbench
 from library.rollouts.sample import Size
-from library.settings.shared import check_above, option
+from library.settings.options import check_above, option
 from library.types import Conditioning
 
 

@@ -14,7 +14,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.heads import READOUTS
 from library.scorers.io import check_scorer_fits, load_scorer
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 from library.types import Conditioning, PromptSpec, RewardOutput
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from library.objectives.prev import Prev
 from library.objectives.reward_shapes import SHAPES
 from library.objectives.x0 import X0
 from library.objectives.x0_renoise import X0Renoise
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import toml
 
 from library.errors import UserError
-from library.settings.shared import nearest
+from library.settings.options import nearest
 from library.types import PromptSpec
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from library.models.prompt_syntax import escape
 from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
 from library.prompts.tags import split_tags, tag_prompt, vary
 from library.prompts.wildcards import Wildcards
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 from library.types import PromptSpec
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import toml
 
 from library.errors import UserError
-from library.settings.shared import nearest
+from library.settings.options import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from library.rollouts.sample import (
     size_of,
     time_ids_of,
 )
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 from library.types import Conditioning, History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 

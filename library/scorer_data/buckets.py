@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from library.errors import UserError
-from library.settings.shared import option
+from library.settings.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from library.errors import UserError
 from library.scorer_data.pictures import cover
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 
 PLAIN = ""
 FLIPPED = "flip"

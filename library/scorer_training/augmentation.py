@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
 from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import HeadSpec
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import Any
 from library.errors import UserError
 from library.scorer_training.criteria.registry import CRITERIA, PRETRAINING_CRITERIA
 from library.scorer_training.dataset_config import Dataset, Subset, read_dataset_config
-from library.settings.shared import OptimizerConfig, check_above, check_at_least, key_value_pairs, option
+from library.settings.options import check_above, check_at_least, key_value_pairs, option
+from library.settings.shared import OptimizerConfig
 
 BALANCING = ("sum", "uncertainty", "independent")
 INDEPENDENT_OPTIMIZER, INDEPENDENT_LEARNING_RATE = "Lion", 1e-4

@@ -28,7 +28,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.scorer_training.criteria.registry import PRETRAINING_CRITERIA
-from library.settings.shared import nearest
+from library.settings.options import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The options of sd-scripts (its argument groups of version 0.10 and 0.11, and the keys that kohya_ss's LECO tab writes).
 
 A config file written for sd-scripts should run here. A key that this project declares is simply used; the others are named
-in one warning (`library.settings.shared.resolve`), so that nobody believes in a setting that does nothing.
+in one warning (`library.settings.options.resolve`), so that nobody believes in a setting that does nothing.
 """
 
 from collections.abc import Mapping

@@ -1,45 +1,13 @@
 """The settings that several scripts share, one dataclass per concern, under the names that sd-scripts gave them.
 
-The engine that fills them is in `library.settings.options`; a module with a concern of its own imports it from here.
+The engine that fills them is in `library.settings.options`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
-from library.settings.options import (
-    Option,
-    build,
-    check_above,
-    check_at_least,
-    coerce,
-    construct,
-    key_value_pairs,
-    nearest,
-    option,
-    options,
-    resolve,
-)
-
-__all__ = [
-    "LoggingConfig",
-    "ModelConfig",
-    "NetworkConfig",
-    "OptimizerConfig",
-    "Option",
-    "SavingConfig",
-    "TrainingConfig",
-    "build",
-    "check_above",
-    "check_at_least",
-    "coerce",
-    "construct",
-    "key_value_pairs",
-    "nearest",
-    "option",
-    "options",
-    "resolve",
-]
+from library.settings.options import check_above, check_at_least, key_value_pairs, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from library.objectives.rewards import Reward
 from library.objectives.score_config import ScoreConfig
 from library.objectives.score_term import ScoreTerm
 from library.rollouts.sample import model_autocast
-from library.settings.shared import OptimizerConfig, option
+from library.settings.options import option
+from library.settings.shared import OptimizerConfig
 from library.slider_training.monitor import Monitor
 from library.training.optimizers import create_optimizer
 from library.types import PromptSpec, RolloutBatch

@@ -22,7 +22,7 @@ from library.objectives.rewards import Goal, Reward
 from library.prompts.files import spread
 from library.rollouts.belt import RolloutConfig
 from library.rollouts.sample import PromptEncoder, size_of
-from library.settings.shared import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, option
 from library.slider_training.keep_best import KeepBest, merit
 from library.slider_training.previews import preview_path, write_preview
 from library.types import PromptSpec

@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.sample import PromptEncoder, Size
 from library.scorers.base import Scorer
-from library.settings.shared import check_at_least, option
+from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb
 from library.text_free.clip_pair import ClipPair, find_pictures
 from library.text_free.fingerprint import text_encoder_fingerprint

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
-from library.settings.shared import OptimizerConfig, key_value_pairs, nearest
+from library.settings.options import key_value_pairs, nearest
+from library.settings.shared import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 

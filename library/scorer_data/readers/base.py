@@ -9,7 +9,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.scorer_data.records import Records, Skipped
-from library.settings.shared import nearest
+from library.settings.options import nearest
 
 TARGETS = ("score", "label", "votes", "tags", "pair")
 SPLIT_NAMES: Mapping[str, str] = {
