@@ -124,9 +124,10 @@ def run_tests(python: Path, arguments: list[str]) -> int:
         "ruff check": [python, "-m", "ruff", "check", "."],
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "pyright": [python, "-m", "pyright", "--pythonpath", python],
-        "pytest": [python, "-m", "pytest", *arguments],
+        "pytest": [python, "-m", "pytest", "-n", str(num_workers()), *arguments],
     }
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the models in the tests are so small that more threads make them slower
+    # The models in the tests are so small that more threads make them slower, and threads that spin while they wait take others' cores.
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
     codes = {}
     for name, command in checks.items():
         say(f"Running {name}.")
@@ -137,6 +138,12 @@ def run_tests(python: Path, arguments: list[str]) -> int:
     if failed:
         print("Failed: " + ", ".join(failed), file=sys.stderr)
     return codes[failed[0]] if failed else 0
+
+
+def num_workers() -> int:
+    """Processes for the tests: one for each core that this process may use, 8 at most, since each takes about 1 GB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 def run_optional_tests(python: Path, environment: dict[str, str]) -> int:
