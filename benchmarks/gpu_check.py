@@ -14,6 +14,7 @@ Exit codes: 0 every section passed or was skipped for a stated reason; 1 a secti
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class Section:
         good_exit_codes: those after which the result is read and judged.
         read: the text of that file -> the result, plain JSON values.
         judge: the result -> "passed", "failed" or "skipped".
+        package: beyond requirements.txt, without which the section is skipped.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Section:
     good_exit_codes: tuple[int, ...] = (0,)
     read: Callable[[str], Any] = json.loads
     judge: Callable[[Any], str]
+    package: str = ""
 
 
 def read_junit(text: str) -> dict[str, Any]:
@@ -114,6 +117,7 @@ def sections(tiny: bool) -> list[Section]:
         good_exit_codes=(0, 1),  # 1: tests failed, and the file says which
         read=read_junit,
         judge=judge_tests,
+        package="pytest",
     )
     sizes = ("--train_batch_size", "1", "4", "8", "--gradient_checkpointing", "off", "on")
     one_size = ("--train_batch_size", "4")
@@ -170,8 +174,12 @@ def check(
     for number, section in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {section.name} ...", flush=True)
         remaining = end - time.perf_counter()
-        if remaining < 1:
-            record: dict[str, Any] = {"name": section.name, "status": "timed out", "seconds": 0.0, "printed": "", "result": None}
+        record: dict[str, Any] = {"name": section.name, "seconds": 0.0, "printed": "", "result": None}
+        if section.package and importlib.util.find_spec(section.package) is None:
+            reason = f"{section.package} is not installed; pip install -r requirements-test.txt -c constraints.txt adds it"
+            record |= {"status": "skipped", "reason": reason, "printed": reason}
+        elif remaining < 1:
+            record["status"] = "timed out"
         else:
             record = run_section(section, remaining, environment_variables)
         print(record.pop("printed").rstrip())

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,11 +77,6 @@ def write_subset(source: Path, target: Path, rows: Sequence[int], splits: Sequen
         writer.writeheader()
         writer.writerows({**entries[row], "split": split} for row, split in zip(rows, splits, strict=True))
     return target
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in a random order."""
-    return random.Random(seed).sample(range(count), count)
 
 
 def columns_of(table: SigmaTable, metric: str) -> list[float]:

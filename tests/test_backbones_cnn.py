@@ -1,7 +1,6 @@
 """The convolutional backbones: latents of any size, what sigma reaches, stems, norms, pretrained weights."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AutoModel, ConvNextV2Config, ResNetConfig
 
-from benchmarks import normalisation
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorers.base import Backbone, ModelSource, ScorerSpec
@@ -308,27 +306,3 @@ def test_what_cannot_be_is_named(preset: str, options: dict[str, Any], complaint
 def test_without_timm_its_package_is_named() -> None:
     with pytest.raises(UserError, match="pip install"):
         BACKBONES["timm"](in_channels=4, model="resnet18")
-
-
-# -- the comparison that the defaults come from ----------------------------------------------------------------------------------
-
-
-def test_the_comparison_trains_each_variant(tmp_path: Path) -> None:
-    path, variants = tmp_path / "normalisation.json", [variant for variant in normalisation.VARIANTS if variant.group in ("stem", "sigma")]
-    result = normalisation.run(variants, seeds=[0], steps=2, count=20, path=path)
-    assert json.loads(path.read_text()) == result
-    for variant in result["variants"]:
-        (run,) = variant["runs"]
-        assert list(run["srcc"]) == ["0.0", "0.5", "1.0", "2.0", "5.0"] and variant["parameters"] < 1e6
-        assert all(-1 <= value <= 1 for row in run["srcc"].values() for value in row.values())
-    assert len(normalisation.format_table(result).splitlines()) == len(variants) + 2
-
-
-def test_a_perfect_answer_correlates() -> None:
-    class Perfect(nn.Module):
-        def forward(self, latents: Tensor, sigmas: Tensor) -> Tensor:
-            return torch.stack([latents.mean((1, 2, 3)), -latents.mean((1, 2, 3))], dim=1)
-
-    latents = torch.arange(6.0).view(6, 1, 1, 1).expand(-1, 4, 2, 2)
-    pictures = normalisation.Pictures(latents, torch.arange(6.0).view(6, 1).expand(-1, 2))
-    assert normalisation.correlations(Perfect(), pictures, sigma=0.0) == pytest.approx({"brightness": 1.0, "size": -1.0})

@@ -163,6 +163,12 @@ def test_a_section_that_fails_or_hangs_does_not_end_the_rest(tmp_path: Path) -> 
     assert written["device"] == "cpu" and len(written["sections"]) == 5
 
 
+def test_a_section_whose_package_is_missing_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    [record] = gpu_check.check([python("", package="no_such_package")], tmp_path / "result.json", {}, {})
+    assert record["status"] == "skipped" and "no_such_package is not installed" in record["reason"]
+    assert [section.package for section in gpu_check.sections(False) if "pytest" in section.arguments] == ["pytest"]
+
+
 def test_the_command_runs_its_sections_in_processes_of_their_own(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--sections", "scorer", "--output_dir", str(tmp_path)]
     assert gpu_check.main(words) == 0

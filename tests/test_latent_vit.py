@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import latent_vit
 from library.errors import UserError
 from library.scorers.latent_resnet import LatentResNet
 from library.scorers.latent_vit import LatentViT, axial_angles, grid_positions, rotate
@@ -221,21 +220,3 @@ def test_what_has_no_patches_is_refused() -> None:
         MaskedLatentPretraining(LatentResNet(in_channels=4, channels=[8], blocks=1, norm_groups=2))
     with pytest.raises(UserError, match="above 0 and below 1"):
         MaskedLatentPretraining(make_vit(), masked_fraction=1.0)
-
-
-# -- the benchmark -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start", ["random", "masked", "distilled"])
-def test_the_benchmark_trains_and_measures(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = latent_vit.Schedule(steps=2, warmup_steps=1)
-    monkeypatch.setattr(latent_vit, "PRETRAINING", schedule)
-    monkeypatch.setattr(latent_vit, "RESNET", {"channels": [8], "blocks": 1, "norm_groups": 2})
-    architecture = {"width": 16, "depth": 1, "heads": 2, "patch": 2}
-    groups = [latent_vit.Pictures(noise(20, 4, 4, side), noise(20, seed=side)) for side in (4, 6)]
-    run = latent_vit.Run(name="tiny", architecture=architecture, schedule=schedule, start=start, ratings=1000)
-    model = latent_vit.train(run, groups, groups)
-    row = latent_vit.measure(run, model, groups, groups, 1.0)
-    assert list(row["srcc"]) == ["0", "0.5", "1", "2", "5"] and all(-1 <= value <= 1 for value in row["srcc"].values())
-    assert row["enlarged_srcc"] == row["srcc"]["0"] and row["enlarged_shift"] == 0  # these are not enlarged
-    assert latent_vit.markdown([row]).splitlines()[-1].startswith("| tiny | 0.01 M | 2 | 1 |")
