@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--score", choices=list(SCORES), default="brightness", help="the opinion to learn")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "shapes", help="folder for all results")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trainings (the pictures and the held-out prompts stay the same)")
-    parser.add_argument("--scorer_kind", default="latent_resnet", help="kind of scorer; docs/scorers.md compares them")
+    parser.add_argument("--scorer_kind", default="latent_resnet", help="kind of scorer; docs/guide.md says which to take")
     parser.add_argument("--scorer_size", default="tiny", help="its size")
     parser.add_argument("--scorer_steps", type=int, default=2000, help="steps of its training")
     args = parser.parse_args()

@@ -86,7 +86,7 @@ class DataConfig:
 class ScorerConfig:
     """The network."""
 
-    scorer_kind: str = option("latent_resnet", help="Kind of scorer; docs/scorers.md compares them.")
+    scorer_kind: str = option("latent_resnet", help="Kind of scorer; docs/guide.md says which to take.")
     scorer_size: str = option(
         "base", help="Its size or model name; of latent_resnet, tiny for 8x8 latents and a CPU, base from 512 pixels."
     )

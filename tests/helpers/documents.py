@@ -1,0 +1,152 @@
+"""What documents and docstrings name (links, files, modules, settings), and what of it does not exist."""
+
+import ast
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG = ROOT / "docs" / "experiments.md"  # history: it may name what is gone
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+PACKAGES = ("library", "networks", "tools", "examples", "benchmarks")
+SOURCES = sorted([path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + list(ROOT.glob("*.py")))
+
+# Options of other programs (pip, ruff, pytest, torch, accelerate), and those that a line of a prompt file takes.
+OTHER_OPTIONS = {"help", "fix", "junitxml", "standalone", "nproc_per_node", "num_processes", "cpu", "rate", "memory"}
+PROMPT_OPTIONS = {"weight", "n", "w", "h", "l", "d", "s", "ss", "ow", "oh", "ct", "cl", "direction"}
+# Words that look like names of ours and are not: of other programs and their files, of columns, or made up as an example.
+OTHER_WORDS = {
+    *("strength_model", "load_lora_weights", "generic_ls_train", "generic_ss_train", "ss_leco_", "pickscore.PickScorer", "module.Class"),
+    *("votes_1", "votes_10", "layers.N.weight", "scoring_head.N.weight", "__colour__"),
+    *(f"{column}_column" for column in ("label", "tags", "prompt", "weight", "split", "image")),
+}
+OTHER_FILES = {"library/strategy_sd.py"}  # of sd-scripts
+
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+BACKTICKS = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join((*PACKAGES, 'docs', 'tests'))})/[\w./-]*\w\.(?:py|md|toml|json|png|safetensors)\b")
+MODULE = re.compile(rf"(?<![\w./\"-])(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)+(?![\w/]|\.\w)")
+OPTION = re.compile(r"(?<![\w-])--(?:no-)?([a-z]\w*)")
+SETTING = re.compile(r"([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?: *= *.+)?")
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\(\))?")
+
+
+@lru_cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Of the module, its classes and its functions."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+@lru_cache
+def options() -> frozenset[str]:
+    """Every setting: a field that is given by `option(...)`, and every argument of an `argparse` parser."""
+    found: set[str] = set()
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
+                if isinstance(node.value.func, ast.Name) and node.value.func.id.endswith("option"):
+                    found.add(node.target.id)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                found |= {word.value.removeprefix("--") for word in node.args if isinstance(word, ast.Constant)}
+    return frozenset(found)
+
+
+@lru_cache
+def code_words() -> frozenset[str]:
+    """Every name in the code, and every string of it that is one word; docstrings and help texts are no code."""
+    found: set[str] = set()
+    for path in SOURCES:
+        found |= {path.stem, path.parent.name}
+        for node in ast.walk(tree_of(path)):
+            match node:
+                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.alias(name=name):
+                    found |= set(name.split("."))
+                case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.keyword(arg=str(name)):
+                    found.add(name)
+                case ast.Constant(value=str(text)) if re.fullmatch(r"[\w.:/-]+", text):
+                    found |= set(re.split(r"[.:/-]", text))
+    return frozenset(found)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", lambda match: match[1] or "", heading.strip().lower())
+    return re.sub(r"[^\w -]", "", text).replace(" ", "-")
+
+
+def anchors(text: str) -> set[str]:
+    return {slug(line.lstrip("#")) for line in FENCE.sub("", text).splitlines() if line.startswith("#")}
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Links to a file or a heading that is not there; `folder` is that of the page."""
+    found = []
+    for target in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = folder / file
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8") if file else text)):
+            found.append(target)
+    return found
+
+
+def missing_files(text: str) -> list[str]:
+    return [name for name in FILE.findall(text) if name not in OTHER_FILES and not (ROOT / name).exists()]
+
+
+def missing_modules(text: str) -> list[str]:
+    """Dotted names that begin with one of our packages and can neither be imported nor be found in what can."""
+    return [name for name in MODULE.findall(FILE.sub("", text)) if not _exists(name)]
+
+
+def missing_options(text: str) -> list[str]:
+    return [name for name in OPTION.findall(text) if name not in options() | OTHER_OPTIONS | PROMPT_OPTIONS]
+
+
+def missing_settings(text: str) -> list[str]:
+    """Words like `this_one` or `this_one = 3` in backticks that are neither a setting nor any other name in the code."""
+    words = [match[1] for word in BACKTICKS.findall(FENCE.sub("", text)) if (match := SETTING.fullmatch(word))]
+    return [word for word in words if word not in options() | code_words() | OTHER_WORDS]
+
+
+def missing_names(text: str) -> list[str]:
+    """Of a docstring: names in backticks that no code has."""
+    names = [word.removesuffix("()") for word in BACKTICKS.findall(text) if IDENTIFIER.fullmatch(word)]
+    ours = [name for name in names if not MODULE.match(name) and name not in OTHER_WORDS]
+    return [name for name in ours if not all(part in code_words() for part in name.split("."))]
+
+
+def problems(checks: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """One line each, for the message of a test."""
+    return [f"{what}: {name}" for what, names in checks for name in names]
+
+
+@lru_cache
+def _exists(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            if importlib.util.find_spec(".".join(parts[:end])) is None:
+                continue
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
