@@ -2,10 +2,10 @@
 
     python -m benchmarks.scorers --output_dir output/scorers
 
-Draws 2,000 rated pictures, trains each pair of a kind and a criterion for a short and equal number of steps, and writes the tables of
-docs/experiments.md to benchmarks/results/scorers.md. Whatever was learned (a score, votes, stars, preferences), the reading of the scorer is
-held against the true score of validation pictures, at each noise level; classes and tags have their own metrics. A pair that is in
-output_dir already is not trained again, so several processes may share the work by --kinds.
+Draws 2,000 rated pictures, trains each pair of a kind and a criterion for a short and equal number of steps, and writes its tables to
+benchmarks/results/scorers.md. Whatever was learned (a score, votes, stars, preferences), the reading of the scorer is held against the
+true score of validation pictures, at each noise level; classes and tags have their own metrics. A pair that is in output_dir already is not
+trained again, so several processes may share the work by --kinds.
 """
 
 import argparse

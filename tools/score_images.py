@@ -60,7 +60,7 @@ class ScoringConfig:
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote.")
     judge: tuple[str, ...] = option((), help="Functions of pixels in 0..1: package.module:function or file.py:function.")
     image_model: tuple[str, ...] = option(
-        (), help="Ready-made image scorers, such as laion_v2:FILE?... or pyiqa:musiq (docs/pixel_scorers.md)."
+        (), help="Ready-made image scorers, such as laion_v2:FILE or pyiqa:musiq (docs/pixel_scorers.md)."
     )
     command: tuple[str, ...] = option((), help='Programs: "prog {image}" prints a score a picture; "prog" reads paths, prints scores.')
     command_timeout: float = option(60.0, help="Seconds that a command may take for a picture.")
@@ -194,9 +194,7 @@ def image_model_judge(text: str, device: torch.device) -> Judge:
     model.load_state_dict(loaded.weights)
     model.to(device).eval().requires_grad_(False)
     if model.feature_width != 1:
-        raise UserError(
-            f"image model {text!r} puts out {model.feature_width} numbers for a picture and no score; see docs/pixel_scorers.md"
-        )
+        raise UserError(f"image model {text!r} puts out {model.feature_width} numbers a picture and no score; see docs/pixel_scorers.md")
     return Judge(text, lambda pixels, prompts=None: model(pixels, prompts).flatten(), model.uses_prompt)
 
 
