@@ -1,5 +1,6 @@
 """What the documents and docstrings name exists: links, files, modules and their contents, settings."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_what_docstrings_name_exists() -> None:
         checks = [missing_files(text), missing_modules(text), missing_options(text), missing_names(text)]
         found[name_of(path)] = problems(zip(("file", "module", "option", "name"), checks, strict=True))
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_picture_of_the_rooms_is_true() -> None:
+    """Each arrow of docs/architecture.md is an import, from the room at its head of the room at its tail."""
+    arrows = re.findall(r"^ +(\w+) --> (\w+)$", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert arrows
+    for used, user in arrows:
+        package = "networks" if used == "networks" else f"library.{used}"
+        folder = ROOT / ("networks" if user == "networks" else f"library/{user}")
+        sources = [path.read_text(encoding="utf-8") for path in folder.rglob("*.py")]
+        assert any(re.search(rf"^ *from {package}[. ]", source, re.MULTILINE) for source in sources), f"{user} imports nothing of {used}"
 
 
 def test_what_does_not_exist_is_found() -> None:

@@ -59,7 +59,7 @@ def options() -> frozenset[str]:
                 if isinstance(node.value.func, ast.Name) and node.value.func.id.endswith("option"):
                     found.add(node.target.id)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
-                found |= {word.value.removeprefix("--") for word in node.args if isinstance(word, ast.Constant)}
+                found |= {str(word.value).removeprefix("--") for word in node.args if isinstance(word, ast.Constant)}
     return frozenset(found)
 
 
