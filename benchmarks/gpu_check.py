@@ -84,7 +84,7 @@ def judge_tests(outcomes: Mapping[str, Any]) -> str:
 
 
 def judge_step(result: Mapping[str, Any]) -> str:
-    """A combination that did not fit into memory is a finding; any other error, or a wrong count, is a failure."""
+    """A combination that does not fit into memory is a result; any other error, or a wrong count, is a failure."""
     cells = result["cells"]
     wrong = [cell for cell in cells if cell.get("error", "out of memory") != "out of memory" or not cell.get("count_agrees", True)]
     return "failed" if wrong or not cells else "passed"

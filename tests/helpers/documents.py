@@ -1,8 +1,6 @@
 """What documents and docstrings name (links, files, modules, settings), and what of it does not exist."""
 
 import ast
-import importlib
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -31,6 +29,7 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join((*PACKAGES, 'docs', 'tests'))})/[\w./-]*\w\.(?:py|md|toml|json|png|safetensors)\b")
 MODULE = re.compile(rf"(?<![\w./\"-])(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)+(?![\w/]|\.\w)")
 OPTION = re.compile(r"(?<![\w-])--(?:no-)?([a-z]\w*)")
+TOML_KEY = re.compile(r"^ *([a-z]\w*) *=", re.MULTILINE)
 SETTING = re.compile(r"([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?: *= *.+)?")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\(\))?")
 
@@ -117,8 +116,9 @@ def missing_options(text: str) -> list[str]:
 
 
 def missing_settings(text: str) -> list[str]:
-    """Words like `this_one` or `this_one = 3` in backticks that are neither a setting nor any other name in the code."""
+    """Words like `this_one` or `this_one = 3` in backticks, and keys of TOML, that are neither a setting nor any other name in the code."""
     words = [match[1] for word in BACKTICKS.findall(FENCE.sub("", text)) if (match := SETTING.fullmatch(word))]
+    words += [key for block in FENCE.findall(text) if block.startswith("```toml") for key in TOML_KEY.findall(block)]
     return [word for word in words if word not in options() | code_words() | OTHER_WORDS]
 
 
@@ -136,17 +136,32 @@ def problems(checks: Iterable[tuple[str, list[str]]]) -> list[str]:
 
 @lru_cache
 def _exists(name: str) -> bool:
+    """Whether a dotted name is a module, or what a module holds. Read from the files: nothing is imported."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        try:
-            if importlib.util.find_spec(".".join(parts[:end])) is None:
-                continue
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[end:]:
-            if not hasattr(found, part):
-                return False
-            found = getattr(found, part)
+        folder = ROOT.joinpath(*parts[:end])
+        file = next((path for path in (folder.with_suffix(".py"), folder / "__init__.py") if path.is_file()), None)
+        if file is not None:
+            return _holds(tree_of(file).body, parts[end:])
+    return ROOT.joinpath(*parts).is_dir()
+
+
+def _holds(body: Iterable[ast.stmt], names: list[str]) -> bool:
+    if not names:
         return True
+    for node in body:
+        match node:
+            case ast.ClassDef(name=own) if own == names[0]:
+                return _holds(node.body, names[1:]) or (len(names) == 2 and _sets_itself(node, names[1]))
+            case ast.FunctionDef(name=own) | ast.AnnAssign(target=ast.Name(id=own)) if own == names[0]:
+                return len(names) == 1
+            case ast.Assign(targets=[ast.Name(id=own)]) if own == names[0]:
+                return len(names) == 1
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if names[0] in {alias.asname or alias.name for alias in aliases}:
+                return len(names) == 1
     return False
+
+
+def _sets_itself(node: ast.ClassDef, name: str) -> bool:
+    """Whether a method assigns to self.NAME."""
+    return any(isinstance(part, ast.Attribute) and part.attr == name and isinstance(part.ctx, ast.Store) for part in ast.walk(node))
