@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from library.prompts.leco_files import is_leco_file, load_leco_settings
+from library.scorer_training.config import LatentScorerConfig
 from library.settings.cli import parse_config
 from tools.evaluate_slider import EvaluateSliderConfig
-from train_latent_scorer import LatentScorerConfig
 from train_leco_score import LecoScoreConfig
 
 ROOT = Path(__file__).resolve().parents[1]
