@@ -10,42 +10,25 @@ table of how well it does at each noise level.
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from library.models.vae import VaeFingerprint
-from library.scorer_data.buckets import BucketConfig
-from library.scorer_data.pixel_augmentation import PixelAugmentation
-from library.scorer_training.augmentation import LatentAugmentation
-from library.scorer_training.config import DataConfig, OutputConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig
-from library.scorer_training.setup import load_data, make_backbone, make_prompt_encoder, make_source
-from library.scorer_training.trainer import PretrainingScorer, ScorerTrainer, Stage
+from library.scorer_training.config import LatentScorerConfig
+from library.scorer_training.setup import make_backbone, make_prompt_encoder, make_source
+from library.scorer_training.tasks import Stage, load_tasks
+from library.scorer_training.trainer import PretrainingScorer, ScorerTrainer
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
 from library.settings.cli import parse_config, run_main
-from library.settings.shared import LoggingConfig, TrainingConfig
+from library.settings.shared import TrainingConfig
 from library.training.optimizers import check_optimizer
 from library.training.runtime import check_writable, create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker
 
 logger = logging.getLogger("train_latent_scorer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentScorerConfig:
-    model: VaeConfig
-    data: DataConfig
-    buckets: BucketConfig
-    variants: PixelAugmentation
-    augmentation: LatentAugmentation
-    scorer: ScorerConfig
-    pretraining: PretrainingConfig
-    training: ScorerTrainingConfig
-    output: OutputConfig
-    logging: LoggingConfig
 
 
 def train(config: LatentScorerConfig) -> Path:
@@ -61,24 +44,14 @@ def train(config: LatentScorerConfig) -> Path:
     logger.info("%s", describe_device(accelerator))
 
     source = make_source(config.model, accelerator)
-    data = load_data(
-        source,
-        accelerator,
-        data=config.data,
-        pretraining=config.pretraining,
-        training=settings,
-        buckets=config.buckets,
-        variants=config.variants,
-        scorer=config.scorer,
-        output_dir=output.output_dir,
-    )
+    tasks, pretraining_tasks = load_tasks(config, source, accelerator)
     backbone, architecture = make_backbone(config.scorer, source, gradient_checkpointing=settings.gradient_checkpointing)
     spec = ScorerSpec(
         kind=config.scorer.scorer_kind,
         architecture=architecture,
         vae=VaeFingerprint.of(source.vae),
-        heads=tuple(task.head for task in data.tasks),
-        score_head=data.tasks[0].name,
+        heads=tuple(task.head for task in tasks),
+        score_head=tasks[0].name,
         noise_aware=settings.clean_fraction < 1,
         uses_prompt=bool(architecture.get("use_prompt")),
     )
@@ -91,18 +64,18 @@ def train(config: LatentScorerConfig) -> Path:
     with Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:
         trainer = ScorerTrainer(accelerator, settings, config.augmentation, tracker, encode_prompts)
         first_step = 0
-        if data.pretraining_tasks:
-            names = [task.name for task in data.pretraining_tasks]
-            pretrained = dataclasses.replace(spec, heads=tuple(task.head for task in data.pretraining_tasks), score_head=names[0])
-            first_step = config.pretraining.pretrain_steps
-            stage = Stage("pretraining", data.pretraining_tasks, names, first_step, pretraining_optimizer)
+        if pretraining_tasks:
+            names = [task.name for task in pretraining_tasks]
+            pretrained = dataclasses.replace(spec, heads=tuple(task.head for task in pretraining_tasks), score_head=names[0])
+            first_step = config.pretraining.steps
+            stage = Stage("pretraining", pretraining_tasks, names, first_step, pretraining_optimizer)
             record["pretraining"] = trainer.fit(PretrainingScorer(pretrained, backbone), stage)
             if accelerator.is_main_process:
                 save_backbone(output.path("-backbone"), backbone, dataclasses.replace(spec, training=record))
         scorer = BackboneScorer(spec, backbone)
-        stage = Stage("training", data.tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
+        stage = Stage("training", tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
         record |= trainer.fit(scorer, stage)
-        mean, std = trainer.reference_scale(scorer, data.tasks[0])
+        mean, std = trainer.reference_scale(scorer, tasks[0])
 
     record["validation"] = record["validation_by_task"][spec.score_head]
     scorer.spec = dataclasses.replace(spec, mean=mean, std=std, training=record)

@@ -19,8 +19,7 @@ from library.objectives.score_config import ESTIMATORS, ScoreConfig
 from library.objectives.score_term import SCORE_ROLLOUTS
 from library.rollouts.belt import RolloutConfig
 from library.rollouts.sample import PromptEncoder, model_autocast
-from library.scorers.base import Scorer, ScorerSpec
-from library.scorers.registry import build_scorer, preset_architecture
+from library.scorers.base import SCORER_KINDS, Scorer, ScorerSpec, build_scorer
 from library.settings.shared import NetworkConfig, OptimizerConfig
 from library.slider_training.network import build_network
 from library.training.optimizers import create_optimizer, create_scheduler
@@ -149,7 +148,7 @@ def set_attention(model: DiffusionModel, name: str) -> None:
 
 def untrained_scorer(model: DiffusionModel, size: str) -> Scorer:
     """A latent ResNet of the model's VAE, on its device."""
-    architecture = preset_architecture("latent_resnet", size) | {"in_channels": model.spec.latent_channels}
+    architecture = SCORER_KINDS["latent_resnet"].preset(size) | {"in_channels": model.spec.latent_channels}
     scorer = build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=model.vae_fingerprint()))
     return scorer.requires_grad_(False).eval().to(model.device)
 

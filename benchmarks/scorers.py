@@ -30,7 +30,7 @@ from benchmarks.shapes_runs import (
     write_results,
 )
 from library.scorer_data.batches import LatentDataset
-from library.scorer_training.criteria.registry import CRITERIA
+from library.scorer_training.criteria.base import CRITERIA, get_criterion
 from library.scorer_training.trainer import add_noise
 from library.scorer_training.validation import validate
 from library.scorers.base import BackboneScorer
@@ -69,9 +69,9 @@ def run(kind: str, criterion: str, pictures: Path, folder: Path, steps: int, tru
     seconds = time.process_time() - started
     validation = scorer.spec.training["validation"]
     row: dict[str, Any] = {"kind": kind, "criterion": criterion, "parameters": count_parameters(scorer), "seconds": seconds, "steps": steps}
-    metric = CRITERIA[criterion].selection
+    metric = get_criterion(criterion).selection
     row["own_metric"], row["own"] = metric, columns_of(validation, metric)
-    if CRITERIA[criterion].target not in ("label", "tags"):
+    if get_criterion(criterion).target not in ("label", "tags"):
         by_truth = true_correlations(scorer, truth)
         row |= {"srcc": columns_of(by_truth, "srcc"), "plcc": columns_of(by_truth, "plcc")}
     return row | cost(scorer, truth)
@@ -79,7 +79,7 @@ def run(kind: str, criterion: str, pictures: Path, folder: Path, steps: int, tru
 
 def true_correlations(scorer: BackboneScorer, truth: LatentDataset) -> list[dict[str, float]]:
     """SRCC and PLCC of the score against the true one, at each noise level."""
-    mse, scores = CRITERIA["mse"], HeadSpec()  # a head whose outputs are scores
+    mse, scores = get_criterion("mse"), HeadSpec()  # a head whose outputs are scores
     return validate(
         lambda batch, sigmas, rng: scorer(add_noise(batch.latents, sigmas, rng), sigmas),
         truth,

@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from examples.shapes.draw_pictures import write_ratings
-from library.scorer_training.setup import load_data, make_source
-from library.scorer_training.tasks import Task
+from library.scorer_training.config import LatentScorerConfig
+from library.scorer_training.setup import make_source
+from library.scorer_training.tasks import Task, load_tasks
 from library.scorer_training.validation import SigmaTable
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
 from library.settings.options import build
-from train_latent_scorer import LatentScorerConfig, train
+from train_latent_scorer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -52,18 +53,8 @@ def train_scorer(output_dir: Path, **settings: Any) -> BackboneScorer:
 def rated_task(output_dir: Path, **settings: Any) -> Task:
     """What a run with these settings would learn, without learning it."""
     config, accelerator = build(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}), Accelerator()
-    data = load_data(
-        make_source(config.model, accelerator),
-        accelerator,
-        data=config.data,
-        pretraining=config.pretraining,
-        training=config.training,
-        buckets=config.buckets,
-        variants=config.variants,
-        scorer=config.scorer,
-        output_dir=output_dir,
-    )
-    return data.tasks[0]
+    tasks, _ = load_tasks(config, make_source(config.model, accelerator), accelerator)
+    return tasks[0]
 
 
 def write_subset(source: Path, target: Path, rows: Sequence[int], splits: Sequence[str]) -> Path:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import UserError
+from library.scorer_training.criteria.base import CRITERIA, get_criterion
 from library.scorer_training.criteria.ensembles import mean_outputs, member_losses
 from library.scorer_training.criteria.metrics import spearman
 from library.scorer_training.criteria.preference import outcome_shares
-from library.scorer_training.criteria.registry import CRITERIA, criteria_of
 from library.scorers.heads import READOUTS, Head, HeadSpec, score_and_uncertainty
-from tests.helpers.toy_targets import randn, rng, toy
+from tests.helpers.toy_targets import WITH_SCORES, randn, rng, toy
 
 # -- every criterion -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", WITH_SCORES)
 def test_it_learns_a_toy_problem_and_the_reading_has_the_right_order(name: str) -> None:
     criterion, features, scores, targets, spec = toy(name, members=2)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_it_learns_a_toy_problem_and_the_reading_has_the_right_order(name: str) 
     assert metrics[criterion.selection] > 0.85 and all(math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", WITH_SCORES)
 @pytest.mark.parametrize("size", [1e4, -1e4, 0.0])
 def test_extreme_outputs_have_finite_losses_and_gradients(name: str, size: float) -> None:
     criterion, _, _, targets, spec = toy(name, members=2)
@@ -61,11 +61,11 @@ def test_extreme_outputs_have_finite_losses_and_gradients(name: str, size: float
         assert all(part.isfinite().all() for part in score_and_uncertainty(outputs.detach().flatten(0, -3), spec))
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", WITH_SCORES)
 def test_a_head_says_what_it_was_made_from(name: str) -> None:
     criterion, _, _, _, spec = toy(name, members=3, hidden=7)
     assert (spec.name, spec.criterion, spec.members, spec.hidden) == ("toy", name, 3, 7)
-    assert name in criteria_of(criterion.target) and CRITERIA[name].name == name
+    assert criterion.name == name
     assert {"label": "good", "tags": "sharp"}.get(criterion.target, "") == spec.target_class
     assert spec.values == () or spec.values == tuple(sorted(spec.values))
     scores, stated = READOUTS[spec.readout](randn(5, spec.outputs), spec)
@@ -77,9 +77,9 @@ def test_a_head_says_what_it_was_made_from(name: str) -> None:
 
 def test_regression_losses_equal_torchs_in_standard_deviations() -> None:
     targets = 3 + 2 * randn(8, seed=1)
-    heads = {name: CRITERIA[name].make_head("score", targets, (), {}) for name in ("mse", "huber")}
+    heads = {name: get_criterion(name).make_head("score", targets, (), {}) for name in ("mse", "huber")}
     outputs, wanted = 2 * randn(8, 1), (targets - targets.mean()) / targets.std(correction=0)
-    mse, huber = (CRITERIA[name].losses(outputs, targets, head) for name, head in heads.items())
+    mse, huber = (get_criterion(name).losses(outputs, targets, head) for name, head in heads.items())
     torch.testing.assert_close(mse, nn.MSELoss(reduction="none")(outputs[:, 0], wanted))
     torch.testing.assert_close(huber, nn.SmoothL1Loss(reduction="none")(outputs[:, 0], wanted))
     exact, _ = READOUTS["value"](wanted.unsqueeze(1), heads["mse"])
@@ -87,7 +87,7 @@ def test_regression_losses_equal_torchs_in_standard_deviations() -> None:
 
 
 def test_gaussian_loss_is_torchs_weighted_by_the_variance_to_the_half() -> None:
-    criterion, targets = CRITERIA["gaussian"], randn(8, seed=1)
+    criterion, targets = get_criterion("gaussian"), randn(8, seed=1)
     head = HeadSpec(readout="gaussian", outputs=2)
     outputs = randn(8, 2).requires_grad_()
     variances = outputs[:, 1].exp()
@@ -104,7 +104,7 @@ def test_gaussian_loss_is_torchs_weighted_by_the_variance_to_the_half() -> None:
 
 def test_a_variance_out_of_range_is_led_back() -> None:
     outputs = torch.tensor([[0.0, 50.0], [0.0, -50.0]], requires_grad=True)
-    [gradient] = torch.autograd.grad(CRITERIA["gaussian"].losses(outputs, torch.zeros(2), HeadSpec(outputs=2)).sum(), outputs)
+    [gradient] = torch.autograd.grad(get_criterion("gaussian").losses(outputs, torch.zeros(2), HeadSpec(outputs=2)).sum(), outputs)
     assert gradient[:, 1].tolist() == [1, -1]
 
 
@@ -112,7 +112,7 @@ def test_a_variance_out_of_range_is_led_back() -> None:
 
 
 def test_earth_movers_distance() -> None:
-    criterion = CRITERIA["emd"]
+    criterion = get_criterion("emd")
     votes = torch.randint(0, 30, (16, 10), generator=rng()).float()
     head, outputs = criterion.make_head("votes", votes, (), {}), randn(16, 10, seed=1)
     guessed, given = outputs.softmax(-1).double().numpy(), (votes / votes.sum(1, keepdim=True)).double().numpy()
@@ -135,7 +135,7 @@ def test_earth_movers_distance() -> None:
 
 
 def test_classification_smooths_labels_and_takes_mixtures() -> None:
-    criterion, head = CRITERIA["classification"], HeadSpec(outputs=3)
+    criterion, head = get_criterion("classification"), HeadSpec(outputs=3)
     logits, labels = randn(8, 3), torch.arange(8) % 3
     by_hand = -(0.9 * logits.log_softmax(-1)[torch.arange(8), labels] + 0.1 * logits.log_softmax(-1).mean(-1))
     torch.testing.assert_close(criterion.losses(logits, labels, head), by_hand)
@@ -146,20 +146,20 @@ def test_classification_smooths_labels_and_takes_mixtures() -> None:
 
 
 def test_asymmetric_loss_by_hand() -> None:
-    criterion, head = CRITERIA["multilabel_asl"], HeadSpec(outputs=4)
+    criterion, head = get_criterion("multilabel_asl"), HeadSpec(outputs=4)
     chances = torch.tensor([[0.3, 0.04, 0.9, 0.6]])
     by_hand = (-0.7 * math.log(0.3) + 0 - 0.85**4 * math.log(0.15) - 0.4 * math.log(0.6)) / 4
     losses = criterion.losses(chances.logit(), torch.tensor([[1.0, 0, 0, 1]]), head)
     assert losses.item() == pytest.approx(by_hand, rel=1e-5)
     bce = nn.BCEWithLogitsLoss()(chances.logit(), torch.tensor([[1.0, 0, 0, 1]]))
-    assert CRITERIA["multilabel"].losses(chances.logit(), torch.tensor([[1.0, 0, 0, 1]]), head).item() == pytest.approx(bce.item())
+    assert get_criterion("multilabel").losses(chances.logit(), torch.tensor([[1.0, 0, 0, 1]]), head).item() == pytest.approx(bce.item())
 
 
 # -- levels --------------------------------------------------------------------------------------------------------------
 
 
 def test_ordinal_asks_whether_a_score_is_above_each_level() -> None:
-    criterion = CRITERIA["ordinal"]
+    criterion = get_criterion("ordinal")
     scores = torch.tensor([1.0, 2, 2, 5, 10])
     head = criterion.make_head("stars", scores, (), {})
     assert head.values == (1, 2, 5, 10) and head.outputs == 3
@@ -179,7 +179,7 @@ def test_ordinal_asks_whether_a_score_is_above_each_level() -> None:
 
 
 def test_pairs_without_ties_are_bradley_terrys() -> None:
-    criterion, scores = CRITERIA["pairwise"], randn(6, 2, 1)
+    criterion, scores = get_criterion("pairwise"), randn(6, 2, 1)
     head = criterion.make_head("pairs", torch.tensor([1.0, 0, 1, 1]), (), {})
     assert (head.outputs, head.mean, head.std) == (1, 0, 1)
     strengths = scores[..., 0].exp()
@@ -190,7 +190,7 @@ def test_pairs_without_ties_are_bradley_terrys() -> None:
 
 
 def test_ties_are_davidsons() -> None:
-    criterion, outputs = CRITERIA["pairwise"], randn(6, 2, 2)
+    criterion, outputs = get_criterion("pairwise"), randn(6, 2, 2)
     head = criterion.make_head("pairs", torch.tensor([1.0, 0.5]), (), {})
     strengths, nu = outputs[..., 0].exp(), outputs[..., 1].mean(1).exp()
     even = nu * strengths.prod(1).sqrt()
@@ -204,15 +204,15 @@ def test_ties_are_davidsons() -> None:
 
 def test_pairs_are_counted_without_ties() -> None:
     outputs = torch.tensor([[[2.0], [1.0]], [[0.0], [3.0]], [[1.0], [1.0]], [[5.0], [0.0]]])
-    metrics = CRITERIA["pairwise"].metrics(outputs, torch.tensor([1.0, 1.0, 0.0, 0.5]), HeadSpec())
+    metrics = get_criterion("pairwise").metrics(outputs, torch.tensor([1.0, 1.0, 0.0, 0.5]), HeadSpec())
     assert metrics["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert metrics["log_loss"] == pytest.approx(sum(math.log1p(math.exp(-lead)) for lead in (1, -3, 0)) / 3)
-    chance = CRITERIA["pairwise"].metrics(outputs, torch.full((4,), 0.5), HeadSpec())
+    chance = get_criterion("pairwise").metrics(outputs, torch.full((4,), 0.5), HeadSpec())
     assert chance == {"accuracy": 0.5, "log_loss": pytest.approx(math.log(2))}
 
 
 def test_ranking_is_the_mean_over_a_pictures_pairs() -> None:
-    criterion, head = CRITERIA["rank"], HeadSpec()
+    criterion, head = get_criterion("rank"), HeadSpec()
     outputs, targets = randn(6, 1), torch.tensor([1.0, 2, 2, 3, 1, 5])
     expected = []
     for one in range(6):
@@ -228,13 +228,14 @@ def test_ranking_is_the_mean_over_a_pictures_pairs() -> None:
 
 SCORED, NOT_FINITE = torch.arange(4.0), torch.tensor([1.0, float("nan"), 2])
 TAGS = torch.tensor([[1.0, 0], [0, 1]])
+OF_SCORES = [name for name in WITH_SCORES if CRITERIA[name].target == "score"]
 
 
 @pytest.mark.parametrize(
     ("name", "targets", "classes", "target_class", "message"),
     [
-        *((name, torch.full((3,), 7.0), (), "", "all 3 training scores of dataset mine are 7") for name in criteria_of("score")),
-        *((name, NOT_FINITE, (), "", "not finite") for name in criteria_of("score")),
+        *((name, torch.full((3,), 7.0), (), "", "all 3 training scores of dataset mine are 7") for name in OF_SCORES),
+        *((name, NOT_FINITE, (), "", "not finite") for name in OF_SCORES),
         ("mse", SCORED, (), "cat", "target_class 'cat', but mse learns no classes"),
         ("pairwise", torch.tensor([1.0, 0]), (), "cat", "learns no classes"),
         ("ordinal", torch.arange(101.0), (), "", "101 different scores, but ordinal takes 100 at most; use criterion mse"),
@@ -256,9 +257,9 @@ TAGS = torch.tensor([[1.0, 0], [0, 1]])
 )
 def test_what_teaches_nothing_is_refused(name: str, targets: Tensor, classes: tuple[str, ...], target_class: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        CRITERIA[name].make_head("mine", targets, classes, {"target_class": target_class})
+        get_criterion(name).make_head("mine", targets, classes, {"target_class": target_class})
 
 
 def test_the_first_class_is_the_score_if_none_is_asked_for() -> None:
-    assert CRITERIA["classification"].make_head("mine", torch.tensor([1, 0]), ("cat", "dog"), {}).target_class == "cat"
-    assert CRITERIA["multilabel"].make_head("mine", TAGS, ("a", "b"), {"target_class": ""}).target_class == "a"
+    assert get_criterion("classification").make_head("mine", torch.tensor([1, 0]), ("cat", "dog"), {}).target_class == "cat"
+    assert get_criterion("multilabel").make_head("mine", TAGS, ("a", "b"), {"target_class": ""}).target_class == "a"

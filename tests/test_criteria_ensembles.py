@@ -6,9 +6,8 @@ from scipy import stats
 
 from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
 from library.scorer_training.criteria.metrics import pearson
-from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import READOUTS, HeadSpec, score_and_uncertainty
-from tests.helpers.toy_targets import randn, toy
+from tests.helpers.toy_targets import WITH_SCORES, randn, toy
 
 
 def test_bootstrap_weights_are_exponential_and_belong_to_the_picture() -> None:
@@ -27,7 +26,7 @@ def test_bootstrap_weights_are_exponential_and_belong_to_the_picture() -> None:
     assert torch.equal(bootstrap_weights(1, some, seed=3), torch.ones(3, 1))
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", WITH_SCORES)
 def test_member_losses_average_what_each_member_loses(name: str) -> None:
     criterion, _, _, targets, spec = toy(name, members=3)
     outputs = randn(len(targets), *([2] if criterion.target == "pair" else []), 3, spec.outputs, seed=1).requires_grad_()
@@ -42,7 +41,7 @@ def test_member_losses_average_what_each_member_loses(name: str) -> None:
     assert gradient[..., 1, :].abs().max() == 0 and gradient[..., 0, :].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", WITH_SCORES)
 def test_the_mean_of_the_members_reads_as_the_score(name: str) -> None:
     *_, spec = toy(name, members=3)
     if spec.readout == "class":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.criteria.metrics import (
     average_precision,
     balanced_accuracy,
@@ -16,7 +17,6 @@ from library.scorer_training.criteria.metrics import (
     spearman,
     top_k_accuracy,
 )
-from library.scorer_training.criteria.registry import CRITERIA
 from library.scorers.heads import HeadSpec
 from tests.helpers.toy_targets import randn, rng
 
@@ -24,7 +24,7 @@ from tests.helpers.toy_targets import randn, rng
 def test_correlations_equal_scipys_with_ties() -> None:
     truth = torch.randint(0, 5, (200,), generator=rng(1)).float()
     guess = randn(200) + truth
-    metrics = CRITERIA["mse"].metrics(guess.unsqueeze(1), truth, HeadSpec())
+    metrics = get_criterion("mse").metrics(guess.unsqueeze(1), truth, HeadSpec())
     assert metrics["srcc"] == pytest.approx(np.asarray(stats.spearmanr(guess.numpy(), truth.numpy()))[0])
     assert metrics["plcc"] == pytest.approx(np.asarray(stats.pearsonr(guess.numpy(), truth.numpy()))[0], rel=1e-5)
     assert metrics["rmse"] == pytest.approx((guess - truth).square().mean().sqrt().item(), rel=1e-5)

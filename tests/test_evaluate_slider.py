@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.scorers.base import ScorerSpec
+from library.scorers.base import SCORER_KINDS, ScorerSpec, build_scorer
 from library.scorers.io import save_scorer
-from library.scorers.registry import build_scorer, preset_architecture
 from library.types import PromptSpec
 from networks.lora import create_network
 from tests.helpers.tiny_models import save_folder, tiny_model
@@ -33,7 +32,7 @@ def files(tmp_path_factory):
             if "lora_up" in key:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
         network.save_weights(folder / f"{name}.safetensors")
-    architecture = preset_architecture("latent_resnet", "tiny") | {"in_channels": 4}
+    architecture = SCORER_KINDS["latent_resnet"].preset("tiny") | {"in_channels": 4}
     torch.manual_seed(0)
     scorer = build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=model.vae_fingerprint()))
     save_scorer(folder / "scorer.safetensors", scorer)
@@ -196,7 +195,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, mo
 
 def test_a_scorer_for_another_vae_is_refused(files, tmp_path, monkeypatch, capsys):
     other = tiny_model(seed=5)
-    architecture = preset_architecture("latent_resnet", "tiny") | {"in_channels": 4}
+    architecture = SCORER_KINDS["latent_resnet"].preset("tiny") | {"in_channels": 4}
     save_scorer(
         tmp_path / "scorer.safetensors",
         build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=other.vae_fingerprint())),

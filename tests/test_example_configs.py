@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.prompts.leco_files import is_leco_file, load_leco_settings
+from library.scorer_training.config import LatentScorerConfig
 from library.settings.cli import parse_config
 from tests.helpers.documents import LOG, PAGES
 from tools.cache_latents import CacheLatentsConfig
@@ -15,7 +16,6 @@ from tools.evaluate_slider import EvaluateSliderConfig
 from tools.make_pixel_scorer import MakePixelScorerConfig
 from tools.score_images import ScoreImagesConfig
 from tools.train_image_prompt_adapter import TrainImagePromptAdapterConfig
-from train_latent_scorer import LatentScorerConfig
 from train_leco_score import LecoScoreConfig
 
 ROOT = Path(__file__).resolve().parents[1]

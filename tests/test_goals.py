@@ -17,10 +17,9 @@ from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
 from library.rollouts.belt import Belt, RolloutConfig
 from library.rollouts.sample import PromptEncoder
-from library.scorers.base import Scorer
+from library.scorers.base import Scorer, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
-from library.scorers.registry import build_scorer
 from library.training.tracking import read_metrics
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork

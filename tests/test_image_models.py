@@ -17,9 +17,8 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.scorers.image_models import metric_packages
-from library.scorers.image_models.base import ImageModel, Specification
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Specification, build_image_model, read_image_model
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, even_starts, resized
-from library.scorers.image_models.registry import IMAGE_MODELS, build_image_model, read_image_model
 from tests.helpers.tiny_image_models import PROJECTION, SIDE, save_head, tiny_classifier, tiny_clip, tiny_siglip
 
 DEEP = (1024, 128, 64, 16, 1)
@@ -63,7 +62,7 @@ def test_resizing_is_pils(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("resize", ["square", "pad", "tiles"])
-@pytest.mark.parametrize("size", [(48, 72), (80, 30), (32, 32), (16, 200)])
+@pytest.mark.parametrize("size", [(48, 72), (16, 100)])
 def test_every_pixel_has_a_gradient(resize: str, size: tuple[int, int]) -> None:
     pixels = some_pixels(*size).requires_grad_()
     views = Preprocessing(size=SIDE, resize=resize)(pixels)

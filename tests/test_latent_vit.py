@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
-from library.scorers.latent_resnet import LatentResNet
-from library.scorers.latent_vit import LatentViT, axial_angles, grid_positions, rotate
-from library.scorers.masked_latents import MaskedLatentPretraining, draw_visible
+from library.scorer_training.criteria.masked import MaskedLatentPretraining, draw_visible
+from library.scorers.kinds.latent_resnet import LatentResNet
+from library.scorers.kinds.latent_vit import LatentViT, axial_angles, grid_positions, rotate
 
-PLAIN = {"position": "learned", "stem": 0, "registers": 0, "sigma_input": "token"}
-VARIANTS = [{}, {"patch": 2}, PLAIN, {"position": "rotary_cells", "patch": 2}]
+PLAIN = {"stem": 0, "registers": 0}
+VARIANTS = [{"patch": 2}, PLAIN]
 
 
 def make_vit(seed: int = 0, **changes: Any) -> LatentViT:
@@ -50,9 +50,8 @@ def test_a_rotated_product_depends_on_the_offset_alone() -> None:
     assert rotate(query, axial_angles(torch.tensor([[(0.3, 0.9)]]), 0, 16)).norm().item() == pytest.approx(query.norm().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("position", ["rotary", "rotary_cells", "learned"])
-def test_the_place_of_a_patch_matters(position: str) -> None:
-    vit, latents = make_vit(stem=0, position=position), noise(1, 4, 4, 4)
+def test_the_place_of_a_patch_matters() -> None:
+    vit, latents = make_vit(stem=0), noise(1, 4, 4, 4)
     shuffled = latents.flatten(2)[:, :, torch.randperm(16, generator=torch.Generator().manual_seed(0))].view_as(latents)
     assert (vit(latents, torch.zeros(1)) - vit(shuffled, torch.zeros(1))).abs().max() > 1e-3
 
@@ -61,7 +60,7 @@ def test_the_place_of_a_patch_matters(position: str) -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("size", [(4, 4), (5, 7), (9, 4), (16, 24)])
+@pytest.mark.parametrize("size", [(5, 7), (12, 8)])
 def test_any_size(changes: dict[str, Any], size: tuple[int, int]) -> None:
     vit, latents = make_vit(**changes), noise(3, 4, *size).requires_grad_()
     sigmas = torch.tensor([0.0, 1.0, math.inf])
@@ -80,7 +79,7 @@ def test_a_patch_that_sticks_out_repeats_the_border() -> None:
     torch.testing.assert_close(vit(latents, torch.zeros(1)), vit(filled, torch.zeros(1)))
 
 
-@pytest.mark.parametrize("changes", [{"heads": 3}, {"position": "sine"}, {"sigma_input": "film"}])
+@pytest.mark.parametrize("changes", [{"heads": 3}])
 def test_an_impossible_architecture_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(changes))} is "):
         make_vit(**changes)
@@ -205,9 +204,9 @@ def test_it_learns_to_fill_in_what_repeats() -> None:
     pretraining, generator = MaskedLatentPretraining(make_vit()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(pretraining.parameters(), lr=3e-3)
     losses = []
-    for _ in range(100):
-        clean = torch.randn(64, 4, 1, 1, generator=generator).expand(-1, -1, 4, 6)
-        loss = pretraining(clean, torch.zeros(64), clean, generator).mean()
+    for _ in range(80):
+        clean = torch.randn(32, 4, 1, 1, generator=generator).expand(-1, -1, 4, 6)
+        loss = pretraining(clean, torch.zeros(32), clean, generator).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

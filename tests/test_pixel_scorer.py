@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, decode_latents
 from library.objectives.rewards import RewardConfig, load_reward
-from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec
-from library.scorers.image_models.base import Loaded
-from library.scorers.image_models.registry import read_image_model
+from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec, build_scorer
+from library.scorers.image_models.base import Loaded, read_image_model
 from library.scorers.io import load_scorer, save_scorer
-from library.scorers.pixel import PixelBackbone, ready_made
+from library.scorers.kinds.pixel import PixelBackbone, measure_gradient, ready_made
 from library.scorers.pixel_decoder import PixelDecoder, blend, decoder_config, load_tiny_autoencoder, tile_starts
-from library.scorers.pixel_gradient import measure_gradient
-from library.scorers.registry import build_scorer
 from library.types import PromptSpec
 from tests.helpers.tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
 from tests.helpers.tiny_leco_run import make_workplace, run
@@ -348,6 +345,7 @@ def test_it_is_refused_for_noisy_latents_and_for_another_vae(tmp_path: Path, nsf
         load_reward(RewardConfig(scorer=(path,)), VaeFingerprint.of(tiny_vae(seed=5)), needs_noise_aware=False)
 
 
+@pytest.mark.slow
 def test_a_slider_is_trained_with_it(tmp_path: Path) -> None:
     """train_leco_score.py takes the file as it is, with score_estimator x0, and refuses it with prev."""
     workplace = make_workplace(tmp_path / "workplace")
@@ -419,10 +417,10 @@ def test_pictures_that_all_score_alike_are_no_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_model": ""}, "image_model is not set"),
+        ({"image_model": None}, "image_model is not set"),
         ({"output": Path("x.pt")}, "safetensors"),
         ({"decode_tile": 4}, "at least 8"),
-        ({"num_reference": 1}, "num_reference"),
+        ({"num_reference": 5}, "num_reference is set, but there is no reference_dir"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict, message: str) -> None:

@@ -20,7 +20,7 @@ from library.rollouts.belt import Belt, RolloutConfig
 from library.rollouts.sample import PromptEncoder
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer, save_scorer
-from library.scorers.unet_encoder import UNetEncoder
+from library.scorers.kinds.unet_encoder import UNetEncoder
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.scorers import StandardisedScorer, scorer_for

@@ -11,10 +11,9 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, ScorerEnsemble, load_reward, states_uncertainty
-from library.scorers.base import Scorer, ScorerSpec
+from library.scorers.base import Scorer, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
-from library.scorers.registry import build_scorer
 from library.types import Conditioning, PromptSpec
 from tests.helpers.scorers import ChannelScorer, WavyScorer
 

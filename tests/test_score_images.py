@@ -22,15 +22,15 @@ from library.models.vae import VaeFingerprint, encode_images
 from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import cover, read_picture, to_pixels
-from library.scorer_data.readers.registry import read_records
+from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import FilePicture, RatedImage, Skipped
+from library.scorer_training.config import LatentScorerConfig
 from library.scorers import raters as image_scoring
-from library.scorers.base import ScorerSpec
+from library.scorers.base import SCORER_KINDS, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import Judge
 from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rating, TableRater
-from library.scorers.registry import build_scorer, preset_architecture
 from library.settings.options import build
 from library.training.runtime import generator
 from tests.helpers.tiny_models import tiny_vae
@@ -232,7 +232,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_no_table(folder, tmp_path, 
 
 def tiny_scorer(vae, **changes):
     torch.manual_seed(0)
-    architecture = preset_architecture("latent_resnet", "tiny") | {"in_channels": 4}
+    architecture = SCORER_KINDS["latent_resnet"].preset("tiny") | {"in_channels": 4}
     spec = ScorerSpec(kind="latent_resnet", architecture=architecture, vae=VaeFingerprint.of(vae), **changes)
     return build_scorer(spec).eval().requires_grad_(False)
 
@@ -392,17 +392,15 @@ def test_histograms_are_a_panel_for_each_rater() -> None:
 # -- distilling ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["judge", "command"])
-def test_an_opinion_is_distilled_into_a_latent_scorer(way, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.slow
+def test_an_opinion_is_distilled_into_a_latent_scorer(tmp_path, monkeypatch, capsys) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     rng = random.Random(0)
     for number in range(60):
         draw(random_scene(rng, (64, 64))).save(pictures / f"{number:02d}.png")
     (tmp_path / "judges.py").write_text(JUDGES)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    asked = {"judge": f"{tmp_path / 'judges.py'}:brightness", "command": program(pictures, "all")}[way]
-    run(monkeypatch, "--images", pictures, f"--{way}", asked, "--output_dir", tmp_path / "labels")
+    run(monkeypatch, "--images", pictures, "--judge", f"{tmp_path / 'judges.py'}:brightness", "--output_dir", tmp_path / "labels")
 
     settings = {
         "pretrained_model_name_or_path": str(MODEL),
@@ -420,7 +418,7 @@ def test_an_opinion_is_distilled_into_a_latent_scorer(way, tmp_path, monkeypatch
         "num_threads": 1,
         "output_dir": str(tmp_path / "out"),
     }
-    path = train_latent_scorer.train(build(train_latent_scorer.LatentScorerConfig, settings))
+    path = train_latent_scorer.train(build(LatentScorerConfig, settings))
     table = load_scorer(path).spec.training["validation"]
     assert next(row["srcc"] for row in table if row["sigma"] == 0) > 0.7  # on pictures that it was not trained on
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorers.base import BackboneScorer, ScorerSpec
+from library.scorers.base import BackboneScorer, ScorerSpec, build_scorer
 from library.scorers.io import FORMAT_KEY, SPEC_KEY, load_backbone_weights, load_scorer, save_backbone, save_scorer
-from library.scorers.latent_resnet import LatentResNet
-from library.scorers.registry import build_scorer
+from library.scorers.kinds.latent_resnet import LatentResNet
 
 SPEC = ScorerSpec(
     kind="latent_resnet",

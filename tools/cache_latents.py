@@ -19,20 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 
 from library.errors import UserError
 from library.models.loading import load_vae
-from library.models.vae import VaeFingerprint, encode_images
-from library.scorer_data.encoding import encode_missing
+from library.models.vae import VaeFingerprint
 from library.scorer_data.latent_cache import open_cache
-from library.scorer_data.readers.base import Tally
 from library.scorer_data.readers.files import pictures_below
-from library.scorer_data.records import FilePicture, Picture
-from library.scorer_data.skips import SkipReport
-from library.scorer_training.config import DataConfig
-from library.scorer_training.tasks import collect, pictures_of
+from library.scorer_data.records import FilePicture, Picture, SkipReport
+from library.scorer_training.config import LatentScorerConfig
+from library.scorer_training.dataset_config import DataConfig
+from library.scorer_training.tasks import collect, fill_cache, pictures_of
 from library.settings.cli import parse_config, run_main
 from library.settings.options import option
 from library.settings.shared import TrainingConfig
 from library.training.runtime import create_accelerator, set_num_threads
-from train_latent_scorer import LatentScorerConfig
 
 logger = logging.getLogger("cache_latents")
 
@@ -66,7 +63,7 @@ def pictures(config: CacheLatentsConfig) -> Iterator[Picture]:
     rated = (*(data.datasets() if data.has_ratings else ()), *config.pretraining.datasets())
     yield from pictures_of(collect(dataset, data.validation_split) for dataset in rated)
     if data.picture_folder is not None:
-        for name in pictures_below(data.picture_folder, Tally()):
+        for name in pictures_below(data.picture_folder, SkipReport()):
             yield FilePicture((data.picture_folder / name).absolute())
 
 
@@ -75,29 +72,13 @@ def main() -> None:
     set_num_threads(config.training.num_threads)
     accelerator = create_accelerator(TrainingConfig(mixed_precision=config.training.mixed_precision))
     vae = load_vae(config.model.path, family=config.model.model_family).to(accelerator.device)
-    cache_dir, fingerprint = config.data.cache_dir or config.output.output_dir / "latent_cache", VaeFingerprint.of(vae)
     if config.data.verify_cache and accelerator.is_main_process:
-        cache = open_cache(cache_dir, fingerprint, config.buckets)
+        cache = open_cache(config.cache_dir, VaeFingerprint.of(vae), config.buckets)
         total = len(cache)
         logger.info("%d of %d latents are damaged", cache.verify(), total)
     accelerator.wait_for_everyone()
 
-    cache, report = open_cache(cache_dir, fingerprint, config.buckets), SkipReport()
-    for skipped in encode_missing(
-        cache,
-        pictures(config),
-        lambda pixels: encode_images(vae, pixels.to(accelerator.device)),
-        config.buckets,
-        variants=config.variants.names,
-        batch_size=config.data.vae_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        read_npz=config.data.use_npz_caches,
-    ):
-        report.add(skipped)
-    report.log(logger)
-    accelerator.wait_for_everyone()
-    cache.refresh()
+    cache = fill_cache(config, vae, accelerator, pictures(config))
     if accelerator.is_main_process:
         logger.info("%s holds %d latents", cache.folder, len(cache))
 

@@ -28,13 +28,12 @@ from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ScorerSpec
-from library.scorers.image_models.registry import read_image_model
+from library.scorers.image_models.base import read_image_model
 from library.scorers.io import save_scorer
-from library.scorers.pixel import RUNS_VAE, ready_made
+from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
 from library.scorers.pixel_decoder import load_tiny_autoencoder
-from library.scorers.pixel_gradient import measure_gradient
 from library.settings.cli import parse_config, run_main
-from library.settings.options import check_at_least, option
+from library.settings.options import check_at_least, check_not_set, option
 from library.training.runtime import set_num_threads
 
 
@@ -42,24 +41,26 @@ from library.training.runtime import set_num_threads
 class PixelScorerConfig:
     """What looks at the picture, how it is decoded, and what its scores are measured on."""
 
-    image_model: str = option("", help="Image scorer, family:argument?key=value&key=value; see docs/pixel_scorers.md.")
+    image_model: str | None = option(None, help="Image scorer, family:argument?key=value&key=value; see docs/pixel_scorers.md.")
     decoder: str = option(RUNS_VAE, help="vae, the model's own, or the folder of a tiny autoencoder such as TAESD, which is far faster.")
     decode_tile: int = option(0, help="Side in latents of the tiles that are decoded; 0 for whole pictures. Bounds memory.")
     decode_batch: int = option(1, help="Tiles or pictures decoded at a time; 0 for all.")
     decode_checkpointing: bool = option(True, help="Decode again in the backward pass rather than to keep activations.")
     reference_dir: Path | None = option(None, help="Pictures whose scores' mean and standard deviation become the unit of the reward.")
-    num_reference: int = option(200, help="How many of them to take, evenly over the folder.")
+    num_reference: int | None = option(None, help="How many of them to take, evenly over the folder; not set: 200.")
     resolution: int = option(512, help="Longer side in pixels at which they are scored.")
     output: Path = option(Path("pixel_scorer.safetensors"), help="The scorer file to write.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
 
     def __post_init__(self) -> None:
-        if not self.image_model:
+        if self.image_model is None:
             raise UserError("image_model is not set; give an image scorer such as classifier:FOLDER?class=nsfw")
         if self.output.suffix != ".safetensors":
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
         if 0 < self.decode_tile < 8:
             raise UserError(f"decode_tile is {self.decode_tile}; it must be 0, or at least 8 latents")
+        if self.reference_dir is None:
+            check_not_set(self, "there is no reference_dir", "num_reference")
         check_at_least(self, 0, "decode_tile", "decode_batch")
         check_at_least(self, 1, "num_threads")
         check_at_least(self, 2, "num_reference")
@@ -84,6 +85,7 @@ def main() -> None:
 
 def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig) -> BackboneScorer:
     """Build, measure and describe the scorer."""
+    assert settings.image_model is not None
     image_model = read_image_model(settings.image_model)
     decoder = vae if settings.decoder == RUNS_VAE else load_tiny_autoencoder(settings.decoder)
     if decoder.config["latent_channels"] != vae.config["latent_channels"]:
@@ -142,7 +144,7 @@ def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: Pi
     files = sorted(file for file in settings.reference_dir.rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
         raise UserError(f"reference_dir {settings.reference_dir} has {len(files)} pictures; give at least two, best a few hundred")
-    count = min(settings.num_reference, len(files))
+    count = min(settings.num_reference or 200, len(files))
     for file in tqdm([files[index * len(files) // count] for index in range(count)], desc="reference pictures", unit="picture"):
         picture = read_picture(FilePicture(str(file.absolute())))
         scale = settings.resolution / max(picture.size)

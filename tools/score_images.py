@@ -31,20 +31,19 @@ from library.models.vae import VaeFingerprint, place_vae
 from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import read_picture
-from library.scorer_data.readers.base import BadValue, ReaderOptions, Tally, split_name
+from library.scorer_data.readers.base import BadValue, ReaderOptions, split_name
 from library.scorer_data.readers.files import PictureFiles, own_folder, pictures_below
-from library.scorer_data.readers.registry import read_records
+from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.readers.rows import ROW_FORMATS, read_rows
 from library.scorer_data.readers.tables import path_text
-from library.scorer_data.records import FilePicture, RatedImage, Skipped
-from library.scorer_data.skips import SkipReport
+from library.scorer_data.records import FilePicture, RatedImage, Skipped, SkipReport
 from library.scorer_training.criteria.metrics import spearman
-from library.scorers.image_models.registry import build_image_model, read_image_model
+from library.scorers.image_models.base import build_image_model, read_image_model
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
 from library.settings.cli import parse_config, run_main
-from library.settings.options import check_above, check_at_least, option
+from library.settings.options import check_above, check_at_least, check_not_set, option
 from library.training.runtime import check_writable, set_num_threads
 
 THUMBNAIL = 512  # pixels of a picture on the sheet before it is fitted into its cell
@@ -55,7 +54,7 @@ class ScoringConfig:
     """Which pictures, who scores them, and where the results go."""
 
     images: Path | None = option(None, help="Folder, searched with its subfolders; a table with path[, prompt, split]; or a rated source.")
-    reader: str = option("", help="Reader of a rated source, such as webdataset (docs/datasets.md); its own scores are compared with.")
+    reader: str | None = option(None, help="Reader of a rated source, such as webdataset; its own scores are compared with.")
     image_dir: Path | None = option(None, help="What the paths in a table are relative to; not set: its own folder.")
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote.")
     judge: tuple[str, ...] = option((), help="Functions of pixels in 0..1: package.module:function or file.py:function.")
@@ -63,15 +62,17 @@ class ScoringConfig:
         (), help="Ready-made image scorers, such as laion_v2:FILE or pyiqa:musiq (docs/pixel_scorers.md)."
     )
     command: tuple[str, ...] = option((), help='Programs: "prog {image}" prints a score a picture; "prog" reads paths, prints scores.')
-    command_timeout: float = option(60.0, help="Seconds that a command may take for a picture.")
+    command_timeout: float | None = option(None, help="Seconds that a command may take for a picture; not set: 60.")
     scores_csv: tuple[Path, ...] = option((), help="Tables that another program wrote, with path and score.")
-    scores_csv_path_column: str = option("path", help="Name of their column of paths.")
-    scores_csv_score_column: str = option("score", help="Name of their column of scores.")
-    pretrained_model_name_or_path: str = option("", help="Model whose latents the scorers read; only its VAE, unless they use prompts.")
+    scores_csv_path_column: str | None = option(None, help="Name of their column of paths; not set: path.")
+    scores_csv_score_column: str | None = option(None, help="Name of their column of scores; not set: score.")
+    pretrained_model_name_or_path: str | None = option(
+        None, help="Model whose latents scorers read; only its VAE, unless they use prompts."
+    )
     vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own; enough by itself.")
     model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; needed for a file with only a VAE.")
-    sigma: float = option(0.0, help="Noise level at which scorers are asked; 0 is clean.")
-    seed: int = option(0, help="Seed of the noise.")
+    sigma: float | None = option(None, help="Noise level at which scorers are asked; not set: 0, which is clean.")
+    seed: int | None = option(None, help="Seed of the noise; not set: 0.")
     batch_size: int = option(8, help="Pictures of one size scored together.")
     num_shown: int = option(16, help="How many of the best, and of the worst, are on the sheet.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
@@ -82,8 +83,16 @@ class ScoringConfig:
             raise UserError("images is not set; give a folder of pictures, or a table of their paths")
         if not (self.scorer or self.judge or self.image_model or self.command or self.scores_csv):
             raise UserError("nothing scores the pictures; give scorer, judge, image_model, command or scores_csv")
-        if self.scorer and self.vae is None and not self.pretrained_model_name_or_path:
+        if self.scorer and self.vae is None and self.pretrained_model_name_or_path is None:
             raise UserError("a scorer reads latents; give their model by pretrained_model_name_or_path, or its VAE by vae")
+        if not self.scorer:
+            check_not_set(self, "no scorer is given", "pretrained_model_name_or_path", "vae", "sigma")
+        if not self.sigma:
+            check_not_set(self, "no noise is added at sigma 0", "seed")
+        if not self.command:
+            check_not_set(self, "no command is given", "command_timeout")
+        if not self.scores_csv:
+            check_not_set(self, "no scores_csv is given", "scores_csv_path_column", "scores_csv_score_column")
         check_at_least(self, 0, "sigma", "seed")
         check_at_least(self, 1, "batch_size", "num_shown", "num_threads")
         check_above(self, 0, "command_timeout")
@@ -128,7 +137,7 @@ def main() -> None:
     print("\n" + "\n".join(map(str, paths)))
 
 
-def find_pictures(source: Path, reader: str, image_dir: Path | None) -> Iterator[RatedImage | Skipped]:
+def find_pictures(source: Path, reader: str | None, image_dir: Path | None) -> Iterator[RatedImage | Skipped]:
     """The pictures of a folder, of a table of paths, or of a source that a reader knows. Raises UserError if there is no such source."""
     if reader or (source.suffix.lower() not in ROW_FORMATS and not source.is_dir()):
         if not source.exists():
@@ -136,7 +145,7 @@ def find_pictures(source: Path, reader: str, image_dir: Path | None) -> Iterator
         for record in read_records(source, reader or "auto", ReaderOptions(image_dir=image_dir)):
             yield record if isinstance(record, RatedImage | Skipped) else Skipped(f"{record.where}: this is a pair", "row is a pair")
     elif source.is_dir():
-        tally, root = Tally(), os.path.abspath(source)
+        tally, root = SkipReport(), os.path.abspath(source)
         for name in pictures_below(Path(root), tally):
             yield RatedImage(picture=FilePicture(os.path.join(root, name)), name=name, where=str(source))
         yield from tally.skipped()
@@ -168,18 +177,18 @@ def make_raters(settings: ScoringConfig, buckets: BucketConfig, device: torch.de
             model = load_model(path, family=settings.model_family, vae=settings.vae, device=device)
             vae, encode_prompts = model.vae, model.encode_prompts
         else:
-            vae = load_vae(settings.vae or settings.pretrained_model_name_or_path, family=settings.model_family)
+            vae = load_vae(settings.vae or str(settings.pretrained_model_name_or_path), family=settings.model_family)
             place_vae(vae, device)
         for scorer in scorers:
             check_scorer_fits(scorer, VaeFingerprint.of(vae))
-            sizes = {"sigma": settings.sigma, "seed": settings.seed, "batch_size": settings.batch_size}
+            sizes = {"sigma": settings.sigma or 0.0, "seed": settings.seed or 0, "batch_size": settings.batch_size}
             raters.append(LatentRater(scorer, vae, buckets, **sizes, encode_prompts=encode_prompts))
     for name in settings.judge:
         raters.append(JudgeRater(load_judge(name), name.rpartition(":")[2], batch_size=settings.batch_size, device=device))
     for text in settings.image_model:
         raters.append(JudgeRater(image_model_judge(text, device), text.partition("?")[0], batch_size=settings.batch_size, device=device))
-    raters += [CommandRater(command, timeout=settings.command_timeout) for command in settings.command]
-    columns = {"path_column": settings.scores_csv_path_column, "score_column": settings.scores_csv_score_column}
+    raters += [CommandRater(command, timeout=settings.command_timeout or 60.0) for command in settings.command]
+    columns = {"path_column": settings.scores_csv_path_column or "path", "score_column": settings.scores_csv_score_column or "score"}
     raters += [TableRater(file, **columns) for file in settings.scores_csv]
     for number, rater in enumerate(raters):
         if rater.name in {"path", "score", "uncertainty", "prompt", "split", *(other.name for other in raters[:number])}:

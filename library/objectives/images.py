@@ -23,8 +23,7 @@ from library.objectives.known_noise import (
 )
 from library.objectives.regression import RegressionConfig
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
-from library.scorer_data.records import FilePicture, Skipped
-from library.scorer_data.skips import SkipReport
+from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import check_above, option
 from library.types import LossOutput, PromptSpec
 

@@ -1,10 +1,11 @@
 """Batches of cached latents with what is to be learned about them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,33 @@ class LatentBatch:
     def to(self, device: torch.device | str) -> "LatentBatch":
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **tensors)
+
+
+class PackedTags:
+    """Which of K tags each of N pictures has, an eighth of a byte each; indexed like a tensor, it gives [B, K] float32 of 0 and 1."""
+
+    def __init__(self, tags: Iterable[tuple[str, ...]], classes: Sequence[str]) -> None:
+        self._width = len(classes)
+        numbers = {name: number for number, name in enumerate(classes)}
+        rows = []
+        for own in tags:
+            row = np.zeros(self._width, dtype=bool)
+            row[[numbers[tag] for tag in own if tag in numbers]] = True
+            rows.append(np.packbits(row))
+        self._bits = np.stack(rows) if rows else np.zeros((0, (self._width + 7) // 8), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def take(self, indices: Tensor) -> "PackedTags":
+        """The same of these pictures only, in this order."""
+        taken = PackedTags((), ())
+        taken._width, taken._bits = self._width, self._bits[indices.numpy()]
+        return taken
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        chosen = self._bits[indices if isinstance(indices, slice) else indices.numpy()]
+        return torch.from_numpy(np.unpackbits(chosen, axis=1, count=self._width)).float()
 
 
 class LatentDataset:

@@ -5,11 +5,14 @@ ratio; steps of 32, or a resolution of 1024, halve both. Longer pictures lose wh
 than `max_crop`. The options have the names and the meaning that they have in sd-scripts, which has no max_crop.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
 from library.errors import UserError
 from library.settings.options import option
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +21,11 @@ class BucketConfig:
 
     resolution: str = option("512", help='Size, "512" or "width,height"; with buckets, the area that every size keeps below.')
     enable_bucket: bool = option(True, help="Give other aspect ratios sizes of their own; when off, crop to the resolution.")
-    min_bucket_reso: int = option(256, help="Shortest side of a bucket.")
-    max_bucket_reso: int = option(1024, help="Longest side of a bucket.")
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
-    bucket_no_upscale: bool = option(False, help="Leave smaller pictures at their own size, whatever min and max.")
-    max_crop: float = option(0.35, help="Leave out pictures of which their bucket would cut off more than this share.")
+    min_bucket_reso: int = option(256, help="Shortest side of a bucket.", expert=True)
+    max_bucket_reso: int = option(1024, help="Longest side of a bucket.", expert=True)
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True)
+    bucket_no_upscale: bool = option(False, help="Leave smaller pictures at their own size, whatever min and max.", expert=True)
+    max_crop: float = option(0.35, help="Leave out pictures of which their bucket would cut off more than this share.", expert=True)
 
     def __post_init__(self) -> None:
         for name, value in (("resolution", self.width), ("resolution", self.height), ("bucket_reso_steps", self.bucket_reso_steps)):
@@ -30,6 +33,13 @@ class BucketConfig:
                 raise UserError(f"{name} is {value}, but it must be a positive multiple of 8, the VAE's step")
         if not 0 <= self.max_crop <= 1:
             raise UserError(f"max_crop is {self.max_crop}, but it must be between 0 and 1")
+        unused = ("min_bucket_reso", "max_bucket_reso") if self.bucket_no_upscale else ()
+        if not self.enable_bucket:
+            unused = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "max_crop")
+        for name in unused:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                reason = "bucket_no_upscale is on" if self.enable_bucket else "enable_bucket is off"
+                logger.warning("%s does nothing: %s", name, reason)
         if self.enable_bucket and not self.bucket_no_upscale:
             if self.min_bucket_reso > min(self.width, self.height):
                 raise UserError(f"min_bucket_reso is {self.min_bucket_reso}, but it must be at most the resolution ({self.resolution})")

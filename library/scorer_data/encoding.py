@@ -71,7 +71,7 @@ def encode_missing(
 ) -> list[Skipped]:
     """Fill the cache with what is not in it yet, with a progress bar.
 
-    Of several processes each takes its share of the pictures, told by their keys. Files are taken in a random order that is always the
+    Of several processes each takes its share of the pictures, by their keys. Files are taken in a random order that is always the
     same, so that each shard is a fair sample of the pictures however they were sorted; parts of other files come in the order given.
 
     Args:

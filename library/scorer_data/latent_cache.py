@@ -205,7 +205,7 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
         if b'"format"' not in description.read_bytes():
             logger.info("latent cache: %s is of an earlier version and is not used; it can be deleted", description.parent)
     identity = hashlib.sha256(json.dumps([FORMAT, vae.scaling_factor, sizing]).encode()).hexdigest()[:8]
-    for number in count(1):  # VAEs whose latents have one scale are told apart by their probes alone
+    for number in count(1):  # VAEs whose latents have one scale are distinguished by their probes alone
         folder = cache_dir / f"{buckets.width}x{buckets.height}-{identity}-{number}"
         if not (folder / DESCRIPTION_NAME).is_file():
             _make_folder(folder, text)

@@ -4,12 +4,15 @@ A picture is wherever its bytes are: a file, a member of a tar, a cell of a parq
 votes, tags) is None where its source does not say it.
 """
 
+import hashlib
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+EXAMPLES = 3  # of what was left out, in a report
 SPLITS = ("train", "val", "test")  # test rows are neither trained on nor validated with
 
 
@@ -151,3 +154,64 @@ class Skipped:
 
 
 Records = Iterator[RatedImage | RatedPair | Skipped]
+
+
+class SkipReport:
+    """Counts what was left out by its kind, with the first examples of each."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, skipped: Skipped) -> None:
+        count, reasons = self._kinds.setdefault(skipped.kind or "other", (0, []))
+        if len(reasons) < EXAMPLES:
+            reasons.append(skipped.reason)
+        self._kinds[skipped.kind or "other"] = (count + skipped.count, reasons)
+
+    def __len__(self) -> int:
+        """How many were left out."""
+        return sum(count for count, _ in self._kinds.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of each kind, the most frequent first."""
+        return {kind: count for kind, (count, _) in sorted(self._kinds.items(), key=lambda item: -item[1][0])}
+
+    def first(self) -> str:
+        """One example, of the most frequent kind; empty if nothing was left out."""
+        return self._kinds[next(iter(self.counts))][1][0] if self._kinds else ""
+
+    def __str__(self) -> str:
+        """One line for each kind, the most frequent first, and its examples below it."""
+        lines = [f"left out: {len(self):,}"]
+        for kind, count in self.counts.items():
+            lines.append(f"  {count:,}: {kind}")
+            lines += [f"    {reason}" for reason in self._kinds[kind][1]]
+        return "\n".join(lines)
+
+    def skipped(self) -> Iterator[Skipped]:
+        """One for each kind, with its count and its first example: for rows that are too many to name each."""
+        for kind, (count, reasons) in self._kinds.items():
+            yield Skipped(f"{reasons[0]} (the first of {count:,} such)" if count > 1 else reasons[0], kind, count)
+
+    def log(self, logger: logging.Logger) -> None:
+        """As a warning, if there is anything to say."""
+        if self._kinds:
+            logger.warning("%s", self)
+
+
+def split_of(record: RatedImage | RatedPair, validation_split: float) -> str:
+    """ "train", "val" or "test": what the record says, else by a hash: the same in every run and on every machine.
+
+    The hash is of the name, so that old pictures stay where they were when new ones are added. A pair goes by its prompt if it has one:
+    a picture takes part in several pairs of one prompt, and must not be on both sides.
+    """
+    if record.split is not None:
+        return record.split
+    name = record.prompt or record.name if isinstance(record, RatedPair) else record.name
+    return "val" if name_fraction(name) < validation_split else "train"
+
+
+def name_fraction(name: str) -> float:
+    """A number in 0..1 that depends on the name alone, evenly spread over names."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64

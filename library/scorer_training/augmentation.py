@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
-from library.scorer_training.criteria.registry import CRITERIA
+from library.scorer_training.criteria.base import get_criterion
 from library.scorers.heads import HeadSpec
 from library.settings.options import check_at_least, option
 
@@ -23,23 +23,18 @@ class LatentAugmentation:
     """How clean latents are varied before noise is added, anew for every picture and epoch; all of it is off by default."""
 
     latent_shift: int = option(
-        0, help="Move latents by up to so many cells (8 pixels each), mirrored at the border; not where position matters. Try 2."
+        0,
+        help="Move latents by up to so many cells (8 pixels each), mirrored at the border; not where position matters. Try 2.",
+        expert=True,
     )
     latent_crop: float = option(
-        1.0, help="Cut out a part with at least this share of each side; not where the framing matters. Try 0.85; 1 keeps all."
+        1.0, help="Cut out a part with at least this share of each side; not where the framing matters. Try 0.85; 1 keeps all.", expert=True
     )
-    latent_jitter: float = option(
-        0.0, help="Vary mean and spread of each channel by about this much: brightness and contrast, if they do not matter. Try 0.05."
-    )
-    latent_noise: float = option(0.0, help="Standard deviation of noise that the scorer is not told of. Try 0.05.")
-    latent_cutout: float = option(0.0, help="Blank out a square of this share of the shorter side. Try 0.25.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "latent_shift", "latent_jitter", "latent_noise", "latent_cutout")
+        check_at_least(self, 0, "latent_shift")
         if not 0 < self.latent_crop <= 1:
             raise UserError(f"latent_crop is {self.latent_crop}, but it must be above 0 and at most 1, such as 0.85")
-        if self.latent_cutout >= 1:
-            raise UserError(f"latent_cutout is {self.latent_cutout}, but it must be below 1, such as 0.25")
 
 
 def augment(batch: LatentBatch, config: LatentAugmentation, generator: torch.Generator) -> LatentBatch:
@@ -48,33 +43,18 @@ def augment(batch: LatentBatch, config: LatentAugmentation, generator: torch.Gen
         return batch
     seed = int(torch.randint(2**62, (), generator=generator))
     latents, second = (
-        None if part is None else vary(part, config, torch.Generator().manual_seed(seed)) for part in (batch.latents, batch.second)
+        None if part is None else shift_and_crop(part, config.latent_shift, config.latent_crop, torch.Generator().manual_seed(seed))
+        for part in (batch.latents, batch.second)
     )
     assert latents is not None
     return dataclasses.replace(batch, latents=latents, second=second)
-
-
-def vary(latents: Tensor, config: LatentAugmentation, generator: torch.Generator) -> Tensor:
-    """Clean latents [B, C, h, w] varied picture by picture. The size may shrink by `latent_crop`, alike for the whole batch.
-
-    All is drawn on the CPU: the same on every device.
-    """
-    if config.latent_shift or config.latent_crop < 1:
-        latents = shift_and_crop(latents, config.latent_shift, config.latent_crop, generator)
-    if config.latent_jitter:
-        latents = jitter(latents, config.latent_jitter, generator)
-    if config.latent_noise:
-        latents = latents + config.latent_noise * torch.randn(latents.shape, generator=generator).to(latents)
-    if config.latent_cutout:
-        latents = cutout(latents, config.latent_cutout, generator)
-    return latents
 
 
 def shift_and_crop(latents: Tensor, max_shift: int, min_share: float, generator: torch.Generator) -> Tensor:
     """Windows [B, C, h', w'] onto latents [B, C, h, w], continued beyond their border by reflection.
 
     The share of the sides that is kept is uniform in min_share..1 and one for the batch; where a window lies, and by how many cells
-    up to max_shift it is moved, is drawn for each picture and side.
+    up to max_shift it is moved, is drawn for each picture and side; on the CPU: the same on every device.
     """
     kept = min_share + (1 - min_share) * torch.rand((), generator=generator).item()
     rows, columns = (
@@ -93,31 +73,13 @@ def _window(size: int, kept: int, count: int, max_shift: int, generator: torch.G
     return torch.minimum(places % period, -places % period)
 
 
-def jitter(latents: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Scale each picture's channels around their mean by 1 + amount n, and move the mean by amount n', n and n' standard normal."""
-    scale, offset = (amount * torch.randn(2, *latents.shape[:2], 1, 1, generator=generator)).to(latents)
-    mean = latents.mean((2, 3), keepdim=True)
-    return (latents - mean) * (1 + scale) + mean + offset
-
-
-def cutout(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Replace a square by the channels' means (DeVries and Taylor, arXiv 1708.04552); its centre is anywhere, so it may be cut off."""
-    side = max(1, round(share * min(latents.shape[2:])))
-    inside = []
-    for size in latents.shape[2:]:
-        start = (torch.rand(len(latents), 1, generator=generator) * size).long() - side // 2
-        inside.append(((torch.arange(size) >= start) & (torch.arange(size) < start + side)).to(latents.device))
-    mask = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)  # [B, h, w]
-    return torch.where(mask.unsqueeze(1), latents.mean((2, 3), keepdim=True), latents)
-
-
 def mixup(batch: LatentBatch, alpha: float, head: HeadSpec, generator: torch.Generator) -> LatentBatch:
     """Mix every picture, and its target, with another of the batch (Zhang et al., arXiv 1710.09412); for criteria that mix.
 
     The picture's own share is Beta(alpha, alpha) or one minus that, whichever is larger (MixMatch, arXiv 1905.02249): it stays the
     picture that its weight and its prompt belong to.
     """
-    criterion = CRITERIA[head.criterion]
+    criterion = get_criterion(head.criterion)
     assert criterion.mixes and alpha > 0, f"{criterion.name} does not mix"
     quantiles = torch.rand(len(batch), generator=generator, dtype=torch.float64)
     shares = torch.from_numpy(betaincinv(alpha, alpha, quantiles.numpy()))  # torch's Beta takes no generator

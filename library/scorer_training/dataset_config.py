@@ -1,4 +1,4 @@
-"""Which rated pictures a scorer learns from: one file, or a dataset.toml that mixes several, in the manner of sd-scripts.
+"""Which rated pictures a scorer learns from: one file, or a dataset.toml that mixes several, in the manner of sd-scripts. A dataset.toml:
 
     [general]                    # defaults for every dataset
     validation_split = 0.05
@@ -21,14 +21,17 @@ Keys of a subset that are not listed in `Subset` go to its reader. Paths are rel
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.scorer_training.criteria.registry import PRETRAINING_CRITERIA
-from library.settings.options import nearest
+from library.scorer_data.readers.base import READERS
+from library.scorer_training.criteria.base import CRITERIA
+from library.settings.options import check_above, check_at_least, check_not_set, nearest, option
+
+MAX_TAGS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Subset:
     """One source of a dataset.
 
     Attributes:
-        path: file or folder. reader: one of `library.scorer_data.readers.READERS`, or "auto".
+        path: file or folder. reader: a name in `library.scorer_data.readers.base.READERS`, or "auto".
         image_dir: what the paths in it are relative to; its own folder if not set.
         num_repeats: how often each of its training pictures counts in an epoch.
         reader_options: the other keys, for the reader.
@@ -55,12 +58,12 @@ class Dataset:
 
     Attributes:
         name: of its head, in logs and in the scorer's file.
-        criterion: a key of PRETRAINING_CRITERIA.
+        criterion: a name in CRITERIA.
         subsets: where its pictures come from.
         proportion: its share of every batch, relative to the other datasets'.
         weight: of its loss, where losses are summed.
         target_class: the class or tag whose log odds are the score; the first if not set.
-        max_tags: how many tags are learned, the most frequent ones.
+        max_tags: how many tags are learned, the most frequent ones; MAX_TAGS if not set.
         validation_split: the share kept for validation where a source has no split of its own; None is the run's.
     """
 
@@ -69,9 +72,99 @@ class Dataset:
     subsets: tuple[Subset, ...]
     proportion: float = 1.0
     weight: float = 1.0
-    target_class: str = ""
-    max_tags: int = 1000
+    target_class: str | None = None
+    max_tags: int | None = None
     validation_split: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The rated pictures: one file or folder, or a mixture."""
+
+    train_data_file: Path | None = option(None, help="Rated pictures: a table with path and score, or any source of docs/datasets.md.")
+    data_reader: str | None = option(None, choices=READERS, help="Reader of train_data_file; not set: by what it looks like.")
+    image_dir: Path | None = option(None, help="What the paths in the file are relative to; not set: the file's own folder.")
+    criterion: str | None = option(None, choices=CRITERIA, help="What is learned from train_data_file, and how; not set: mse.")
+    score_column: str | None = option(None, help="Column to take as the score, such as year; not set: score.")
+    target_class: str | None = option(None, help="Class or tag whose log odds are the score; not set: the first.")
+    dataset_config: Path | None = option(None, help="A dataset.toml that mixes several sources and criteria, in place of train_data_file.")
+    score_head: str | None = option(None, help="Name of the dataset whose head is the score; not set: the first.", expert=True)
+    validation_split: float = option(0.1, help="Share of the pictures kept for validation, chosen by a hash of their path.")
+    cache_dir: Path | None = option(None, help="Folder of the latent cache; not set: output_dir/latent_cache.")
+    vae_batch_size: int = option(8, help="Pictures encoded at a time.", expert=True)
+    use_npz_caches: bool = option(True, help="Take latents from sd-scripts' .npz files beside the pictures where they fit.", expert=True)
+
+    def __post_init__(self) -> None:
+        if (self.train_data_file is None) == (self.dataset_config is None):
+            raise UserError(
+                "train_data_file and dataset_config are both set; leave one out"
+                if self.train_data_file
+                else "train_data_file is not set; give a table with the columns path and score, or a mixture by dataset_config"
+            )
+        if self.dataset_config is not None:
+            of_one = ("data_reader", "image_dir", "criterion", "score_column", "target_class")
+            check_not_set(self, "the mixture of dataset_config says it for each dataset", *of_one)
+        else:
+            check_not_set(self, "train_data_file is the only dataset", "score_head")
+        if self.criterion is not None and not CRITERIA[self.criterion].gives_score:
+            raise UserError(f"criterion {self.criterion} gives no score; it is for pretrain_criterion")
+        if not 0 < self.validation_split < 1:
+            raise UserError(f"validation_split is {self.validation_split}, but it must be above 0 and below 1, such as 0.1")
+        check_at_least(self, 1, "vae_batch_size")
+
+    def datasets(self) -> tuple[Dataset, ...]:
+        """What is to be learned, the score's own first. Raises UserError when dataset_config is not as it must be."""
+        if self.dataset_config is None:
+            assert self.train_data_file is not None
+            options = {"score_column": self.score_column} if self.score_column else {}
+            reader = self.data_reader or "auto"
+            subset = Subset(path=self.train_data_file, reader=reader, image_dir=self.image_dir, reader_options=options)
+            return (Dataset(name="score", criterion=self.criterion or "mse", subsets=(subset,), target_class=self.target_class),)
+        datasets = read_dataset_config(self.dataset_config)
+        for dataset in datasets:
+            if not CRITERIA[dataset.criterion].gives_score:
+                raise UserError(f"dataset {dataset.name}: criterion {dataset.criterion} gives no score; it is for pretrain_dataset_config")
+        names = [dataset.name for dataset in datasets]
+        if self.score_head is not None and self.score_head not in names:
+            raise UserError(f"score_head is {self.score_head!r}, but {self.dataset_config} has {', '.join(names)}")
+        first = self.score_head or names[0]
+        return tuple(sorted(datasets, key=lambda dataset: dataset.name != first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """Teaching the backbone something else first, for which there are many pictures; then the score, for which there are few ratings."""
+
+    pretrain_data_file: Path | None = option(None, help="Pictures to pretrain on: as train_data_file; labels are learned by default.")
+    pretrain_criterion: str | None = option(
+        None, choices=CRITERIA, help="What pretrain_data_file teaches, masked without ratings; not set: classification."
+    )
+    pretrain_dataset_config: Path | None = option(None, help="A dataset.toml to pretrain on, in place of pretrain_data_file.", expert=True)
+    pretrain_steps: int | None = option(None, help="Steps of pretraining; not set: 2000.")
+    pretrain_learning_rate: float | None = option(None, help="Its learning rate; not set: that of the training.", expert=True)
+
+    def __post_init__(self) -> None:
+        if self.pretrain_data_file is not None and self.pretrain_dataset_config is not None:
+            raise UserError("pretrain_data_file and pretrain_dataset_config are both set; leave one out")
+        if self.pretrain_data_file is None:
+            check_not_set(self, "pretrain_data_file is not, whose criterion it is", "pretrain_criterion")
+            if self.pretrain_dataset_config is None:
+                check_not_set(self, "nothing is pretrained on; give pretrain_data_file", "pretrain_steps", "pretrain_learning_rate")
+        check_at_least(self, 1, "pretrain_steps")
+        check_above(self, 0, "pretrain_learning_rate")
+
+    @property
+    def steps(self) -> int:
+        return self.pretrain_steps or 2000
+
+    def datasets(self) -> tuple[Dataset, ...]:
+        """What is learned first; nothing if there is no pretraining."""
+        if self.pretrain_dataset_config is not None:
+            return read_dataset_config(self.pretrain_dataset_config)
+        if self.pretrain_data_file is None:
+            return ()
+        criterion = self.pretrain_criterion or "classification"
+        return (Dataset(name="pretraining", criterion=criterion, subsets=(Subset(path=self.pretrain_data_file),)),)
 
 
 def read_dataset_config(path: Path) -> tuple[Dataset, ...]:
@@ -88,21 +181,16 @@ def read_dataset_config(path: Path) -> tuple[Dataset, ...]:
         raise UserError(f"{path}: {', '.join(content) or 'general'} is not a table that belongs here; it can be [general] and [[datasets]]")
     if not isinstance(tables, list) or not tables:
         raise UserError(f"{path} has no [[datasets]]; each names a criterion and has [[datasets.subsets]]")
-    datasets = [_dataset({**general, **table}, f"{path}, dataset {number}") for number, table in enumerate(tables, start=1)]
-    check_names(datasets, str(path))
-    return tuple(datasets)
-
-
-def check_names(datasets: Sequence[Dataset], where: str) -> None:
-    """Raises UserError when two datasets have one name."""
+    datasets = [_dataset(general, table, f"{path}, dataset {number}") for number, table in enumerate(tables, start=1)]
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{where}: two datasets have the name {name!r}; give each a name of its own")
+            raise UserError(f"{path}: two datasets have the name {name!r}; give each a name of its own")
+    return tuple(datasets)
 
 
-def _dataset(table: Mapping[str, Any], where: str) -> Dataset:
-    values = dict(table)
+def _dataset(general: Mapping[str, Any], own: Mapping[str, Any], where: str) -> Dataset:
+    values = {**general, **own}
     subsets = values.pop("subsets", None)
     if not isinstance(subsets, list) or not subsets:
         raise UserError(f"{where} has no [[datasets.subsets]]; each needs at least a path")
@@ -117,8 +205,10 @@ def _dataset(table: Mapping[str, Any], where: str) -> Dataset:
     for key in ("proportion", "weight", "max_tags", "validation_split"):
         _check(values, key, (int, float), where, above=0)
     criterion = values.get("criterion", "")
-    if criterion not in PRETRAINING_CRITERIA:
-        raise UserError(f"{where}: criterion is {criterion!r}; it can be {', '.join(PRETRAINING_CRITERIA)}")
+    if criterion not in CRITERIA:
+        raise UserError(f"{where}: criterion is {criterion!r}; it can be {', '.join(CRITERIA)}")
+    if "max_tags" in own and CRITERIA[criterion].target != "tags":
+        raise UserError(f"{where}: max_tags is set, but {criterion} learns no tags; leave it out")
     values.setdefault("name", criterion)
     if not values["name"].replace("_", "").replace("-", "").isalnum():
         raise UserError(f"{where}: name is {values['name']!r}, but it must be letters, digits, - and _")

@@ -1,10 +1,8 @@
-"""What a scorer's training starts from: the VAE, the pictures as latents, a backbone."""
+"""What a scorer's training starts from: the VAE, a backbone, the text encoders."""
 
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,25 +10,11 @@ from accelerate import Accelerator
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model, load_vae
-from library.models.vae import VaeFingerprint, encode_images
-from library.scorer_data.buckets import BucketConfig
-from library.scorer_data.latent_cache import open_cache
-from library.scorer_data.pixel_augmentation import PixelAugmentation
-from library.scorer_training.config import DataConfig, PretrainingConfig, ScorerConfig, ScorerTrainingConfig, VaeConfig
-from library.scorer_training.tasks import Task, load_tasks
-from library.scorers.base import Backbone, ModelSource
-from library.scorers.registry import get_backbone
+from library.scorer_training.config import ScorerConfig, VaeConfig
+from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ScorerData:
-    """What is learned, and what is learned before it; the first task's head is the score."""
-
-    tasks: list[Task]
-    pretraining_tasks: list[Task]
 
 
 def make_source(config: VaeConfig, accelerator: Accelerator) -> ModelSource:
@@ -46,36 +30,9 @@ def make_source(config: VaeConfig, accelerator: Accelerator) -> ModelSource:
     return ModelSource(model, vae)
 
 
-def load_data(
-    source: ModelSource,
-    accelerator: Accelerator,
-    *,
-    data: DataConfig,
-    pretraining: PretrainingConfig,
-    training: ScorerTrainingConfig,
-    buckets: BucketConfig,
-    variants: PixelAugmentation,
-    scorer: ScorerConfig,
-    output_dir: Path,
-) -> ScorerData:
-    """Read the datasets, encode their pictures where the cache lacks them, and make their heads. Raises UserError for bad input."""
-    tasks, pretraining_tasks = load_tasks(
-        [data.datasets(), pretraining.datasets()],
-        cache=open_cache(data.cache_dir or output_dir / "latent_cache", VaeFingerprint.of(source.vae), buckets),
-        encode=lambda pixels: encode_images(source.vae, pixels.to(accelerator.device)),
-        data=data,
-        buckets=buckets,
-        variants=variants.names,
-        head_options={"members": scorer.head_members, "hidden": scorer.head_hidden},
-        max_validation_pictures=training.max_validation_pictures,
-        accelerator=accelerator,
-    )
-    return ScorerData(tasks, pretraining_tasks)
-
-
 def make_backbone(config: ScorerConfig, source: ModelSource, *, gradient_checkpointing: bool = False) -> tuple[Backbone, dict[str, Any]]:
     """A new backbone of the kind, size and settings asked for, and its architecture."""
-    kind = get_backbone(config.scorer_kind)
+    kind = SCORER_KINDS[config.scorer_kind]
     architecture = kind.architecture_for(config.scorer_size, source, **config.backbone_options)
     backbone = kind(**architecture)
     backbone.initialise(source)

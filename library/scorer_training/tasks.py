@@ -2,31 +2,30 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from library.errors import UserError
-from library.scorer_data.batches import LatentDataset
-from library.scorer_data.buckets import BucketConfig
+from library.models.vae import VaeFingerprint, encode_images
+from library.scorer_data.batches import LatentDataset, PackedTags
 from library.scorer_data.encoding import encode_missing
-from library.scorer_data.latent_cache import LatentCache
-from library.scorer_data.readers.base import ReaderOptions, Tally
+from library.scorer_data.latent_cache import LatentCache, open_cache
+from library.scorer_data.readers.base import ReaderOptions
 from library.scorer_data.readers.files import pictures_below
-from library.scorer_data.readers.registry import read_records
-from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped
-from library.scorer_data.skips import SkipReport
-from library.scorer_data.splits import split_of
-from library.scorer_training.config import DataConfig
-from library.scorer_training.criteria.base import Criterion
-from library.scorer_training.criteria.registry import get_criterion
-from library.scorer_training.dataset_config import Dataset, Subset
+from library.scorer_data.readers.recognition import read_records
+from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_of
+from library.scorer_training.config import LatentScorerConfig, ScorerTrainingConfig
+from library.scorer_training.criteria.base import CRITERIA, Criterion, get_criterion
+from library.scorer_training.dataset_config import MAX_TAGS, Dataset, Subset
+from library.scorers.base import ModelSource
 from library.scorers.heads import HeadSpec
+from library.settings.shared import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,31 +60,23 @@ class Task:
         return {"criterion": self.criterion.name, "pictures": pictures, "proportion": self.dataset.proportion}
 
 
-class PackedTags:
-    """Which of K tags each of N pictures has, an eighth of a byte each; indexed like a tensor, it gives [B, K] float32 of 0 and 1."""
+@dataclass(frozen=True)
+class Stage:
+    """One training of a scorer.
 
-    def __init__(self, tags: Iterable[tuple[str, ...]], classes: Sequence[str]) -> None:
-        self._width = len(classes)
-        numbers = {name: number for number, name in enumerate(classes)}
-        rows = []
-        for own in tags:
-            row = np.zeros(self._width, dtype=bool)
-            row[[numbers[tag] for tag in own if tag in numbers]] = True
-            rows.append(np.packbits(row))
-        self._bits = np.stack(rows) if rows else np.zeros((0, (self._width + 7) // 8), dtype=np.uint8)
+    Attributes:
+        name: for the logs and the record.
+        tasks: what is learned at once.
+        selecting: names of the tasks by whose metrics the best state is chosen.
+        steps, optimizer: how long, and by what. first_step: where its steps stand in the logs.
+    """
 
-    def __len__(self) -> int:
-        return len(self._bits)
-
-    def take(self, indices: Tensor) -> "PackedTags":
-        """The same of these pictures only, in this order."""
-        taken = PackedTags((), ())
-        taken._width, taken._bits = self._width, self._bits[indices.numpy()]
-        return taken
-
-    def __getitem__(self, indices: Tensor | slice) -> Tensor:
-        chosen = self._bits[indices if isinstance(indices, slice) else indices.numpy()]
-        return torch.from_numpy(np.unpackbits(chosen, axis=1, count=self._width)).float()
+    name: str
+    tasks: Sequence[Task]
+    selecting: Sequence[str]
+    steps: int
+    optimizer: OptimizerConfig
+    first_step: int = 0
 
 
 @dataclass
@@ -138,22 +129,13 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
     return rows
 
 
-def make_task(
-    dataset: Dataset,
-    rows: Collected,
-    cache: LatentCache,
-    variants: Sequence[str],
-    max_validation_pictures: int,
-    head_options: dict[str, Any],
-) -> Task:
+def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: LatentScorerConfig) -> Task:
     """Look up the latents of what was collected, part it, and choose the head.
-
-    Args:
-        variants: which of a picture's cached variants training draws from; the first is the plain one.
 
     Raises:
         UserError: too few pictures, or targets from which nothing can be learned.
     """
+    variants = config.variants.names  # which of a picture's cached variants training draws from; the first is the plain one
     criterion = get_criterion(dataset.criterion)
     found = cache.find_all(rows.pictures, variants)
     usable = found[:, 0] >= 0
@@ -163,7 +145,7 @@ def make_task(
         usable &= second[:, 0] >= 0
     is_train = torch.tensor(rows.is_train, dtype=torch.bool)
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
-    validation = validation[:max_validation_pictures]
+    validation = validation[: config.training.max_validation_pictures]
     for name, indices in (("training", train), ("validation", validation)):
         if len(indices) < 2:
             raise UserError(
@@ -171,7 +153,8 @@ def make_task(
                 "rate more pictures, or change validation_split or their split" + (f" ({rows.complaint})" if rows.complaint else "")
             )
     classes, targets = _encode_targets(dataset, criterion.target, rows, train, usable)
-    head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, {"target_class": dataset.target_class, **head_options})
+    options = {"target_class": dataset.target_class, "members": config.scorer.head_members, "hidden": config.scorer.head_hidden}
+    head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, options)
 
     def part(indices: Tensor, *, vary: bool) -> LatentDataset:
         return LatentDataset(
@@ -190,66 +173,65 @@ def make_task(
     return Task(dataset, criterion, head, part(repeated, vary=True), part(validation, vary=False), repeated)
 
 
-def load_tasks(
-    stages: Sequence[Sequence[Dataset]],
-    *,
-    cache: LatentCache,
-    encode: Callable[[Tensor], Tensor],
-    data: DataConfig,
-    buckets: BucketConfig,
-    variants: Sequence[str],
-    head_options: dict[str, Any],
-    max_validation_pictures: int,
-    accelerator: Accelerator,
-) -> list[list[Task]]:
-    """The tasks of every stage of a run: its pictures read, encoded by all processes where the cache lacks them, and looked up.
+def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Accelerator) -> tuple[list[Task], list[Task]]:
+    """What is learned, the score first, and what is learned before it. All processes encode what the cache lacks.
 
     Of several datasets in a stage, one from which nothing can be learned is left out with a warning, but for the first.
 
-    Args:
-        encode: pixels [B, 3, H, W] in -1..1 to scaled latents [B, C, h, w].
-
     Raises:
-        UserError: a source that cannot be read, or a first dataset that cannot be learned.
+        UserError: a source that cannot be read, a first dataset that cannot be learned, or a setting that does nothing with these datasets.
     """
-    collected = [[(dataset, collect(dataset, data.validation_split)) for dataset in datasets] for datasets in stages]
-    report = SkipReport()
-    skipped = encode_missing(
-        cache,
-        pictures_of(rows for stage in collected for _, rows in stage),
-        encode,
-        buckets,
-        variants=variants,
-        batch_size=data.vae_batch_size,
-        read_npz=data.use_npz_caches,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    for entry in skipped:
-        report.add(entry)
-    report.log(logger)
-    accelerator.wait_for_everyone()
-    cache.refresh()  # with what the other processes wrote
+    stages = config.data.datasets(), config.pretraining.datasets()
+    check_settings(config.training, [dataset for datasets in stages for dataset in datasets])
+    collected = [[(dataset, collect(dataset, config.data.validation_split)) for dataset in datasets] for datasets in stages]
+    cache = fill_cache(config, source.vae, accelerator, pictures_of(rows for stage in collected for _, rows in stage))
 
-    tasks: list[list[Task]] = []
-    for stage in collected:
-        tasks.append([])
+    training, pretraining = [], []
+    for stage, tasks in zip(collected, (training, pretraining), strict=True):
         for dataset, rows in stage:
             try:
-                task = make_task(
-                    dataset,
-                    rows,
-                    cache,
-                    variants=variants,
-                    max_validation_pictures=max_validation_pictures,
-                    head_options=head_options,
-                )
-                tasks[-1].append(task)
+                tasks.append(make_task(dataset, rows, cache, config))
             except UserError as error:
                 if dataset is stage[0][0]:
                     raise
                 logger.warning("dataset %s is left out: %s", dataset.name, error)
-    return tasks
+    return training, pretraining
+
+
+def check_settings(training: ScorerTrainingConfig, datasets: Sequence[Dataset]) -> None:
+    """Raises UserError for a setting that does nothing with these datasets."""
+    criteria = dict.fromkeys(dataset.criterion for dataset in datasets)
+    if training.mixup_alpha > 0 and not any(get_criterion(name).mixes for name in criteria):
+        mixing = ", ".join(name for name, criterion in CRITERIA.items() if criterion.mixes)
+        raise UserError(
+            f"mixup_alpha is {training.mixup_alpha:g}, but {', '.join(criteria)} cannot learn from mixtures, as {mixing} can; leave it out"
+        )
+    for dataset in datasets:
+        if dataset.weight != 1 and training.balancing == "independent":
+            raise UserError(
+                f"dataset {dataset.name} has weight {dataset.weight:g}, but with balancing independent losses are not summed; leave it out"
+            )
+
+
+def fill_cache(config: LatentScorerConfig, vae: AutoencoderKL, accelerator: Accelerator, pictures: Iterable[Picture]) -> LatentCache:
+    """The run's cache with the latents of all these pictures in it; what could not be read is reported in the log."""
+    cache, report = open_cache(config.cache_dir, VaeFingerprint.of(vae), config.buckets), SkipReport()
+    for skipped in encode_missing(
+        cache,
+        pictures,
+        lambda pixels: encode_images(vae, pixels.to(accelerator.device)),
+        config.buckets,
+        variants=config.variants.names,
+        batch_size=config.data.vae_batch_size,
+        read_npz=config.data.use_npz_caches,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    ):
+        report.add(skipped)
+    report.log(logger)
+    accelerator.wait_for_everyone()
+    cache.refresh()  # with what the other processes wrote
+    return cache
 
 
 def pictures_of(collections: Iterable[Collected]) -> list[Picture]:
@@ -265,7 +247,7 @@ def _records(subset: Subset, target: str) -> Records:
         return
     if not subset.path.is_dir():
         raise UserError(f"masked pretraining learns from the pictures of a folder, and {subset.path} is none; give a folder")
-    tally, folder = Tally(), subset.path.absolute()
+    tally, folder = SkipReport(), subset.path.absolute()
     for name in pictures_below(folder, tally):
         yield RatedImage(picture=FilePicture(folder / name), name=name, where=str(folder / name), score=0.0)
     yield from tally.skipped()
@@ -285,7 +267,7 @@ def _shuffled(indices: Tensor) -> Tensor:
 
 def _encode_targets(
     dataset: Dataset, target: str, rows: Collected, train: Tensor, usable: Tensor
-) -> tuple[tuple[str, ...], "Tensor | PackedTags"]:
+) -> tuple[tuple[str, ...], Tensor | PackedTags]:
     """Names of the classes, and the targets of all rows. Classes are those of usable pictures, alphabetically; tags the most frequent."""
     if target == "label":
         classes = tuple(sorted({rows.targets[index] for index in usable.nonzero().flatten().tolist()}))
@@ -293,6 +275,6 @@ def _encode_targets(
         return classes, torch.tensor([numbers.get(label, -1) for label in rows.targets])
     if target == "tags":
         counts = Counter(tag for index in train.tolist() for tag in rows.targets[index])
-        classes = tuple(tag for tag, count in counts.most_common(int(dataset.max_tags)) if count >= MIN_TAG_COUNT)
+        classes = tuple(tag for tag, count in counts.most_common(int(dataset.max_tags or MAX_TAGS)) if count >= MIN_TAG_COUNT)
         return classes, PackedTags(rows.targets, classes)
     return (), torch.tensor(rows.targets, dtype=torch.float32)

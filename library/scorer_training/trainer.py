@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from library.diffusion.noise_schedule import NoiseSchedule, per_sample, sigma_to
 from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
 from library.scorer_training.augmentation import LatentAugmentation, augment, mixup
-from library.scorer_training.balancing import IndependentOptimizers, SummedLosses
+from library.scorer_training.balancing import Balance
 from library.scorer_training.config import ScorerTrainingConfig
+from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
-from library.scorer_training.criteria.masked import MaskedCells
-from library.scorer_training.tasks import Task
+from library.scorer_training.criteria.masked import MaskedLatentPretraining
+from library.scorer_training.tasks import Stage, Task
 from library.scorer_training.validation import AveragedWeights, BestState, SigmaTable, selection_value, validate
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
-from library.scorers.masked_latents import MaskedLatentPretraining
-from library.settings.shared import OptimizerConfig
 from library.training.optimizers import evaluating
 from library.training.runtime import generator
 from library.training.tracking import Tracker
@@ -72,34 +70,15 @@ class PretrainingScorer(BackboneScorer):
 
     def __init__(self, spec: ScorerSpec, backbone: Backbone) -> None:
         super().__init__(spec, backbone)
-        if any(head.criterion == MaskedCells.name for head in spec.heads):
+        if any(get_criterion(head.criterion).target == "picture" for head in spec.heads):
             self.masked = MaskedLatentPretraining(backbone)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of a scorer.
-
-    Attributes:
-        name: for the logs and the record.
-        tasks: what is learned at once.
-        selecting: names of the tasks by whose metrics the best state is chosen.
-        steps, optimizer: how long, and by what. first_step: where its steps stand in the logs.
-    """
-
-    name: str
-    tasks: Sequence[Task]
-    selecting: Sequence[str]
-    steps: int
-    optimizer: OptimizerConfig
-    first_step: int = 0
 
 
 class ScorerTrainer:
     """Trains scorers on one machine's settings.
 
     Args:
-        encode_prompts: prompts to what the U-Net is told of them; needed by scorers that use the prompt.
+        encode_prompts: prompts to the conditioning of the U-Net; needed by scorers that use the prompt.
     """
 
     def __init__(
@@ -119,8 +98,7 @@ class ScorerTrainer:
         settings, device = self.settings, self.accelerator.device
         scorer.to(device).train()
         rng = generator(settings.seed, stage.name, self.accelerator.process_index)
-        make_balance = IndependentOptimizers if settings.balancing == "independent" else SummedLosses
-        balance = make_balance(self.accelerator, scorer, stage.tasks, settings, stage.optimizer, stage.steps)
+        balance = Balance(self.accelerator, scorer, stage, settings)
         backbone = [parameter for parameter in scorer.backbone.parameters() if parameter.requires_grad]
         average = AveragedWeights(scorer, settings.ema_decay)
         best = BestState(scorer, average)
@@ -145,7 +123,7 @@ class ScorerTrainer:
                     for optimizer in balance.optimizers:
                         stack.enter_context(evaluating(optimizer))
                     best.consider(step + 1, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
-            metrics = {f"loss/{name}": value for name, value in values.items()} | balance.metrics() | {"best": best.value}
+            metrics = {f"loss/{name}": value for name, value in values.items()} | {"lr": balance.learning_rate(), "best": best.value}
             self.tracker.log(metrics, stage.first_step + step)
             progress.update()
         progress.close()

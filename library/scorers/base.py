@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +15,10 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.vae import VaeFingerprint
 from library.scorers.heads import Head, HeadSpec, score_and_uncertainty
+from library.settings.registry import Registry
 from library.types import Conditioning
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class ScorerSpec:
     """All that is needed to build a scorer again and to know what it may be used for.
 
     Attributes:
-        kind: which backbone, a key of `library.scorers.registry.BACKBONES`.
+        kind: which backbone, a name in SCORER_KINDS.
         architecture: the keyword arguments of that backbone.
         vae: the VAE whose latents it reads.
         heads: what it puts out, one for each thing that it learned.
@@ -78,9 +82,15 @@ class Backbone(nn.Module):
     A backbone is built from JSON values by keyword (`ScorerSpec.architecture`) and then has random weights; those of a file
     are loaded over them. A new run calls `architecture_for` to make the JSON values and `initialise` to fill in weights that
     the backbone takes from elsewhere.
+
+    Attributes:
+        presets: arguments of each of its sizes, by the name that `scorer_size` gives.
+        not_chosen: arguments that are not the user's to choose by `scorer_args`.
+        feature_width: numbers that it puts out for a picture.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    not_chosen: ClassVar[tuple[str, ...]] = ("in_channels",)
     feature_width: int
 
     def forward(
@@ -95,13 +105,16 @@ class Backbone(nn.Module):
         Raises:
             UserError: there is no such size, or an option that this kind does not have.
         """
+        known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", *cls.not_chosen)]
+        check_scorer_args(cls.__name__, options, known)
+        return {"in_channels": source.vae.config["latent_channels"], **cls.preset(size), **options}
+
+    @classmethod
+    def preset(cls, size: str) -> dict[str, Any]:
+        """The arguments of one of its sizes, without `in_channels`. Raises UserError when there is no such size."""
         if size not in cls.presets:
             raise UserError(f"{cls.__name__} has no size {size!r}; scorer_size can be {', '.join(cls.presets)}")
-        known = inspect.signature(cls.__init__).parameters
-        for name in options:
-            if name not in known:
-                raise UserError(f"scorer_args: {cls.__name__} has no {name!r}; it has {', '.join(key for key in known if key != 'self')}")
-        return {"in_channels": source.vae.config["latent_channels"], **cls.presets[size], **options}
+        return dict(cls.presets[size])
 
     def initialise(self, source: ModelSource) -> None:
         """Take weights from the diffusion model, its VAE or a library's pretrained files. Most kinds start from random weights."""
@@ -115,7 +128,18 @@ class Backbone(nn.Module):
         return self.state_dict()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, where the kind is large enough to need it; the others do nothing here."""
+        """Recompute activations in the backward pass. A kind that cannot says so in the log."""
+        logger.warning("gradient_checkpointing does nothing: a %s keeps its activations", type(self).__name__)
+
+
+SCORER_KINDS: Registry[type[Backbone]] = Registry("scorer_kind", "library.scorers.kinds")
+
+
+def check_scorer_args(kind: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UserError when `scorer_args` names something that a kind does not know."""
+    for name in options:
+        if name not in known:
+            raise UserError(f"scorer_args: {kind} has no {name!r}; it has {', '.join(known)}")
 
 
 class Scorer(nn.Module):
@@ -198,3 +222,8 @@ class BackboneScorer(Scorer):
         self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor]:
         return score_and_uncertainty(self.outputs(self.spec.score_head, latents, sigmas, cond, prompts), self.spec.head())
+
+
+def build_scorer(spec: ScorerSpec) -> BackboneScorer:
+    """A scorer with random weights, drawn from torch's global generator. Raises UserError for an unknown kind."""
+    return BackboneScorer(spec, SCORER_KINDS[spec.kind](**spec.architecture))

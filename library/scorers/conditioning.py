@@ -1,4 +1,4 @@
-"""What the kinds of backbone share: how they are told the noise level, and stochastic depth."""
+"""What the kinds of backbone share: how the noise level enters them, and stochastic depth."""
 
 import math
 

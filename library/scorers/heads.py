@@ -16,7 +16,7 @@ class HeadSpec:
 
     Attributes:
         name: of the head, unique within its scorer.
-        criterion: what it was trained with, a key of `library.scorer_training.criteria.CRITERIA`.
+        criterion: what it was trained with, a name in `library.scorer_training.criteria.base.CRITERIA`.
         readout: how its outputs become a score, a key of READOUTS.
         outputs: K, the numbers that it puts out for a picture.
         classes: names of the K outputs, where they are classes or tags.

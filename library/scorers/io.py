@@ -13,8 +13,7 @@ from torch import Tensor
 from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorers.base import Backbone, Scorer, ScorerSpec
-from library.scorers.registry import BACKBONES, build_scorer
+from library.scorers.base import SCORER_KINDS, Backbone, Scorer, ScorerSpec, build_scorer
 
 FORMAT_KEY = "leco_score.format"
 SCORER_FORMAT, BACKBONE_FORMAT = "scorer/2", "backbone/2"
@@ -121,6 +120,6 @@ def _read(path: Path) -> tuple[str, ScorerSpec, dict[str, Tensor]]:
         spec = ScorerSpec.from_json(metadata[SPEC_KEY])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the description of the scorer in {path} cannot be read; it may be of another version: train it") from error
-    if spec.kind not in BACKBONES:
-        raise UserError(f"{path} is a scorer of kind {spec.kind!r}, which this version does not know; it knows {', '.join(BACKBONES)}")
+    if spec.kind not in SCORER_KINDS:
+        raise UserError(f"{path} is a scorer of kind {spec.kind!r}, which this version does not know; it knows {', '.join(SCORER_KINDS)}")
     return file_format, spec, tensors

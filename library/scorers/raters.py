@@ -44,7 +44,7 @@ class Rating:
 
 
 Outcome = Rating | Skipped
-Progress = Callable[[int], object]  # is told how many pictures more are done
+Progress = Callable[[int], object]  # is called with how many more pictures are done
 Prepare = Callable[[Image.Image, RatedImage], Image.Image]  # may raise UserError to leave a picture out
 
 

@@ -26,7 +26,7 @@ import difflib
 import logging
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,16 +38,22 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, *, help: str, choices: Iterable[str] | None = None, secret: bool = False) -> Any:
+def option(default: Any, *, help: str, choices: Iterable[str] | None = None, secret: bool = False, expert: bool = False) -> Any:
     """A field of a concern.
 
     Args:
         default: used when neither the command line nor the file says otherwise.
         help: one or two sentences for `--help`.
-        choices: the allowed values (of each item, for a list).
+        choices: the allowed values (of each item, for a list); a registry is asked for its names when they are needed.
         secret: never printed, written or shown in a repr.
+        expert: whether few need it.
     """
-    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "secret": secret}
+    metadata = {
+        "help": help,
+        "choices": choices if choices is None or isinstance(choices, Mapping) else tuple(choices),
+        "secret": secret,
+        "expert": expert,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -72,8 +78,9 @@ class Option:
     optional: bool
     default: Any
     help: str
-    choices: tuple[str, ...] | None
+    choices: Collection[str] | None
     secret: bool
+    expert: bool
 
 
 def options(config_class: type) -> dict[str, Option]:
@@ -173,6 +180,13 @@ def check_at_least(config: object, minimum: float, *names: str) -> None:
 def check_above(config: object, bound: float, *names: str) -> None:
     """Refuse values of `bound` and below (None passes)."""
     _check_numbers(config, names, lambda value: value > bound, f"above {bound}")
+
+
+def check_not_set(config: object, reason: str, *names: str) -> None:
+    """Refuse those of these settings that are set, where `reason` is why they would do nothing."""
+    for name in names:
+        if getattr(config, name) not in (None, ()):
+            raise UserError(f"{name} is set, but {reason}; leave it out")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -16,9 +16,8 @@ from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.vae import probe_picture
 from library.scorer_data.pictures import read_picture, to_pixels
-from library.scorer_data.readers.registry import read_records
-from library.scorer_data.records import FilePicture, Picture, RatedImage, Skipped
-from library.scorer_data.skips import SkipReport
+from library.scorer_data.readers.recognition import read_records
+from library.scorer_data.records import FilePicture, Picture, RatedImage, Skipped, SkipReport
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from library.scorers.image_models.weight_files import folder_preprocessing, load_transformers
 from library.text_free.fingerprint import PROBE_PROMPT, Fingerprint

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from library.scorer_data.readers.base import ReaderOptions
-from library.scorer_data.readers.registry import read_records
+from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import RatedImage, RatedPair, Skipped
 
 

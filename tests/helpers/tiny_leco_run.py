@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from library.models.vae import VaeFingerprint
-from library.scorers.base import Scorer, ScorerSpec
+from library.scorers.base import Scorer, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
-from library.scorers.registry import build_scorer
 from library.settings.options import build
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_vae
 from train_leco_score import LecoScoreConfig, train

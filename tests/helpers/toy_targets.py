@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from library.scorer_training.criteria.base import Criterion
-from library.scorer_training.criteria.registry import CRITERIA
+from library.scorer_training.criteria.base import CRITERIA, Criterion, get_criterion
 from library.scorers.heads import HeadSpec
 
 CLASSES = {"label": ("bad", "fair", "good"), "tags": ("sharp", "other", "third")}
+
+WITH_SCORES = [name for name, criterion in CRITERIA.items() if criterion.gives_score]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -34,7 +35,7 @@ def toy_targets(criterion: Criterion, scores: Tensor, others: Tensor) -> Tensor:
 
 def toy(name: str, count: int = 96, **options: object) -> tuple[Criterion, Tensor, Tensor, Tensor, HeadSpec]:
     """A criterion, features [N, 6] (pairs [N, 2, 6]), the true score of each picture, targets, and the head for them."""
-    criterion = CRITERIA[name]
+    criterion = get_criterion(name)
     features = randn(*((count, 2, 6) if criterion.target == "pair" else (count, 6)))
     scores = features[..., 0] - features[..., 1] / 2
     targets = toy_targets(criterion, scores, features[..., 2])

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint
-from library.scorers.base import ModelSource, ScorerSpec
-from library.scorers.image_models.registry import build_image_model, read_image_model
+from library.scorers.base import ModelSource, ScorerSpec, build_scorer
+from library.scorers.image_models.base import build_image_model, read_image_model
 from library.scorers.io import load_scorer, save_scorer
-from library.scorers.pixel import PixelBackbone
-from library.scorers.registry import build_scorer
+from library.scorers.kinds.pixel import PixelBackbone
 
 timm = pytest.importorskip("timm", reason="needs timm; see requirements-optional.txt")
 

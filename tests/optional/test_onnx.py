@@ -12,8 +12,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import encode_images
-from library.scorers.image_models.base import ImageModel
-from library.scorers.image_models.registry import build_image_model, read_image_model
+from library.scorers.image_models.base import ImageModel, build_image_model, read_image_model
 from library.scorers.io import load_scorer, save_scorer
 from tools import make_pixel_scorer
 

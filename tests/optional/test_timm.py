@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorers.base import ModelSource, ScorerSpec
+from library.scorers.base import ModelSource, ScorerSpec, build_scorer
 from library.scorers.convolutional import adapt_first_weights
 from library.scorers.io import load_scorer, save_scorer
+from library.scorers.kinds.timm import TimmBackbone
 from library.scorers.optional_packages import import_timm
-from library.scorers.registry import build_scorer
-from library.scorers.timm_backbone import TimmBackbone
 
 VIT = {"model": "test_vit", "stem_stride": 0, "model_args": {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_size": 2}}
 SWIN = {"model": "swin_tiny_patch4_window7_224", "stem_stride": 0}

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue, ReaderOptions, Tally, mean_vote, score_in_range, ten_votes
+from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, mean_vote, score_in_range, ten_votes
 from library.scorer_data.readers.files import PictureFiles, own_folder
 from library.scorer_data.readers.rows import read_rows
-from library.scorer_data.records import RatedImage, Records, Skipped
+from library.scorer_data.records import RatedImage, Records, Skipped, SkipReport
 
 COLUMNS = 15  # of AVA.txt: index, image, counts of the votes 1 to 10, two semantic tags, contest
 LIST_FOLDERS = (".", "aesthetics_image_lists", "..", "../aesthetics_image_lists")
@@ -24,7 +24,8 @@ class _Photograph:
     split: str | None
 
 
-def read_ava(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("ava")
+class Ava(Reader):
     """AVA.txt, or the folder that it is in, or the table that pyiqa makes of it (img_name, MOS, c1 ... c10, ...).
 
     The score is the mean of the votes. Pictures are IMAGE_ID.jpg in `image_dir`, or if that is not set in `images` or `image` beside the
@@ -37,36 +38,46 @@ def read_ava(path: Path, options: ReaderOptions) -> Records:
         none: all are open.
     For pyiqa's table it is official (not set), ilgnet or none. Open pictures are parted into training and validation by the run.
     """
-    options.check("ava", targets=("score", "votes", "tags"), known=("image_dir", "score_range", "split"))
-    source = path / "AVA.txt" if path.is_dir() else path
-    if not source.is_file():
-        raise UserError(f"there is no {source}; give AVA.txt, the folder that it is in, or pyiqa's table of AVA")
-    folder = own_folder(source)
-    nearby = [folder / name for name in ("images", "image") if (folder / name).is_dir()]
-    files = PictureFiles(options.image_dir or next(iter(nearby), folder))
-    names = _tag_names(folder)
-    tally = Tally()
-    photographs = _pyiqa(source, options.split) if source.suffix.lower() == ".csv" else _ava_txt(source, options.split, tally)
-    for photograph in photographs:
-        if isinstance(photograph, Skipped):
-            yield photograph
-            continue
-        try:
-            yield RatedImage(
-                picture=files.find(photograph.name),
-                name=photograph.name,
-                where=photograph.where,
-                score=score_in_range(mean_vote(photograph.votes), options),
-                votes=photograph.votes,
-                tags=tuple(names.get(number, number) for number in dict.fromkeys(photograph.tag_ids) if number != "0"),
-                split=photograph.split,
-            )
-        except BadValue as error:
-            yield error.at(photograph.where)
-    yield from tally.skipped()
+
+    targets = ("score", "votes", "tags")
+    known = ("image_dir", "score_range", "split")
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        has_votes = {"img_name", "c1", "c10"} <= source.columns
+        return has_votes or "AVA.txt" in source.files or len(source.first_words) == COLUMNS
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        source = path / "AVA.txt" if path.is_dir() else path
+        if not source.is_file():
+            raise UserError(f"there is no {source}; give AVA.txt, the folder that it is in, or pyiqa's table of AVA")
+        folder = own_folder(source)
+        nearby = [folder / name for name in ("images", "image") if (folder / name).is_dir()]
+        files = PictureFiles(options.image_dir or next(iter(nearby), folder))
+        names = _tag_names(folder)
+        tally = SkipReport()
+        photographs = _pyiqa(source, options.split) if source.suffix.lower() == ".csv" else _ava_txt(source, options.split, tally)
+        for photograph in photographs:
+            if isinstance(photograph, Skipped):
+                yield photograph
+                continue
+            try:
+                yield RatedImage(
+                    picture=files.find(photograph.name),
+                    name=photograph.name,
+                    where=photograph.where,
+                    score=score_in_range(mean_vote(photograph.votes), options),
+                    votes=photograph.votes,
+                    tags=tuple(names.get(number, number) for number in dict.fromkeys(photograph.tag_ids) if number != "0"),
+                    split=photograph.split,
+                )
+            except BadValue as error:
+                yield error.at(photograph.where)
+        yield from tally.skipped()
 
 
-def _ava_txt(path: Path, split: str, tally: Tally) -> Iterator[_Photograph | Skipped]:
+def _ava_txt(path: Path, split: str, tally: SkipReport) -> Iterator[_Photograph | Skipped]:
     splits, only_listed = _lists(path.parent, split)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line, text in enumerate(file, start=1):

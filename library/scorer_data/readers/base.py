@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from library.errors import UserError
 from library.scorer_data.records import Records, Skipped
 from library.settings.options import nearest
+from library.settings.registry import Registry
 
 TARGETS = ("score", "label", "votes", "tags", "pair")
 SPLIT_NAMES: Mapping[str, str] = {
@@ -62,35 +64,77 @@ class ReaderOptions:
             target=target, image_dir=image_dir, score_column=score_column, score_range=score_range, split=split, extra=extra
         )
 
-    def check(self, reader: str, *, targets: Sequence[str], known: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> None:
-        """Raise UserError for what a reader does not know.
 
-        Args:
-            targets: those that it can give.
-            known: those of image_dir, score_column, score_range and split that it uses.
-            extra: its own options: the type that each must have, or a tuple of the values or types that it can have.
-        """
-        extra = extra or {}
-        if self.target not in targets:
-            raise UserError(f"reader {reader!r} gives {' or '.join(targets)}, but {self.target} is to be learned; choose another criterion")
-        given = [name for name in ("image_dir", "score_column", "score_range", "split") if getattr(self, name)]
-        for name in [*given, *self.extra]:
-            options = [*known, *extra]
-            if name not in options:
-                match = nearest(name, options)
-                hint = f" (did you mean {match!r}?)" if match else ""
-                raise UserError(f"reader {reader!r} has no option {name!r}{hint}; it has {', '.join(options) or 'none'}")
-            if name in ("score_column", "score_range") and self.target != "score":
-                raise UserError(f"{name} is set for reader {reader!r}, but {self.target} is to be learned and not a score; leave it out")
-        for name, value in self.extra.items():
-            allowed = extra[name] if isinstance(extra[name], tuple) else (extra[name],)
-            fits = isinstance(value, allowed) if isinstance(allowed[0], type) else value in allowed
-            if not fits:
-                words = [_KINDS.get(entry, repr(entry)) for entry in allowed]
-                raise UserError(f"{name} of reader {reader!r} is {value!r}; it can be {' or '.join(words)}")
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a file or a folder looks like, for readers to recognise.
+
+    Attributes:
+        path: where it is.
+        is_table: whether it has rows: a table, a pattern of tables, or a folder of parquet files.
+        columns: of its first row.
+        first_words: of a text file, those of its first line.
+        files, folders: names of what a folder holds; where there is a folder train, the folders in that.
+    """
+
+    path: Path
+    is_table: bool = False
+    columns: frozenset[str] = frozenset()
+    first_words: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
-Reader = Callable[[Path, ReaderOptions], Records]
+class Reader(ABC):
+    """A source of rated pictures. `targets`, `known` and `own` say what it can be asked for; anything else is refused by name.
+
+    Attributes:
+        targets: what can be learned from it, of TARGETS.
+        known: those of image_dir, score_column, score_range and split that it uses.
+        own: its own options: the type that each must have, or a tuple of the values or types that it can have.
+        is_general: whether it is asked only about sources that no other reader recognises.
+    """
+
+    targets: ClassVar[tuple[str, ...]]
+    known: ClassVar[tuple[str, ...]] = ()
+    own: ClassVar[Mapping[str, Any]] = {}
+    is_general: ClassVar[bool] = False
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        """Whether this is what it reads."""
+        return False
+
+    @staticmethod
+    @abstractmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        """What the source holds, one record at a time. Raises UserError, here or when iterated, if it cannot be used at all."""
+
+
+READERS: Registry[type[Reader]] = Registry("reader", "library.scorer_data.readers")
+
+
+def check_options(name: str, options: ReaderOptions) -> None:
+    """Raises UserError for what the reader of this name does not know."""
+    reader = READERS[name]
+    if options.target not in reader.targets:
+        wanted = " or ".join(reader.targets)
+        raise UserError(f"reader {name!r} gives {wanted}, but {options.target} is to be learned; choose another criterion")
+    given = [key for key in ("image_dir", "score_column", "score_range", "split") if getattr(options, key)]
+    for key in [*given, *options.extra]:
+        known = [*reader.known, *reader.own]
+        if key not in known:
+            match = nearest(key, known)
+            hint = f" (did you mean {match!r}?)" if match else ""
+            raise UserError(f"reader {name!r} has no option {key!r}{hint}; it has {', '.join(known) or 'none'}")
+        if key in ("score_column", "score_range") and options.target != "score":
+            raise UserError(f"{key} is set for reader {name!r}, but {options.target} is to be learned and not a score; leave it out")
+    for key, value in options.extra.items():
+        allowed = reader.own[key] if isinstance(reader.own[key], tuple) else (reader.own[key],)
+        fits = isinstance(value, allowed) if isinstance(allowed[0], type) else value in allowed
+        if not fits:
+            words = [_KINDS.get(entry, repr(entry)) for entry in allowed]
+            raise UserError(f"{key} of reader {name!r} is {value!r}; it can be {' or '.join(words)}")
 
 
 class BadValue(ValueError):
@@ -108,23 +152,6 @@ class BadValue(ValueError):
     def at(self, where: str) -> Skipped:
         """As what a reader yields; `where` is file and line."""
         return Skipped(f"{where}: {self}", self.kind)
-
-
-class Tally:
-    """Counts rows that are left out by their kind, where there may be too many to name each."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[str, tuple[int, Skipped]] = {}
-
-    def add(self, skipped: Skipped) -> None:
-        count, first = self._kinds.get(skipped.kind, (0, skipped))
-        self._kinds[skipped.kind] = (count + skipped.count, first)
-
-    def skipped(self) -> Iterator[Skipped]:
-        """One for each kind, with its count and its first example."""
-        for kind, (count, first) in self._kinds.items():
-            others = f" (the first of {count:,} such)" if count > 1 else ""
-            yield Skipped(f"{first.reason}{others}", kind, count)
 
 
 # -- values --------------------------------------------------------------------------------------------------------------

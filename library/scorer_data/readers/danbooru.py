@@ -1,19 +1,24 @@
 """Danbooru's metadata: the JSON of both generations of gwern's Danbooru20xx, and the parquet dumps that came after."""
 
+import bisect
 import datetime
 import itertools
 import logging
+import math
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue, ReaderOptions, Tally, number, score_in_range, tag_names
+from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, number, score_in_range, tag_names
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, own_folder, source_files, subfolders
-from library.scorer_data.readers.popularity import PopularityModel
 from library.scorer_data.readers.rows import Row, read_rows
-from library.scorer_data.records import FilePicture, RatedImage, Records, Skipped
+from library.scorer_data.records import FilePicture, RatedImage, Records, Skipped, SkipReport
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ LAYOUTS: Mapping[str, str] = {
     "flat": "{id}{suffix}",
 }
 PEEKED_POSTS = 10_000  # general posts are a third of new dumps
+SMALLEST_BIN = 500  # posts: the standard error of a bin's mean is below 5% of the posts' spread
 COLUMNS = (
     *("id", "created_at", "updated_at", "score", "up_score", "down_score", "fav_count", "rating", "file_ext", "media_asset"),
     *("is_deleted", "is_banned", "is_pending", "tag_string", "tags"),
@@ -34,7 +40,8 @@ COLUMNS = (
 )
 
 
-def read_danbooru(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("danbooru")
+class Danbooru(Reader):
     """A file of posts, a folder of them (posts*.json, *.parquet), or the folder that has them in `metadata`.
 
     What it gives: score; label, which is the rating; tags. Posts that are deleted, banned or pending are left out, and videos, archives and
@@ -51,41 +58,47 @@ def read_danbooru(path: Path, options: ReaderOptions) -> Records:
             the first 10,000 posts is g or was changed in 2022 or later.
         tags: the categories of tags, of general (default), artist, copyright, character and meta: one, or a list.
     """
-    options.check(
-        "danbooru",
-        targets=("score", "label", "tags"),
-        known=("image_dir", "score_column", "score_range"),
-        extra={"layout": ("auto", *LAYOUTS), "age_correction": bool, "ratings": ("auto", "old", "new"), "tags": (str, list)},
-    )
-    shards = _shards(path)
-    own = own_folder(shards[0])
-    root = options.image_dir or (own.parent if own.name == "metadata" else own)
-    pictures = _Pictures(root, options.extra.get("layout", "auto"))
-    column = options.score_column or "score"
-    corrected = options.target == "score" and options.extra.get("age_correction", True)
-    model = _popularity(shards, column) if corrected else None
-    classes = _classes(shards, options.extra.get("ratings", "auto")) if options.target == "label" else {}
-    categories = _categories(options.extra.get("tags", "general"))
-    tally = Tally()
-    for row in _rows(shards):
-        if isinstance(row, Skipped):
-            yield row
-            continue
-        try:
-            _check_status(row)
-            score = label = tags = None
-            if options.target == "score":
-                votes = _votes(row, column)
-                score = score_in_range(model.score(votes, _day(row), _rating(row)) if model else votes, options)
-            elif options.target == "label":
-                label = _label(row, classes)
-            else:
-                tags = _tags(row, categories)
-            picture, name = pictures.find(_id(row), _suffix(row))
-            yield RatedImage(picture=picture, name=name, where=row.where, score=score, label=label, tags=tags)
-        except BadValue as error:
-            tally.add(error.at(row.where))
-    yield from tally.skipped()
+
+    targets = ("score", "label", "tags")
+    known = ("image_dir", "score_column", "score_range")
+    own = MappingProxyType({"layout": ("auto", *LAYOUTS), "age_correction": bool, "ratings": ("auto", "old", "new"), "tags": (str, list)})
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        has_posts = {"id", "rating"} <= source.columns and not source.columns.isdisjoint(("tags", "tag_string", "tag_string_general"))
+        return has_posts or "metadata" in source.folders or any(re.fullmatch(r"posts.*\.jsonl?", name) for name in source.files)
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        shards = _shards(path)
+        own = own_folder(shards[0])
+        root = options.image_dir or (own.parent if own.name == "metadata" else own)
+        pictures = _Pictures(root, options.extra.get("layout", "auto"))
+        column = options.score_column or "score"
+        corrected = options.target == "score" and options.extra.get("age_correction", True)
+        model = _popularity(shards, column) if corrected else None
+        classes = _classes(shards, options.extra.get("ratings", "auto")) if options.target == "label" else {}
+        categories = _categories(options.extra.get("tags", "general"))
+        tally = SkipReport()
+        for row in _rows(shards):
+            if isinstance(row, Skipped):
+                yield row
+                continue
+            try:
+                _check_status(row)
+                score = label = tags = None
+                if options.target == "score":
+                    votes = _votes(row, column)
+                    score = score_in_range(model.score(votes, _day(row), _rating(row)) if model else votes, options)
+                elif options.target == "label":
+                    label = _label(row, classes)
+                else:
+                    tags = _tags(row, categories)
+                picture, name = pictures.find(_id(row), _suffix(row))
+                yield RatedImage(picture=picture, name=name, where=row.where, score=score, label=label, tags=tags)
+            except BadValue as error:
+                tally.add(error.at(row.where))
+        yield from tally.skipped()
 
 
 def _shards(path: Path) -> list[Path]:
@@ -167,6 +180,78 @@ def _tags(row: Row, categories: Sequence[str]) -> tuple[str, ...]:
     else:
         raise BadValue("tags are not there")
     return tuple(dict.fromkeys(map(sys.intern, names)))  # a million posts share their tags
+
+
+# -- popularity, corrected for what it owes to a post's age and rating -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """Of one rating: `first_days` ascending; `means` and `stds` of log popularity of posts from each first day to before the next."""
+
+    first_days: list[int]
+    means: list[float]
+    stds: list[float]
+
+
+class PopularityModel:
+    """How popular a post is among its peers: those of its rating that were uploaded about when it was.
+
+    Votes and favourites grow with the time that a post has been up, with the number of users, which has grown a hundredfold since 2005, and
+    with how explicit it is: learned as they stand, they are the age and the rating of a picture more than its quality. They are near
+    lognormal, so with s the votes of a post,
+
+        y = sign(s) log(1 + |s|),    score = (y - mean y of its peers) / std y of its peers.
+
+    Peers are posts of the same rating from a span of neighbouring days that holds at least SMALLEST_BIN of them: years at the
+    beginning, single days at the end, where votes are still coming in and age matters most. A rating with fewer has one span.
+    Posts are counted by day, so the memory does not depend on their number.
+    """
+
+    def __init__(self) -> None:
+        self._days: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0, 0.0, 0.0]))  # count, sum y, sum y^2
+        self._bins: dict[str, _Bins] = {}
+
+    def add(self, votes: float, day: int, rating: str) -> None:
+        """Count one post. `day`: any running number of days."""
+        moments = self._days[rating][day]
+        value = log_popularity(votes)
+        moments[0] += 1
+        moments[1] += value
+        moments[2] += value * value
+
+    def fit(self) -> None:
+        """Part the posts that were counted into spans."""
+        for rating, days in self._days.items():
+            spans: list[tuple[int, list[float]]] = []  # newest first
+            for day in sorted(days, reverse=True):
+                if spans and spans[-1][1][0] < SMALLEST_BIN:
+                    spans[-1] = (day, _sum(spans[-1][1], days[day]))
+                else:
+                    spans.append((day, list(days[day])))
+            if len(spans) > 1 and spans[-1][1][0] < SMALLEST_BIN:
+                day, moments = spans.pop()
+                spans[-1] = (day, _sum(spans[-1][1], moments))
+            spans.reverse()
+            means = [total / count for _, (count, total, _) in spans]
+            stds = [math.sqrt(max(squares / count - mean * mean, 0.0)) for (_, (count, _, squares)), mean in zip(spans, means, strict=True)]
+            self._bins[rating] = _Bins([day for day, _ in spans], means, stds)
+
+    def score(self, votes: float, day: int, rating: str) -> float:
+        """Standard deviations above the mean of its peers; 0 where they are all alike. Only posts that were counted have peers."""
+        bins = self._bins[rating]
+        place = max(bisect.bisect_right(bins.first_days, day) - 1, 0)
+        spread = bins.stds[place]
+        return (log_popularity(votes) - bins.means[place]) / spread if spread > 1e-6 else 0.0
+
+
+def log_popularity(votes: float) -> float:
+    """sign(s) log(1 + |s|): votes may be negative."""
+    return math.copysign(math.log1p(abs(votes)), votes)
+
+
+def _sum(first: list[float], second: list[float]) -> list[float]:
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 # -- what the dump is like -----------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue, Tally
-from library.scorer_data.records import FilePicture, Skipped
+from library.scorer_data.readers.base import BadValue
+from library.scorer_data.records import FilePicture, Skipped, SkipReport
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 
@@ -106,7 +106,7 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith((".", "__")))
 
 
-def pictures_below(folder: Path, tally: Tally, *, deep: bool = True) -> Iterator[str]:
+def pictures_below(folder: Path, tally: SkipReport, *, deep: bool = True) -> Iterator[str]:
     """The pictures in a folder, and with `deep` in the folders in it: paths relative to it with forward slashes, in order.
 
     Hidden files are passed over; others that are no pictures, and names that are not UTF-8, are counted in `tally`.

@@ -5,12 +5,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from library.scorer_data.readers.base import SPLIT_NAMES, BadValue, ReaderOptions, Tally, number, split_name, weight_value
+from library.scorer_data.readers.base import (
+    READERS,
+    SPLIT_NAMES,
+    BadValue,
+    Reader,
+    ReaderOptions,
+    Source,
+    number,
+    split_name,
+    weight_value,
+)
 from library.scorer_data.readers.files import PictureFiles, own_folder, source_files
 from library.scorer_data.readers.parquet import ParquetPicture, open_parquet, picture_column
 from library.scorer_data.readers.rows import ROW_FORMATS, Row, read_rows
 from library.scorer_data.readers.tables import path_text
-from library.scorer_data.records import FilePicture, Picture, RatedPair, Records, Skipped
+from library.scorer_data.records import FilePicture, Picture, RatedPair, Records, Skipped, SkipReport
 
 PREFERENCES: Mapping[str, float] = {
     **{word: 1.0 for word in ("1", "a", "first", "left")},
@@ -20,34 +30,44 @@ PREFERENCES: Mapping[str, float] = {
 HPD_FOLDERS = ("", "train", "test")  # names in the lists are relative to one of them
 
 
-def read_pairs(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("pairs")
+class Pairs(Reader):
     """A table with path_a, path_b and label: 1, a, first or left: the first is better; 0, b, second or right: the second is; 0.5 or tie.
 
     Also read: prompt, weight, split. Options: image_dir.
     """
-    options.check("pairs", targets=("pair",), known=("image_dir",))
-    files = PictureFiles(options.image_dir or own_folder(path), once=False)
-    columns = ("path_a", "path_b", "label", "prompt", "weight", "split")
-    for source in source_files(path, ROW_FORMATS):
-        for row in read_rows(source, [["path_a"], ["path_b"], ["label"]], columns):
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            try:
-                names = path_text(row.get("path_a")), path_text(row.get("path_b"))
-                first, second = (files.find(name) for name in names)
-                yield _pair(
-                    first,
-                    second,
-                    name=" | ".join(names),
-                    where=row.where,
-                    preference=preference_value(row.get("label")),
-                    prompt=str(row.get("prompt") or ""),
-                    weight=weight_value(row.get("weight")),
-                    split=split_name(row.get("split")),
-                )
-            except BadValue as error:
-                yield error.at(row.where)
+
+    targets = ("pair",)
+    known = ("image_dir",)
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return {"path_a", "path_b"} <= source.columns
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        files = PictureFiles(options.image_dir or own_folder(path), once=False)
+        columns = ("path_a", "path_b", "label", "prompt", "weight", "split")
+        for source in source_files(path, ROW_FORMATS):
+            for row in read_rows(source, [["path_a"], ["path_b"], ["label"]], columns):
+                if isinstance(row, Skipped):
+                    yield row
+                    continue
+                try:
+                    names = path_text(row.get("path_a")), path_text(row.get("path_b"))
+                    first, second = (files.find(name) for name in names)
+                    yield _pair(
+                        first,
+                        second,
+                        name=" | ".join(names),
+                        where=row.where,
+                        preference=preference_value(row.get("label")),
+                        prompt=str(row.get("prompt") or ""),
+                        weight=weight_value(row.get("weight")),
+                        split=split_name(row.get("split")),
+                    )
+                except BadValue as error:
+                    yield error.at(row.where)
 
 
 def preference_value(value: object) -> float:
@@ -67,47 +87,57 @@ def _pair(first: Picture, second: Picture, **fields) -> RatedPair:
     return RatedPair(first=first, second=second, **fields)
 
 
-def read_pick_a_pic(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("pick_a_pic")
+class PickAPic(Reader):
     """Pick-a-Pic's parquet files (v1, v2): a file, a folder or a pattern of them.
 
     The pictures are in the cells jpg_0 and jpg_1; where a file has none (the version without pictures), they are UID.jpg (.png, .webp) in
     `image_dir`. A file train-... is open, validation... is for validation, test... for testing. Rows without a label are left out.
     """
-    options.check("pick_a_pic", targets=("pair",), known=("image_dir",))
-    needed = [["label_0"], ["image_0_uid"], ["image_1_uid"]]
-    columns = ("label_0", "label_1", "has_label", "caption", "image_0_uid", "image_1_uid", "ranking_id")
-    tally = Tally()
-    files = None
-    for source in source_files(path, (".parquet",)):
-        location, schema = source.absolute(), open_parquet(source).schema_arrow
-        stored = [picture_column(schema, name) for name in ("jpg_0", "jpg_1")]
-        if None in stored and files is None:
-            files = PictureFiles(options.image_dir or own_folder(path), once=False)
-        split = _split_of_file(source)
-        for row in read_rows(source, needed, columns):
-            assert isinstance(row, Row) and row.place is not None, "parquet rows are never unreadable"
-            try:
-                if row.get("has_label") is False:
-                    raise BadValue("pair has no label")
-                uids = str(row.get("image_0_uid")), str(row.get("image_1_uid"))
-                if uids[0] == uids[1]:
-                    raise BadValue("both pictures are the same")
-                first, second = (
-                    ParquetPicture(location, *row.place, column) if column else _by_uid(files, uid)
-                    for column, uid in zip(stored, uids, strict=True)
-                )
-                yield _pair(
-                    first,
-                    second,
-                    name=str(row.get("ranking_id") or " | ".join(uids)),
-                    where=row.where,
-                    preference=preference_value(row.get("label_0")),
-                    prompt=str(row.get("caption") or ""),
-                    split=split,
-                )
-            except BadValue as error:
-                tally.add(error.at(row.where))
-    yield from tally.skipped()
+
+    targets = ("pair",)
+    known = ("image_dir",)
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return {"image_0_uid", "image_1_uid", "label_0"} <= source.columns
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        needed = [["label_0"], ["image_0_uid"], ["image_1_uid"]]
+        columns = ("label_0", "label_1", "has_label", "caption", "image_0_uid", "image_1_uid", "ranking_id")
+        tally = SkipReport()
+        files = None
+        for source in source_files(path, (".parquet",)):
+            location, schema = source.absolute(), open_parquet(source).schema_arrow
+            stored = [picture_column(schema, name) for name in ("jpg_0", "jpg_1")]
+            if None in stored and files is None:
+                files = PictureFiles(options.image_dir or own_folder(path), once=False)
+            split = _split_of_file(source)
+            for row in read_rows(source, needed, columns):
+                assert isinstance(row, Row) and row.place is not None, "parquet rows are never unreadable"
+                try:
+                    if row.get("has_label") is False:
+                        raise BadValue("pair has no label")
+                    uids = str(row.get("image_0_uid")), str(row.get("image_1_uid"))
+                    if uids[0] == uids[1]:
+                        raise BadValue("both pictures are the same")
+                    first, second = (
+                        ParquetPicture(location, *row.place, column) if column else _by_uid(files, uid)
+                        for column, uid in zip(stored, uids, strict=True)
+                    )
+                    yield _pair(
+                        first,
+                        second,
+                        name=str(row.get("ranking_id") or " | ".join(uids)),
+                        where=row.where,
+                        preference=preference_value(row.get("label_0")),
+                        prompt=str(row.get("caption") or ""),
+                        split=split,
+                    )
+                except BadValue as error:
+                    tally.add(error.at(row.where))
+        yield from tally.skipped()
 
 
 def _by_uid(files: PictureFiles | None, uid: str) -> FilePicture:
@@ -125,34 +155,44 @@ def _split_of_file(path: Path) -> str | None:
     return None if split == "train" else split
 
 
-def read_hpdv2(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("hpdv2")
+class Hpdv2(Reader):
     """HPDv2's train.json (human_preference, file_path), whose pairs are open, or test.json (rank, image_path), for testing.
 
     Rank 0 is the best of the pictures of a prompt; each two of them are a pair. Pictures are in `image_dir`, or in train or test in it.
     """
-    options.check("hpdv2", targets=("pair",), known=("image_dir",))
-    files = PictureFiles(options.image_dir or own_folder(path), once=False)
-    for row in read_rows(path, [["file_path", "image_path"], ["human_preference", "rank"]]):
-        if isinstance(row, Skipped):
-            yield row
-            continue
-        try:
-            names = [path_text(name) for name in row.get("file_path") or row.get("image_path")]
-            ranked = row.get("human_preference") is None
-            merits = [-value for value in row.get("rank")] if ranked else list(row.get("human_preference"))
-            if len(merits) != len(names) or len(names) < 2:
-                raise BadValue("pictures and preferences are not as many", f"there are {len(names)} pictures and {len(merits)} preferences")
-        except BadValue as error:
-            yield error.at(row.where)
-            continue
-        except TypeError:
-            yield Skipped(f"{row.where}: pictures and preferences are no lists", "row is not one of HPDv2")
-            continue
-        yield from _all_pairs(names, merits, files, row, "test" if ranked else None)
+
+    targets = ("pair",)
+    known = ("image_dir",)
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return {"human_preference", "file_path"} <= source.columns or {"rank", "image_path"} <= source.columns
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        files = PictureFiles(options.image_dir or own_folder(path), once=False)
+        for row in read_rows(path, [["file_path", "image_path"], ["human_preference", "rank"]]):
+            if isinstance(row, Skipped):
+                yield row
+                continue
+            try:
+                names = [path_text(name) for name in row.get("file_path") or row.get("image_path")]
+                ranked = row.get("human_preference") is None
+                values = [-rank for rank in row.get("rank")] if ranked else list(row.get("human_preference"))
+                if len(values) != len(names) or len(names) < 2:
+                    raise BadValue("pictures and preferences are not as many", f"{len(names)} pictures, {len(values)} preferences")
+            except BadValue as error:
+                yield error.at(row.where)
+                continue
+            except TypeError:
+                yield Skipped(f"{row.where}: pictures and preferences are no lists", "row is not one of HPDv2")
+                continue
+            yield from _all_pairs(names, values, files, row, "test" if ranked else None)
 
 
 def _all_pairs(
-    names: Sequence[str], merits: Sequence[float], files: PictureFiles, row: Row, split: str | None
+    names: Sequence[str], values: Sequence[float], files: PictureFiles, row: Row, split: str | None
 ) -> Iterator[RatedPair | Skipped]:
     for first, second in itertools.combinations(range(len(names)), 2):
         try:
@@ -161,7 +201,7 @@ def _all_pairs(
                 _in_folders(files, names[second]),
                 name=f"{names[first]} | {names[second]}",
                 where=row.where,
-                preference=1.0 if merits[first] > merits[second] else 0.0 if merits[first] < merits[second] else 0.5,
+                preference=1.0 if values[first] > values[second] else 0.0 if values[first] < values[second] else 0.5,
                 prompt=str(row.get("prompt") or ""),
                 split=split,
             )

@@ -5,7 +5,18 @@ import sqlite3
 from pathlib import Path
 
 from library.errors import UserError
-from library.scorer_data.readers.base import VOTES, BadValue, ReaderOptions, mean_vote, number, score_in_range, ten_votes
+from library.scorer_data.readers.base import (
+    READERS,
+    VOTES,
+    BadValue,
+    Reader,
+    ReaderOptions,
+    Source,
+    mean_vote,
+    number,
+    score_in_range,
+    ten_votes,
+)
 from library.scorer_data.readers.files import PictureFiles, own_folder
 from library.scorer_data.readers.tables import path_text
 from library.scorer_data.records import RatedImage, Records
@@ -24,28 +35,38 @@ _QUERY = f"""
 """
 
 
-def read_simulacra(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("simulacra")
+class Simulacra(Reader):
     """The sqlite file, with the tables images, generations, ratings and paths. The score is the mean of a picture's ratings.
 
     Options: image_dir, score_range.
     """
-    options.check("simulacra", targets=("score", "votes"), known=("image_dir", "score_range"))
-    if not path.is_file():
-        raise UserError(f"there is no sqlite file {path}")
-    files = PictureFiles(options.image_dir or own_folder(path))
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        try:
-            rows = database.execute(_QUERY)
-        except sqlite3.Error as error:
-            raise UserError(f"{path} is not the sqlite file of Simulacra Aesthetic Captions: {error}") from error
-        for identifier, name, prompt, mean, *counts in rows:
-            where = f"{path}, image {identifier}"
+
+    targets = ("score", "votes")
+    known = ("image_dir", "score_range")
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return source.path.suffix.lower() in (".sqlite", ".sqlite3", ".db")
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        if not path.is_file():
+            raise UserError(f"there is no sqlite file {path}")
+        files = PictureFiles(options.image_dir or own_folder(path))
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             try:
-                votes = ten_votes(counts)
-                score = score_in_range(number(mean, "mean rating"), options)
-                if abs(mean_vote(votes) - score) > 1e-6:
-                    raise BadValue("rating is not one of 1 to 10")
-                name = path_text(name)
-                yield RatedImage(picture=files.find(name), name=name, where=where, score=score, votes=votes, prompt=str(prompt or ""))
-            except BadValue as error:
-                yield error.at(where)
+                rows = database.execute(_QUERY)
+            except sqlite3.Error as error:
+                raise UserError(f"{path} is not the sqlite file of Simulacra Aesthetic Captions: {error}") from error
+            for identifier, name, prompt, mean, *counts in rows:
+                where = f"{path}, image {identifier}"
+                try:
+                    votes = ten_votes(counts)
+                    score = score_in_range(number(mean, "mean rating"), options)
+                    if abs(mean_vote(votes) - score) > 1e-6:
+                        raise BadValue("rating is not one of 1 to 10")
+                    name = path_text(name)
+                    yield RatedImage(picture=files.find(name), name=name, where=where, score=score, votes=votes, prompt=str(prompt or ""))
+                except BadValue as error:
+                    yield error.at(where)

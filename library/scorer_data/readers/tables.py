@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 from library.scorer_data.readers.base import (
+    READERS,
     VOTES,
     BadValue,
+    Reader,
     ReaderOptions,
+    Source,
     label_text,
     mean_vote,
     number,
@@ -56,7 +60,8 @@ class Columns:
 COLUMN_OPTIONS: Mapping[str, str] = {f"{field.name}_column": field.name for field in fields(Columns) if field.name != "score"}
 
 
-def read_table(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("table")
+class Table(Reader):
     """Rows with `path` and what is to be learned: `score`, `label`, `tags`, `votes` (a JSON list) or `votes_1` ... `votes_10`.
 
     Also read: `prompt`, `weight`, `split`. A row with votes and no score has their mean for a score. Other columns are ignored.
@@ -65,30 +70,36 @@ def read_table(path: Path, options: ReaderOptions) -> Records:
     Options: image_dir, score_column, score_range, and the names of the other columns: path_column, image_column, label_column,
     tags_column, prompt_column, weight_column, split_column.
     """
-    options.check(
-        "table",
-        targets=("score", "label", "votes", "tags"),
-        known=("image_dir", "score_column", "score_range"),
-        extra=dict.fromkeys(COLUMN_OPTIONS, str),
-    )
-    columns = Columns.of(options)
-    files = PictureFiles(options.image_dir or own_folder(path))
-    for source in source_files(path, ROW_FORMATS):
-        location, stored = source.absolute(), _stored_pictures(source, columns)
-        needed: Needed = [columns.needed(options.target), *([] if stored else [(columns.path,)])]
-        for row in read_rows(source, needed, columns.read()):
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            try:
-                if stored and row.place:
-                    picture, name = ParquetPicture(location, *row.place, stored), f"{source.name}#{row.place[0]},{row.place[1]}"
-                else:
-                    name = path_text(row.get(columns.path))
-                    picture = files.find(name)
-                yield rated_image(row, picture, name, columns, options)
-            except BadValue as error:
-                yield error.at(row.where)
+
+    targets = ("score", "label", "votes", "tags")
+    known = ("image_dir", "score_column", "score_range")
+    own = MappingProxyType(dict.fromkeys(COLUMN_OPTIONS, str))
+    is_general = True
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return source.is_table
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        columns = Columns.of(options)
+        files = PictureFiles(options.image_dir or own_folder(path))
+        for source in source_files(path, ROW_FORMATS):
+            location, stored = source.absolute(), _stored_pictures(source, columns)
+            needed: Needed = [columns.needed(options.target), *([] if stored else [(columns.path,)])]
+            for row in read_rows(source, needed, columns.read()):
+                if isinstance(row, Skipped):
+                    yield row
+                    continue
+                try:
+                    if stored and row.place:
+                        picture, name = ParquetPicture(location, *row.place, stored), f"{source.name}#{row.place[0]},{row.place[1]}"
+                    else:
+                        name = path_text(row.get(columns.path))
+                        picture = files.find(name)
+                    yield rated_image(row, picture, name, columns, options)
+                except BadValue as error:
+                    yield error.at(row.where)
 
 
 def path_text(value: object) -> str:

@@ -8,9 +8,10 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue, ReaderOptions
+from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.readers.rows import Row
 from library.scorer_data.readers.tables import Columns, rated_image
@@ -21,7 +22,8 @@ _TEXTS = (".json", ".cls", ".txt")
 Sample = dict[str, tarfile.TarInfo]  # by suffix, from the first dot on
 
 
-def read_webdataset(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("webdataset")
+class WebDataset(Reader):
     """A tar file, a folder of them, or a pattern with * or {000000..000009}. The tars must not be compressed.
 
     A sample is a picture and .json (the fields that the columns of a table have), .cls (the label) and .txt (the prompt), of which only
@@ -29,25 +31,29 @@ def read_webdataset(path: Path, options: ReaderOptions) -> Records:
 
     Options: score_column, score_range, label_column, tags_column, prompt_column, weight_column, split_column: the names of the fields.
     """
-    names = ("label", "tags", "prompt", "weight", "split")
-    options.check(
-        "webdataset",
-        targets=("score", "label", "votes", "tags"),
-        known=("score_column", "score_range"),
-        extra={f"{name}_column": str for name in names},
-    )
-    columns = Columns.of(options)
-    for shard in _shards(path.absolute()):
-        if not shard.is_file():
-            yield Skipped(f"there is no shard {shard}", "shard is missing")
-            continue
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for key, sample in _samples(tar):
-                    yield _record(shard, tar, key, sample, columns, options)
-        except tarfile.ReadError as error:
-            advice = "unpack it if it is compressed: pictures are read from where they stand in the tar"
-            yield Skipped(f"shard {shard} cannot be read on ({error}); {advice}", "shard cannot be read")
+
+    targets = ("score", "label", "votes", "tags")
+    known = ("score_column", "score_range")
+    own = MappingProxyType({f"{name}_column": str for name in ("label", "tags", "prompt", "weight", "split")})
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        return source.path.suffix.lower() == ".tar" or any(name.endswith(".tar") for name in source.files)
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        columns = Columns.of(options)
+        for shard in _shards(path.absolute()):
+            if not shard.is_file():
+                yield Skipped(f"there is no shard {shard}", "shard is missing")
+                continue
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    for key, sample in _samples(tar):
+                        yield _record(shard, tar, key, sample, columns, options)
+            except tarfile.ReadError as error:
+                advice = "unpack it if it is compressed: pictures are read from where they stand in the tar"
+                yield Skipped(f"shard {shard} cannot be read on ({error}); {advice}", "shard cannot be read")
 
 
 def _shards(path: Path) -> list[Path]:

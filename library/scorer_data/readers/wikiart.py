@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from library.errors import UserError
-from library.scorer_data.readers.base import BadValue, ReaderOptions, Tally, label_text, score_in_range
+from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, label_text, score_in_range
 from library.scorer_data.readers.files import PictureFiles, own_folder
 from library.scorer_data.readers.folders import pictures_in_folders
 from library.scorer_data.readers.rows import read_rows
-from library.scorer_data.records import RatedImage, Records, Skipped
+from library.scorer_data.records import RatedImage, Records, Skipped, SkipReport
 
 TASKS = ("style", "artist", "genre")
 STYLES = ("Abstract_Expressionism", "Color_Field_Painting", "Naive_Art_Primitivism", "Post_Impressionism", "Ukiyo_e")  # some of the 27
@@ -18,7 +19,8 @@ _YEAR = re.compile(r"-(1\d{3}|20[0-2]\d)(?:-\d{1,2})?(?:\(\d+\))?$")
 Painting = tuple[str, str, str | None, str | None]  # where, path, label, split
 
 
-def read_wikiart(path: Path, options: ReaderOptions) -> Records:
+@READERS.register("wikiart")
+class WikiArt(Reader):
     """Style_Name/artist_title-year.jpg: the folder of the style folders, or one of the lists that go with it.
 
     The lists: a folder with style_train.csv and style_val.csv ("path,class number" without a header) and style_class.txt ("number name"),
@@ -28,24 +30,40 @@ def read_wikiart(path: Path, options: ReaderOptions) -> Records:
     Options: image_dir, score_column ("year", which is the only one), score_range;
     label: "style" (default), "artist" or "genre", which only the lists have.
     """
-    options.check("wikiart", targets=("score", "label"), known=("image_dir", "score_column", "score_range"), extra={"label": TASKS})
-    if options.score_column not in ("", "year"):
-        raise UserError(f"score_column is {options.score_column!r}; of WikiArt it can be year, which is read from the names of the files")
-    task = options.extra.get("label", "style")
-    tally = Tally()
-    files = PictureFiles(options.image_dir or own_folder(path))
-    for painting in _paintings(path, task, tally):
-        if isinstance(painting, Skipped):
-            yield painting
-            continue
-        where, name, label, split = painting
-        try:
-            score = score_in_range(year_of(name), options) if options.target == "score" else None
-            label = label_text(label) if options.target == "label" else None
-            yield RatedImage(picture=files.find(name), name=name, where=where, score=score, label=label, split=split)
-        except BadValue as error:
-            tally.add(error.at(where))
-    yield from tally.skipped()
+
+    targets = ("score", "label")
+    known = ("image_dir", "score_column", "score_range")
+    own = MappingProxyType({"label": TASKS})
+
+    @staticmethod
+    def recognises(source: Source) -> bool:
+        lists = tuple(f"{task}_" for task in TASKS)
+        return (
+            {"filename", "artist", "genre"} <= source.columns
+            or (source.path.suffix.lower() == ".csv" and source.path.name.lower().startswith(lists))
+            or any(name.startswith("style_train") for name in source.files)
+            or not set(STYLES).isdisjoint(source.folders)
+        )
+
+    @staticmethod
+    def read(path: Path, options: ReaderOptions) -> Records:
+        if options.score_column not in ("", "year"):
+            raise UserError(f"score_column is {options.score_column!r}; of WikiArt it can be year, which stands in the names of the files")
+        task = options.extra.get("label", "style")
+        tally = SkipReport()
+        files = PictureFiles(options.image_dir or own_folder(path))
+        for painting in _paintings(path, task, tally):
+            if isinstance(painting, Skipped):
+                yield painting
+                continue
+            where, name, label, split = painting
+            try:
+                score = score_in_range(year_of(name), options) if options.target == "score" else None
+                label = label_text(label) if options.target == "label" else None
+                yield RatedImage(picture=files.find(name), name=name, where=where, score=score, label=label, split=split)
+            except BadValue as error:
+                tally.add(error.at(where))
+        yield from tally.skipped()
 
 
 def year_of(name: str) -> int:
@@ -56,7 +74,7 @@ def year_of(name: str) -> int:
     return int(match.group(1))
 
 
-def _paintings(path: Path, task: str, tally: Tally) -> Iterator[Painting | Skipped]:
+def _paintings(path: Path, task: str, tally: SkipReport) -> Iterator[Painting | Skipped]:
     if path.is_file():
         if "filename" in path.open(encoding="utf-8-sig", errors="replace").readline():
             yield from _classes_csv(path, task)

@@ -1,1 +1,1 @@
-"""What a scorer can learn (`base`): one file for each family of criteria, all of them in `CRITERIA`."""
+"""What a scorer can learn: a file for each family of criteria, which registers them in `base.CRITERIA`."""

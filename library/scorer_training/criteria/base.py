@@ -8,6 +8,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.scorers.heads import HeadSpec
+from library.settings.registry import Registry
 
 
 class Criterion(ABC):
@@ -17,16 +18,20 @@ class Criterion(ABC):
     float32 of 0 and 1, pairs [N] float32 (the preference for the first: 1, 0 or 0.5).
 
     Attributes:
-        name: how a user calls it.
-        target: the column it learns: "score", "label", "votes", "tags" or "pair".
+        name: how a user calls it, its name in CRITERIA.
+        target: the column it learns: "score", "label", "votes", "tags" or "pair"; "picture" for one that needs no ratings.
         selection: the metric that chooses the best checkpoint; higher is better.
         mixes: whether a mixture of two pictures has the mixture of their targets, so that mixup (arXiv 1710.09412) may be used.
+        gives_score: whether a score comes of it; if not, it is for pretraining.
     """
 
-    name: ClassVar[str]
     target: ClassVar[str]
     selection: ClassVar[str]
     mixes: ClassVar[bool] = False
+    gives_score: ClassVar[bool] = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @abstractmethod
     def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
@@ -68,3 +73,11 @@ class Criterion(ABC):
                 f"dataset {name} has the target_class {options['target_class']!r}, but {self.name} learns no classes; leave it out"
             )
         return HeadSpec(name=name, criterion=self.name, members=options.get("members", 1), hidden=options.get("hidden", 0), **fields)
+
+
+CRITERIA: Registry[type[Criterion]] = Registry("criterion", "library.scorer_training.criteria")
+
+
+def get_criterion(name: str) -> Criterion:
+    """Raises UserError if there is no such criterion."""
+    return CRITERIA[name](name)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import Criterion
+from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import balanced_accuracy, mean_average_precision, micro_f1, top_k_accuracy
 from library.scorers.heads import HeadSpec
 from library.settings.options import nearest
@@ -32,6 +32,7 @@ def choose_target_class(name: str, classes: tuple[str, ...], options: Mapping[st
     return chosen
 
 
+@CRITERIA.register("classification")
 class Classification(Criterion):
     """Cross entropy against the class, of which a tenth is spread over all classes (label smoothing, arXiv 1512.00567).
 
@@ -39,7 +40,6 @@ class Classification(Criterion):
     top1 over classes, which tells more where classes are uneven.
     """
 
-    name = "classification"
     target = "label"
     selection = "top1"
     mixes = True
@@ -65,13 +65,13 @@ class Classification(Criterion):
         return F.one_hot(targets, head.outputs).float()
 
 
+@CRITERIA.register("multilabel")
 class Multilabel(Criterion):
     """Binary cross entropy of every tag, averaged over the tags.
 
     Metrics: `map`, the average precision averaged over the tags that occur, and `f1` over all pictures and tags at even odds.
     """
 
-    name = "multilabel"
     target = "tags"
     selection = "map"
     mixes = True
@@ -91,14 +91,13 @@ class Multilabel(Criterion):
         return {"map": mean_average_precision(outputs, targets), "f1": micro_f1(outputs, targets)}
 
 
+@CRITERIA.register("multilabel_asl")
 class AsymmetricMultilabel(Multilabel):
     """The asymmetric loss (Ridnik et al., arXiv 2009.14119) of every tag, averaged over the tags, for many rare and forgotten tags.
 
-    -y (1 - p) log p - (1 - y) q^4 log(1 - q), where q = max(p - 0.05, 0): absent tags that are told easily count for little, those
+    -y (1 - p) log p - (1 - y) q^4 log(1 - q), where q = max(p - 0.05, 0): absent tags that are easy count for little, those
     below 5 % for nothing, and so do those at nearly 100 %, which were probably forgotten by whoever tagged.
     """
-
-    name = "multilabel_asl"
 
     def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
         present = outputs.sigmoid()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import Criterion
+from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import pearson, root_mean_square, spearman
 from library.scorers.heads import READOUTS, HeadSpec
 
@@ -21,6 +21,7 @@ def cumulative_difference(probabilities: Tensor, shares: Tensor) -> Tensor:
     return (probabilities - shares).cumsum(-1)
 
 
+@CRITERIA.register("emd")
 class EarthMovers(Criterion):
     """The squared earth mover's distance between the predicted and the given votes over K ordered bins.
 
@@ -31,7 +32,6 @@ class EarthMovers(Criterion):
     r = 1: mean_k |CDF_k - CDF'_k|.
     """
 
-    name = "emd"
     target = "votes"
     selection = "srcc"
     mixes = True

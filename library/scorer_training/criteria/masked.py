@@ -1,23 +1,28 @@
-"""The criterion of masked pretraining, which needs pictures and no ratings; it is none of CRITERIA, since no score comes of it."""
+"""Masked pretraining: a transformer learns to see from pictures that nobody has rated."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from library.scorer_training.criteria.base import Criterion
+from library.errors import UserError
+from library.scorer_training.criteria.base import CRITERIA, Criterion
+from library.scorers.base import Backbone
 from library.scorers.heads import HeadSpec
+from library.scorers.kinds.latent_vit import LatentViT, TransformerBlock, axial_angles, grid_positions
 
 
+@CRITERIA.register("masked")
 class MaskedCells(Criterion):
-    """Filling in hidden cells: `library.scorers.masked_latents` computes the error, so the outputs [B, 1] are the losses themselves.
+    """Filling in hidden cells, for pretraining. `MaskedLatentPretraining` computes the error, so the outputs [B, 1] are the losses.
 
     Metrics: `closeness`, minus the mean error.
     """
 
-    name = "masked"
     target = "picture"
     selection = "closeness"
+    gives_score = False
 
     def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
         return HeadSpec(name=name, criterion=self.name)
@@ -27,3 +32,68 @@ class MaskedCells(Criterion):
 
     def metrics(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> dict[str, float]:
         return {"closeness": -outputs.double().mean().item()}
+
+
+def draw_visible(count: int, num_patches: int, masked_fraction: float, generator: torch.Generator) -> Tensor:
+    """The patches that stay visible in each of `count` pictures: indices [count, T], at least one, without repetition."""
+    num_visible = max(1, round(num_patches * (1 - masked_fraction)))
+    return torch.rand(count, num_patches, generator=generator).argsort(dim=1)[:, :num_visible]
+
+
+class MaskedLatentPretraining(nn.Module):
+    """A masked autoencoder (arXiv 2111.06377) of noisy latents: the backbone sees some patches, a small decoder fills in the others.
+
+    Hidden cells are 0 before the convolutions of the stem, which would see across the border of a patch. The target is clean
+    latents, so that the backbone learns to look through noise as well.
+
+    Args:
+        backbone: what is trained and kept.
+        masked_fraction: share of the patches that it does not see.
+        decoder_depth: blocks of the decoder, which is not kept.
+
+    Raises:
+        UserError: the backbone has no patches to hide.
+    """
+
+    def __init__(self, backbone: Backbone, masked_fraction: float = 0.6, decoder_depth: int = 1) -> None:
+        super().__init__()
+        if not isinstance(backbone, LatentViT):
+            raise UserError(f"masked pretraining hides tokens, which a {type(backbone).__name__} has not; set scorer_kind to latent_vit")
+        if not 0 < masked_fraction < 1:
+            raise UserError(f"the masked fraction is {masked_fraction}, but it must be above 0 and below 1")
+        self.backbone, self.masked_fraction = backbone, masked_fraction
+        self.mask_token = nn.Parameter(0.02 * torch.randn(backbone.width))
+        self.decoder = nn.ModuleList(TransformerBlock(backbone.width, backbone.heads) for _ in range(decoder_depth))
+        self.norm = nn.LayerNorm(backbone.width)
+        self.to_latents = nn.Linear(backbone.width, backbone.in_channels * backbone.patch**2)
+
+    def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of each picture.
+
+        Args:
+            latents: noisy, variance-preserving latents [B, C, h, w]. sigmas: their noise levels [B].
+            clean: the same pictures without noise [B, C, h, w].
+            generator: draws what is hidden, on the CPU.
+
+        Returns:
+            Mean squared error over the hidden cells [B].
+        """
+        backbone, patch = self.backbone, self.backbone.patch
+        latents, clean = backbone.fill_patches(latents), backbone.fill_patches(clean)
+        rows, columns = latents.shape[2] // patch, latents.shape[3] // patch
+        visible = draw_visible(len(latents), rows * columns, self.masked_fraction, generator).to(latents.device)  # [B, V]
+        hidden = torch.ones(len(latents), rows * columns, device=latents.device).scatter(1, visible, 0.0)  # [B, T], 1 where hidden
+        mask = hidden.view(-1, 1, rows, columns).repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # [B, 1, h, w]
+
+        seen, _ = backbone.encode(latents * (1 - mask), sigmas, visible)
+        num_extra = seen.shape[1] - visible.shape[1]
+        patches = self.mask_token.to(seen.dtype).expand(len(seen), rows * columns, -1)
+        patches = patches.scatter(1, visible.unsqueeze(-1).expand(-1, -1, seen.shape[2]), seen[:, num_extra:])
+        tokens = torch.cat([seen[:, :num_extra], patches], dim=1)
+        angles = axial_angles(grid_positions(rows, columns, latents.device).unsqueeze(0), num_extra, backbone.width // backbone.heads)
+        for block in self.decoder:
+            tokens = block(tokens, None, angles)
+        predicted = self.to_latents(self.norm(tokens[:, num_extra:]))  # [B, T, C * patch * patch]
+        predicted = nn.functional.fold(predicted.transpose(1, 2), clean.shape[2:], kernel_size=patch, stride=patch)
+        errors = (predicted.float() - clean.float()).square().mean(1, keepdim=True)  # [B, 1, h, w]
+        return (errors * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))

@@ -30,7 +30,7 @@ def top_k_accuracy(outputs: Tensor, labels: Tensor, k: int) -> float:
 
 
 def balanced_accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Mean over the classes that occur of the share of their pictures that are told right (Brodersen et al. 2010)."""
+    """Mean over the classes that occur of the share of their pictures that are classified right (Brodersen et al. 2010)."""
     hits = (outputs.argmax(1) == labels).double()
     return float(np.mean([hits[labels == label].mean().item() for label in labels.unique()]))
 

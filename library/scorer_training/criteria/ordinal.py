@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import Criterion
+from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import pearson, spearman
 from library.scorer_training.criteria.regression import check_scores
 from library.scorers.heads import READOUTS, HeadSpec
@@ -20,6 +20,7 @@ def steps_below(scores: Tensor, head: HeadSpec) -> Tensor:
     return (scores.unsqueeze(-1) > scores.new_tensor(head.values[:-1])).float()
 
 
+@CRITERIA.register("ordinal")
 class Ordinal(Criterion):
     """Binary cross entropy of "is it above level k?" for every step k between the L distinct scores, averaged over the L - 1 steps.
 
@@ -33,7 +34,6 @@ class Ordinal(Criterion):
     Metrics: `srcc` and `plcc` of the expected level, and `mae`, how many levels the median is off.
     """
 
-    name = "ordinal"
     target = "score"
     selection = "srcc"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import Criterion
+from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import pearson, spearman
 from library.scorer_training.criteria.regression import check_scores
 from library.scorers.heads import HeadSpec
@@ -19,6 +19,7 @@ def outcome_shares(preferences: Tensor) -> Tensor:
     return torch.stack([(2 * preferences - 1).clamp_min(0), 1 - (2 * preferences - 1).abs(), (1 - 2 * preferences).clamp_min(0)], dim=-1)
 
 
+@CRITERIA.register("pairwise")
 class Pairwise(Criterion):
     """Bradley and Terry's model of a choice between two pictures, with ties after Davidson (1970).
 
@@ -30,7 +31,6 @@ class Pairwise(Criterion):
     one's lead (0.69 for chance).
     """
 
-    name = "pairwise"
     target = "pair"
     selection = "accuracy"
 
@@ -58,6 +58,7 @@ class Pairwise(Criterion):
         return {"accuracy": right.mean().item(), "log_loss": F.softplus(-lead).mean().item()}
 
 
+@CRITERIA.register("rank")
 class Ranking(Criterion):
     """RankNet (Burges et al. 2005): log(1 + exp(-lead)) of the better over the worse, averaged over a picture's pairs within the batch.
 
@@ -67,7 +68,6 @@ class Ranking(Criterion):
     Metrics: `srcc` and `plcc`.
     """
 
-    name = "rank"
     target = "score"
     selection = "srcc"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import Criterion
+from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import pearson, root_mean_square, spearman
 from library.scorers.heads import LOG_VARIANCE_RANGE, READOUTS, HeadSpec
 
@@ -54,26 +54,27 @@ class ScoreRegression(Criterion):
         return {"srcc": spearman(scores, targets), "plcc": pearson(scores, targets), "rmse": root_mean_square(scores - targets)}
 
 
+@CRITERIA.register("mse")
 class SquaredError(ScoreRegression):
     """(output - target)^2 in standard deviations. On noisy latents its minimum is the mean score of the pictures that they can become."""
 
-    name = "mse"
     mixes = True
 
     def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
         return (outputs[:, 0] - standardised(targets, head)).square()
 
 
+@CRITERIA.register("huber")
 class HuberError(ScoreRegression):
     """Half the squared error up to one standard deviation and linear beyond (Huber 1964): an outlier pulls no harder than that."""
 
-    name = "huber"
     mixes = True
 
     def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
         return F.huber_loss(outputs[:, 0], standardised(targets, head), reduction="none")
 
 
+@CRITERIA.register("gaussian")
 class GaussianLikelihood(ScoreRegression):
     """The negative log likelihood of a normal distribution whose mean and variance are both learned (Nix and Weigend 1994).
 
@@ -85,7 +86,6 @@ class GaussianLikelihood(ScoreRegression):
     Metrics: also `nll`, the plain negative log likelihood in standardised units (1.42 for a constant).
     """
 
-    name = "gaussian"
     readout = "gaussian"
     outputs = 2
 

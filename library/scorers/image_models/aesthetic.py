@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded, take_required
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded, take_required
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, take_preprocessing
 from library.scorers.image_models.weight_files import (
     config_from_values,
@@ -34,7 +34,7 @@ class LinearChain(nn.Sequential):
 
 
 def chain_weights(tensors: Mapping[str, Tensor], path: str, widths: Sequence[int]) -> dict[str, Tensor]:
-    """A head's tensors under the names of a LinearChain; layers are told apart by the numbers in their names, whatever stands around them.
+    """A head's tensors under the names of a LinearChain; layers are known by the numbers in their names, whatever stands around them.
 
     Public files have `weight` (v1), `layers.N.weight` with N in 0, 2, 4, 6, 7 (v2) and `scoring_head.N.weight` in 0, 2, 4, 6, 8 (v2.5).
     """
@@ -92,6 +92,7 @@ class AestheticModel(ImageModel):
         return self.tower(pixel_values=views).image_embeds
 
 
+@IMAGE_MODELS.register("laion_v1")
 class LaionV1(AestheticModel):
     """LAION-AI/aesthetic-predictor: one linear layer on CLIP. About 1 to 10."""
 
@@ -99,12 +100,14 @@ class LaionV1(AestheticModel):
     example = "laion_v1:sa_0_4_vit_l_14_linear.pth?clip=FOLDER"
 
 
+@IMAGE_MODELS.register("laion_v2")
 class LaionV2(AestheticModel):
     """christophschuhmann/improved-aesthetic-predictor: 768-1024-128-64-16-1 on CLIP ViT-L/14. About 1 to 10."""
 
     example = "laion_v2:sac+logos+ava1-l14-linearMSE.pth?clip=FOLDER"
 
 
+@IMAGE_MODELS.register("aesthetic_v2_5")
 class AestheticV25(AestheticModel):
     """discus0434/aesthetic-predictor-v2-5: the same chain on SigLIP so400m. 1 to 10."""
 

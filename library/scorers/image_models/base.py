@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.scorers.image_models.preprocessing import Preprocessing
+from library.settings.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class ImageModel(nn.Module):
         raise NotImplementedError
 
 
+IMAGE_MODELS: Registry[type[ImageModel]] = Registry("image_model", "library.scorers.image_models", "family of image models")
+
+
 @dataclass(frozen=True)
 class Specification:
     """An image model as a user names it: `family:argument?key=value&key=value`."""
@@ -83,6 +87,30 @@ class Specification:
         if not (family and colon and argument):
             raise UserError(f"image model {text!r} is not of the form family:argument?key=value&key=value")
         return Specification(family, argument, options)
+
+
+def read_image_model(text: str) -> Loaded:
+    """What the user's files hold, for `family:argument?options`. The architecture has the family in it.
+
+    Raises:
+        UserError: no such family, a file that is missing or another than it should be, or an option that the family does not have.
+    """
+    given = Specification.parse(text)
+    family = IMAGE_MODELS[given.family]
+    options = dict(given.options)
+    loaded = family.read(given.argument, options)
+    if options:
+        raise UserError(f"image model {text!r} has no option {', '.join(options)}; it is written like {family.example}")
+    return Loaded({"family": given.family, **loaded.architecture}, loaded.weights)
+
+
+def build_image_model(architecture: Mapping[str, Any]) -> ImageModel:
+    """The image model of an architecture, with random weights."""
+    values = dict(architecture)
+    return IMAGE_MODELS[values.pop("family")](**values)
+
+
+# -- options of a family -------------------------------------------------------------------------------------------------
 
 
 def take_choice(options: dict[str, str], key: str, choices: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded, take_choice, take_int, take_required
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded, take_choice, take_int, take_required
 from library.scorers.image_models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, take_preprocessing
 from library.scorers.image_models.weight_files import (
     config_from_values,
@@ -38,6 +38,7 @@ def class_score(logits: Tensor, index: int, score: str, *, exclusive: bool) -> T
     return odds if score == "log_odds" else odds.sigmoid()
 
 
+@IMAGE_MODELS.register("classifier")
 class Classifier(ImageModel):
     """`AutoModelForImageClassification` of transformers.
 
@@ -82,6 +83,7 @@ def find_class(wanted: str, names: Sequence[str]) -> int:
     raise UserError(f"image model: there is no class {wanted!r}; it can be {shown}, or a number below {len(names)}")
 
 
+@IMAGE_MODELS.register("timm")
 class TimmModel(ImageModel):
     """A model of timm: one class of its classifier; or, with `score` "features", its pooled features, for training on.
 

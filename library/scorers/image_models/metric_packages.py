@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded, take_int
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded, take_int
 from library.scorers.image_models.preprocessing import Preprocessing, take_preprocessing
 from library.scorers.optional_packages import import_optional, import_torchvision
 
 RAW = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
+@IMAGE_MODELS.register("pyiqa")
 class PyiqaMetric(ImageModel):
     """A no-reference metric of pyiqa, its sign turned where lower is better.
 
@@ -44,6 +45,7 @@ class PyiqaMetric(ImageModel):
         return self.sign * self._network[0].to(views.device)(views).reshape(len(views))
 
 
+@IMAGE_MODELS.register("imscore")
 class ImscoreModel(ImageModel):
     """A scorer of imscore.
 

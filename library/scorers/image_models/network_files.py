@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded, take_choice, take_int
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded, take_choice, take_int
 from library.scorers.image_models.preprocessing import Preprocessing, take_preprocessing
 from library.scorers.image_models.weight_files import read_bytes
 from library.scorers.optional_packages import import_onnx2torch, import_optional
@@ -73,6 +73,7 @@ class NetworkFile(ImageModel):
         return torch.logit(value, eps=1e-6) if self.score == "log_odds" else value
 
 
+@IMAGE_MODELS.register("torchscript")
 class TorchScript(NetworkFile):
     """A file that torch.jit.save wrote."""
 
@@ -87,6 +88,7 @@ class TorchScript(NetworkFile):
             raise UserError(f"image model: this is no TorchScript file ({str(error).splitlines()[0]})") from error
 
 
+@IMAGE_MODELS.register("onnx")
 class Onnx(NetworkFile):
     """An ONNX file, made into a network of torch by onnx2torch."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.scorers.image_models.base import ImageModel, Loaded
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, take_preprocessing
 from library.scorers.image_models.weight_files import config_from_values, config_values, folder_preprocessing, load_transformers
 
@@ -51,6 +51,7 @@ class TextImageModel(ImageModel):
         return self.clip.text_projection(self.clip.text_model(**tokens).pooler_output)
 
 
+@IMAGE_MODELS.register("pickscore")
 class PickScore(TextImageModel):
     """PickScore (arXiv 2305.01569): about 17 to 24."""
 
@@ -58,6 +59,7 @@ class PickScore(TextImageModel):
     example = "pickscore:FOLDER"
 
 
+@IMAGE_MODELS.register("hpsv2")
 class HPSv2(TextImageModel):
     """Human Preference Score v2 (arXiv 2306.09341), of a checkpoint in transformers' layout: about 0.2 to 0.4."""
 

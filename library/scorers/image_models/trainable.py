@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded
 from library.scorers.image_models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, take_preprocessing
 from library.scorers.image_models.weight_files import config_from_values, config_values, folder_preprocessing, load_transformers
 
@@ -33,6 +33,7 @@ CONFIGURATIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
+@IMAGE_MODELS.register("backbone")
 class TransformersBackbone(ImageModel):
     """Any image model of transformers that has pooled features, or tokens to average.
 

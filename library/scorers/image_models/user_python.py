@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.scorers.image_models.base import ImageModel, Loaded
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded
 from library.scorers.image_models.preprocessing import Preprocessing, take_preprocessing
 from library.scorers.python_objects import load_object, takes_prompts
 
 logger = logging.getLogger(__name__)
 
 
+@IMAGE_MODELS.register("python")
 class UserPython(ImageModel):
     """An `nn.Module` class, made without arguments, or a function; called with pixels in 0..1, and with prompts if it takes them.
 

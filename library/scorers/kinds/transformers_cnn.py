@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from library.errors import UserError
-from library.scorers.base import Backbone, ModelSource
+from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.convolutional import (
     adapt_first_weights,
@@ -73,6 +73,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+@SCORER_KINDS.register("transformers_cnn")
 class TransformersCnn(Backbone):
     """Features of latents of any size, from a ResNet or a ConvNeXt V2 as transformers has them.
 

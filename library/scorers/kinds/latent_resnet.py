@@ -1,4 +1,4 @@
-"""A residual network over latents, told the noise level in every block."""
+"""A residual network over latents, with the noise level as an input of every block."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.scorers.base import Backbone
+from library.scorers.base import SCORER_KINDS, Backbone
 from library.scorers.conditioning import DropPath, SigmaEmbedding, drop_path_rates
 from library.types import Conditioning
 
@@ -32,6 +32,7 @@ class StochasticResnetBlock(ResnetBlock2D):
         return input_tensor + self.drop_path(hidden - input_tensor)
 
 
+@SCORER_KINDS.register("latent_resnet")
 class LatentResNet(Backbone):
     """Features of latents of any size, from diffusers' U-Net blocks.
 

@@ -1,24 +1,33 @@
 """The diffusion model's own U-Net as a backbone: its down and mid blocks have seen latents at every noise level already."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
-from library.scorers.base import Backbone, ModelSource
-from library.scorers.unet_taps import MID_BLOCK, TapReadout, build_first_half, distinctive_config, outputs_of, tap_channels, tap_names
+from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
+from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.types import Conditioning
 from networks.lora import create_network
 
 TUNINGS = ("frozen", "lora", "full")
 FROM_THE_MODEL = ("unet", "prompt_tokens", "num_timesteps")  # arguments that are not the user's to choose
 WIDEST = 768  # of the features, as in LRM
+MID_BLOCK = "mid_block"
+POOLS = ("mean", "mean_max", "attention")
+NEEDED = ("down_block_types", "block_out_channels", "cross_attention_dim")  # read by name here
+IRRELEVANT = ("self", "sample_size", "out_channels", "up_block_types")  # to the first half
+SIGMA_FEATURES, SIGMA_WIDTH = 64, 256
 
 
+@SCORER_KINDS.register("unet_encoder")
 class UNetEncoder(Backbone):
     """Features of latents from the blocks of a U-Net before its up blocks, which are neither built nor loaded; LRM, arXiv 2502.01051.
 
@@ -76,8 +85,8 @@ class UNetEncoder(Backbone):
 
         self.register_buffer("alphas_cumprod", torch.linspace(0.999, 0.005, num_timesteps))
         self.register_buffer("null_text", torch.zeros(1, prompt_tokens, unet["cross_attention_dim"]))
-        self._is_told_sizes = unet.get("addition_embed_type") == "text_time"  # SDXL
-        if self._is_told_sizes:
+        self._takes_sizes = unet.get("addition_embed_type") == "text_time"  # SDXL
+        if self._takes_sizes:
             num_sizes = 6  # (h, w, top, left, h, w)
             pooled_width = unet["projection_class_embeddings_input_dim"] - num_sizes * unet["addition_time_embed_dim"]
             self.register_buffer("null_pooled", torch.zeros(1, pooled_width))
@@ -85,20 +94,16 @@ class UNetEncoder(Backbone):
 
     @classmethod
     def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
-        if size not in cls.presets:
-            raise UserError(f"unet_encoder has no size {size!r}; scorer_size can be {', '.join(cls.presets)}")
-        parameters = inspect.signature(cls.__init__).parameters
+        preset, parameters = cls.preset(size), inspect.signature(cls.__init__).parameters
         known = [name for name in parameters if name != "self" and name not in FROM_THE_MODEL]
-        for name in options:
-            if name not in known:
-                raise UserError(f"scorer_args: unet_encoder has no {name!r}; it has {', '.join(known)}")
+        check_scorer_args("unet_encoder", options, known)
         model = source.model()
         values: dict[str, Any] = {
             "unet": distinctive_config(model.unet),
             "prompt_tokens": model.encode_prompts([""]).text.shape[1],
             "num_timesteps": len(model.schedule),
             **{name: parameters[name].default for name in known if parameters[name].default is not inspect.Parameter.empty},
-            **cls.presets[size],
+            **preset,
             **options,
         }
         values.setdefault("width", min(WIDEST, sum(tap_channels(tap_names(values["taps"], values["unet"]), values["unet"]))))
@@ -121,7 +126,7 @@ class UNetEncoder(Backbone):
                 self.get_buffer(name).copy_(value)
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
-        text, added = self._told(cond, latents.shape[0])
+        text, added = self._text_conditioning(cond, latents.shape[0])
         with outputs_of([self.unet.get_submodule(name) for name in self.taps]) as taps:
             self.unet(latents.to(self.unet.dtype), self._timesteps(sigmas), text, added_cond_kwargs=added, return_dict=False)
         return self.readout(taps, sigmas)
@@ -162,18 +167,146 @@ class UNetEncoder(Backbone):
         )
         return NoiseSchedule(alphas_cumprod=self.alphas_cumprod).timesteps_of(sigmas)
 
-    def _told(self, cond: Conditioning | None, rows: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def _text_conditioning(self, cond: Conditioning | None, rows: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The U-Net's text embeddings [B, T, D] and its added_cond_kwargs."""
         if self.use_prompt:
             assert cond is not None and len(cond) == rows, "a scorer with use_prompt reads the conditioning of its pictures"
             text, pooled = cond.text, cond.pooled
         else:
             text = self.null_text.expand(rows, -1, -1)
-            pooled = self.null_pooled.expand(rows, -1) if self._is_told_sizes else None
-        if not self._is_told_sizes:
+            pooled = self.null_pooled.expand(rows, -1) if self._takes_sizes else None
+        if not self._takes_sizes:
             return text.to(self.unet.dtype), None
         assert pooled is not None, "conditioning of another family"
         return text.to(self.unet.dtype), {
             "text_embeds": pooled.to(self.unet.dtype),
             "time_ids": self.time_ids.float().expand(rows, -1),  # sinusoids of sizes are taken in float32
         }
+
+
+# -- the first half of a U-Net: the output of a block, averaged over the picture, is a tap ------------------------------------
+
+
+def tap_names(taps: str | Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """Which blocks are read, in the order in which the U-Net runs them.
+
+    Args:
+        taps: "all" of the down and mid blocks (LRM, arXiv 2502.01051), "first_third" of the network's down, mid and up blocks (which is
+            enough for PAVRM, arXiv 2511.21541), or names of blocks.
+        config: of the U-Net.
+
+    Raises:
+        UserError: a name that is no block of its first half.
+    """
+    downs = [f"down_blocks.{index}" for index in range(len(config["down_block_types"]))]
+    blocks = [*downs, MID_BLOCK]
+    if taps == "all":
+        return blocks
+    if taps == "first_third":
+        return blocks[: max(1, round((2 * len(downs) + 1) / 3))]
+    wanted = [taps] if isinstance(taps, str) else list(taps)
+    if not wanted or not set(wanted) <= set(blocks):
+        raise UserError(f"scorer_args: taps is {taps!r}; it can be all, first_third, or a list of {', '.join(blocks)}")
+    return [block for block in blocks if block in wanted]
+
+
+def tap_channels(taps: Sequence[str], config: Mapping[str, Any]) -> list[int]:
+    """Channels of each tap."""
+    widths = config["block_out_channels"]
+    return [widths[-1] if tap == MID_BLOCK else widths[int(tap.rpartition(".")[2])] for tap in taps]
+
+
+def distinctive_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """What sets the first half of a U-Net apart from diffusers' default one, as plain JSON values; `build_first_half` takes them."""
+    config = {}
+    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items():
+        value = json.loads(json.dumps(unet.config.get(name)))  # a tuple has become a list here and there
+        if name in NEEDED or (name in unet.config and name not in IRRELEVANT and value != json.loads(json.dumps(parameter.default))):
+            config[name] = value
+    return config
+
+
+def build_first_half(config: Mapping[str, Any], last_block: str) -> UNet2DConditionModel:
+    """A U-Net with random weights that ends at a down block or at the mid block.
+
+    Its own forward runs as ever and finds nothing to do after that block. The other blocks have shapes for a moment, never memory.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config, up_block_types=("UpBlock2D",) * len(config["down_block_types"]))
+    unet.up_blocks = nn.ModuleList()
+    unet.conv_norm_out = unet.conv_act = None
+    unet.conv_out = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    if last_block != MID_BLOCK:
+        unet.mid_block = None  # pyright: ignore[reportAttributeAccessIssue]
+        unet.down_blocks = unet.down_blocks[: int(last_block.rpartition(".")[2]) + 1]  # pyright: ignore[reportAttributeAccessIssue]
+    unet.to_empty(device=device)
+    for module in unet.modules():
+        if reset := getattr(module, "reset_parameters", None):
+            reset()
+    return unet
+
+
+@contextlib.contextmanager
+def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What these modules return while the block lasts, in the order of their calls; of a tuple, its first element."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Pool(nn.Module):
+    """Maps [B, channels, h, w] to vectors [B, width]: their mean, mean and maximum, or a mean weighted by one learned query."""
+
+    def __init__(self, kind: str, channels: int) -> None:
+        super().__init__()
+        if kind not in POOLS:
+            raise UserError(f"scorer_args: pool is {kind!r}; it can be {', '.join(POOLS)}")
+        self.kind = kind
+        self.width = 2 * channels if kind == "mean_max" else channels
+        if kind == "attention":
+            self.norm = nn.LayerNorm(channels)
+            self.query = nn.Linear(channels, 1, bias=False)
+            nn.init.zeros_(self.query.weight)  # the plain mean, to begin with
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.kind == "attention":
+            tokens = maps.flatten(2).transpose(1, 2)  # [B, h w, channels]
+            return (self.query(self.norm(tokens)).softmax(1) * tokens).sum(1)
+        mean = maps.mean((2, 3))
+        return torch.cat([mean, maps.amax((2, 3))], dim=1) if self.kind == "mean_max" else mean
+
+
+class TapReadout(nn.Module):
+    """Taps and their sigma to features: each tap pooled and normalised, all projected to `width` and modulated by sigma.
+
+    Args:
+        channels: of each tap.
+        width: of the features.
+        pool: a value of POOLS.
+        dropout: on the features.
+    """
+
+    def __init__(self, *, channels: Sequence[int], width: int, pool: str, dropout: float) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(Pool(pool, count) for count in channels)
+        widths = [part.width for part in self.pools if isinstance(part, Pool)]
+        self.norms = nn.ModuleList(nn.LayerNorm(count) for count in widths)
+        self.projection = nn.Linear(sum(widths), width)
+        self.sigma_embedding = SigmaEmbedding(SIGMA_FEATURES, SIGMA_WIDTH)
+        self.film = FiLM(SIGMA_WIDTH, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, taps: Sequence[Tensor], sigmas: Tensor) -> Tensor:  # [B, C, h, w] each, [B] -> [B, width]
+        dtype = self.projection.weight.dtype  # the U-Net's may be half
+        pooled = [norm(pool(tap.to(dtype))) for tap, pool, norm in zip(taps, self.pools, self.norms, strict=True)]
+        features = self.film(self.projection(torch.cat(pooled, dim=1)), self.sigma_embedding(sigmas))
+        return self.dropout(nn.functional.silu(features))

@@ -1,6 +1,7 @@
 """Scorers that decode latents and look at the picture: networks trained on it, and ready-made image scorers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,23 +10,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
-from library.scorers.base import Backbone, ModelSource
+from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
-from library.scorers.image_models.base import Loaded
+from library.scorers.image_models.base import Loaded, build_image_model, read_image_model
 from library.scorers.image_models.preprocessing import Preprocessing
-from library.scorers.image_models.registry import build_image_model, read_image_model
 from library.scorers.image_models.trainable import CONFIGURATIONS
 from library.scorers.pixel_decoder import PixelDecoder, decoder_config, load_tiny_autoencoder
 from library.types import Conditioning
 
 RUNS_VAE = "vae"
 TIMM = "timm:"
+PROBE_PROMPT = "a photo of a cat on a chair in a garden"
 
 
+@SCORER_KINDS.register("pixel")
 class PixelBackbone(Backbone):
     """A decoder and an image model.
 
-    Trained on latents of every noise level, it is told sigma: its features are normalised and modulated by it. Ready-made, an image
+    Trained on latents of every noise level, it is given sigma: its features are normalised and modulated by it. Ready-made, an image
     model's score is its one feature.
 
     It has no presets: its sizes are those of `trainable.CONFIGURATIONS`, and an architecture needs a decoder too.
@@ -34,7 +36,7 @@ class PixelBackbone(Backbone):
         in_channels: latent channels.
         decoder: configuration of the decoder's autoencoder.
         image_model: family and arguments of the image model.
-        knows_sigma: whether it is told sigma.
+        knows_sigma: whether sigma is one of its inputs.
         decode_tile, decode_batch, decode_checkpointing: `tile`, `batch` and `checkpointing` of PixelDecoder.
         decoder_folder, pretrained: where `initialise` takes weights from: the folder of a tiny autoencoder (empty: the run's VAE), and
             the image model's specification (empty: random weights).
@@ -112,10 +114,8 @@ class PixelBackbone(Backbone):
             image_model = {"family": "backbone", "config": CONFIGURATIONS[size], "preprocessing": Preprocessing().to_dict()}
         if image_size is not None:
             image_model = {**image_model, "preprocessing": {**image_model["preprocessing"], "size": image_size}}
-        known = ("decode_tile", "decode_batch", "decode_checkpointing")
-        for name in options:
-            if name not in known:
-                raise UserError(f"scorer_args: pixel has no {name!r}; it has decoder, image_size, pretrained, {', '.join(known)}")
+        own = ("decoder", "image_size", "pretrained")
+        check_scorer_args("pixel", [*options], (*own, "decode_tile", "decode_batch", "decode_checkpointing"))
         return {
             "in_channels": channels,
             "decoder": decoder_config(autoencoder),
@@ -189,3 +189,64 @@ def ready_made(
     backbone.decoder.take_weights(decoder)
     backbone.image_model.load_state_dict(image_model.weights)
     return architecture, backbone
+
+
+# -- whether an image scorer can be learned from: many turn their gradient off, or look at the middle only ---------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientReport:
+    """How a score's gradient is spread.
+
+    Attributes:
+        reaches_latents: whether it arrives at the latents, finite and somewhere other than 0.
+        regions: its mean absolute value at the pixels of the four corners and the centre, as a multiple of the whole picture's mean.
+            0 is a blind spot.
+    """
+
+    reaches_latents: bool
+    regions: dict[str, float]
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether the score can be raised by every part of the picture."""
+        return self.reaches_latents and min(self.regions.values()) > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.reaches_latents:
+            return "no gradient reaches the latents: this scorer can rank pictures, but nothing can be trained with it"
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in self.regions.items())
+        blind = "" if self.is_everywhere else "; where it is 0, the scorer is blind"
+        return f"the gradient reaches the latents; at the pixels, relative to its mean: {shares}{blind}"
+
+
+def measure_gradient(backbone: PixelBackbone, latents: Tensor) -> GradientReport:
+    """The gradient of a ready-made score of one picture's clean latents [1, C, h, w], which best are not square."""
+    assert len(latents) == 1
+    latents = latents.detach().clone().requires_grad_()
+    pixels = backbone.decode(latents)
+    score = backbone.image_model(pixels, [PROBE_PROMPT]).sum()
+    none = GradientReport(reaches_latents=False, regions={})
+    if not score.requires_grad:
+        return none
+    at_latents, at_pixels = torch.autograd.grad(score, [latents, pixels], allow_unused=True)
+    if at_latents is None or at_pixels is None or not at_latents.isfinite().all() or not at_latents.any():
+        return none
+    strength = at_pixels[0].abs().sum(0)
+    height, width = strength.shape
+    part_height, part_width = height // 8, width // 8
+    starts = {
+        "top left": (0, 0),
+        "top right": (0, width - part_width),
+        "bottom left": (height - part_height, 0),
+        "bottom right": (height - part_height, width - part_width),
+        "centre": ((height - part_height) // 2, (width - part_width) // 2),
+    }
+    regions = {
+        name: float(strength[top : top + part_height, left : left + part_width].mean() / strength.mean())
+        for name, (top, left) in starts.items()
+    }
+    return GradientReport(reaches_latents=True, regions=regions)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.scorers.base import Backbone, ModelSource
+from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.convolutional import pad_before_halving, set_stem_stride
 from library.scorers.optional_packages import import_timm
@@ -22,6 +22,7 @@ PROBED_SIDES = (4, 8, 16, 32, 64)  # of square latents, when a model's smallest 
 STEM_POOLS = ("maxpool", "stem.pool", "stem_pool", "features.pool0")  # where the ResNet and DenseNet families have theirs
 
 
+@SCORER_KINDS.register("timm")
 class TimmBackbone(Backbone):
     """Features of latents, from a model of timm up to and including its pooling.
 
@@ -89,9 +90,7 @@ class TimmBackbone(Backbone):
     @classmethod
     def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "in_channels", "model")]
-        for name in options:
-            if name not in known:
-                raise UserError(f"scorer_args: timm has no {name!r}; it has {', '.join(known)}, and model_args for arguments of the model")
+        check_scorer_args("timm", options, known)
         return {"in_channels": source.vae.config["latent_channels"], "model": size, **options}
 
     def initialise(self, source: ModelSource) -> None:
@@ -103,12 +102,15 @@ class TimmBackbone(Backbone):
         first, *others = group_parameters(self.model, self.model.group_matcher(coarse=True), return_values=True).values()
         return [[*self.sigma_embedding.parameters(), *first], *others, [*self.films.parameters(), *self.norm.parameters()]]
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.model.set_grad_checkpointing()
+
     def _find_stages(self) -> dict[str, int]:
         """The modules that the model lists as its stages, and how many channels comes out of each."""
         info = getattr(self.model, "feature_info", [])
         stages = {stage["module"]: stage["num_chs"] for stage in getattr(info, "info", info)}  # a list, or timm's record around it
         if not stages or not set(stages) <= {name for name, _ in self.model.named_modules()}:
-            raise UserError(f"timm's {self.name} does not say what its stages are, so it cannot be told sigma; take another model")
+            raise UserError(f"timm's {self.name} does not say what its stages are, so sigma cannot enter there; take another model")
         return stages
 
     def _make_model(self, pretrained: bool = False) -> nn.Module:

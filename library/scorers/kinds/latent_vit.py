@@ -1,4 +1,4 @@
-"""A vision transformer over latents of any size, told the noise level in every block."""
+"""A vision transformer over latents of any size, with the noise level as an input of every block."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
-from library.scorers.base import Backbone
+from library.scorers.base import SCORER_KINDS, Backbone
 from library.scorers.conditioning import DropPath, FiLM, SigmaEmbedding, drop_path_rates
 from library.types import Conditioning
 
 LONGEST_PERIOD = 100.0  # of the rotary embedding, in half-sides of the picture; the shortest is 1 (DINOv3, arXiv 2508.10104)
-POSITIONS = ("rotary", "rotary_cells", "learned")
-SIGMA_INPUTS = ("adaln", "token")
 SIGMA_WIDTH = 48  # a place on a line needs few numbers, and every block has weights for each of them
-LEARNED_GRID = 8  # cells a side of the learned position embedding, before it is resampled to the picture's
 
 
 def grid_positions(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -68,11 +65,10 @@ class Attention(nn.Module):
         self.key_scale = nn.Parameter(torch.ones(width // heads))
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, angles: Tensor | None) -> Tensor:  # [B, T, width], [B or 1, 1, T, head width / 2]
+    def forward(self, tokens: Tensor, angles: Tensor) -> Tensor:  # [B, T, width], [B or 1, 1, T, head width / 2]
         query, key, value = self.to_qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
         query, key = scaled_unit_rms(query, self.query_scale), scaled_unit_rms(key, self.key_scale)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+        query, key = rotate(query, angles), rotate(key, angles)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.to_out(mixed.transpose(1, 2).flatten(2))
 
@@ -90,7 +86,7 @@ class TransformerBlock(nn.Module):
         self.mlp = FeedForward(width, mult=4, activation_fn="gelu", dropout=dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, sigma_embedding: Tensor | None, angles: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, sigma_embedding: Tensor | None, angles: Tensor) -> Tensor:
         hidden = self.attention_norm(tokens)
         if self.attention_film is not None and sigma_embedding is not None:
             hidden = self.attention_film(hidden, sigma_embedding)
@@ -112,15 +108,14 @@ class AttentionPooling(nn.Module):
         self.to_key_value = nn.Linear(width, 2 * width)
         self.key_scale = nn.Parameter(torch.ones(width // heads))
 
-    def forward(self, tokens: Tensor, angles: Tensor | None) -> Tensor:  # [B, T, width] -> [B, width]
+    def forward(self, tokens: Tensor, angles: Tensor) -> Tensor:  # [B, T, width] -> [B, width]
         key, value = self.to_key_value(self.norm(tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        key = scaled_unit_rms(key, self.key_scale)
-        if angles is not None:
-            key = rotate(key, angles)
+        key = rotate(scaled_unit_rms(key, self.key_scale), angles)
         query = self.query.to(key.dtype).expand(len(tokens), -1, -1, -1)
         return F.scaled_dot_product_attention(query, key, value).flatten(1)
 
 
+@SCORER_KINDS.register("latent_vit")
 class LatentViT(Backbone):
     """Features of latents of any size, from a transformer over their patches.
 
@@ -132,14 +127,12 @@ class LatentViT(Backbone):
         patch: latent cells a side of a token. A picture's last row and column are repeated where they do not fill a patch.
         stem: 3x3 convolutions before the patches are cut (arXiv 2106.14881); 0 for none.
         registers: tokens of no place, for what concerns the whole picture (arXiv 2309.16588).
-        position: "rotary" in units of the picture's side, "rotary_cells" in units of latent cells, or "learned", a grid that is resampled.
-        sigma_input: "adaln", in every block, or "token", one token among the others.
         dropout: inside the feed-forwards and on the features.
         drop_path: highest rate of stochastic depth.
         gradient_checkpointing: recompute the blocks in the backward pass, for memory.
 
     Raises:
-        UserError: width is no multiple of 4 * heads, or there is no such `position` or `sigma_input`.
+        UserError: width is no multiple of 4 * heads.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -158,8 +151,6 @@ class LatentViT(Backbone):
         patch: int = 1,
         stem: int = 2,
         registers: int = 4,
-        position: str = "rotary",
-        sigma_input: str = "adaln",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         gradient_checkpointing: bool = False,
@@ -167,14 +158,9 @@ class LatentViT(Backbone):
         super().__init__()
         if width % (4 * heads) != 0:
             raise UserError(f"latent_vit: width is {width} and heads is {heads}, but width must be a multiple of 4 * heads")
-        for name, value, allowed in (("position", position, POSITIONS), ("sigma_input", sigma_input, SIGMA_INPUTS)):
-            if value not in allowed:
-                raise UserError(f"latent_vit: {name} is {value!r}, but it must be {' or '.join(allowed)}")
         self.in_channels, self.width, self.heads, self.patch = in_channels, width, heads, patch
-        self.position, self.gradient_checkpointing = position, gradient_checkpointing
-        sigma_width = SIGMA_WIDTH if sigma_input == "adaln" else 0
-        self.sigma_embedding = SigmaEmbedding(64, sigma_width or width)
-        self.sigma_token = sigma_input == "token"
+        self.gradient_checkpointing = gradient_checkpointing
+        self.sigma_embedding = SigmaEmbedding(64, SIGMA_WIDTH)
 
         channels, layers = in_channels, []
         for _ in range(stem):
@@ -186,10 +172,9 @@ class LatentViT(Backbone):
             if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is self.to_tokens else "relu")
                 nn.init.zeros_(layer.bias)
-        self.places = nn.Parameter(0.02 * torch.randn(1, width, LEARNED_GRID, LEARNED_GRID)) if position == "learned" else None
         self.registers = nn.Parameter(0.02 * torch.randn(registers, width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, sigma_width, dropout, rate) for rate in drop_path_rates(drop_path, depth)
+            TransformerBlock(width, heads, SIGMA_WIDTH, dropout, rate) for rate in drop_path_rates(drop_path, depth)
         )
         self.pooling = AttentionPooling(width, heads)
         self.feature_width = 2 * width
@@ -203,7 +188,7 @@ class LatentViT(Backbone):
             return latents
         return F.pad(latents, (0, missing_columns, 0, missing_rows), mode="replicate")
 
-    def encode(self, latents: Tensor, sigmas: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(self, latents: Tensor, sigmas: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the transformer.
 
         Args:
@@ -211,13 +196,11 @@ class LatentViT(Backbone):
             visible: the patches that it is given [B, T], counted row by row; None for all.
 
         Returns:
-            Tokens [B, extra + T, width], first those that belong to no patch; and their angles, or None.
+            Tokens [B, extra + T, width], first those that belong to no patch; and their angles.
         """
         emb = self.sigma_embedding(sigmas)
         patches = self.to_tokens(self.stem(latents.to(self.to_tokens.weight.dtype)))  # [B, width, rows, columns]
         rows, columns = patches.shape[2:]
-        if self.places is not None:
-            patches = patches + F.interpolate(self.places, (rows, columns), mode="bicubic", align_corners=False)
         tokens = patches.flatten(2).transpose(1, 2)  # [B, T, width]
         positions = grid_positions(rows, columns, latents.device).unsqueeze(0)  # [1, T, 2]
         if visible is not None:
@@ -225,12 +208,8 @@ class LatentViT(Backbone):
             positions = positions.expand(len(tokens), -1, -1).gather(1, visible.unsqueeze(-1).expand(-1, -1, 2))
 
         extra = self.registers.to(tokens.dtype).expand(len(tokens), -1, -1)
-        if self.sigma_token:
-            extra = torch.cat([emb.unsqueeze(1), extra], dim=1)
         tokens = torch.cat([extra, tokens], dim=1)
-        if self.position == "rotary_cells":
-            positions = positions * (math.sqrt(rows * columns) / 2 / (2 * math.pi))  # so that the angles are those of RoPE-ViT
-        angles = None if self.places is not None else axial_angles(positions, extra.shape[1], self.width // self.heads)
+        angles = axial_angles(positions, extra.shape[1], self.width // self.heads)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, emb, angles, use_reentrant=False)

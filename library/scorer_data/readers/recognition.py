@@ -1,0 +1,58 @@
+"""From a path to its records: by the reader that is named, or by the one that recognises it."""
+
+from pathlib import Path
+
+from library.errors import UserError
+from library.scorer_data.readers.base import READERS, ReaderOptions, Source, check_options
+from library.scorer_data.readers.files import source_files, subfolders
+from library.scorer_data.readers.rows import ROW_FORMATS, first_row
+from library.scorer_data.records import Records
+
+
+def read_records(path: Path, reader: str = "auto", options: ReaderOptions | None = None) -> Records:
+    """What a source holds, one record at a time.
+
+    Args:
+        path: file, folder or pattern.
+        reader: a name in READERS, or "auto" to go by what the source looks like.
+
+    Raises:
+        UserError: here or when iterated, if the source cannot be used at all, or an option is not one of the reader's.
+    """
+    options = options or ReaderOptions()
+    name = recognise(path) if reader == "auto" else reader
+    check_options(name, options)
+    return READERS[name].read(path, options)
+
+
+def recognise(path: Path) -> str:
+    """The reader for a source, by its suffix, its columns or its folders. Raises UserError if it looks like none."""
+    source = look_at(path)
+    for name in sorted(READERS, key=lambda name: READERS[name].is_general):
+        if READERS[name].recognises(source):
+            return name
+    raise UserError(f"it does not show what {path} is; set reader to one of {', '.join(READERS)}")
+
+
+def look_at(path: Path) -> Source:
+    """What a source looks like. Raises UserError if there is nothing at this path."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        folders = subfolders(path)
+        tables = [file for file in files if file.suffix.lower() == ".parquet"]
+        return Source(
+            path=path,
+            is_table=bool(tables),
+            columns=frozenset(first_row(tables[0]) if tables else ()),
+            files=tuple(file.name for file in files),
+            folders=tuple(subfolders(path / "train") if "train" in folders else folders),
+        )
+    suffix = path.suffix.lower()
+    if suffix == ".tar":  # which may be a pattern with braces
+        return Source(path=path)
+    file = path if path.exists() else source_files(path, ROW_FORMATS)[0]  # of a pattern
+    if suffix == ".txt":
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            return Source(path=path, first_words=tuple(stream.readline().split()))
+    is_table = suffix in ROW_FORMATS
+    return Source(path=path, is_table=is_table, columns=frozenset(first_row(file) if is_table else ()))
