@@ -60,7 +60,7 @@ def dataset(cache: LatentCache, pictures: list[FilePicture], *, flips: bool = Fa
     rows = cache.find_all(pictures, VARIANTS)
     numbers = torch.arange(len(pictures)).float()
     prompts = [f"number {number}" for number in range(len(pictures))]
-    return LatentDataset(cache, rows[:, 0], numbers, numbers + 1, variant_rows=rows if flips else None, prompts=prompts)
+    return LatentDataset(cache, rows[:, None] if flips else rows[:, None, :1], numbers, numbers + 1, prompts)
 
 
 def numbers(batch: LatentBatch) -> Tensor:
@@ -109,7 +109,7 @@ def test_a_missing_variant_is_not_drawn(make: Make) -> None:
     cache, pictures = make(6)
     rows = cache.find_all(pictures, VARIANTS)
     rows[::2, 1] = -1
-    data = LatentDataset(cache, rows[:, 0], torch.arange(6), torch.ones(6), variant_rows=rows)
+    data = LatentDataset(cache, rows[:, None], torch.arange(6), torch.ones(6))
     drawn = {value for _ in range(10) for batch in data.epoch(4, rng(_)) for value in numbers(batch).tolist()}
     assert drawn == {0, 1, 1.5, 2, 3, 3.5, 4, 5, 5.5}
 
@@ -117,9 +117,7 @@ def test_a_missing_variant_is_not_drawn(make: Make) -> None:
 def test_pairs_are_flipped_together_and_may_be_of_two_buckets(make: Make) -> None:
     cache, pictures = make(12)
     first, second = cache.find_all(pictures[:6], VARIANTS), cache.find_all(pictures[6:][::-1], VARIANTS)
-    data = LatentDataset(
-        cache, first[:, 0], torch.arange(6), torch.ones(6), variant_rows=first, second_rows=second[:, 0], second_variant_rows=second
-    )
+    data = LatentDataset(cache, torch.stack([first, second], 1), torch.arange(6), torch.ones(6))
     assert set(data.buckets) == {(48, 32, 32, 32), (32, 32, 48, 32), (32, 32, 32, 32)}
     seen = set()
     for seed in range(10):
@@ -195,8 +193,8 @@ def test_another_variant_stands_in_for_a_damaged_one(make: Make) -> None:
 
 def test_a_pair_goes_with_either_picture(make: Make) -> None:
     cache, pictures = make(12)
-    rows = cache.find_all(pictures)[:, 0]
-    data = LatentDataset(cache, rows[:6], torch.arange(6), torch.ones(6), second_rows=rows[6:])
+    rows = cache.find_all(pictures)
+    data = LatentDataset(cache, torch.stack([rows[:6], rows[6:]], 1), torch.arange(6), torch.ones(6))
     forge(cache, 1.0)
     forge(cache, 10.0)
     assert sorted(torch.cat([batch.indices for batch in data.epoch(2, rng())]).tolist()) == [0, 2, 3, 5]

@@ -81,37 +81,18 @@ class LatentDataset:
 
     Args:
         cache: holds the latents.
-        rows: of the pictures as they are [N] int64.
+        rows: [N, P, V] int64, of each of a pair's pictures (P is 1 or 2) in each variant, -1 where there is none. The first variant is the
+            picture as it is; training draws from all of them, of a pair's pictures the same.
         targets: what is to be learned, indexed by a tensor of pictures' numbers [B], which gives [B, ...].
         weights: [N].
-        variant_rows: rows that a picture is drawn from in training [N, V] int64, -1 where there is none; None is `rows` alone.
-        second_rows, second_variant_rows: of pairs' second pictures. A pair's pictures are drawn in the same variant.
         prompts: [N] texts.
     """
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        rows: Tensor,
-        targets: Any,
-        weights: Tensor,
-        *,
-        variant_rows: Tensor | None = None,
-        second_rows: Tensor | None = None,
-        second_variant_rows: Tensor | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> None:
-        variant_rows = rows[:, None] if variant_rows is None else variant_rows
-        assert len(rows) == len(targets) == len(weights) == len(variant_rows) and bool((rows >= 0).all())
+    def __init__(self, cache: LatentCache, rows: Tensor, targets: Any, weights: Tensor, prompts: Sequence[str] | None = None) -> None:
+        assert len(rows) == len(targets) == len(weights) and bool((rows[..., 0] >= 0).all())
         self.cache, self.targets, self.weights, self.prompts = cache, targets, weights, prompts
-        # [N, P, 1 + V]: of each of a pair's pictures (P is 1 or 2), the plain row and those to draw from
-        parts = [torch.cat([rows[:, None], variant_rows], 1)]
-        if second_rows is not None:
-            drawn = second_rows[:, None] if second_variant_rows is None else second_variant_rows
-            assert len(second_rows) == len(rows) and drawn.shape == variant_rows.shape
-            parts.append(torch.cat([second_rows[:, None], drawn], 1))
-        self._rows = torch.stack(parts, 1)
-        sizes = torch.cat([cache.buckets_of(self._rows[:, part, 0]) for part in range(len(parts))], 1)  # [N, 2 P]
+        self._rows = rows.clone()
+        sizes = torch.cat([cache.buckets_of(part) for part in rows[..., 0].unbind(1)], 1)  # [N, 2 P]
         kinds, self._kind_of = sizes.unique(dim=0, return_inverse=True)
         self.buckets = {tuple(kind): (self._kind_of == number).nonzero().flatten() for number, kind in enumerate(kinds.tolist())}
         """Indices [n] of the pictures of each bucket (width, height); of pairs, (width, height, width, height)."""
@@ -167,9 +148,9 @@ class LatentDataset:
 
     def _draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Choose a variant of each picture: indices [B] of those that have one left, and rows [B, P]."""
-        possible = (self._rows[indices, :, 1:] >= 0).all(1)  # [B, V]
+        possible = (self._rows[indices] >= 0).all(1)  # [B, V]
         draws = torch.rand(possible.shape, generator=generator).masked_fill(~possible, -1)
-        chosen = self._rows[indices, :, 1 + draws.argmax(1)]  # [B, P]
+        chosen = self._rows[indices, :, draws.argmax(1)]  # [B, P]
         kept = possible.any(1)
         return indices[kept], chosen[kept]
 

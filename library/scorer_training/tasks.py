@@ -135,14 +135,10 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     Raises:
         UserError: too few pictures, or targets from which nothing can be learned.
     """
-    variants = config.variants.names  # which of a picture's cached variants training draws from; the first is the plain one
     criterion = get_criterion(dataset.criterion)
-    found = cache.find_all(rows.pictures, variants)
-    usable = found[:, 0] >= 0
-    second = None
-    if rows.second:
-        second = cache.find_all(rows.second, variants)
-        usable &= second[:, 0] >= 0
+    pictures = [rows.pictures, rows.second] if rows.second else [rows.pictures]
+    found = torch.stack([cache.find_all(part, config.variants.names) for part in pictures], 1)  # [N, P, V]
+    usable = (found[..., 0] >= 0).all(1)
     is_train = torch.tensor(rows.is_train, dtype=torch.bool)
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
     validation = validation[: config.training.max_validation_pictures]
@@ -159,13 +155,10 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     def part(indices: Tensor, *, vary: bool) -> LatentDataset:
         return LatentDataset(
             cache,
-            found[indices, 0],
+            found[indices] if vary else found[indices, :, :1],
             targets.take(indices) if isinstance(targets, PackedTags) else targets[indices],
             torch.tensor([rows.weights[index] for index in indices.tolist()]),
-            variant_rows=found[indices] if vary and len(variants) > 1 else None,
-            second_rows=None if second is None else second[indices, 0],
-            second_variant_rows=second[indices] if second is not None and vary and len(variants) > 1 else None,
-            prompts=[rows.prompts[index] for index in indices.tolist()],
+            [rows.prompts[index] for index in indices.tolist()],
         )
 
     repeated = torch.repeat_interleave(train, torch.tensor(rows.repeats)[train])
