@@ -349,13 +349,15 @@ def test_the_same_seed_gives_the_same_bits(workplace: Path, tmp_path: Path) -> N
 
 
 def test_labels_first_and_a_backbone_to_start_from(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = train(workplace, tmp_path / "a", pretrain_data_file=workplace / "ratings.csv", pretrain_steps=4, output_name="bright")
+    path = train(
+        workplace, tmp_path / "a", pretrain_data_file=workplace / "ratings.csv", pretrain_steps=3, max_train_steps=2, output_name="bright"
+    )
     pretraining = load_scorer(path).spec.training["pretraining"]
-    assert {"sigma", "top1", "top5"} <= set(pretraining["validation_by_task"]["pretraining"][0]) and pretraining["steps"] == 4
+    assert {"sigma", "top1", "top5"} <= set(pretraining["validation_by_task"]["pretraining"][0]) and pretraining["steps"] == 3
     assert "TOP5" in capsys.readouterr().out
-    assert [record["step"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl")] == list(range(10))
+    assert [record["step"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl")] == list(range(5))
 
-    still = {"learning_rate": 1e-12, "weight_decay": 0.0}
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "max_train_steps": 1}
     start = load_scorer(train(workplace, tmp_path / "b", backbone_weights=path.with_name("bright-backbone.safetensors"), **still))
     other = load_scorer(train(workplace, tmp_path / "c", **still))
     backbone = load_file(path.with_name("bright-backbone.safetensors"))
@@ -367,7 +369,9 @@ def test_labels_first_and_a_backbone_to_start_from(workplace: Path, tmp_path: Pa
 def test_several_things_at_once_each_with_its_head(workplace: Path, tmp_path: Path, balancing: str) -> None:
     changes = [("weight = 0.5\n", "")] if balancing == "independent" else []  # which sums no losses
     mixture = write_mixture(workplace, tmp_path / "mixture.toml", *changes)
-    path = train(workplace, tmp_path, train_data_file=None, dataset_config=mixture, balancing=balancing, score_head="backdrop")
+    path = train(
+        workplace, tmp_path, train_data_file=None, dataset_config=mixture, balancing=balancing, score_head="backdrop", max_train_steps=2
+    )
     scorer = load_scorer(path)
     assert [head.name for head in scorer.spec.heads] == ["backdrop", "bright", "words", "pairs"]
     assert scorer.spec.score_head == "backdrop" and scorer.spec.head().target_class == "dark"
@@ -386,7 +390,7 @@ def test_a_dataset_from_which_nothing_can_be_learned_is_left_out_unless_it_is_th
 ) -> None:
     one_class = ('criterion = "classification"\ntarget_class = "dark"', 'criterion = "classification"\ntarget_class = "green"')
     mixture = write_mixture(workplace, tmp_path / "mixture.toml", one_class)
-    settings = {"train_data_file": None, "dataset_config": mixture}
+    settings = {"train_data_file": None, "dataset_config": mixture, "max_train_steps": 1}
     scorer = load_scorer(train(workplace, tmp_path, **settings))
     assert [head.name for head in scorer.spec.heads] == ["bright", "words", "pairs"]
     assert "dataset backdrop is left out" in caplog.text and "green" in caplog.text
@@ -395,15 +399,21 @@ def test_a_dataset_from_which_nothing_can_be_learned_is_left_out_unless_it_is_th
 
 
 def test_an_ensemble_disagrees_and_says_so(workplace: Path, tmp_path: Path) -> None:
-    scorer = load_scorer(train(workplace, tmp_path, head_members=4, head_hidden=8, mixup_alpha=0.3, latent_shift=1))
+    scorer = load_scorer(train(workplace, tmp_path, head_members=4, head_hidden=8, mixup_alpha=0.3, latent_shift=1, max_train_steps=3))
     latents = torch.randn(5, 4, 4, 4, generator=rng())
     scores, uncertainty = scorer.score_and_uncertainty(latents, torch.zeros(5))
     assert (uncertainty > 0).all() and torch.equal(scores, scorer(latents, torch.zeros(5)))
 
 
 def test_a_transformer_first_fills_in_pictures_that_nobody_rated(workplace: Path, tmp_path: Path) -> None:
-    settings = {"pretrain_data_file": workplace, "pretrain_criterion": "masked", "pretrain_steps": 30, "pretrain_learning_rate": 3e-3}
-    scorer = load_scorer(train(workplace, tmp_path, scorer_kind="latent_vit", validate_every_n_steps=10, **settings))
+    settings = {
+        "pretrain_data_file": workplace,
+        "pretrain_criterion": "masked",
+        "pretrain_steps": 30,
+        "pretrain_learning_rate": 3e-3,
+        "max_train_steps": 1,
+    }
+    scorer = load_scorer(train(workplace, tmp_path, scorer_kind="latent_vit", validate_every_n_steps=30, **settings))
     pretraining = scorer.spec.training["pretraining"]
     assert pretraining["tasks"]["pretraining"]["criterion"] == "masked"
     assert sum(pretraining["tasks"]["pretraining"]["pictures"].values()) == 96
@@ -426,7 +436,7 @@ def test_the_backbone_waits_while_it_is_frozen(workplace: Path, tmp_path: Path) 
 
 
 def test_a_scorer_that_saw_no_noise_says_so(workplace: Path, tmp_path: Path) -> None:
-    assert load_scorer(train(workplace, tmp_path, clean_fraction=1.0)).spec.noise_aware is False
+    assert load_scorer(train(workplace, tmp_path, clean_fraction=1.0, max_train_steps=1)).spec.noise_aware is False
 
 
 def test_a_picture_weighs_what_its_row_says(workplace: Path, tmp_path: Path) -> None:

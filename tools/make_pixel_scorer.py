@@ -28,7 +28,7 @@ from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ScorerSpec
-from library.scorers.image_models.base import read_image_model
+from library.scorers.image_models.base import IMAGE_MODELS, read_image_model
 from library.scorers.io import save_scorer
 from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
 from library.scorers.pixel_decoder import load_tiny_autoencoder
@@ -54,7 +54,7 @@ class PixelScorerConfig:
 
     def __post_init__(self) -> None:
         if self.image_model is None:
-            raise UserError("image_model is not set; give an image scorer such as classifier:FOLDER?class=nsfw")
+            raise UserError(f"image_model is not set; it is one of {', '.join(IMAGE_MODELS)}, such as {IMAGE_MODELS['classifier'].example}")
         if self.output.suffix != ".safetensors":
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
         if 0 < self.decode_tile < 8:
