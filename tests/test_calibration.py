@@ -105,7 +105,8 @@ def test_a_dead_upper_arm_leaves_the_slider_as_it_is():
 def measured_at(multipliers: tuple[float, ...], gain, rng: np.random.Generator) -> ResponseCurve:
     """A curve of noisy scores with intervals, at these strengths and their opposites."""
     both = np.array([-multiplier for multiplier in multipliers[::-1]] + [0.0, *multipliers])
-    base = rng.normal(size=(12, 4, 1))
+    base = np.random.default_rng(0).normal(size=(12, 4, 1))  # the same pictures every time
+    base /= within_prompt_std(base[:, :, 0])
     scores = base + gain(both) + 0.05 * rng.normal(size=(12, 4, len(both))) * (both != 0)
     return response_curve(both, scores, np.abs(both) / 10, rng)
 
@@ -121,11 +122,10 @@ def calibrated(gain, strengths: tuple[float, ...]) -> tuple[Calibration, list[fl
     return choose_scale(found, 1.0), more
 
 
-@pytest.mark.parametrize("strengths", [(0.5, 1.0, 1.5), (0.25, 0.5, 1.0, 1.5, 2.0)], ids=str)
 @pytest.mark.parametrize("slope", [0.025, 0.3, 1.0, 6.0, 45.0])
-def test_any_strength_that_a_training_leaves_is_calibrated(strengths: tuple[float, ...], slope: float) -> None:
-    chosen, more = calibrated(lambda m: slope * m, strengths)
-    assert chosen.reached and chosen.scale == pytest.approx(1 / slope, rel=0.15)  # the unit itself varies by 12 %
+def test_any_strength_that_a_training_leaves_is_calibrated(slope: float) -> None:
+    chosen, more = calibrated(lambda m: slope * m, (0.25, 0.5, 1.0, 1.5, 2.0))
+    assert chosen.reached and chosen.scale == pytest.approx(1 / slope, rel=0.1)  # of noise in the scores
     assert bool(more) is (slope != 1.0) and len(more) <= 6
     assert chosen.line and chosen.line.slope.value == pytest.approx(1.0, rel=0.05) and chosen.line.slope.low < chosen.line.slope.high
 

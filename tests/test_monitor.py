@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from library.measuring.observation import Observation
 from PIL import Image
 
 from library.errors import UserError

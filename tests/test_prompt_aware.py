@@ -17,7 +17,7 @@ from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
 from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder
+from library.rollouts.sample import PromptEncoder, SamplingConfig
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.kinds.unet_encoder import UNetEncoder
