@@ -85,7 +85,7 @@ def train(config: LecoScoreConfig) -> Path:
         start: dict[str, float] = {}
         if first_step == 0 and monitor.observes_at(0):
             with in_use(network, optimizer.optimizer):
-                start = monitor.observe(0).metrics()
+                start = monitor.observe(0).record.metrics()
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
             outs: dict[str, list[LossOutput]] = {term.name: [] for term in terms}
@@ -112,7 +112,7 @@ def train(config: LecoScoreConfig) -> Path:
             with in_use(network, optimizer.optimizer):
                 if monitor.observes_at(done):
                     seen = monitor.observe(done)  # on every process, so that all stop together
-                    metrics, stop = metrics | seen.metrics(), seen.stop
+                    metrics, stop = metrics | seen.record.metrics(), seen.stop
                 if accelerator.is_main_process:
                     if due(done, config.monitor.sample_every_n_steps):
                         tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
@@ -123,12 +123,14 @@ def train(config: LecoScoreConfig) -> Path:
             tracker.log(metrics, step)
             progress.update()
             if stop is not None:
-                logger.info("%s; training stops", stop)
+                logger.info("step %d: training stops, because %s", done, stop)
                 break
 
     with in_use(network, optimizer.optimizer):
         if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:
             files.save_state(state(done), done, final=True)
+        if accelerator.is_main_process:  # as trained: whatever the last measurements meet, it is on disk
+            files.save(network, done, final=True)
         kept, calibration = monitor.finish(done)
         if accelerator.is_main_process:
             files.save(network, kept, final=True, calibration=calibration)

@@ -26,8 +26,9 @@ import torch
 
 from benchmarks.shapes_runs import MODEL, ROOT, drawn_pictures, train_scorer, write_subset
 from examples.shapes.draw_pictures import write_prompts
-from library.measuring.evaluation import evaluate
-from library.measuring.slider_evaluation import SliderEvaluation
+from library.measuring.judges import Judges
+from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.record import EvaluationRecord
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.rollouts.sample import SamplingConfig
@@ -82,38 +83,36 @@ def slider(name: str, **changes: Any) -> Path:
 
 def measure(
     path: Path, judges: Sequence[str], prompts_file: Path, multipliers: Sequence[float] = (-1.0, 1.0), count: int = 16, seeds: int = 4
-) -> SliderEvaluation:
+) -> EvaluationRecord:
     """What a slider does on `count` prompts with so many seeds each, by judges; kept beside it."""
     kept = path.with_name(f"measured_{prompts_file.stem}.json")
     if kept.is_file():
-        return SliderEvaluation.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+        return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     model = load_model(str(MODEL)).freeze()
     network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)
     network.apply_to(model.text_encoders, model.unet)
     found = spread(load_prompts(prompts_file), count)
-    evaluation = evaluate(
-        model,
-        network,
-        found,
-        [[50_000 + seeds * row + seed for seed in range(seeds)] for row in range(len(found))],
-        multipliers,
-        {},
-        {name.rpartition(":")[2]: load_judge(name) for name in judges},
-        SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64)),
+    measurer = Measurer(
+        model=model,
+        raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in judges})),
+        prompts=found,
+        seeds=seed_table(found, seeds, first=50_000),
+        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64)),
     )
-    kept.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
-    return evaluation
+    record = measurer.measure(network, multipliers)
+    kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
+    return record
 
 
-def gain(evaluation: SliderEvaluation, name: str, multiplier: float) -> list[float]:
+def gain(record: EvaluationRecord, name: str, multiplier: float) -> list[float]:
     """Gain and its interval at a multiplier."""
-    found = evaluation.responses[name].gains_std[evaluation.multipliers.index(multiplier)]
+    found = record.responses[name].gains_std[record.multipliers.index(multiplier)]
     return [found.value, found.low, found.high]
 
 
-def share(evaluation: SliderEvaluation, multiplier: float) -> float:
+def share(record: EvaluationRecord, multiplier: float) -> float:
     """Captions obeyed at a multiplier."""
-    return evaluation.responses["caption_obeyed"].means[evaluation.multipliers.index(multiplier)].value
+    return record.responses["caption_obeyed"].means[record.multipliers.index(multiplier)].value
 
 
 # The unit and the gain are both measured; many prompts make both firm.
@@ -288,13 +287,13 @@ def plain_prompts(path: Path) -> list[str]:
     return [prompt.prompt for prompt in load_prompts(path) if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
 
 
-def ends(measured: SliderEvaluation, score: str) -> Row:
+def ends(measured: EvaluationRecord, score: str) -> Row:
     """True gains at both ends, and captions obeyed at -1, 0 and +1."""
     captions = [share(measured, multiplier) for multiplier in (-1.0, 0.0, 1.0)]
     return {"true -1": gain(measured, score, -1.0), "true +1": gain(measured, score, 1.0), "captions": captions}
 
 
-def other_ends(measured: SliderEvaluation, score: str) -> Row:
+def other_ends(measured: EvaluationRecord, score: str) -> Row:
     return {"other -1": gain(measured, score, -1.0), "other +1": gain(measured, score, 1.0)}
 
 

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from library.measuring.evaluation import SliderEvaluation
+from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +55,8 @@ class Row:
 def read_row(kind: str, score: str, seed: int, folder: Path) -> Row:
     """The row of a finished demonstration."""
     content = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
-    evaluation = SliderEvaluation.from_dict(content["sliders"][0])
-    judges = [response for response in evaluation.responses.values() if response.role == "judge"]
+    record = EvaluationRecord.from_dict(content["sliders"][0])
+    judges = [response for response in record.responses.values() if response.role == "judge"]
     captions = next(judge for judge in judges if CAPTION_JUDGE in judge.name)
     truth = next(judge for judge in judges if judge is not captions)
     table = load_scorer(folder / f"{score}.safetensors").spec.training["validation"]
@@ -69,7 +69,7 @@ def read_row(kind: str, score: str, seed: int, folder: Path) -> Row:
         intervals=[(gain.low, gain.high) for gain in truth.gains_std],
         monotone=truth.monotone,
         captions=[mean.value for mean in captions.means],
-        pairs=evaluation.num_pairs,
+        pairs=record.num_pairs,
     )
 
 
@@ -82,8 +82,8 @@ def markdown(rows: list[Row]) -> str:
     for row in rows:
         cells = [f"{row.gains[i]:+.2f} [{row.intervals[i][0]:+.2f}, {row.intervals[i][1]:+.2f}]" for i in (0, 1, 3, 4)]
         captions = " / ".join(f"{row.captions[i]:.0%}" for i in (0, 2, 4))
-        verdict = "yes" if row.passed else "no"
-        lines.append(f"| {row.kind} | {row.score} | {row.seed} | {row.srcc:.3f} | {' | '.join(cells)} | {captions} | {verdict} |")
+        passed = "yes" if row.passed else "no"
+        lines.append(f"| {row.kind} | {row.score} | {row.seed} | {row.srcc:.3f} | {' | '.join(cells)} | {captions} | {passed} |")
     return "\n".join(lines)
 
 

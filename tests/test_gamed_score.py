@@ -48,7 +48,7 @@ def test_a_gamed_score_warns_stops_and_keeps_the_best_step(
         pixel_statistics=False,
     )
 
-    assert "the training score rises while the judges fall" in caplog.text
+    assert "moves the way the weight says and a judge the other way" in caplog.text
     records = [record for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "hack_index" in record]
     assert 2 < len(records) < 7  # at the start, and stopped before the end
     assert records[0]["hack_index"] == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.measuring.evaluation import evaluate
+from library.measuring.measure import Measurer, Raters, seed_table
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.gradients import score_gradients
@@ -17,7 +17,7 @@ from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
 from library.objectives.score_config import ScoreConfig
 from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder
+from library.rollouts.sample import PromptEncoder, SamplingConfig
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.kinds.unet_encoder import UNetEncoder
@@ -161,9 +161,15 @@ def test_a_whole_run_with_a_unet_encoder_that_reads_prompts(kind: str, tmp_path:
     calls.clear()
     network = lora_for(model)
     prompts = [PromptSpec(prompt=text) for text in texts]
-    settings = {"num_steps": 2, "guidance_scale": 3.0, "resolution": (64, 64), "batch_size": 8}
-    evaluation = evaluate(model, network, prompts, [0, 1], [-1.0, 1.0], {"told": load_scorer(path)}, {}, **settings)
-    assert {prompt for prompt, _ in calls} == set(texts) and "told" in evaluation.responses
+    measurer = Measurer(
+        model=model,
+        raters=Raters(scorers={"told": load_scorer(path)}),
+        prompts=prompts,
+        seeds=seed_table(prompts, 2),
+        sampling=SamplingConfig(num_steps=2, guidance_scale=3.0, size=(64, 64), batch_size=8),
+    )
+    record = measurer.measure(network, [-1.0, 1.0])
+    assert {prompt for prompt, _ in calls} == set(texts) and "told" in record.responses
 
 
 def _assert_is_what_was_asked_for(model: DiffusionModel, cond: Conditioning, texts: Sequence[str]) -> None:

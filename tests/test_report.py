@@ -11,81 +11,36 @@ import pytest
 import torch
 from PIL import Image
 
-from library.measuring.comparison import comparison_dict, comparison_text, digest
-from library.measuring.findings import summary, text_table, warnings_of
-from library.measuring.slider_evaluation import PictureStatistics, SliderEvaluation
-from library.measuring.statistics import summarise_response
+from library.measuring.comparison import comparison_dict, summarise
+from library.measuring.record import EvaluationRecord
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
 from library.reports.report import STATISTICS, html_report
+from library.reports.text import comparison_text, summary_sentence, text_table
+from tests.helpers.records import record_of
 
 MULTIPLIERS = (-1.0, 0.0, 1.0)
-FLAT = (0.0, 0.0, 0.0)
 
 
-def evaluation_of(
-    scorer=(-1.2, 0, 1.2), judge=(-1.0, 0, 1.0), captions=(1.0, 1.0, 1.0), clipped=FLAT, diversity=(1, 1, 1), name="brighter"
-):
-    """A slider whose gains are these, in units of a within-prompt standard deviation of 1; captions are shares."""
-    rng = np.random.default_rng(0)
-    base = np.tile([-1.0, 1.0], 20)[:, None].reshape(20, 2, 1) / np.sqrt(2)  # [P, S, 1], sample variance 1 in each prompt
-    noise = 0.02 * rng.normal(size=(20, 2, 3)) * np.array([1, 0, 1])
-    obeyed = (np.arange(40).reshape(20, 2, 1) < 40 * np.array(captions)).astype(float)
-    responses = [
-        summarise_response("score", "scorer", base + np.array(scorer) + noise, MULTIPLIERS, np.random.default_rng(1)),
-        summarise_response("judge", "judge", base + np.array(judge) + noise, MULTIPLIERS, np.random.default_rng(1)),
-        summarise_response("captions", "judge", obeyed, MULTIPLIERS, np.random.default_rng(1)),
-    ]
+def measured(score=(1.2, 1.2), judge=(1.0, 1.0), captions=(1.0, 1.0, 1.0), name="brighter", **statistics) -> EvaluationRecord:
+    """A slider whose gains at +1 and -1 are these; captions are shares; with the pictures of one prompt."""
+    record = record_of(score, {"judge": judge}, {"captions": captions}, score_name="score", spread=0.02, statistics=statistics, name=name)
     generator = torch.Generator().manual_seed(0)
-    return SliderEvaluation(
-        name=name,
-        multipliers=MULTIPLIERS,
-        prompts=tuple(f"prompt {row}" for row in range(20)),
-        seeds=tuple((2 * row, 2 * row + 1) for row in range(20)),
-        responses={response.name: response for response in responses},
-        statistics=PictureStatistics(
-            latent_drift=FLAT, pixel_drift=FLAT, clipped=clipped, latent_diversity=diversity, pixel_diversity=diversity
-        ),
-        settings={"num_steps": 20},
-        pictures=(torch.randint(0, 256, (3, 3, 40, 64), generator=generator, dtype=torch.uint8),),
-    )
+    return replace(record, pictures=(torch.randint(0, 256, (3, 3, 40, 64), generator=generator, dtype=torch.uint8),))
 
 
-def test_a_good_slider_is_told_in_plain_words_and_without_warnings():
-    evaluation = evaluation_of()
-    assert warnings_of(evaluation) == []
-    words = summary(evaluation)
+def test_a_slider_is_told_of_in_plain_words():
+    words = summary_sentence(measured())
     assert "training score score rises by 1.2" in words and "falls by 1.2" in words and "independent judge judge rises by 1.0" in words
     assert "captions holds for 100% of the base model's pictures, 100% at weight +1 and 100% at weight -1" in words
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"judge": (-1.0, 0, -0.5)}, "At weight +1 the training score follows and judge goes against it"),
-        ({"judge": (-1.0, 0, 0.3)}, "At weight +1 judge confirms less than 50% of the training score's change"),
-        ({"scorer": (0.0, 0, 1.2)}, "At weight -1 the training score score does not clearly move"),
-        ({"judge": (-1.0, 0, -0.5)}, "judge does not rise from every weight to the next"),
-        ({"captions": (0.95, 1.0, 0.85)}, "captions falls by 15% of the pictures at weight +1"),
-        ({"clipped": (0.0, 0.01, 0.2)}, "At weight +1 20% of the pixel values are clipped to black or white (1% without"),
-        ({"diversity": (0.5, 1, 1)}, "At weight -1 seeds of one prompt differ only 50%"),
-    ],
-)
-def test_warnings(changes, expected):
-    warnings = warnings_of(evaluation_of(**changes))
-    assert any(expected in line for line in warnings), warnings
-
-
-def test_a_yes_or_no_judge_that_does_not_rise_is_no_warning():
-    assert warnings_of(evaluation_of(captions=(0.95, 1.0, 0.95))) == []
-
-
 def test_text_table_is_ascii_and_aligned():
-    lines = text_table(evaluation_of(captions=(0.9, 1.0, 0.8))).splitlines()
+    lines = text_table(measured(captions=(0.9, 1.0, 0.8))).splitlines()
     assert all(line.isascii() for line in lines)
     table = lines[1:7]
     assert len({len(line) for line in table}) == 1
-    assert table[-1].split()[0] == "+1" and "+1.2" in table[-1] and "0.8 [" in table[-1]
-    assert any(line.startswith("warning: captions falls by 20%") for line in lines)
+    assert table[-1].split()[0] == "+1" and "+1.2" in table[-1] and "0.812 [" in table[-1]
+    assert any(line.startswith("warning: At weight +1 captions holds for 19% of the pictures less") for line in lines)
 
 
 class Page(HTMLParser):
@@ -110,13 +65,16 @@ class Page(HTMLParser):
 
 def test_report_is_self_contained_and_escapes_everything():
     evil = '<script>alert("1")</script>&'
-    evaluation = evaluation_of(name=evil)
-    evaluation.settings["note"] = evil
-    object.__setattr__(evaluation, "prompts", (evil, *evaluation.prompts[1:]))
-    object.__setattr__(evaluation, "responses", {evil: next(iter(evaluation.responses.values()))})
-    object.__setattr__(evaluation.responses[evil], "name", evil)
-    object.__setattr__(evaluation, "origin", {evil: evil})
-    text = html_report([evaluation], title=evil)
+    record = measured(name=evil)
+    response = replace(record.responses["score"], name=evil)
+    record = replace(
+        record,
+        settings={"note": evil},
+        prompts=(evil, *record.prompts[1:]),
+        responses={evil: response},
+        origin={evil: evil},
+    )
+    text = html_report([record], title=evil)
     page = Page(text)
     assert page.open == [] and "script" not in page.tags and "link" not in page.tags
     assert len(page.sources) == 3 + 2 and all(re.match(r"data:image/(png|jpeg);base64,", source) for source in page.sources)
@@ -128,49 +86,49 @@ def shown(source: str) -> np.ndarray:
 
 
 def test_report_shows_every_picture_as_it_is_and_large_ones_smaller():
-    evaluation = evaluation_of()
+    record = measured()
     large = torch.zeros((3, 3, 640, 320), dtype=torch.uint8)
     large[:, 1] = 200
-    object.__setattr__(evaluation, "pictures", (*evaluation.pictures, large))
-    sources = Page(html_report([evaluation])).sources
+    record = replace(record, pictures=(*record.pictures, large))
+    sources = Page(html_report([record])).sources
     for place in range(3):
-        assert np.array_equal(shown(sources[place]), evaluation.pictures[0][place].permute(1, 2, 0).numpy())
+        assert np.array_equal(shown(sources[place]), record.pictures[0][place].permute(1, 2, 0).numpy())
     assert shown(sources[3]).shape == (512, 256, 3) and np.abs(shown(sources[3]).astype(int) - [0, 200, 0]).max() < 8
     light, dark = (shown(source)[2, 2, :3].tolist() for source in (sources[7], sources[6]))
     assert light == [255, 255, 255] and dark == [0x1D, 0x21, 0x28]  # the plot for a dark page has its ground
 
 
 def test_report_says_what_one_needs_to_know():
-    text = html_report([evaluation_of(judge=(-0.5, 0, 0.4))])
+    text = html_report([measured(judge=(0.4, 0.5))])
     assert "recommended weight" in text and "Begin with weight +1" in text and "usable from -1 (no farther measured) to +1" in text
     assert "66%" in text or "67%" in text  # of 1.2 standard deviations the judges see 0.4
     assert text.index("Same prompt, same seed") < text.index("Score over weight") < text.index("What to know before using it")
-    object.__setattr__(evaluation := evaluation_of(), "statistics", replace(evaluation.statistics, saturation=(0.5, 1.0, 1.75)))
-    assert STATISTICS["saturation"][0] in html_report([evaluation]) and "1.75" in html_report([evaluation])
+    text = html_report([measured(saturation=(0.5, 1.75))])
+    assert STATISTICS["saturation"][0] in text and "1.75" in text
 
 
 def test_report_compares_several_sliders_pair_by_pair():
-    evaluations = [evaluation_of(name="step 100"), evaluation_of(scorer=(-0.4, 0, 0.4), name="step 50")]
-    text = html_report(evaluations)
+    records = [measured(name="step 100"), measured((0.4, 0.4), name="step 50")]
+    text = html_report(records)
     assert text.count("How much the scores move") == 2 and "+1.2" in text and "+0.4" in text
     assert "step 100 +1.0" in text.split("</p>")[1] or "step 50 +1.0" in text.split("</p>")[1]  # the judge of both gains 1
     assert "Side by side" in text and "<b>-0.8" in text and "<b>+0.8" in text  # step 50 minus step 100 at +1 and -1
     assert Page(text).open == [] and text.count("<details>") == 5  # the second grid, each slider, and the prompts of both
-    found = comparison_dict(evaluations)
+    found = comparison_dict(records)
     rows = found["gain_differences_std"]
     assert found["against"] == "step 100" and isinstance(rows, dict)
     assert [round(cell[0], 1) for cell in rows["step 50"]["score"]] == [0.8, 0.0, -0.8]
-    assert "step 50 - step 100, score: -0.8" in comparison_text(evaluations)
+    assert "step 50 - step 100, score: -0.8" in comparison_text(records)
 
 
-def test_a_digest_knows_how_much_the_judges_do_not_see():
-    found = digest(evaluation_of(scorer=(-1.0, 0, 1.0), judge=(-0.9, 0, 0.25)))
+def test_a_summary_knows_how_much_the_judges_do_not_see() -> None:
+    found = summarise(measured((1.0, 1.0), judge=(0.25, 0.9)))
     assert found.hack_index == pytest.approx(0.75, abs=0.03) and found.score == "score" and found.recommended == 1.0
     assert found.line and found.line.slope.value == pytest.approx(1.0, abs=0.03)
-    burnt = digest(evaluation_of(clipped=(0.0, 0.0, 0.5)))
+    burnt = summarise(measured(clipped=(0.0, 0.5)))
     assert burnt.line and burnt.line.usable[1] < 1 and burnt.recommended == burnt.line.usable[1]
-    backwards = digest(evaluation_of(scorer=(1.0, 0, -1.0)))
-    assert backwards.recommended is None and "No positive weight" in html_report([evaluation_of(scorer=(1.0, 0, -1.0))])
+    backwards = measured((-1.0, -1.0))
+    assert summarise(backwards).recommended is None and "No positive weight" in html_report([backwards])
 
 
 def test_grid_shows_every_pixel_where_it_belongs():
@@ -187,9 +145,9 @@ def test_grid_shows_every_pixel_where_it_belongs():
 
 
 def test_curve_has_a_panel_a_score():
-    three, one = evaluation_of(), evaluation_of()
-    object.__setattr__(one, "responses", {"score": one.responses["score"]})
-    wide, narrow = (Image.open(io.BytesIO(score_curves([evaluation]))) for evaluation in (three, one))
+    three = measured()
+    one = replace(three, responses={"score": three.responses["score"]})
+    wide, narrow = (Image.open(io.BytesIO(score_curves([record]))) for record in (three, one))
     assert wide.width > 2.3 * narrow.width and wide.height == narrow.height
     colours = {colour for _, colour in narrow.convert("RGB").getcolors(maxcolors=1 << 24) or []}
     assert (0x25, 0x63, 0xEB) in colours  # the line is drawn

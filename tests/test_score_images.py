@@ -19,7 +19,7 @@ from examples.shapes.world import draw, random_scene
 from library.diffusion.noise_schedule import per_sample, sigma_to_abar
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, encode_images
-from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
+from library.reports.contact_sheet import CaptionedPicture, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.readers.recognition import read_records
@@ -375,8 +375,8 @@ def test_a_table_of_another_programs_output(folder, tmp_path) -> None:
 
 
 def test_a_sheet_shows_the_pictures_in_their_order_and_proportions() -> None:
-    exhibits = [Exhibit(Image.new("RGB", (80, 40), colour), "1.0", "name") for colour in ("red", "blue")]
-    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet({"best": exhibits, "worst": exhibits[::-1]}))))
+    pictures = [CaptionedPicture(Image.new("RGB", (80, 40), colour), "1.0", "name") for colour in ("red", "blue")]
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet({"best": pictures, "worst": pictures[::-1]}))))
     red, blue = (np.argwhere((sheet == colour).all(2)) for colour in ([255, 0, 0], [0, 0, 255]))
     top, bottom = red[red[:, 0] < sheet.shape[0] // 2], red[red[:, 0] >= sheet.shape[0] // 2]
     assert top[:, 1].max() < blue[blue[:, 0] < sheet.shape[0] // 2][:, 1].min() == bottom[:, 1].min()

@@ -11,7 +11,7 @@ from library.measuring.response_curve import ResponseCurve
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
 from tests.helpers.tiny_models import tiny_model
-from tests.test_sampling import network_for
+from tests.helpers.tiny_networks import lora_for
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 CALIBRATION = choose_scale(
@@ -28,7 +28,7 @@ CALIBRATION = choose_scale(
 @pytest.fixture
 def files(tmp_path):
     model = tiny_model()
-    return SliderFiles(SavingConfig(output_dir=tmp_path, output_name="tiny"), NetworkConfig(), model.spec, (64, 64), {}), network_for(model)
+    return SliderFiles(SavingConfig(output_dir=tmp_path, output_name="tiny"), NetworkConfig(), model.spec, (64, 64), {}), lora_for(model)
 
 
 def test_calibration_is_in_the_metadata_the_card_and_a_plot(files, tmp_path):

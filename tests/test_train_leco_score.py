@@ -146,9 +146,9 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
 
 
 def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.measuring.verdict import Watch
+    from library.slider_training.early_stop import EarlyStop
 
-    monkeypatch.setattr(Watch, "_stop", lambda self, seen: "strong enough" if seen.step == 2 else None)
+    monkeypatch.setattr(EarlyStop, "add", lambda self, step, record: ("it is strong enough" if step == 2 else None, []))
     run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 

@@ -19,23 +19,21 @@ from pathlib import Path
 
 import safetensors
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
-from library.measuring.comparison import comparison_dict, comparison_text, digest
-from library.measuring.evaluation import evaluate, sample_base
-from library.measuring.findings import text_table
-from library.measuring.slider_evaluation import SliderEvaluation
-from library.models.base import DiffusionModel
+from library.measuring.comparison import comparison_dict, summarise
+from library.measuring.judges import Judges
+from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.record import FORMAT, EvaluationRecord
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.reports.plots import multiplier_grid, score_curves
 from library.reports.report import html_report
+from library.reports.text import comparison_text, text_table
 from library.rollouts.few_step import SamplingChoice, detect, recommended
 from library.rollouts.sample import SamplingConfig
 from library.scorers.base import Scorer
@@ -45,7 +43,6 @@ from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
 from library.settings.shared import ModelConfig
 from library.training.runtime import check_writable, set_num_threads, weight_dtype
-from library.types import PromptSpec
 from networks.lora import create_network_from_weights
 
 ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
@@ -94,7 +91,7 @@ class EvaluationConfig:
     num_grid_prompts: int = option(6, help="Rows of the picture grid.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the model computes in; no is float32.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
-    title: str = option("", help="Heading of the report; default the sliders' names.")
+    title: str | None = option(None, help="Heading of the report; not set: the sliders' names.")
     output_dir: Path = option(Path("evaluation"), help="Folder for the results.")
 
     def __post_init__(self) -> None:
@@ -147,7 +144,7 @@ def main() -> None:
         dtype=weight_dtype(settings.mixed_precision),
         device=device,
     )
-    for scorer in [*scorers.values(), *(judge for judge in judges.values() if isinstance(judge, Scorer))]:
+    for scorer in [*scorers.values(), *judges.scorers.values()]:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_writable(settings.output_dir)
 
@@ -167,84 +164,53 @@ def main() -> None:
         guidance_rescale=settings.guidance_rescale,
         batch_size=settings.batch_size,
     )
-    bench = Bench(model, prompts, seed_table(prompts, settings), scorers, judges, settings, sampling)
-    with bench.progress(len(prompts), "sampling the base model") as bar:
-        base = sample_base(model, prompts, bench.seeds, sampling, progress=bar.update)
-    evaluations = [bench.measure(file, name, base) for file, name in zip(files, names, strict=True)]
-    paths = write_results(settings.output_dir, evaluations, settings.title)
-    print("\n\n".join(map(text_table, evaluations)))
-    print(f"\n{comparison_text(evaluations)}\n\n" + "\n".join(map(str, paths)))
+    measurer = Measurer(
+        model=model,
+        raters=Raters(scorers=scorers, judges=judges),
+        prompts=prompts,
+        seeds=seed_table(prompts, settings.seeds_per_prompt, settings.seed),
+        sampling=sampling,
+        num_pictures=settings.num_grid_prompts,
+    )
+    records = [measure(measurer, file, name, settings) for file, name in zip(files, names, strict=True)]
+    paths = write_results(settings.output_dir, records, settings.title)
+    print("\n\n".join(map(text_table, records)))
+    print(f"\n{comparison_text(records)}\n\n" + "\n".join(map(str, paths)))
 
 
-@dataclass(frozen=True)
-class Bench:
-    """All that the sliders of a comparison share.
-
-    Attributes:
-        seeds: [P][S].
-        sampling: how the pictures are made.
-    """
-
-    model: DiffusionModel
-    prompts: Sequence[PromptSpec]
-    seeds: list[list[int]]
-    scorers: Mapping[str, Scorer]
-    judges: Mapping[str, Judge | Scorer]
-    settings: EvaluationConfig
-    sampling: SamplingConfig
-
-    def progress(self, num_pictures: int, label: str) -> tqdm:
-        """A bar for so many pictures of each seed."""
-        steps = sum(prompt.num_steps or self.sampling.num_steps for prompt in self.prompts) / len(self.prompts)
-        return tqdm(total=round(num_pictures * self.settings.seeds_per_prompt * steps), desc=label, unit="step")
-
-    def measure(self, file: Path, name: str, base: Sequence[Tensor]) -> SliderEvaluation:
-        """Attach one LoRA, measure it, and take it off again."""
-        model, settings = self.model, self.settings
-        network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
-        network.to(model.device)
-        network.apply_to(model.text_encoders, model.unet)
-        num_weights = len({*settings.multipliers} - {0.0})
-        try:
-            with self.progress(len(self.prompts) * num_weights, f"sampling {name}") as bar:
-                evaluation = evaluate(
-                    model,
-                    network,
-                    self.prompts,
-                    self.seeds,
-                    settings.multipliers,
-                    self.scorers,
-                    self.judges,
-                    self.sampling,
-                    name=name,
-                    base=base,
-                    num_pictures=settings.num_grid_prompts,
-                    progress=bar.update,
-                )
-        finally:
-            network.remove()
-        assert settings.prompts_file is not None
-        files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": ", ".join(self.judges)}
-        return replace(evaluation, settings=files | evaluation.settings, origin=origin_of(file))
+def measure(measurer: Measurer, file: Path, name: str, settings: EvaluationConfig) -> EvaluationRecord:
+    """Attach one LoRA, measure it, and take it off again."""
+    model = measurer.model
+    network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
+    network.to(model.device)
+    network.apply_to(model.text_encoders, model.unet)
+    try:
+        record = measurer.measure(network, settings.multipliers, name=name)
+    finally:
+        network.remove()
+    assert settings.prompts_file is not None
+    judges = ", ".join(measurer.raters.judges.names)
+    files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": judges}
+    return replace(record, settings=files | record.settings, origin=origin_of(file))
 
 
-def write_results(output_dir: Path, evaluations: Sequence[SliderEvaluation], title: str = "") -> list[Path]:
+def write_results(output_dir: Path, records: Sequence[EvaluationRecord], title: str | None = None) -> list[Path]:
     """Write the JSON, the PNGs and the report, and return their paths."""
-    pngs = {output_dir / "curve.png": score_curves(evaluations)}
-    for evaluation in evaluations:
-        labels = [f"{evaluation.prompts[row]} (seed {evaluation.seeds[row][0]})" for row in range(len(evaluation.pictures))]
-        name = "grid.png" if len(evaluations) == 1 else f"grid_{evaluation.name.replace('/', '_')}.png"
-        pngs[output_dir / name] = multiplier_grid(evaluation.pictures, labels, evaluation.multipliers)
+    pngs = {output_dir / "curve.png": score_curves(records)}
+    for record in records:
+        labels = [f"{record.prompts[row]} (seed {record.seeds[row][0]})" for row in range(len(record.pictures))]
+        name = "grid.png" if len(records) == 1 else f"grid_{record.name.replace('/', '_')}.png"
+        pngs[output_dir / name] = multiplier_grid(record.pictures, labels, record.multipliers)
     for path, content in pngs.items():
         atomic_write_bytes(path, content)
     results, report = output_dir / "evaluation.json", output_dir / "report.html"
     content = {
-        "format": "leco_score.evaluation/1",
-        "sliders": [evaluation.to_dict() | {"digest": digest(evaluation).to_dict()} for evaluation in evaluations],
-        "comparison": comparison_dict(evaluations),
+        "format": FORMAT,
+        "sliders": [record.to_dict() | {"summary": summarise(record).to_dict()} for record in records],
+        "comparison": comparison_dict(records),
     }
     atomic_write_text(results, json.dumps(content, indent=1, allow_nan=False))
-    atomic_write_text(report, html_report(evaluations, title or None))
+    atomic_write_text(report, html_report(records, title))
     return [results, *pngs, report]
 
 
@@ -258,13 +224,6 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         found.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
         files += found
     return list(dict.fromkeys(files))
-
-
-def seed_table(prompts: Sequence[PromptSpec], settings: EvaluationConfig) -> list[list[int]]:
-    """Seeds [P][S]: no two pairs share one, but a prompt that brings a seed begins with that."""
-    count = settings.seeds_per_prompt
-    firsts = [settings.seed + row * count if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
-    return [[first + number for number in range(count)] for first in firsts]
 
 
 def origin_of(file: Path) -> dict[str, str]:
@@ -290,17 +249,16 @@ def slider_names(files: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
-def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Mapping[str, Scorer]) -> dict[str, Judge | Scorer]:
+def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Mapping[str, Scorer]) -> Judges:
     """The judges by the name of their function or file; functions by their whole name where that is taken."""
-    named: dict[str, Judge | Scorer] = {scorer.name: scorer for scorer in files}
+    named = {scorer.name: scorer for scorer in files}
     if len(named) < len(files) or named.keys() & scorers.keys():
         raise UserError(
             "judge_scorers holds a name twice, or a scorer that is given as scorer, too; give each judge a file name of its own"
         )
     short = [judge.name.rpartition(":")[2] for judge in functions]
-    for name, judge in zip(short, functions, strict=True):
-        named[name if short.count(name) == 1 and name not in {*scorers, *named} else judge.name] = judge
-    return named
+    taken = {name for name in short if short.count(name) > 1} | {*scorers, *named}
+    return Judges({judge.name if name in taken else name: judge for name, judge in zip(short, functions, strict=True)}, named)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
 from library.models.vae import VaeFingerprint, place_vae
-from library.reports.contact_sheet import Exhibit, contact_sheet, histograms
+from library.reports.contact_sheet import CaptionedPicture, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import read_picture
 from library.scorer_data.readers.base import BadValue, ReaderOptions, split_name
@@ -215,7 +215,7 @@ def write_results(output_dir: Path, images: Sequence[RatedImage], outcomes: Mapp
     for name, column in outcomes.items():
         ranked = sorted((row for row, outcome in enumerate(column) if isinstance(outcome, Rating)), key=lambda row: -score_of(column[row]))
         sections = {f"{name}: highest": ranked[:num_shown], f"{name}: lowest": ranked[::-1][:num_shown]}
-        sheet = contact_sheet({title: [exhibit(images[row], score_of(column[row])) for row in rows] for title, rows in sections.items()})
+        sheet = contact_sheet({title: [captioned(images[row], score_of(column[row])) for row in rows] for title, rows in sections.items()})
         paths.append(output_dir / ("sheet.png" if len(outcomes) == 1 else f"sheet_{file_name(name)}.png"))
         atomic_write_bytes(paths[-1], sheet)
     paths.append(output_dir / "histogram.png")
@@ -273,10 +273,10 @@ def summary(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcom
     return "\n".join(lines)
 
 
-def exhibit(image: RatedImage, score: float) -> Exhibit:
+def captioned(image: RatedImage, score: float) -> CaptionedPicture:
     picture = read_picture(image.picture)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return Exhibit(picture, f"{score:.4g}", image.name)
+    return CaptionedPicture(picture, f"{score:.4g}", image.name)
 
 
 def scored(outcome: Outcome) -> float | None:

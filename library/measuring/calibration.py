@@ -1,18 +1,20 @@
-"""Which strength deserves to be called 1? A slider is measured on a ladder of multipliers, and the multiplier at which it
-does what is wanted of it is folded into its alpha.
-
-Then it is said what a weight does, with intervals, and whether that holds on seeds that had no part in choosing the strength.
+"""Which strength becomes weight 1? A slider is measured at several multipliers, and the one at which it does what is wanted of it is
+folded into its alpha. Then it is said what a weight does, with intervals, and what other seeds say.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
+from scipy.optimize import root_scalar
 
-from library.measuring.response_curve import CurveSummary, ResponseCurve, summarise_curve
+from library.measuring.response_curve import BURNT_CLIPPING, CurveSummary, ResponseCurve, summarise_curve
 from library.measuring.statistics import Interval
+
+WEAKEST, STRONGEST = 0.02, 50.0  # of the trained strength: beyond these a training went wrong, and no weight can repair it
+STEP_UP, STEP_DOWN = (1.5, 2.5), 0.1  # times the strengths that were measured: where the next one may lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Calibration:
         note: in plain words, for a person who downloads the file.
         choice: the first sentence of the note: which strength was chosen.
         target: the gain that was asked for.
-        up, down: gain at +1 and at -1 with intervals, as the ladder predicts it.
+        up, down: gain at +1 and at -1 with intervals, as the curve has it.
         curve: over the calibrated weight; None where nothing was measured.
         line: its slope, R2 and usable range.
         verified_up, verified_down: the gains at +1 and -1 on other seeds; None before `verified`.
@@ -50,7 +52,7 @@ class Calibration:
     def verified(self, measured: ResponseCurve) -> "Calibration":
         """With the gains at weight +1 and -1 (multipliers `scale` and -`scale` of `measured`) on prompts' seeds that chose nothing.
 
-        Judges that were asked here replace those of the ladder.
+        Judges that were asked here replace those of the curve.
         """
         again = measured.rescaled(self.scale)
         up, down = again.interval_at(1.0), again.interval_at(-1.0)
@@ -80,71 +82,121 @@ class Calibration:
         return entries
 
 
-def choose_scale(response: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
+@dataclass(frozen=True)
+class _Arm:
+    """The upper arm of a curve, from multiplier 0 up: strengths and gains [K], and the strength up to which it can be trusted, because
+    from there on the score falls (`monotone_end`) or the pictures drift too far (`drift_end`)."""
+
+    strengths: np.ndarray
+    gains: np.ndarray
+    monotone_end: float
+    drift_end: float
+
+    @property
+    def end(self) -> float:
+        return min(self.monotone_end, self.drift_end)
+
+    @staticmethod
+    def of(curve: ResponseCurve, max_drift: float | None) -> "_Arm":
+        multipliers = np.array(curve.multipliers)
+        assert np.allclose(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {curve.multipliers}"
+        centre = len(multipliers) // 2
+        strengths, gains = multipliers[centre:], np.array(curve.gains)[centre:]
+        drifts = np.maximum(np.array(curve.drifts)[centre:], np.array(curve.drifts)[centre::-1])
+        falling = np.diff(gains) <= 0
+        top = float(strengths[-1])
+        monotone_end = float(strengths[np.argmax(falling)]) if falling.any() else top
+        drift_end = top if max_drift is None else _first_crossing(strengths, drifts, max_drift, beyond=top)
+        return _Arm(strengths, gains, monotone_end, drift_end)
+
+
+def choose_scale(curve: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
     """The smallest multiplier s whose gain is the target; it becomes weight +1. What -s does is told, not promised.
 
     The promise is made for +1 and not for the mean of both signs, so that it is literally true of the weight that people use. The curve
     is read by monotone cubic interpolation, and only as far out as its upper arm keeps rising and both arms stay within `max_drift`.
-    Where the target is not reached, s is the end of that range; where the range is empty, 1.
+    Where the target is not reached, s is the end of that range; where the range is empty, 1; and never below `WEAKEST`.
     """
-    multipliers = np.array(response.multipliers)
-    assert np.array_equal(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {response.multipliers}"
     assert target_gain > 0, f"the target is above 0, not {target_gain}"
-    centre = len(multipliers) // 2
-    rungs, arm = multipliers[centre:], np.array(response.gains)[centre:]  # [K], 0 first
-    drifts = np.maximum(np.array(response.drifts)[centre:], np.array(response.drifts)[centre::-1])  # [K]
-
-    falling = np.diff(arm) <= 0
-    monotone_end = float(rungs[np.argmax(falling)] if falling.any() else rungs[-1])
-    drift_end = float(rungs[-1]) if max_drift is None else _first_crossing(rungs, drifts, max_drift, beyond=float(rungs[-1]))
-    end = min(monotone_end, drift_end)
-    if end == 0:
+    arm = _Arm.of(curve, max_drift)
+    if arm.end == 0:
         choice = "The slider does not raise its training score even when it is weakest, so its strength was left as trained."
-        return _calibration(response, 1.0, target_gain, False, choice, max_drift)
-    wanted = _first_crossing(multipliers, np.array(response.gains), target_gain, beyond=np.inf)
-    if wanted <= end:
-        return _calibration(response, wanted, target_gain, True, f"Weight 1 is {wanted:.3g} of the trained strength.", max_drift)
-    reason = "the largest that was tried"
-    if end < rungs[-1]:
-        reason = "beyond which " + ("the pictures drift too far" if drift_end < monotone_end else "the score stops following the weight")
-    choice = f"The target of {target_gain:.3g} standard deviations is not reached: weight 1 is {end:.3g} of the trained strength, {reason}."
-    return _calibration(response, end, target_gain, False, choice, max_drift)
+        return _calibration(curve, 1.0, target_gain, False, choice, max_drift)
+    wanted = _first_crossing(np.array(curve.multipliers), np.array(curve.gains), target_gain, beyond=np.inf)
+    if wanted < WEAKEST:
+        choice = (
+            f"The target of {target_gain:.3g} standard deviations would need {wanted:.2g} of the trained strength: weight 1 is {WEAKEST:g} "
+            "of it, the least that is tried; lower learning_rate."
+        )
+        return _calibration(curve, WEAKEST, target_gain, False, choice, max_drift)
+    if wanted <= arm.end:
+        return _calibration(curve, wanted, target_gain, True, f"Weight 1 is {wanted:.3g} of the trained strength.", max_drift)
+    far, reason = f"weight 1 is {arm.end:.3g} of the trained strength", "the largest that was tried"
+    if arm.end < arm.strengths[-1]:
+        cause = "the pictures drift too far" if arm.drift_end < arm.monotone_end else "the score stops following the weight"
+        reason = f"beyond which {cause}"
+    choice = f"The target of {target_gain:.3g} standard deviations is not reached: {far}, {reason}."
+    return _calibration(curve, arm.end, target_gain, False, choice, max_drift)
 
 
-def settle(response: ResponseCurve, measured: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
+def next_strength(curve: ResponseCurve, target_gain: float, max_drift: float | None = None) -> float | None:
+    """The strength to measure next, so that the target lies between strengths that were measured; None where it does, or cannot.
+
+    A slider that is too strong is measured where the curve now has the target, until it is no longer read off far below the weakest
+    strength that was measured; one that is too weak farther out, as long as its score clearly rises and its pictures neither drift too far
+    nor burn out.
+    """
+    arm = _Arm.of(curve, max_drift)
+    weakest, strongest = float(arm.strengths[1]), float(arm.strengths[-1])
+    wanted = _first_crossing(arm.strengths, arm.gains, target_gain, beyond=np.inf)
+    if wanted < 0.7 * weakest:
+        return None if weakest <= WEAKEST else max(wanted, WEAKEST, STEP_DOWN * weakest)
+    if wanted < np.inf or arm.end < strongest or strongest >= STRONGEST or not curve.interval_at(strongest).low > 0:
+        return None
+    if curve.clipped and max(curve.clipped[0], curve.clipped[-1]) > curve.clipped[len(curve.clipped) // 2] + BURNT_CLIPPING:
+        return None
+    ratio = 1.1 * target_gain / float(arm.gains[-1])
+    return min(max(ratio, STEP_UP[0]), STEP_UP[1]) * strongest if strongest * STEP_UP[1] < STRONGEST else STRONGEST
+
+
+def confirm(curve: ResponseCurve, measured: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
     """Choose again where more pictures were measured at one strength and its opposite.
 
-    The ladder `response` tells the form of the curve, from few pictures at many strengths; `measured` tells its level, from many pictures
-    at -s, 0 and s. Each arm is scaled to agree with what was measured at its end; so are the intervals and the judges. Where an arm was
-    found to go the other way, the ladder is not believed, and its choice is returned with what was measured.
+    `curve` tells the form, from few pictures at many strengths; `measured` tells the level, from many pictures at -s, 0 and s. Each arm is
+    scaled to agree with what was measured at its end; so are the intervals and the judges. Where an arm was found to go the other way, the
+    curve is not believed, and its choice is returned with what was measured.
     """
     assert len(measured.multipliers) == 3, "the level is measured at one strength and its opposite"
-    gains = _levelled(response, measured)
-    if gains is None:
-        return choose_scale(response, target_gain, max_drift).verified(measured)
+    factors = _level(curve, measured)
+    if factors is None:
+        return choose_scale(curve, target_gain, max_drift).verified(measured)
+    gains = np.array(curve.gains) * factors
     resamples = None
     if measured.resamples is not None:
         relative = measured.resamples / np.where(np.array(measured.gains) == 0, 1, measured.gains)  # [R, 3]
-        resamples = gains * np.where(np.array(response.multipliers) < 0, relative[:, :1], relative[:, 2:])
-    judges = dict(response.judges)
+        resamples = gains * np.where(np.array(curve.multipliers) < 0, relative[:, :1], relative[:, 2:])
+    judges = dict(curve.judges)
     for name in judges.keys() & measured.judges.keys():
-        levelled = _levelled(response, measured, name)
-        judges[name] = judges[name] if levelled is None else tuple(map(float, levelled))
-    level = replace(response, gains=tuple(map(float, gains)), resamples=resamples, judges=judges)
+        own = _level(curve, measured, name)
+        judges[name] = judges[name] if own is None else tuple(map(float, np.array(judges[name]) * own))
+    level = replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges)
     return choose_scale(level, target_gain, max_drift)
 
 
-def _levelled(response: ResponseCurve, measured: ResponseCurve, judge: str | None = None) -> np.ndarray | None:
-    """The gains of a curve [M], each arm scaled to agree with `measured` at its two strengths; None where an arm goes the other way."""
-    curve, ends = (one.gains if judge is None else one.judges[judge] for one in (response, measured))
-    low, high = (ends[place] / response.gain_at(measured.multipliers[place], judge) for place in (0, 2))
-    if not (low > 0 and high > 0):  # NaN, too
+def _level(curve: ResponseCurve, measured: ResponseCurve, judge: str | None = None) -> np.ndarray | None:
+    """What the gains of a curve [M] are to be multiplied with, so that each arm agrees with `measured` at its two strengths; None where an
+    arm goes the other way."""
+    low, high = measured.multipliers[0], measured.multipliers[2]
+    before = np.array([curve.gain_at(strength, judge) for strength in (low, high)])
+    now = np.array([measured.gain_at(strength, judge) for strength in (low, high)])
+    if not (before * now > 0).all():  # NaN, too
         return None
-    return np.array(curve) * np.where(np.array(response.multipliers) < 0, low, high)
+    factors = now / before
+    return np.where(np.array(curve.multipliers) < 0, factors[0], factors[1])
 
 
-def _calibration(response: ResponseCurve, scale: float, target: float, reached: bool, choice: str, max_drift: float | None) -> Calibration:
-    curve = response.rescaled(scale)
+def _calibration(curve: ResponseCurve, scale: float, target: float, reached: bool, choice: str, max_drift: float | None) -> Calibration:
+    curve = curve.rescaled(scale)
     up, down = curve.interval_at(1.0), curve.interval_at(-1.0)
     chosen = Calibration(
         scale=scale,
@@ -179,11 +231,16 @@ def _gain(gain: Interval) -> str:
     return f"{gain.value:+.2f}" + ("" if math.isnan(gain.low) else f" ({gain.low:+.2f} to {gain.high:+.2f})")
 
 
-def _first_crossing(x: np.ndarray, y: np.ndarray, level: float, beyond: float) -> float:
-    """The smallest x from 0 on where the monotone cubic through (x, y) is at `level`; `beyond` if it never is."""
-    roots = np.atleast_1d(PchipInterpolator(x, y).solve(level, extrapolate=False))
-    roots = roots[roots >= 0]  # not NaN either
-    return float(roots.min()) if len(roots) else beyond
+def _first_crossing(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float, beyond: float) -> float:
+    """The smallest x from 0 on where the monotone cubic through (x, y) rises to `level`; `beyond` if it never does.
+
+    Between two neighbours the cubic is monotone, so that the crossing is bracketed.
+    """
+    curve = PchipInterpolator(x, y)
+    for low, high, below, above in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True):
+        if low >= 0 and below < level <= above:
+            return float(root_scalar(lambda at: float(curve(at)) - level, bracket=(low, high), method="brentq").root)
+    return beyond
 
 
 def _rounded(interval: Interval) -> list[float | None]:

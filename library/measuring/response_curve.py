@@ -1,4 +1,4 @@
-"""How a slider answers to its weight: the curve, and what it comes to in three numbers: slope, straightness and usable range."""
+"""A slider's gain over its weight: the curve, and what it comes to in three numbers: slope, straightness and usable range."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from library.measuring.slider_evaluation import SliderEvaluation
+from library.measuring.record import EvaluationRecord
 from library.measuring.statistics import Interval, bootstrap_gains, linear_fit, percentile_interval
 
-WIDEST = 2.0  # weights beyond -2 and 2 are not asked about
+WIDEST = 2.0  # weights beyond -2 and 2 are not told of
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
-CLIPPING_RISE = 0.2  # share of pixel values: a weight that clips this much more of them than the base model burns its pictures
+BURNT_CLIPPING = 0.2  # of the pixel values: a weight that clips so many more of them than the base model is not usable
 GRID = 0.1  # the usable range is given on multiples of this
 
 
@@ -39,6 +39,26 @@ class ResponseCurve:
     def rescaled(self, scale: float) -> "ResponseCurve":
         """The curve over the weight of a slider whose weight 1 is the multiplier `scale`."""
         return replace(self, multipliers=tuple(multiplier / scale for multiplier in self.multipliers))
+
+    def joined(self, other: "ResponseCurve") -> "ResponseCurve":
+        """With the multipliers of `other` that this curve lacks; both are of the same pictures."""
+        new = [place for place, multiplier in enumerate(other.multipliers) if multiplier not in self.multipliers]
+        order = np.argsort([*self.multipliers, *(other.multipliers[place] for place in new)])
+
+        def join(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+            return tuple(np.array([*own, *(others[place] for place in new)])[order].tolist()) if own else ()
+
+        resamples = None
+        if self.resamples is not None and other.resamples is not None:
+            resamples = np.concatenate([self.resamples, other.resamples[:, new]], axis=1)[:, order]
+        return ResponseCurve(
+            multipliers=join(self.multipliers, other.multipliers),
+            gains=join(self.gains, other.gains),
+            drifts=join(self.drifts, other.drifts),
+            clipped=join(self.clipped, other.clipped),
+            resamples=resamples,
+            judges={name: join(gains, other.judges[name]) for name, gains in self.judges.items()},
+        )
 
     def gain_at(self, multiplier: float, judge: str | None = None) -> float:
         """The gain (of a judge, if one is named) between the rungs, by monotone cubic interpolation; NaN beyond them."""
@@ -92,76 +112,74 @@ def response_curve(
     rng: np.random.Generator,
     *,
     directions: np.ndarray | None = None,
-    base_scores: np.ndarray | None = None,
     clipped: Sequence[float] = (),
-    judges: Mapping[str, np.ndarray] | None = None,
 ) -> ResponseCurve:
     """The curve of scores [P, S, M], with resamples for its intervals.
 
     Args:
         multipliers: ascending, 0 among them.
         directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
-        base_scores: more scores of the base model [P, S'], for a unit that is better known than from the S of multiplier 0: with P
-            prompts and S seeds its relative error is about 1 / sqrt(2 P (S - 1)), 12 % with 12 prompts and 4 seeds.
-        judges: scores [P, S, M] of independent judges by name; those that do not vary without the slider, or answer yes (1) or no (0),
-            are left out.
+
+    Raises:
+        UserError: the score does not vary without the slider.
     """
     base = list(multipliers).index(0)
     signs = np.ones(len(scores)) if directions is None else np.sign(directions)
-
-    def changes(values: np.ndarray) -> np.ndarray:
-        return (values - values[:, :, base, None]) * signs[:, None, None]
-
-    gains, resamples = bootstrap_gains(changes(scores), scores[:, :, base] if base_scores is None else base_scores, rng)
-    judges = {name: values for name, values in (judges or {}).items() if not ((values == 0) | (values == 1)).all()}
-    units = {name: math.sqrt(values[:, :, base].var(axis=1, ddof=1).mean()) for name, values in judges.items()}
+    changes = (scores - scores[:, :, base, None]) * signs[:, None, None]
+    gains, resamples = bootstrap_gains(changes, scores[:, :, base], rng)
     return ResponseCurve(
         multipliers=tuple(map(float, multipliers)),
         gains=tuple(map(float, gains)),
         drifts=tuple(map(float, drifts)),
         clipped=tuple(map(float, clipped)),
         resamples=resamples,
-        judges={name: tuple(map(float, changes(values).mean((0, 1)) / units[name])) for name, values in judges.items() if units[name] > 0},
     )
 
 
-def curve_of(evaluation: SliderEvaluation, name: str) -> ResponseCurve:
-    """The curve of one score of an evaluation. Its judges are those of the evaluation.
+def curve_of(record: EvaluationRecord, name: str) -> ResponseCurve:
+    """The curve of one score of a record, with its judges.
 
     Raises:
         UserError: the score does not vary without the slider.
     """
-    response = evaluation.responses[name]
-    judges = {key: other.values for key, other in evaluation.responses.items() if other.role == "judge"}
-    return response_curve(
-        evaluation.multipliers,
-        response.values,
-        evaluation.statistics.latent_drift,
-        np.random.default_rng(0),
-        directions=response.signs,
-        clipped=evaluation.statistics.clipped,
-        judges=judges,
-    )
+    response, clipped = record.responses[name], record.statistics.get("clipped", ())
+    drifts, rng = record.statistics["latent_drift"], np.random.default_rng(0)
+    curve = response_curve(record.multipliers, response.values, drifts, rng, directions=response.signs, clipped=clipped)
+    return replace(curve, judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges})
 
 
 def summarise_curve(curve: ResponseCurve, max_drift: float | None = None) -> CurveSummary:
-    """Slope, R2 and usable range of a slider's curve over its weight, between -2 and 2 or as far as it was measured."""
-    weights, gains = np.array(curve.multipliers), np.array(curve.gains)
-    inside = np.abs(weights) <= WIDEST + 1e-9
-    slope, r2 = linear_fit(weights[inside], gains[inside])
+    """Slope, R2 and usable range of a slider's curve over its weight, between -2 and 2 or as far as it was measured.
+
+    The line is that of the measured weights. An arm on which none was measured up to 2 (of a slider that is much too strong) has the
+    curve's value at 1 and at 2 in their place.
+    """
+    measured = (max(curve.multipliers[0], -WIDEST), min(curve.multipliers[-1], WIDEST))
+    inside = [weight for weight in curve.multipliers if abs(weight) <= WIDEST + 1e-9]
+    for sign in (-1.0, 1.0):
+        if not any(weight * sign > 0 for weight in inside):
+            inside += [sign, sign * WIDEST]
+    weights = np.array(sorted(inside))
+    slope, r2 = linear_fit(weights, PchipInterpolator(curve.multipliers, curve.gains)(weights))
     interval = Interval(slope, math.nan, math.nan)
     if curve.resamples is not None:
-        interval = percentile_interval(slope, np.polyfit(weights[inside], curve.resamples[:, inside].T, 1)[0])
-    measured = (max(float(weights[0]), -WIDEST), min(float(weights[-1]), WIDEST))
+        resamples = PchipInterpolator(curve.multipliers, curve.resamples, axis=1)(weights)  # [R, weights]
+        interval = percentile_interval(slope, resamples @ _slope_weights(weights))
     usable = tuple(_usable_end(curve, end, max_drift) for end in measured)
     return CurveSummary(slope=interval, r2=r2, usable=(usable[0], usable[1]), measured=measured)
+
+
+def _slope_weights(x: np.ndarray) -> np.ndarray:
+    """What values at x are multiplied with to give the slope of their least-squares line."""
+    centred = x - x.mean()
+    return centred / np.square(centred).sum()
 
 
 def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> float:
     """How far out from 0 towards `end` the slider may be used, on the grid; 0 if not at all."""
     sign, reach = math.copysign(1, end), abs(end)
     last, last_gain, best_rate = 0.0, 0.0, 0.0
-    clipped_limit = _between(curve.multipliers, curve.clipped, 0.0) + CLIPPING_RISE if curve.clipped else math.inf
+    clipped_limit = _between(curve.multipliers, curve.clipped, 0.0) + BURNT_CLIPPING if curve.clipped else math.inf
     for step in [*np.arange(GRID, reach - 1e-9, GRID).round(6).tolist(), reach]:
         gain = sign * _between(curve.multipliers, curve.gains, sign * step)
         best_rate = max(best_rate, gain / step) if step > 0 else 0.0

@@ -27,10 +27,17 @@ class Interval:
         """The same in another unit; NaN where the unit is 0."""
         return Interval(*(bound / unit if unit > 0 else math.nan for bound in (self.value, self.low, self.high)))
 
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+    def to_list(self) -> list[float | None]:
+        """As JSON values: value, low, high; NaN becomes None."""
+        return [nan_to_none(bound) for bound in (self.value, self.low, self.high)]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Response:
-    """How one score answers to the multiplier.
+    """What one score does over the multiplier.
 
     Attributes:
         name: the score's name.
@@ -80,9 +87,9 @@ class Response:
         return {
             "role": self.role,
             "within_prompt_std": self.std,
-            "means": [_to_list(mean) for mean in self.means],
-            "gains": [_to_list(gain) for gain in self.gains],
-            "gains_std": [_to_list(gain) for gain in self.gains_std],
+            "means": [mean.to_list() for mean in self.means],
+            "gains": [gain.to_list() for gain in self.gains],
+            "gains_std": [gain.to_list() for gain in self.gains_std],
             "moved": [nan_to_none(share) for share in self.moved],
             "monotone": self.monotone,
             "slope": self.slope,
@@ -224,10 +231,6 @@ def summarise_response(
         r2=r2,
         directions=() if (signs == 1).all() else tuple(map(float, signs)),
     )
-
-
-def _to_list(interval: Interval) -> list[float | None]:
-    return [nan_to_none(bound) for bound in (interval.value, interval.low, interval.high)]
 
 
 def nan_to_none(value: float) -> float | None:

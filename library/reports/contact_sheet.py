@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from library.reports.plots import COLOURS, INK, MUTED, PAPER, RULE, font
+from library.reports.plots import COLOURS, INK, MUTED, PAPER, figure_png, font, quiet
 
 CELL, GAP, CAPTION, TITLE = 192, 10, 38, 40  # pixels
 COLUMNS = 8
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class CaptionedPicture:
     """A picture, what is written large below it, and what small."""
 
     picture: Image.Image
@@ -23,23 +23,23 @@ class Exhibit:
     name: str
 
 
-def contact_sheet(sections: Mapping[str, Sequence[Exhibit]]) -> bytes:
+def contact_sheet(sections: Mapping[str, Sequence[CaptionedPicture]]) -> bytes:
     """Pictures in rows of eight below the title of their section, in the order given, PNG. Pictures keep their proportions."""
-    rows = {title: -(-len(exhibits) // COLUMNS) for title, exhibits in sections.items()}
+    rows = {title: -(-len(pictures) // COLUMNS) for title, pictures in sections.items()}
     columns = min(COLUMNS, max(1, *map(len, sections.values())))
     cell_height = CELL + CAPTION + GAP
     canvas = Image.new("RGB", (GAP + columns * (CELL + GAP), GAP + sum(TITLE + count * cell_height for count in rows.values())), PAPER)
     draw, bold, plain = ImageDraw.Draw(canvas), font(15, bold=True), font(11)
     top = GAP
-    for title, exhibits in sections.items():
+    for title, pictures in sections.items():
         draw.text((GAP, top + TITLE // 2), title, fill=INK, font=font(17, bold=True), anchor="lm")
         top += TITLE
-        for number, exhibit in enumerate(exhibits):
+        for number, captioned in enumerate(pictures):
             left, above = GAP + number % COLUMNS * (CELL + GAP), top + number // COLUMNS * cell_height
-            picture = _fit(exhibit.picture)
+            picture = _fit(captioned.picture)
             canvas.paste(picture, (left + (CELL - picture.width) // 2, above + (CELL - picture.height) // 2))
-            draw.text((left + CELL // 2, above + CELL + 11), exhibit.score, fill=INK, font=bold, anchor="mm")
-            draw.text((left + CELL // 2, above + CELL + 28), _shorten(exhibit.name, plain), fill=MUTED, font=plain, anchor="mm")
+            draw.text((left + CELL // 2, above + CELL + 11), captioned.score, fill=INK, font=bold, anchor="mm")
+            draw.text((left + CELL // 2, above + CELL + 28), _shorten(captioned.name, plain), fill=MUTED, font=plain, anchor="mm")
         top += rows[title] * cell_height
     return _png(canvas)
 
@@ -54,14 +54,8 @@ def histograms(scores: Mapping[str, Sequence[float]]) -> bytes:
         axes.set_title(name[-40:], fontsize=11, color=INK, loc="left", fontweight="bold")
         axes.set_xlabel(f"score (mean {np.mean(values):.4g}, standard deviation {np.std(values):.4g})", fontsize=9, color=INK)
         axes.set_ylabel("pictures", fontsize=9, color=INK)
-        axes.tick_params(labelsize=8, colors=MUTED, length=3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(RULE)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        quiet(axes)
+    return figure_png(figure)
 
 
 def _fit(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
-"""Pictures of a measurement, as PNG: the score over the multiplier, and the grid of images."""
+"""Plots of a measurement, as PNG: the score over the multiplier, and the grid of images."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from library.measuring.calibration import Calibration
-from library.measuring.response_curve import WIDEST, CurveSummary, ResponseCurve
-from library.measuring.slider_evaluation import SliderEvaluation
+from library.measuring.record import EvaluationRecord
+from library.measuring.response_curve import WIDEST
+from library.measuring.statistics import Interval
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
@@ -44,57 +46,106 @@ def signed(value: float) -> str:
     return f"{value:+g}".replace("-", "\u2212") if value else "0"
 
 
-def score_curves(evaluations: Sequence[SliderEvaluation]) -> bytes:
+def score_curves(records: Sequence[EvaluationRecord]) -> bytes:
     """One panel a score, one line a slider: mean score over the multiplier, PNG.
 
     The band is the 95 % interval of the change against the base model (pair by pair), which is the broken line. The axis on the
     right is that change in within-prompt standard deviations of the base model, of the first slider's run.
     """
-    names = list(evaluations[0].responses)
+    names = list(records[0].responses)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = _figure(0.6 + 4.2 * columns, 0.3 + 3.5 * rows, LIGHT)
     for position, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, position + 1)
-        _score_panel(axes, evaluations, name, LIGHT)
-        if position == 0 and len(evaluations) > 1:
+        _score_panel(axes, records, name, LIGHT)
+        if position == 0 and len(records) > 1:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
-    return _png(figure)
+    return figure_png(figure)
 
 
-def score_plot(evaluations: Sequence[SliderEvaluation], name: str, palette: Palette = LIGHT) -> bytes:
+def score_plot(records: Sequence[EvaluationRecord], name: str, palette: Palette = LIGHT) -> bytes:
     """One panel of `score_curves`."""
     figure = _figure(5.2, 3.9, palette)
     axes = figure.add_subplot()
-    _score_panel(axes, evaluations, name, palette)
-    if len(evaluations) > 1:
+    _score_panel(axes, records, name, palette)
+    if len(records) > 1:
         axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
-    return _png(figure)
+    return figure_png(figure)
 
 
-def gain_plot(evaluation: SliderEvaluation, usable: tuple[float, float], palette: Palette = LIGHT) -> bytes:
-    """All scores of one slider on one scale, PNG: gains in within-prompt standard deviations with 95 % intervals; the usable weights
-    are shaded. Yes-or-no judges and scores that do not vary without the slider have no such scale and are left out."""
+@dataclass(frozen=True)
+class GainLine:
+    """One score in a gain plot: its label, and gains in within-prompt standard deviations over LoRA weights; NaN bounds are no interval."""
+
+    label: str
+    weights: Sequence[float]
+    gains: Sequence[Interval]
+
+
+def lines_of(record: EvaluationRecord) -> list[GainLine]:
+    """Every score of a record that has gains in standard deviations."""
+    roles = {"scorer": "training score", "judge": "judge"}
+    return [GainLine(f"{roles[score.role]} {_tail(score.name, 26)}", record.multipliers, score.gains_std) for score in record.scaled]
+
+
+def gain_plot(
+    lines: Sequence[GainLine],
+    usable: tuple[float, float],
+    title: str,
+    *,
+    slope: float | None = None,
+    points: Sequence[tuple[float, Interval]] = (),
+    palette: Palette = LIGHT,
+) -> bytes:
+    """All scores of one slider on one scale, PNG, with 95 % intervals; the usable weights are shaded.
+
+    Args:
+        slope: of a straight line through 0 to compare with, broken.
+        points: gains at weights that were measured again, on other seeds.
+    """
     figure = _figure(5.2, 3.9, palette)
     axes = figure.add_subplot()
     if usable[0] < usable[1]:
         axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
     axes.axhline(0, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
-    shown = [response for response in evaluation.responses.values() if response.std > 0 and not response.is_share]
-    for number, response in enumerate(shown):
-        low, value, high = (np.array([getattr(gain, bound) for gain in response.gains_std]) for bound in ("low", "value", "high"))
-        colour, role = COLOURS[number % len(COLOURS)], "training score" if response.role == "scorer" else "judge"
-        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
-        label = f"{role} {_tail(response.name, 26)}"
-        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=label, zorder=3)
-    axes.set_title("Training score and judges", fontsize=11, color=palette.ink, loc="left", fontweight="bold")
+    for number, line in enumerate(lines):
+        low, value, high = (np.array([getattr(gain, bound) for gain in line.gains]) for bound in ("low", "value", "high"))
+        colour = COLOURS[number % len(COLOURS)]
+        axes.fill_between(line.weights, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(line.weights, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=line.label, zorder=3)
+    if slope is not None:
+        ends = np.array([min(lines[0].weights), max(lines[0].weights)])
+        axes.plot(ends, slope * ends, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=f"line: slope {slope:.2f}")
+    for number, (weight, gain) in enumerate(points):
+        error, label = [[gain.value - gain.low], [gain.high - gain.value]], "measured again, other seeds" if number == 0 else None
+        axes.errorbar([weight], [gain.value], error, color=palette.ink, marker="D", markersize=5, capsize=3, zorder=5, label=label)
+    axes.set_title(_tail(title, 60), fontsize=11, color=palette.ink, loc="left", fontweight="bold")
     axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
     axes.set_ylabel("change / standard deviation", fontsize=9, color=palette.ink)
-    axes.set_xticks(evaluation.multipliers, [signed(value) for value in evaluation.multipliers])
-    _quiet(axes, palette)
+    weights = sorted({weight for line in lines for weight in line.weights})
+    if all(abs(weight * 4 - round(weight * 4)) < 1e-9 for weight in weights):  # as a person asked for them
+        axes.set_xticks(weights, [signed(weight) for weight in weights])
+    quiet(axes, palette)
     axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
-    return _png(figure)
+    return figure_png(figure)
+
+
+def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
+    """Gains of the calibrated slider over its weight, as far as 2, PNG: the training score with its interval and straight line, the
+    judges, and what other seeds said at -1 and +1."""
+    curve, line = calibration.curve, calibration.line
+    assert curve is not None and line is not None, "nothing was measured"
+    measured = [weight for weight in curve.multipliers if abs(weight) <= WIDEST + 1e-9]
+    weights = sorted({*measured, *line.measured, *(end for end in (-1.0, 1.0) if line.measured[0] <= end <= line.measured[1])})
+    lines = [GainLine("training score", weights, [curve.interval_at(weight) for weight in weights])]
+    for name in curve.judges:
+        gains = [Interval(curve.gain_at(weight, name), math.nan, math.nan) for weight in weights]
+        lines.append(GainLine(f"judge {_tail(name, 26)}", weights, gains))
+    verified = ((1.0, calibration.verified_up), (-1.0, calibration.verified_down))
+    points = [(weight, gain) for weight, gain in verified if gain is not None]
+    return gain_plot(lines, line.usable, title, slope=line.slope.value, points=points)
 
 
 def _figure(width: float, height: float, palette: Palette) -> Figure:
@@ -108,58 +159,7 @@ def _tail(name: str, length: int) -> str:
     return name if len(name) <= length else f"\u2026{name[1 - length :]}"
 
 
-def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
-    """Gains of the calibrated slider over its weight, PNG: the training score with its interval and straight line, the judges, what the
-    second measurement found at -1 and +1, and the usable range (shaded)."""
-    curve, line = calibration.curve, calibration.line
-    assert curve is not None and line is not None, "nothing was measured"
-    figure = _figure(6.4, 4.4, LIGHT)
-    axes = figure.add_subplot()
-    if line.usable[0] < line.usable[1]:
-        axes.axvspan(*line.usable, color=USABLE, linewidth=0, zorder=0, label="usable")
-    ends = np.array([line.measured[0], line.measured[1]])
-    axes.plot(ends, line.slope.value * ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=_line_label(line))
-    _gain_line(axes, curve, None, COLOURS[0], "training score")
-    for number, name in enumerate(curve.judges):
-        _gain_line(axes, curve, name, COLOURS[(number + 1) % len(COLOURS)], f"judge {_tail(name, 32)}")
-    for weight, gain in ((1, calibration.verified_up), (-1, calibration.verified_down)):
-        if gain is not None:
-            label = "measured again, other seeds" if weight == 1 else None
-            error = [[gain.value - gain.low], [gain.high - gain.value]]
-            axes.errorbar(
-                [weight], [gain.value], error, color=INK, marker="D", markersize=5, capsize=3, linewidth=1.2, zorder=5, label=label
-            )
-    axes.set_xlim(-WIDEST - 0.1, WIDEST + 0.1)
-    axes.set_title(_tail(title, 60), fontsize=11, color=INK, loc="left", fontweight="bold")
-    axes.set_xlabel("LoRA weight", fontsize=9, color=INK)
-    axes.set_ylabel("gain / standard deviations", fontsize=9, color=INK)
-    axes.axhline(0, color=RULE, linewidth=1, zorder=0)
-    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
-    _quiet(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    return _png(figure)
-
-
-def _gain_line(axes: Axes, curve: ResponseCurve, judge: str | None, colour: str, label: str) -> None:
-    """The measured rungs within the weights that are shown, and the curve between them."""
-    weights = np.array(curve.multipliers)
-    gains = np.array(curve.gains if judge is None else curve.judges[judge])
-    shown = np.abs(weights) <= WIDEST + 1e-9
-    dense = np.linspace(max(weights[0], -WIDEST), min(weights[-1], WIDEST), 81)
-    if judge is None and curve.resamples is not None:
-        bounds = [curve.interval_at(weight) for weight in dense]
-        axes.fill_between(
-            dense, [bound.low for bound in bounds], [bound.high for bound in bounds], color=colour, alpha=0.18, linewidth=0, zorder=2
-        )
-    axes.plot(dense, [curve.gain_at(weight, judge) for weight in dense], color=colour, linewidth=2, zorder=3, label=label)
-    axes.plot(weights[shown], gains[shown], color=colour, linewidth=0, marker="o", markersize=4.5, zorder=3)
-
-
-def _line_label(line: CurveSummary) -> str:
-    return f"line: slope {line.slope.value:.2f}, R\u00b2 {line.r2:.3f}"
-
-
-def _quiet(axes: Axes, palette: Palette = LIGHT) -> None:
+def quiet(axes: Axes, palette: Palette = LIGHT) -> None:
     """Axes that let the data speak."""
     axes.set_facecolor(palette.paper)
     axes.tick_params(labelsize=8, colors=palette.muted, length=3)
@@ -171,22 +171,22 @@ def _quiet(axes: Axes, palette: Palette = LIGHT) -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str, palette: Palette) -> None:
-    first = evaluations[0].responses[name]
-    base = first.means[evaluations[0].multipliers.index(0)].value
+def _score_panel(axes: Axes, records: Sequence[EvaluationRecord], name: str, palette: Palette) -> None:
+    first = records[0].responses[name]
+    base = first.means[records[0].multipliers.index(0)].value
     axes.axhline(base, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
-    for number, evaluation in enumerate(evaluations):
-        gains, colour = evaluation.responses[name].gains, COLOURS[number % len(COLOURS)]
+    for number, record in enumerate(records):
+        gains, colour = record.responses[name].gains, COLOURS[number % len(COLOURS)]
         low, value, high = (base + np.array([getattr(gain, bound) for gain in gains]) for bound in ("low", "value", "high"))
-        axes.fill_between(evaluation.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
-        axes.plot(evaluation.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=evaluation.name, zorder=3)
+        axes.fill_between(record.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(record.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=record.name, zorder=3)
     axes.set_title(
         textwrap.shorten(name, 36, placeholder=" ...") if " " in name else _tail(name, 36),
         fontsize=11,
@@ -199,11 +199,11 @@ def _score_panel(axes: Axes, evaluations: Sequence[SliderEvaluation], name: str,
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=palette.muted, va="bottom")
     axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
     axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=palette.ink)
-    axes.set_xticks(evaluations[0].multipliers, [signed(value) for value in evaluations[0].multipliers])
+    axes.set_xticks(records[0].multipliers, [signed(value) for value in records[0].multipliers])
     axes.margins(x=0.04, y=0.12)
     if first.is_share:
         axes.set_ylim(-0.03, 1.06)
-    _quiet(axes, palette)
+    quiet(axes, palette)
     if first.std > 0 and not first.is_share:
         to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)
         right = axes.secondary_yaxis("right", functions=(to_gain, to_score))

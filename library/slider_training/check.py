@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.measuring.measurement import REWARD
-from library.measuring.statistics import within_prompt_std
+from library.measuring.warnings import FLAT_GAIN
 from library.objectives.base import Term, Workbench
 from library.objectives.gradients import rms, score_gradients
 from library.objectives.rewards import Reward
@@ -24,8 +23,7 @@ from library.training.optimizers import create_optimizer
 from library.types import PromptSpec, RolloutBatch
 
 PROBES = 8  # places on the schedule
-FLAT_RUN = 0.1  # within-prompt standard deviations: a run that is to gain less is not worth its time
-FLAT_GAIN = 1e-6  # standard deviations: the rounding of a step's gain
+ROUNDING = 1e-6  # standard deviations: the rounding of a step's gain
 FLAT_GRADIENT = 1e-7  # standard deviations of the score per unit of a latent
 LOSS_SCALE = 2.0**12  # small gradients underflow in fp16
 LASTING = 0.6  # of the prediction was there at the end of the runs that it was compared with (docs/experiments.md)
@@ -189,8 +187,7 @@ def _predicted(
     bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
     share = float(term.objective.share(batch, term.objective.foresee_frozen(batch)).mean())
     whole = gain / share * min(num_steps, bound / drift)
-    base = monitor.pictures.base().scores
-    unit = within_prompt_std(base[REWARD]) if REWARD in base else 0.0
+    unit = monitor.base_unit()
     return whole / unit if unit > 0 else math.nan
 
 
@@ -217,9 +214,9 @@ def _faults(
             + ("" if score.normalize_gradient else ", or set normalize_gradient, without which a steep score is a large step")
         )
     for gain, sign in zip(gains, ("+1", "-1"), strict=True):
-        if gain < -FLAT_GAIN:
+        if gain < -ROUNDING:
             found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
-    if not found and (predicted < FLAT_RUN if math.isfinite(predicted) else max(map(abs, gains)) < FLAT_GAIN):
+    if not found and (predicted < FLAT_GAIN if math.isfinite(predicted) else max(map(abs, gains)) < ROUNDING):
         found.append(
             "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
             f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"

@@ -21,18 +21,17 @@ def write_preview(
     model: DiffusionModel,
     network: LoRANetwork,
     prompts: Sequence[PromptSpec],
-    seeds: Sequence[int],
     multipliers: Sequence[float],
     sampling: SamplingConfig,
     encoder: PromptEncoder | None = None,
 ) -> None:
-    """Write a PNG with a row for each prompt (and its seed) and a column for each multiplier.
+    """Write a PNG with a row for each prompt (at its seed, or the number of its row) and a column for each multiplier.
 
     Raises:
         UserError: if the file cannot be written.
     """
     encoder = encoder or PromptEncoder(model, network)
-    rows = []
+    rows, seeds = [], [row if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
     for prompt, seed in zip(prompts, seeds, strict=True):
         count = len(multipliers)
         latents = sample(model, network, [prompt] * count, [seed] * count, multipliers, sampling=sampling, encoder=encoder)

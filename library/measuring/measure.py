@@ -1,0 +1,320 @@
+"""Measuring a slider: prompts x seeds x multipliers are sampled, decoded and scored, and become one `EvaluationRecord`.
+
+P prompts, S seeds of each, M multipliers, K of them not 0. The base model's pictures (multiplier 0) are made once and shared by all
+measurements of the same pictures, whatever the network. All numbers of a record come from the same pictures.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.measuring.image_statistics import (
+    channel_statistics_distance,
+    chroma,
+    clipped_share,
+    edge_energy,
+    nyquist_share,
+    perceptual_distance,
+    rms_distance,
+    rms_diversity,
+    vae_features,
+)
+from library.measuring.judges import Judges
+from library.measuring.record import REWARD, EvaluationRecord
+from library.measuring.statistics import summarise_response
+from library.models.base import DiffusionModel
+from library.models.prompt_syntax import plain_text
+from library.objectives.rewards import Reward
+from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
+from library.scorers.base import Scorer
+from library.types import PromptSpec
+from networks.lora import LoRANetwork
+
+SHARES = ("clipped",)  # kept as they are; the other statistics of pictures alone are divided by the base model's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raters:
+    """What scores the pictures.
+
+    Attributes:
+        reward: what a training follows; its scores are in the scorers' standard deviations.
+        scorers: training scores on their own, by name, in their own units.
+        judges: what training does not follow.
+    """
+
+    reward: Reward = field(default_factory=lambda: Reward([]))
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    judges: Judges = field(default_factory=Judges)
+
+    def __post_init__(self) -> None:
+        if both := {*self.scorers, *(goal.name for goal in self.reward.goals)} & {*self.judges.names}:
+            raise UserError(f"a scorer and a judge are both called {', '.join(sorted(both))}; give each a name of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasePictures:
+    """What the base model makes of the prompts, on the CPU; lists have an entry for each prompt.
+
+    Attributes:
+        scores: by name [P, S].
+        looks: statistics of the pictures alone, in their own units.
+        latents: clean, [S, C, h, w].
+        shown: pixels as a picture file holds them, uint8 [S, 3, H, W]; empty where no pixels are needed.
+    """
+
+    scores: Mapping[str, np.ndarray]
+    looks: Mapping[str, float]
+    latents: Sequence[Tensor]
+    shown: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class PromptPictures:
+    """The pictures of one prompt, on the CPU: clean latents [S, K, C, h, w], pixels as decoded (not clamped) [S, K, 3, H, W] or None,
+    scores [S, K] by name."""
+
+    row: int
+    latents: Tensor
+    decoded: Tensor | None
+    scores: Mapping[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Measurer:
+    """Measures networks on fixed prompts and seeds.
+
+    Attributes:
+        prompts: neighbours of one size and number of steps are sampled together.
+        seeds: [P][S], S at least 2.
+        sampling: how the pictures are made; `batch_size` bounds what is sampled, decoded or scored at once.
+        encoder: holds the prompts' conditioning; None encodes them for each network.
+        pixels: decode the pictures for the statistics of pixels; judges that are functions of pixels need them in any case.
+        num_pictures: of how many prompts a record keeps the pictures of the first seed.
+    """
+
+    model: DiffusionModel
+    raters: Raters
+    prompts: Sequence[PromptSpec]
+    seeds: Sequence[Sequence[int]]
+    sampling: SamplingConfig
+    encoder: PromptEncoder | None = None
+    pixels: bool = True
+    num_pictures: int = 0
+    _base: BasePictures | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for count in {len(row) for row in self.seeds}:
+            if count < 2:
+                raise UserError(f"{count} seed per prompt cannot tell a slider from chance; give at least 2 seeds per prompt")
+
+    @torch.no_grad()
+    def base(self, network: LoRANetwork) -> BasePictures:
+        """The base model's pictures, made at the first call. `network` is the one that is attached to the model; it is switched off."""
+        if self._base is None:
+            scores, looks, latents, shown = [], [], [], []
+            with network.disabled():
+                for made in self._sampled(network, [0.0], "sampling the base model"):
+                    scores.append({name: score[:, 0] for name, score in made.scores.items()})
+                    looks.append(_looks(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
+                    latents.append(made.latents[:, 0])
+                    if made.decoded is not None:
+                        shown.append(_shown(made.decoded[:, 0]))
+            self._base = BasePictures(scores=_stack(scores), looks=_mean(looks), latents=latents, shown=shown)
+        return self._base
+
+    @torch.no_grad()
+    def measure(
+        self, network: LoRANetwork, multipliers: Sequence[float], *, name: str = "slider", perceptual: bool = True
+    ) -> EvaluationRecord:
+        """Sample, score and compare with the base model. A network that does nothing yet is not sampled.
+
+        Args:
+            network: attached to the model.
+            multipliers: of the network; 0, the base model, is added where it is missing.
+            name: of the record, and of the progress bar.
+            perceptual: compare pictures by the VAE's features too, where there are pixels.
+
+        Raises:
+            UserError: no multiplier besides 0.
+        """
+        others = sorted({*map(float, multipliers)} - {0.0})
+        if not others:
+            raise UserError("the only multiplier is 0, the base model; give at least one other, for example -1 0 1")
+        base = self.base(network)
+        zero = sum(strength < 0 for strength in others)
+        if _is_null(network):
+            scores = {key: np.repeat(table[:, :, None], len(others), axis=2) for key, table in base.scores.items()}
+            looks, distances = [[base.looks]] * len(others), [[dict.fromkeys(_distance_names(base, perceptual), 0.0)]] * len(others)
+            pictures = [shown[:1].repeat(len(others) + 1, 1, 1, 1) for shown in base.shown[: self.num_pictures]]
+        else:
+            tables, pictures = [], []
+            looks, distances = [[] for _ in others], [[] for _ in others]
+            for made in self._sampled(network, others, f"measuring {name}"):
+                tables.append(made.scores)
+                features = self._features(base.shown[made.row]) if made.decoded is not None and perceptual else None
+                for place in range(len(others)):
+                    decoded = None if made.decoded is None else made.decoded[:, place]
+                    looks[place].append(_looks(made.latents[:, place], decoded))
+                    distances[place].append(self._distances(made.row, made.latents[:, place], decoded, base, features))
+                if made.decoded is not None and len(pictures) < self.num_pictures:
+                    own = _shown(made.decoded[0])
+                    pictures.append(torch.cat([own[:zero], base.shown[made.row][:1], own[zero:]]))
+            scores = _stack(tables)
+        strengths = (*others[:zero], 0.0, *others[zero:])
+        directions, rng = np.array([prompt.direction for prompt in self.prompts]), np.random.default_rng(0)
+        responses = {}
+        for key, values in scores.items():
+            table = np.insert(values, zero, base.scores[key], axis=2)
+            role = "judge" if key in self.raters.judges.names else "scorer"
+            responses[key] = summarise_response(key, role, table, strengths, rng, directions)
+        return EvaluationRecord(
+            name=name,
+            multipliers=strengths,
+            prompts=tuple(prompt.prompt for prompt in self.prompts),
+            seeds=tuple(tuple(map(int, row)) for row in self.seeds),
+            responses=responses,
+            statistics=_statistics(base.looks, [*map(_mean, looks)], [*map(_mean, distances)], zero),
+            seed_distance=base.looks["latent_diversity"],
+            settings={
+                "num_steps": self.sampling.num_steps,
+                "guidance_scale": self.sampling.guidance_scale,
+                "solver": self.sampling.sampler,
+                "timesteps": self.sampling.spacing or "the model's own",
+                "guidance_rescale": self.sampling.guidance_rescale,
+                "resolution": f"{self.sampling.size[1]}x{self.sampling.size[0]}",
+            },
+            pictures=tuple(pictures),
+        )
+
+    def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str) -> Iterator[PromptPictures]:
+        """One prompt's pictures after the other's, scored. At most a batch of pictures, or those of one prompt, is held at a time."""
+        encoder, batch_size, count = self.encoder or PromptEncoder(self.model, network), self.sampling.batch_size, len(multipliers)
+        encoder.expect(self.prompts)
+        per_prompt = len(self.seeds[0]) * count
+        total = per_prompt * sum(self.sampling.of(prompt).num_steps for prompt in self.prompts)
+        with tqdm(total=total, desc=label, leave=False, unit="step") as bar:
+            for chunk in self._chunks(batch_size // per_prompt):
+                pairs = [(self.prompts[row], seed) for row in chunk for seed in self.seeds[row] for _ in multipliers]
+                prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+                strengths = [*multipliers] * (len(pairs) // count)
+                latents = sample(
+                    self.model, network, prompts, seeds, strengths, sampling=self.sampling, encoder=encoder, progress=bar.update
+                ).cpu()
+                decoded = decode(self.model, latents, batch_size) if self.pixels or self.raters.judges.functions else None
+                batches = [slice(start, start + batch_size) for start in range(0, len(pairs), batch_size)]
+                rated = [self._rate(prompts[rows], latents[rows], None if decoded is None else decoded[rows], encoder) for rows in batches]
+                scores = {key: torch.cat([part[key] for part in rated]).unflatten(0, (len(chunk), -1, count)) for key in rated[0]}
+                latents = latents.unflatten(0, (len(chunk), -1, count))
+                decoded = None if decoded is None else decoded.unflatten(0, (len(chunk), -1, count))
+                for place, row in enumerate(chunk):
+                    own = {key: score[place] for key, score in scores.items()}
+                    yield PromptPictures(row, latents[place], None if decoded is None else decoded[place], own)
+
+    def _rate(self, prompts: Sequence[PromptSpec], latents: Tensor, decoded: Tensor | None, encoder: PromptEncoder) -> dict[str, Tensor]:
+        """Scores [B] by name, on the CPU, of pictures of one size."""
+        reward, judges = self.raters.reward, self.raters.judges
+        texts = [plain_text(prompt.prompt) for prompt in prompts]
+        scorers = {**self.raters.scorers, **judges.scorers}
+        scores = {}
+        if reward.goals or scorers:
+            latents = latents.to(self.model.device)
+            sigmas = latents.new_zeros(len(latents))
+            # What was asked for, in the base model's words: a LoRA of the text encoder must not talk to its own judge.
+            cond = encoder.cond(prompts, self.sampling.of(prompts[0]).size, [0.0] * len(prompts))
+            if reward.goals:
+                total = reward(latents, sigmas, cond, prompts)
+                scores = {REWARD: total.total, **total.terms}
+            scores |= {name: scorer(latents, sigmas, cond, texts) for name, scorer in scorers.items()}
+        if decoded is not None:
+            scores |= {name: judge(decoded.clamp(0, 1), texts) for name, judge in judges.functions.items()}
+        return {name: score.cpu() for name, score in scores.items()}
+
+    def _chunks(self, length: int) -> Iterator[list[int]]:
+        """Runs of neighbouring prompts of one size and number of steps, `length` (at least 1) at most."""
+        kinds = [(own.size, own.num_steps) for own in map(self.sampling.of, self.prompts)]
+        chunk: list[int] = []
+        for row, kind in enumerate(kinds):
+            if chunk and (len(chunk) >= length or kind != kinds[chunk[0]]):
+                yield chunk
+                chunk = []
+            chunk.append(row)
+        if chunk:
+            yield chunk
+
+    def _features(self, shown: Tensor) -> list[Tensor]:
+        return vae_features(self.model.vae, shown / 255)
+
+    def _distances(
+        self, row: int, latents: Tensor, decoded: Tensor | None, base: BasePictures, features: Sequence[Tensor] | None
+    ) -> dict[str, float]:
+        """How far the pictures of prompt `row` at one multiplier are from the base model's, whose VAE features are given or not."""
+        distances = {
+            "latent_drift": rms_distance(latents, base.latents[row]),
+            "latent_statistics": channel_statistics_distance(latents, base.latents[row]),
+        }
+        if decoded is not None:
+            shown = _shown(decoded)
+            distances["pixel_drift"] = rms_distance(shown / 255, base.shown[row] / 255)
+            if features is not None:
+                distances["perceptual_distance"] = perceptual_distance(self._features(shown), features)
+        return {name: part.mean().item() for name, part in distances.items()}
+
+
+def seed_table(prompts: Sequence[PromptSpec], count: int, first: int = 0, offset: int = 0) -> list[list[int]]:
+    """Seeds [P][S]: no two pairs of prompt and seed share one, counted from `first`; but a prompt that brings a seed begins with that.
+    `offset` is added to all."""
+    firsts = [first + row * count if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
+    return [[offset + own + number for number in range(count)] for own in firsts]
+
+
+def _looks(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:
+    """Statistics of the S pictures of one prompt alone, in their own units."""
+    looks = {"latent_diversity": rms_diversity(latents), "latent_nyquist": nyquist_share(latents).mean().item()}
+    if decoded is not None:
+        pixels = decoded.clamp(0, 1)
+        looks["pixel_diversity"] = rms_diversity(pixels)
+        looks["clipped"] = clipped_share(decoded).mean().item()
+        functions = {"saturation": chroma, "edges": edge_energy, "nyquist": nyquist_share}
+        looks |= {name: function(pixels).mean().item() for name, function in functions.items()}
+    return looks
+
+
+def _distance_names(base: BasePictures, perceptual: bool) -> list[str]:
+    of_pixels = ["pixel_drift", *(["perceptual_distance"] if perceptual else [])] if base.shown else []
+    return ["latent_drift", "latent_statistics", *of_pixels]
+
+
+def _statistics(
+    base: Mapping[str, float], looks: Sequence[Mapping[str, float]], distances: Sequence[Mapping[str, float]], zero: int
+) -> dict[str, tuple[float, ...]]:
+    """Those of the K multipliers and, at place `zero`, of the base model [M]; NaN where the base model has nothing to be divided by."""
+    columns = {name: [*(own[name] for own in distances[:zero]), 0.0, *(own[name] for own in distances[zero:])] for name in distances[0]}
+    for name, own in base.items():
+        column = [*(part[name] for part in looks[:zero]), own, *(part[name] for part in looks[zero:])]
+        columns[name] = column if name in SHARES else [value / own if own > 0 else float("nan") for value in column]
+    return {name: tuple(map(float, column)) for name, column in columns.items()}
+
+
+def _shown(decoded: Tensor) -> Tensor:
+    """Pixels as a picture file holds them, uint8."""
+    return (decoded.clamp(0, 1) * 255).round().byte()
+
+
+def _is_null(network: LoRANetwork) -> bool:
+    """Whether it does nothing, as before training."""
+    return not any(lora.lora_up.weight.any() for lora in network.loras)
+
+
+def _stack(scores: Sequence[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Scores of P prompts as [P, ...], by name."""
+    return {name: torch.stack([own[name] for own in scores]).double().numpy() for name in scores[0]}
+
+
+def _mean(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([own[name] for own in statistics])) for name in statistics[0]}
