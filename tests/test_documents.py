@@ -21,7 +21,6 @@ from tests.helpers.documents import (
     problems,
 )
 
-
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 

@@ -19,13 +19,14 @@ from library.measuring.image_statistics import (
 from library.measuring.judges import Judges
 from library.measuring.measurement import FixedPictures
 from library.objectives.rewards import Goal, Reward
-from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.judges import Judge
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 from tests.helpers.scorers import WavyScorer, scorer_for
 from tests.helpers.tiny_models import tiny_model
-from tests.test_rollout import lora_for
+from tests.helpers.tiny_networks import lora_for
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
 REDNESS = Judge(name="redness", function=lambda pixels: pixels[:, 0].mean((1, 2)), takes_prompts=False)

@@ -14,8 +14,8 @@ from library.measuring.observation import Observation
 from library.measuring.statistics import within_prompt_std
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, sample
 from library.scorers.base import Scorer
 from library.slider_training.monitor import Effect, Monitor, MonitorConfig, due
 from library.training.checkpoints import load_state, save_state
@@ -23,7 +23,7 @@ from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.scorers import ChannelScorer, WavyScorer, scorer_for
 from tests.helpers.tiny_models import tiny_model
-from tests.test_rollout import lora_for
+from tests.helpers.tiny_networks import lora_for
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
 
@@ -45,10 +45,10 @@ def monitor_for(
 ) -> tuple[Monitor, DiffusionModel, LoRANetwork]:
     model = tiny_model()
     network = network_of(model)
-    rollout = RolloutConfig(prompts_file="-", max_denoising_steps=3, leco_denoise_guidance_scale=2.0)
+    sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64))
     config = MonitorConfig(**{"eval_seeds_per_prompt": 2, "num_sample_prompts": 2, "pixel_statistics": False, **settings})
     reward = Reward([Goal(scorer=scorer_for(model, scorer))])
-    return Monitor(model, network, reward, prompts, PromptEncoder(model, network), rollout, config, judges), model, network
+    return Monitor(model, network, reward, prompts, PromptEncoder(model, network), sampling, config, judges), model, network
 
 
 def latents_by_hand(model: DiffusionModel, network: LoRANetwork, prompt: PromptSpec, seeds: list[int], multiplier: float) -> torch.Tensor:

@@ -25,7 +25,8 @@ from library.measuring.slider_evaluation import PictureStatistics, SliderEvaluat
 from library.measuring.statistics import summarise_response
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import plain_text
-from library.rollouts.sample import PromptEncoder, SamplingConfig, Size, decode, sample
+from library.rollouts.prompt_encoder import PromptEncoder, Size
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
 from library.types import PromptSpec
 from networks.lora import LoRANetwork

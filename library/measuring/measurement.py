@@ -31,7 +31,8 @@ from library.measuring.judges import Judges
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import plain_text
 from library.objectives.rewards import Reward
-from library.rollouts.sample import PromptEncoder, SamplingConfig, Size, decode, initial_noise, model_autocast, sample
+from library.rollouts.prompt_encoder import PromptEncoder, Size
+from library.rollouts.sample import SamplingConfig, decode, initial_noise, model_autocast, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
