@@ -23,7 +23,7 @@ from library.slider_training.check import check_reward
 from library.slider_training.files import restore, states_of
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
-from library.slider_training.setup import LecoScoreConfig, prepare
+from library.slider_training.setup import LecoScoreConfig, leco_score_config, prepare
 from library.training.checkpoints import load_state, restore_rng_state, rng_state
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
 from library.training.runtime import all_reduce_grads, create_accelerator, describe_device, set_num_threads
@@ -47,7 +47,7 @@ def train(config: LecoScoreConfig) -> Path:
         if not monitor.prompts:
             raise UserError("check_reward looks at one prompt, and there is none; set prompts_file or eval_prompts_file")
         steps, prompt = config.training.max_train_steps, monitor.prompts[0]
-        report = check_reward(made.workbench, terms, made.reward, config.score, config.optimizer, prompt, monitor, steps)
+        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, prompt, monitor, steps)
         print(report)
         raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
@@ -58,12 +58,13 @@ def train(config: LecoScoreConfig) -> Path:
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
-        parts |= {f"term {term.name}": term for term in terms}
+        parts |= {f"term {name}": term for name, term in terms.items()}
 
     def state(step: int) -> dict:
         return {"step": step, "unet_evaluations": unet_evaluations, "rng": rng_state(), "parts": states_of(parts)}
 
-    first_step = done = unet_evaluations = 0
+    first_step = done = 0
+    unet_evaluations = model.num_unet_evaluations  # those that started the trajectories
     if saving.resume is not None:
         saved = load_state(saving.resume)
         restore(parts, saved["parts"], saving.resume)
@@ -88,15 +89,16 @@ def train(config: LecoScoreConfig) -> Path:
                 start = monitor.observe(0).record.metrics()
         progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
         for step in range(first_step, config.training.max_train_steps):
-            outs: dict[str, list[LossOutput]] = {term.name: [] for term in terms}
+            outs: dict[str, list[LossOutput]] = {name: [] for name in terms}
+            already_counted = model.num_unet_evaluations
             for _ in range(config.training.gradient_accumulation_steps):
-                for term in terms:  # each with its own backward pass, so that memory is that of the largest
+                for name, term in terms.items():  # each with its own backward pass, so that memory is that of the largest
                     with model_autocast(model):
                         out = term()
                     check_finite(out, step)
                     accelerator.backward(out.loss * term.weight / config.training.gradient_accumulation_steps)
-                    unet_evaluations += out.num_unet_evaluations
-                    outs[term.name].append(out)
+                    outs[name].append(out)
+            unet_evaluations += model.num_unet_evaluations - already_counted
             all_reduce_grads(network.parameters(), accelerator)
             metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
             if config.optimizer.max_grad_norm:
@@ -140,7 +142,7 @@ def train(config: LecoScoreConfig) -> Path:
 
 def main() -> None:
     setup_logging()
-    train(parse_config(LecoScoreConfig, description=__doc__))
+    train(parse_config(leco_score_config(), description=__doc__))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ from torch import Tensor
 from benchmarks.timing import Part, Stopwatch, peak_memory, reset_peak_memory, spread_of, synchronize, untimed
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.objectives.base import TrainingContext
+from library.objectives.estimator import ESTIMATORS
 from library.objectives.rewards import Goal, Reward
-from library.objectives.score import ScoreObjective
-from library.objectives.score_config import ESTIMATORS, ScoreConfig
-from library.objectives.score_term import SCORE_ROLLOUTS
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, model_autocast
+from library.objectives.score import ScoreConfig, ScoreObjective
+from library.objectives.terms.score import score_rollout
+from library.rollouts.config import RolloutConfig
+from library.rollouts.few_step import resolve_sampling
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import model_autocast
 from library.scorers.base import SCORER_KINDS, Scorer, ScorerSpec, build_scorer
 from library.settings.shared import NetworkConfig, OptimizerConfig
 from library.slider_training.network import build_network
@@ -33,7 +36,6 @@ PROMPTS = [PromptSpec(prompt=f"a photo of a {thing}") for thing in ("house", "fa
 class StepSettings:
     """One combination of what can be measured; the names are those of the training settings, `num_steps` is max_denoising_steps."""
 
-    rollout: str = "belt"
     batch_size: int = 1
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
@@ -61,30 +63,38 @@ class MeasuredStep:
         self.optimizer = accelerator.prepare(create_optimizer(optimizer, groups))
         self.scheduler = create_scheduler(optimizer, self.optimizer.optimizer, 1000)
         rollout = RolloutConfig(
-            prompts_file="benchmark prompts",
-            rollout=settings.rollout,
             train_batch_size=settings.batch_size,
             max_denoising_steps=settings.num_steps,
             leco_denoise_guidance_scale=settings.guidance_scale,
             resolution=settings.resolution,
         )
-        encoder = PromptEncoder(model, self.network)
-        config = ScoreConfig(score_estimator=settings.score_estimator)
-        kind = ESTIMATORS[settings.score_estimator](config).rollout or settings.rollout
-        self.belt = SCORE_ROLLOUTS[kind](model, self.network, PROMPTS, encoder, rollout, generator(settings.seed, "rollout"))
-        self.views = generator(settings.seed, "views")
-        scorer = untrained_scorer(model, settings.scorer_size)
-        self.objective = ScoreObjective(model, self.network, Reward([Goal(scorer=scorer)]), config, self.belt.solver, settings.num_steps)
+        config, estimator = ScoreConfig(score_estimator=settings.score_estimator), ESTIMATORS[settings.score_estimator]
+        context = TrainingContext(
+            model=model,
+            network=self.network,
+            encoder=PromptEncoder(model, self.network),
+            generator=lambda name: generator(settings.seed, name),
+            rollout=rollout,
+            sampling=resolve_sampling(rollout, model),
+            reward=Reward([Goal(scorer=untrained_scorer(model, settings.scorer_size))]),
+            prompts=PROMPTS,
+            settings={settings.score_estimator: estimator.config_class and estimator.config_class()},
+        )
+        self.rollout, self.objective, self.views = (
+            score_rollout(context, config),
+            ScoreObjective(context, config),
+            context.generator("views"),
+        )
 
     def __call__(self, part: Part) -> LossOutput:
         with part("belt batch"):
-            batch = self.belt.batch()
+            batch = self.rollout.next_batch()
         with part("objective"), model_autocast(self.model), timed_predictions(self.model, part):
             out, eps = self.objective(batch, self.views)
         with part("backward"):
             self.accelerator.backward(out.loss)
         with part("advance"):
-            self.belt.advance(eps)
+            self.rollout.advance(eps)
         with part("optimizer"):
             if self.optimizer_config.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.network.parameters(), self.optimizer_config.max_grad_norm)
@@ -106,14 +116,12 @@ def measure(step: MeasuredStep, *, warm_up_steps: int, timed_steps: int) -> dict
         torch.compiler.reset()  # of what an earlier measurement compiled
         step.model.unet.compile()  # after the counting: its hook is no part of what is compiled
     reset_peak_memory(device)
-    rollout_before, evaluations, losses = step.belt.num_unet_evaluations, 0, []
+    evaluations_before, losses = step.model.num_unet_evaluations, []
 
     def timed(part: Part) -> float:
-        nonlocal evaluations
         start = time.perf_counter()
         out = step(part)
         synchronize(device)
-        evaluations += out.num_unet_evaluations
         losses.append(out.sample_losses)
         return time.perf_counter() - start
 
@@ -126,7 +134,7 @@ def measure(step: MeasuredStep, *, warm_up_steps: int, timed_steps: int) -> dict
         parts.append(_named_parts(stopwatch.seconds))
     if not torch.cat(losses).isfinite().all():
         raise UserError("the loss is not finite: the times say nothing")
-    evaluations += step.belt.num_unet_evaluations - rollout_before
+    evaluations = step.model.num_unet_evaluations - evaluations_before
     step_seconds = spread_of(whole)
     return {
         "samples_per_second": batch_size / step_seconds["median"],
@@ -178,17 +186,16 @@ def _named_parts(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _counted(step: MeasuredStep) -> bool:
-    """Run one step; whether the U-Net saw as many rows as the objective and the rollout say (a backward counts as two forwards)."""
-    rows = 0
+    """Run one step; whether the U-Net saw as many rows as the model has counted (a backward counts as two forwards)."""
+    rows, before = 0, step.model.num_unet_evaluations
 
     def count(module: torch.nn.Module, args: tuple) -> None:
         nonlocal rows
         rows += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
 
-    rollout_before = step.belt.num_unet_evaluations
     hook = step.model.unet.register_forward_pre_hook(count)
     try:
-        out = step(untimed)
+        step(untimed)
     finally:
         hook.remove()
-    return rows == out.num_unet_evaluations + step.belt.num_unet_evaluations - rollout_before
+    return rows == step.model.num_unet_evaluations - before

@@ -5,7 +5,7 @@
 
 Every arm trains from the same learned scorer with the same budget of U-Net evaluations (a backward counts as two). Gains are in
 within-prompt standard deviations of the base model over held-out prompts. The judge is another kind of scorer, trained on other
-drawings. An arm is a change of ScoreConfig's defaults; finished runs are kept in output_dir/runs.jsonl and not made again.
+drawings. An arm is a change of the defaults; finished runs are kept in output_dir/runs.jsonl and not made again.
 """
 
 import argparse
@@ -21,24 +21,18 @@ from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_sub
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from examples.shapes.draw_pictures import write_prompts
 from library.measuring.statistics import bootstrap_means, linear_fit
-from library.objectives.score_config import ScoreConfig
+from library.objectives.estimator import ESTIMATORS
+from library.objectives.reward_shapes import SHAPES
+from library.objectives.score import ScoreConfig
 
 GROUPS = ("estimators", "shapes", "guards", "hackable")
 HACKABLE_PREFIX = "100 ratings, "
-ESTIMATORS = ("prev", "x0", "x0_renoise", "direct_align", "guidance", "draft", "draft_lv")
-SHAPES = ("hinge", "linear", "softplus", "target")
 DEFAULT = f"{ScoreConfig().score_estimator} + {ScoreConfig().reward_loss}"
 GUARDS: dict[str, dict[str, Any]] = {
     "no preservation": {"preserve_weight": 0.0},
     "no preservation, linear": {"preserve_weight": 0.0, "reward_loss": "linear"},
     "preserve 1": {"preserve_weight": 1.0},
     "preserve 10": {"preserve_weight": 10.0},
-    "stat_guard 0.1": {"stat_guard": 0.1},
-    "stat_guard 1": {"stat_guard": 1.0},
-    "smoothing 0.02": {"reward_smoothing": 0.02},
-    "smoothing 0.1": {"reward_smoothing": 0.1},
-    "paired signs": {"paired_signs": True},
-    "paired signs, odd 3": {"paired_signs": True, "odd_weight": 3.0},
     "raw gradient": {"normalize_gradient": False},
     "ensemble, pessimism 0": {"scorer": "ensemble", "scorer_pessimism": 0.0},
     "ensemble, pessimism 1": {"scorer": "ensemble", "scorer_pessimism": 1.0},
@@ -49,13 +43,7 @@ HACKABLE: dict[str, dict[str, Any]] = {
     "no guards": {"reward_loss": "linear", "preserve_weight": 0.0},
     "hinge alone": {"preserve_weight": 0.0},
     "preserve 3 alone": {"reward_loss": "linear"},
-    "stat_guard 1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "stat_guard": 1.0},
-    "smoothing 0.1 alone": {"reward_loss": "linear", "preserve_weight": 0.0, "reward_smoothing": 0.1},
     "preserve 1": {"preserve_weight": 1.0},
-    "stat_guard 0.1": {"stat_guard": 0.1},
-    "stat_guard 1": {"stat_guard": 1.0},
-    "smoothing 0.02": {"reward_smoothing": 0.02},
-    "smoothing 0.1": {"reward_smoothing": 0.1},
     "raw gradient": {"normalize_gradient": False},
     "ensemble, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
 }
@@ -68,9 +56,8 @@ def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     if "estimators" in groups:
         found |= estimators
     if "shapes" in groups:
-        for shape in SHAPES[1:]:
-            shaped = [estimator for estimator in ESTIMATORS if estimator != "guidance"]  # which has no shape
-            found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for estimator in shaped}
+        shaped = [(estimator, shape) for shape in SHAPES if shape != "hinge" for estimator in ESTIMATORS]
+        found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for estimator, shape in shaped}
     if "guards" in groups:
         found |= {f"{DEFAULT}, {name}": changes for name, changes in GUARDS.items()}
     if "hackable" in groups:

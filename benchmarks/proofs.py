@@ -37,7 +37,7 @@ from library.settings.cli import read_config_file
 from library.settings.options import build, options
 from library.training.tracking import read_metrics
 from networks.lora import create_network_from_weights
-from train_leco_score import LecoScoreConfig, train
+from train_leco_score import leco_score_config, train
 
 OUTPUT = ROOT / "output" / "proofs"
 CAPTIONS = "examples.shapes.judge:caption_obeyed"
@@ -74,10 +74,10 @@ def slider(name: str, **changes: Any) -> Path:
     folder = OUTPUT / name
     path = folder / "slider.safetensors"
     if not path.is_file():
-        defaults = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(LecoScoreConfig))
+        defaults = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(leco_score_config()))
         settings = {**defaults, "prompts_file": str(prompts()[0]), "calibrate": 1.0, "sample_every_n_steps": "", "num_threads": 1}
         settings |= {"output_dir": str(folder), "output_name": "slider", **changes}
-        train(build(LecoScoreConfig, settings))
+        train(build(leco_score_config(), settings))
     return path
 
 

@@ -19,13 +19,19 @@ from examples.shapes.scores import SCORES
 from library.measuring.image_statistics import rms_diversity
 from library.measuring.statistics import within_prompt_std
 from library.models.loading import load_model
-from library.objectives.base import Workbench
+from library.objectives.base import TrainingContext
+from library.objectives.estimator import ESTIMATORS
+from library.objectives.estimators.direct_align import DirectAlignConfig
+from library.objectives.estimators.x0_renoise import X0RenoiseConfig
 from library.objectives.rewards import RewardConfig, load_reward
-from library.objectives.score_config import ESTIMATORS, ScoreConfig
-from library.objectives.score_term import ScoreTerm
+from library.objectives.score import ScoreConfig
+from library.objectives.terms.score import ScoreTerm
 from library.prompts.files import load_prompts, spread
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, decode, sample
+from library.rollouts.config import RolloutConfig
+from library.rollouts.few_step import resolve_sampling
+from library.rollouts.noised import NoisedConfig
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer
 from library.settings.options import build
@@ -39,13 +45,16 @@ MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 BASE, MINUS, PLUS = (MULTIPLIERS.index(value) for value in (0.0, -1.0, 1.0))
 OTHER = "other "  # before the name of a true score that was not trained
 SIZE = (64, 64)
-SAMPLING: dict[str, Any] = {"num_steps": 20, "guidance_scale": 3.0, "resolution": SIZE, "batch_size": 48}
+SAMPLING = SamplingConfig(num_steps=20, guidance_scale=3.0, size=SIZE, batch_size=48)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     reward: RewardConfig
     score: ScoreConfig
+    x0_renoise: X0RenoiseConfig
+    direct_align: DirectAlignConfig
+    noised: NoisedConfig
     rollout: RolloutConfig
 
 
@@ -105,17 +114,21 @@ class Laboratory:
             reward = load_reward(
                 settings.reward,
                 self.model.vae_fingerprint(),
-                needs_noise_aware=ESTIMATORS[settings.score.score_estimator](settings.score).noisy,
+                needs_noise_aware=ESTIMATORS[settings.score.score_estimator].noisy,
             )
-            started, spent = time.process_time(), 0.0
-            workbench = Workbench(
+            started, spent, evaluations_before = time.process_time(), 0.0, self.model.num_unet_evaluations
+            context = TrainingContext(
                 model=self.model,
                 network=network,
                 encoder=self.encoder,
                 generator=lambda name: generator(seed, name),
                 rollout=settings.rollout,
+                sampling=resolve_sampling(settings.rollout, self.model),
+                reward=reward,
+                prompts=self.prompts,
+                settings=vars(settings),
             )
-            term = ScoreTerm(workbench, reward, settings.score, self.prompts)
+            term = ScoreTerm(context, settings.score)
             optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
             evaluations = updates = 0
             curve, goals = [(0, 0.0, 0.0)], [share * budget for share in checks]
@@ -125,11 +138,13 @@ class Laboratory:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                evaluations, updates = evaluations + out.num_unet_evaluations, updates + 1
+                evaluations, updates = evaluations + self.model.num_unet_evaluations - evaluations_before, updates + 1
+                evaluations_before = self.model.num_unet_evaluations
                 if goals and evaluations >= goals[0]:
                     spent += time.process_time() - started
                     goals = [goal for goal in goals if goal > evaluations]
                     curve.append((evaluations, spent, self.quick_gain(network)))
+                    evaluations_before = self.model.num_unet_evaluations  # without those of the measurement
                     started = time.process_time()
             spent += time.process_time() - started
             network.eval()
@@ -164,7 +179,7 @@ class Laboratory:
         rows = [prompt for prompt in prompts for _ in range(num_seeds)]
         places = [self.eval_prompts.index(prompt) for prompt in prompts]
         seeds = [1000 + place * 100 + seed for place in places for seed in range(num_seeds)]
-        latents = sample(self.model, network, rows, seeds, strength, encoder=self.encoder, **SAMPLING)
+        latents = sample(self.model, network, rows, seeds, strength, encoder=self.encoder, sampling=SAMPLING)
         pixels = decode(self.model, latents, 48).clamp(0, 1)
         texts = [prompt.prompt for prompt in rows]
         shape = (len(prompts), num_seeds)

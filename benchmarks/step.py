@@ -30,8 +30,7 @@ from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.objectives.score import ESTIMATORS
-from library.rollouts.belt import ROLLOUTS
+from library.objectives.estimator import ESTIMATORS
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
 from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig
@@ -46,13 +45,12 @@ class BenchmarkConfig:
     model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; auto reads it from the weights.")
     random_weights: bool = option(False, help="Measure the published size of model_family with random weights, in place of a checkpoint.")
     tiny: bool = option(False, help="With random_weights: the model of the tests, with latents of 8x8.")
-    rollout: tuple[str, ...] = option(("belt",), choices=tuple(ROLLOUTS), help="Rollouts.")
     train_batch_size: tuple[int, ...] = option((1, 4), help="Batch sizes.")
     gradient_checkpointing: tuple[str, ...] = option(("off",), choices=("off", "on"), help="Without and with gradient checkpointing.")
     attention: tuple[str, ...] = option(("sdpa",), choices=("sdpa", "xformers"), help="How the U-Net computes attention.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the models compute in; no is float32.")
     torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.")
-    score_estimator: str = option("prev", choices=tuple(ESTIMATORS), help="Latents to score.")
+    score_estimator: str = option("prev", choices=ESTIMATORS, help="Latents to score.")
     scorer_size: str = option("base", help="Size of the untrained scorer: tiny, small or base.")
     max_denoising_steps: int = option(20, help="Steps of the sampler's schedule.")
     leco_denoise_guidance_scale: float = option(5.0, help="Classifier-free guidance; 1 is none.")
@@ -73,10 +71,9 @@ class BenchmarkConfig:
             raise UserError("tiny is set without random_weights; the tiny models have random weights, so set both")
 
     def combinations(self) -> list[StepSettings]:
-        several = itertools.product(self.rollout, self.attention, self.gradient_checkpointing, self.train_batch_size)
+        several = itertools.product(self.attention, self.gradient_checkpointing, self.train_batch_size)
         return [
             StepSettings(
-                rollout=rollout,
                 batch_size=batch_size,
                 gradient_checkpointing=checkpointing == "on",
                 attention=attention,
@@ -88,7 +85,7 @@ class BenchmarkConfig:
                 resolution=self.resolution,
                 seed=self.seed,
             )
-            for rollout, attention, checkpointing, batch_size in several
+            for attention, checkpointing, batch_size in several
         ]
 
 
@@ -141,10 +138,10 @@ def environment(accelerator: Accelerator) -> dict[str, str | None]:
 def table(result: dict[str, Any]) -> str:
     """The measurement for a terminal: a line for each combination, then its parts."""
     lines = [f"{result['model']}; {result['environment']['device']}"]
-    header = ("rollout", "batch", "checkpointing", "attention", "samples/s", "step s (min..max)", "evaluations/sample", "peak GiB")
+    header = ("batch", "checkpointing", "attention", "samples/s", "step s (min..max)", "evaluations/sample", "peak GiB")
     lines.append(_row(header))
     for cell in result["cells"]:
-        settings = (cell["rollout"], cell["batch_size"], "on" if cell["gradient_checkpointing"] else "off", cell["attention"])
+        settings = (cell["batch_size"], "on" if cell["gradient_checkpointing"] else "off", cell["attention"])
         if "error" in cell:
             lines.append(_row(settings) + f"  {cell['error']}")
             continue
@@ -182,7 +179,7 @@ def _version(package: str) -> str | None:
 
 
 def _row(words: Sequence[object]) -> str:
-    widths = (10, 5, 13, 9, 9, 24, 18, 8)
+    widths = (5, 13, 9, 9, 24, 18, 8)
     return "  ".join(str(word).ljust(width) for word, width in zip(words, widths, strict=False))
 
 

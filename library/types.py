@@ -1,7 +1,7 @@
 """The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a U-Net is told besides latents and timestep: one record for every family.
+    """What a U-Net is given besides latents and timestep: one record for every family.
 
     Attributes:
         text: token embeddings [B, T, D].
@@ -73,8 +73,8 @@ class PromptSpec:
         seed: which seed measurements and previews of this prompt begin with; None is their own.
         num_steps: steps of the sampler; None takes the run's.
         multiplier: of the LoRA while it is rolled out; None takes the run's train_multipliers in turn.
-        original_width, original_height: pixels that SDXL is told the picture had before it was cropped; None is the picture's own size.
-        crop_top, crop_left: pixels that SDXL is told were cropped off.
+        original_width, original_height: pixels that SDXL is given as the picture's size before it was cropped; None is its size now.
+        crop_top, crop_left: pixels that SDXL is given as cropped off.
     """
 
     prompt: str
@@ -95,11 +95,11 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class History:
-    """What a multistep solver remembers of B samples: the clean latents that the step before foresaw.
+    """What a multistep solver remembers of B samples: the clean latents that the step before predicted.
 
     Attributes:
         x0: [B, C, h, w]; anything where there was no step before.
-        abar: where they were foreseen [B]; 0 where there was no step before.
+        abar: where they were predicted [B]; 0 where there was no step before.
     """
 
     x0: Tensor
@@ -108,7 +108,7 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """The belt at one moment: where each of B trajectories stands.
+    """A rollout at one moment: where each of B trajectories stands.
 
     Attributes:
         latents: variance-preserving noisy latents [B, C, h, w].
@@ -121,7 +121,6 @@ class RolloutBatch:
         noise: fresh standard normal noise [B, C, h, w] for a solver that draws some, else None.
         history: of a solver that remembers, else None.
         added_noise: the noise in the latents, where it is known because a finished picture was noised [B, C, h, w].
-        tail_timesteps: where all samples stand at one place near the end, the timesteps from there to the end [K + 1], else None.
     """
 
     latents: Tensor
@@ -137,15 +136,6 @@ class RolloutBatch:
     noise: Tensor | None = None
     history: History | None = None
     added_noise: Tensor | None = None
-    tail_timesteps: Tensor | None = None
-
-    def mirrored(self) -> "RolloutBatch":
-        """The batch and, below it, the same batch with the opposite multipliers [2 B]."""
-        assert self.tail_timesteps is None
-        twice = {name: torch.cat([value, value]) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        twice["multipliers"] = torch.cat([self.multipliers, -self.multipliers])
-        history = None if self.history is None else History(self.history.x0.repeat(2, 1, 1, 1), self.history.abar.repeat(2))
-        return replace(self, **twice, cond=self.cond.repeat(2), uncond=self.uncond.repeat(2), prompts=self.prompts * 2, history=history)
 
     @property
     def directions(self) -> Tensor:
@@ -171,11 +161,9 @@ class LossOutput:
         sample_losses: what each sample contributes, no gradient [B].
         samples: what each sample is, in words [B]; a loss that is not finite is reported with them.
         metrics: numbers to log.
-        num_unet_evaluations: forward passes of one sample, a backward counted as two.
     """
 
     loss: Tensor
     sample_losses: Tensor
     samples: Sequence[str]
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
-    num_unet_evaluations: int = 0

@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,8 +71,9 @@ def test_a_wrong_count_is_noticed() -> None:
     objective = measured.objective
 
     def forgetful(batch, generator):
-        out, eps = objective(batch, generator)
-        return replace(out, num_unet_evaluations=out.num_unet_evaluations - 1), eps
+        found = objective(batch, generator)
+        measured.model.num_unet_evaluations -= 1
+        return found
 
     measured.objective = forgetful  # type: ignore[assignment]
     assert measure(measured, warm_up_steps=1, timed_steps=1)["count_agrees"] is False

@@ -10,16 +10,14 @@ import torch
 
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Reward
-from library.objectives.score import ScoreObjective
-from library.objectives.score_config import ScoreConfig
-from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder, model_autocast
+from library.rollouts.sample import model_autocast
 from library.training.checkpoints import load_state, save_state
 from library.types import LossOutput, PromptSpec
 from networks.lora import LoRANetwork
+from tests.helpers.objective import make_stage
 from tests.helpers.scorers import WavyScorer, scorer_for
 from tests.helpers.tiny_models import KINDS, tiny_model
-from tests.test_rollout import lora_for
+from tests.helpers.tiny_networks import lora_for
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 
@@ -42,28 +40,26 @@ class Run:
         scorer = scorer_for(self.model, WavyScorer).to(device)
         self.network: LoRANetwork = lora_for(self.model).to(device)
         self.model.to(device)
-        config = RolloutConfig(prompts_file="-", train_batch_size=3, max_denoising_steps=6)
-        self.belt = Belt(self.model, self.network, PROMPTS, PromptEncoder(self.model), config, torch.Generator().manual_seed(0))
-        self.objective = ScoreObjective(
-            self.model, self.network, Reward([Goal(scorer=scorer)]), ScoreConfig(reward_loss="linear"), self.belt.solver, 6
-        )
+        reward = Reward([Goal(scorer=scorer)])
+        stage = make_stage(model=self.model, network=self.network, reward=reward, prompts=PROMPTS, reward_loss="linear", resolution=64)
+        self.rollout, self.objective = stage.rollout, stage.objective
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
 
     def step(self) -> tuple[LossOutput, torch.Tensor]:
         self.optimizer.zero_grad()
-        out, eps = self.objective(self.belt.batch())
+        out, eps = self.objective(self.rollout.next_batch())
         out.loss.backward()
-        self.belt.advance(eps)
+        self.rollout.advance(eps)
         self.optimizer.step()
         return out, eps
 
     def state(self) -> dict:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "belt": self.belt.state_dict()}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "rollout": self.rollout.state_dict()}
 
     def load(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.belt.load_state_dict(state["belt"])
+        self.rollout.load_state_dict(state["rollout"])
 
 
 def relative_rms(value: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -110,7 +106,7 @@ def test_lora_in_half_precision_is_near_float32(kind: str, dtype: torch.dtype, t
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_belt_and_step_equal_the_cpus(kind: str) -> None:
     ours, wanted = Run(DEVICE, kind), Run("cpu", kind)
-    batch, wanted_batch = ours.belt.batch(), wanted.belt.batch()
+    batch, wanted_batch = ours.rollout.next_batch(), wanted.rollout.next_batch()
     assert batch.prompts == wanted_batch.prompts
     assert relative_rms(batch.latents, wanted_batch.latents) < 1e-4
     (out, eps), (wanted_out, wanted_eps) = ours.objective(batch), wanted.objective(wanted_batch)

@@ -16,12 +16,12 @@ from tools.evaluate_slider import EvaluateSliderConfig
 from tools.make_pixel_scorer import MakePixelScorerConfig
 from tools.score_images import ScoreImagesConfig
 from tools.train_image_prompt_adapter import TrainImagePromptAdapterConfig
-from train_leco_score import LecoScoreConfig
+from train_leco_score import leco_score_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "train_latent_scorer.py": LatentScorerConfig,
-    "train_leco_score.py": LecoScoreConfig,
+    "train_leco_score.py": leco_score_config(),
     "tools/cache_latents.py": CacheLatentsConfig,
     "tools/evaluate_slider.py": EvaluateSliderConfig,
     "tools/make_pixel_scorer.py": MakePixelScorerConfig,

@@ -11,7 +11,18 @@ from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.rollouts.few_step import DMD2, HYPER, LCM, LIGHTNING, TURBO, SamplingChoice, detect, recommended
+from library.rollouts.config import RolloutConfig
+from library.rollouts.few_step import (
+    DMD2,
+    HYPER,
+    LCM,
+    LIGHTNING,
+    TURBO,
+    SamplingChoice,
+    detect,
+    recommended,
+    resolve_sampling,
+)
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_unet_config
@@ -175,3 +186,16 @@ def test_dmd2_gets_the_timesteps_that_it_was_distilled_at(model):
     """Its page: LCMScheduler with timesteps=[999, 749, 499, 249]."""
     timesteps = model.schedule.inference_timesteps(DMD2.num_steps, DMD2.spacing)
     assert torch.equal(timesteps, torch.tensor([999, 749, 499, 249, -1]))
+
+
+def test_what_equals_an_ordinary_models_value_is_kept_when_it_was_set(model, caplog):
+    """ddim, 20 steps and guidance 5 on an LCM base, as they were given: with a warning each; unset, the base's own."""
+    base = described(model, name="some-lcm.safetensors")
+    given = RolloutConfig(sampler="ddim", max_denoising_steps=20, leco_denoise_guidance_scale=5.0, train_batch_size=3)
+    found = resolve_sampling(given, base)
+    assert (found.sampler, found.num_steps, found.guidance_scale, found.batch_size) == ("ddim", 20, 5.0, 3)
+    assert sum("The base is LCM" in record.message for record in caplog.records) == 3
+    unset = resolve_sampling(RolloutConfig(), base)
+    assert (unset.sampler, unset.num_steps, unset.guidance_scale, unset.spacing) == ("lcm", 4, 1.0, "lcm")
+    ordinary = resolve_sampling(RolloutConfig(), described(model, name="model"))
+    assert (ordinary.sampler, ordinary.num_steps, ordinary.guidance_scale, ordinary.spacing) == ("ddim", 20, 5.0, None)

@@ -13,21 +13,15 @@ from library.errors import UserError
 from library.objectives.goals import BEYOND_BOUND, ascent_direction
 from library.objectives.gradients import rms, score_gradients, unit_rms
 from library.objectives.rewards import Goal, Limit, Reward
-from library.objectives.score import ScoreObjective
-from library.objectives.score_config import ScoreConfig
-from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder
 from library.scorers.base import Scorer, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.training.tracking import read_metrics
 from library.types import Conditioning, PromptSpec
-from networks.lora import LoRANetwork
+from tests.helpers.objective import Stage, make_stage
 from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer
 from tests.helpers.tiny_leco_run import make_workplace, run
-from tests.helpers.tiny_models import tiny_model
 from tests.test_rewards import a_scorer, ensemble_of, some_latents
-from tests.test_rollout import lora_for
 
 ROWS = 4
 DIRECTIONS = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -264,26 +258,11 @@ def test_values_and_gradients_are_those_of_the_standardised_score() -> None:
     assert not latents.requires_grad and not values.requires_grad and not gradients.requires_grad
 
 
-@pytest.mark.parametrize("weight", [1.0, -1.0])
-def test_a_smoothed_gradient_is_the_one_at_the_worst_point_nearby(weight: float) -> None:
-    """It equals finite differences at z - ascent rho rms(z) g / rms(g); the values stay those at z."""
-    scorer, latents, ascent, rho = a_scorer(WavyScorer, std=0.25), 3 * some_latents(), torch.tensor([1.0, -1.0]), 0.1
-    plain_values, plain = gradients_of(scorer, latents)
-    values, smoothed = gradients_of(scorer, latents, ascent=ascent, smoothing=rho, weight=weight)
-    scale = ((latents.square().sum((1, 2, 3)) / 256).sqrt() * rho * weight * ascent * 16 / plain.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-    worst = latents - scale * plain
-    assert torch.equal(values, plain_values)
-    assert torch.allclose(smoothed, numeric_gradient(scorer, worst).float(), atol=1e-6)
-    assert (smoothed - plain).abs().max() > 100 * 1e-6
-    lower = weight * ascent * (scorer(worst, torch.full((2,), 0.5)) - scorer(latents, torch.full((2,), 0.5)))
-    assert (lower < 0).all()
-
-
-def test_a_held_score_is_neither_smoothed_nor_doubted() -> None:
+def test_a_held_score_is_not_doubted() -> None:
     latents, limit, ascent = some_latents(), Limit("hold", 0.2), torch.ones(2)
     for scorer in (a_scorer(WavyScorer), ensemble_of(0.0, 2.0)):
         plain = gradients_of(scorer, latents, limit=limit)
-        guarded = gradients_of(scorer, latents, limit=limit, ascent=ascent, smoothing=0.1, k=1.0)
+        guarded = gradients_of(scorer, latents, limit=limit, ascent=ascent, k=1.0)
         assert torch.equal(plain[0], guarded[0]) and torch.equal(plain[1], guarded[1])
 
 
@@ -297,24 +276,21 @@ def test_pessimism_turns_the_direction_away_from_what_members_disagree_about() -
     assert shares[0] == pytest.approx(0.5, abs=1e-4) and shares[1] < 1e-6
 
 
-def two_scores(limit: Limit | None, **settings) -> tuple[LoRANetwork, Belt, ScoreObjective]:
+def two_scores(limit: Limit | None, **settings) -> Stage:
     """Training on a tiny model: the mean of channel 0 is raised, and takes a score that bends along unless that is held."""
-    model = tiny_model()
-    network = lora_for(model, strength=0.0)
-    rollout = RolloutConfig(prompts_file="-", train_batch_size=4, max_denoising_steps=6)
     prompts = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
-    belt = Belt(model, network, prompts, PromptEncoder(model, network), rollout, torch.Generator().manual_seed(0))
     goals = [Goal(scorer=a_scorer(ChannelScorer)), Goal(scorer=a_scorer(CurvedScorer), weight=0.0, limit=limit)]
-    config = ScoreConfig(reward_loss="linear", preserve_weight=0.0, **settings)
-    return network, belt, ScoreObjective(model, network, Reward(goals), config, belt.solver, 6)
+    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, **settings}
+    return make_stage(reward=Reward(goals), prompts=prompts, strength=0.0, batch_size=4, **settings)
 
 
 def test_training_raises_one_score_and_leaves_the_held_one() -> None:
     """One batch, both signs and directions, measured where the next step leads. A network of rank 2 follows only nearly."""
     changes = {}
     for limit in (None, Limit("hold", 0.2)):
-        network, belt, objective = two_scores(limit)
-        batch, optimizer = belt.batch(), torch.optim.Adam(network.parameters(), lr=4e-3)
+        stage = two_scores(limit)
+        objective = stage.objective
+        batch, optimizer = stage.rollout.next_batch(), torch.optim.Adam(stage.network.parameters(), lr=4e-3)
         assert set(batch.directions.tolist()) == {1.0, -1.0}
         found = []
         for _ in range(10):
@@ -323,25 +299,27 @@ def test_training_raises_one_score_and_leaves_the_held_one() -> None:
             out.loss.backward()
             optimizer.step()
             abar, next_abar = (objective.model.schedule.abar(times) for times in (batch.timesteps, batch.next_timesteps))
-            latents = belt.solver.step(batch.latents, eps, abar, next_abar)
+            latents = objective.solver.step(batch.latents, eps, abar, next_abar)
             terms = objective.reward(latents, batch.next_sigmas, None, batch.prompts).terms
             found.append({name: batch.directions * value for name, value in terms.items()})
         changes[limit] = {name: (found[-1][name] - found[0][name]).mean() for name in found[0]}
     free, held = changes[None], changes[Limit("hold", 0.2)]
-    assert free["ChannelScorer"] > 0.01 and free["CurvedScorer"] > 0.01
+    assert free["ChannelScorer"] > 0.005 and free["CurvedScorer"] > 0.005
     assert held["ChannelScorer"] > 0.3 * free["ChannelScorer"]
     assert held["CurvedScorer"].abs() < 0.5 * free["CurvedScorer"]
 
 
 def test_a_hold_consults_the_frozen_model_and_needs_normalised_gradients() -> None:
     for limit, evaluations in ((None, 4), (Limit("hold", 0.2), 5)):
-        _, belt, objective = two_scores(limit)
-        assert objective(belt.batch())[0].num_unet_evaluations == evaluations * 4
+        stage = two_scores(limit)
+        batch, before = stage.rollout.next_batch(), stage.model.num_unet_evaluations
+        stage.objective(batch)
+        assert stage.model.num_unet_evaluations - before == evaluations * 4
     with pytest.raises(UserError, match="normalize_gradient"):
         two_scores(Limit("hold", 0.2), normalize_gradient=False)
 
 
-def test_a_run_takes_limits_pessimism_and_smoothing(tmp_path: Path) -> None:
+def test_a_run_takes_limits_and_pessimism(tmp_path: Path) -> None:
     """Each setting changes the first update of train_leco_score.py: none is parsed and ignored."""
     workplace, own = make_workplace(tmp_path / "in"), []
     for seed, name in enumerate(("first", "second")):
@@ -356,7 +334,6 @@ def test_a_run_takes_limits_pessimism_and_smoothing(tmp_path: Path) -> None:
             {"scorer_pessimism": 0.0},
             {"scorer_pessimism": 0.0},  # once more: the runs differ by their settings alone
             {"scorer_pessimism": 1.0},
-            {"scorer_pessimism": 0.0, "reward_smoothing": 0.2},
             {"scorer_pessimism": 0.0, "scorer_limits": ["none", "hold=0.2"]},
             {"scorer_pessimism": 0.0, "scorer_ensemble": True},
         )

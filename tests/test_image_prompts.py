@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.rollouts.sample import PromptEncoder, SamplingConfig, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
 from library.settings.options import build
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter

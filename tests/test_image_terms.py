@@ -11,15 +11,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.loading import load_model
-from library.objectives import image_pairs, images
-from library.objectives.base import Workbench
-from library.objectives.image_pairs import EncodedPair, ImagePairsConfig, ImagePairsTerm, PicturePair, find_pairs
-from library.objectives.images import EncodedPicture, ImagesConfig, ImagesTerm
+from library.objectives.base import TrainingContext
 from library.objectives.known_noise import buckets_around, draw_alike
-from library.objectives.regression import RegressionConfig
+from library.objectives.terms.image_pairs import EncodedPair, ImagePairsConfig, ImagePairsTerm, PicturePair, find_pairs
+from library.objectives.terms.images import EncodedPicture, ImagesConfig, ImagesTerm
 from library.scorer_data.buckets import bucket_sizes
 from library.scorer_data.records import Skipped
-from tests.helpers.workbench import assert_resumes, make_workbench, train_steps
+from tests.helpers.context import assert_resumes, make_context, train_steps
 
 
 def save_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
@@ -33,44 +31,44 @@ def latents(seed: int, size: tuple[int, int] = (8, 8)) -> Tensor:
     return torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def images_term(bench: Workbench, gamma: float | None = None, size: tuple[int, int] = (8, 8), **settings) -> ImagesTerm:
+def images_term(context: TrainingContext, size: tuple[int, int] = (8, 8), **settings) -> ImagesTerm:
     pictures = [EncodedPicture(latents(seed, size), f"picture {seed}", str(seed)) for seed in range(4)]
-    return ImagesTerm(bench, pictures, ImagesConfig(**settings), RegressionConfig(min_snr_gamma=gamma))
+    return ImagesTerm(context, pictures, ImagesConfig(**settings))
 
 
-def pairs_term(bench: Workbench, gamma: float | None = None, size: tuple[int, int] = (8, 8), **settings) -> ImagePairsTerm:
+def pairs_term(context: TrainingContext, size: tuple[int, int] = (8, 8), **settings) -> ImagePairsTerm:
     pairs = [EncodedPair(latents(seed, size), latents(seed + 10, size), "a pair", str(seed)) for seed in range(3)]
-    return ImagePairsTerm(bench, pairs, ImagePairsConfig(**settings), RegressionConfig(min_snr_gamma=gamma))
+    return ImagePairsTerm(context, pairs, ImagePairsConfig(**settings))
 
 
 class Calls:
     """What the U-Net was asked: latents, timesteps, conditioning and the multipliers in force."""
 
-    def __init__(self, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, context: TrainingContext, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[Tensor, Tensor, object, Tensor]] = []
-        original = type(bench.model).predict_eps
+        original = type(context.model).predict_eps
 
         def predict_eps(model, noisy: Tensor, timesteps: Tensor, cond) -> Tensor:
-            self.seen.append((noisy, timesteps, cond, torch.as_tensor(bench.network.multiplier)))
+            self.seen.append((noisy, timesteps, cond, torch.as_tensor(context.network.multiplier)))
             return original(model, noisy, timesteps, cond)
 
-        monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
+        monkeypatch.setattr(type(context.model), "predict_eps", predict_eps)
 
 
 @pytest.mark.parametrize(("kind", "gamma"), [("sd1", None), ("sd1", 5.0), ("sd2_v", None), ("sd2_v", 5.0), ("sdxl", None)])
 def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against diffusers' training recipe: MSE of the raw output to the noise or the velocity, weighted with Min-SNR (1e-5)."""
-    bench = make_workbench(kind)
-    term = images_term(bench, gamma, size=(16, 16), images_multiplier=0.7)
-    calls = Calls(bench, monkeypatch)
+    context = make_context(kind, gamma=gamma)
+    term = images_term(context, size=(16, 16), images_multiplier=0.7)
+    calls = Calls(context, monkeypatch)
     out = term()
     ((noisy, timesteps, cond, multipliers),) = calls.seen
     assert torch.equal(multipliers, torch.full((3,), 0.7))
-    abar = bench.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    abar = context.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     clean = torch.stack([latents(int(sample.split()[1]), (16, 16)) for sample in out.samples])
     noise = (noisy - abar.sqrt() * clean) / (1 - abar).sqrt()
-    raw = bench.model.unet(noisy, timesteps, cond.text, added_cond_kwargs=bench.model._added_cond(cond)).sample  # pyright: ignore
-    is_v = bench.model.spec.prediction_type == "v_prediction"
+    raw = context.model.unet(noisy, timesteps, cond.text, added_cond_kwargs=context.model._added_cond(cond)).sample  # pyright: ignore
+    is_v = context.model.spec.prediction_type == "v_prediction"
     target = abar.sqrt() * noise - (1 - abar).sqrt() * clean if is_v else noise
     expected = torch.nn.functional.mse_loss(raw, target, reduction="none").mean((1, 2, 3))
     if gamma is not None:
@@ -82,14 +80,14 @@ def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float
 
 
 def test_both_signs_of_a_pair_share_noise_and_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = make_workbench(train_batch_size=5)
-    term = pairs_term(bench, image_pairs_multiplier=0.5)
-    calls = Calls(bench, monkeypatch)
+    context = make_context(train_batch_size=5)
+    term = pairs_term(context, image_pairs_multiplier=0.5)
+    calls = Calls(context, monkeypatch)
     out = term()
     ((noisy, timesteps, _, multipliers),) = calls.seen
     assert multipliers.tolist() == [0.5, 0.5, -0.5, -0.5]
     assert torch.equal(timesteps[:2], timesteps[2:])
-    abar = bench.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    abar = context.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     seeds = [int(sample.split()[2]) for sample in out.samples[:2]]
     clean = torch.stack([latents(seed + side) for side in (0, 10) for seed in seeds])
     noise = (noisy - abar.sqrt() * clean) / (1 - abar).sqrt()
@@ -100,36 +98,36 @@ def test_both_signs_of_a_pair_share_noise_and_timestep(monkeypatch: pytest.Monke
 class ErrorInNoise:
     """How far the embedded model is from the known noise in a noised picture, at noise that was never trained on, by multiplier."""
 
-    def __init__(self, bench: Workbench, prompt: str) -> None:
-        self.bench = bench
+    def __init__(self, context: TrainingContext, prompt: str) -> None:
+        self.context = context
         self.noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(99))
         self.timesteps = torch.tensor([301, 501, 701, 901])
-        self.cond = bench.encoder.encode([prompt] * 4, (128, 128))
+        self.cond = context.encoder.encode([prompt] * 4, (128, 128))
 
     @torch.no_grad()
     def __call__(self, clean: Tensor, multiplier: float) -> float:
-        self.bench.network.set_multiplier(multiplier)
-        noisy = self.bench.model.schedule.add_noise(clean.expand_as(self.noise), self.noise, self.timesteps)
-        return (self.bench.model.predict_eps(noisy, self.timesteps, self.cond) - self.noise).square().mean().item()
+        self.context.network.set_multiplier(multiplier)
+        noisy = self.context.model.schedule.add_noise(clean.expand_as(self.noise), self.noise, self.timesteps)
+        return (self.context.model.predict_eps(noisy, self.timesteps, self.cond) - self.noise).square().mean().item()
 
 
 def test_a_pair_moves_the_lora_towards_one_picture_and_away_from_the_other() -> None:
     """At +m the noise of the positive picture is predicted better than at 0 and at -m; that of the negative the other way round."""
-    bench = make_workbench(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
+    context = make_context(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
     flat = torch.ones(4, 16, 16)
-    term = ImagePairsTerm(bench, [EncodedPair(flat, -flat, "a pair", "0")], ImagePairsConfig(), RegressionConfig())
-    error = ErrorInNoise(bench, "a pair")
-    train_steps(term, bench, 12, learning_rate=1e-3)
+    term = ImagePairsTerm(context, [EncodedPair(flat, -flat, "a pair", "0")], ImagePairsConfig())
+    error = ErrorInNoise(context, "a pair")
+    train_steps(term, context, 12, learning_rate=1e-3)
     assert error(flat, 1.0) < error(flat, 0.0) < error(flat, -1.0)
     assert error(-flat, -1.0) < error(-flat, 0.0) < error(-flat, 1.0)
 
 
 def test_images_alone_lower_their_error() -> None:
-    bench = make_workbench(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
+    context = make_context(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
     flat = torch.ones(4, 16, 16)
-    term = ImagesTerm(bench, [EncodedPicture(flat, "a picture", "0")], ImagesConfig(), RegressionConfig())
-    error = ErrorInNoise(bench, "a picture")
-    train_steps(term, bench, 12, learning_rate=2e-3)
+    term = ImagesTerm(context, [EncodedPicture(flat, "a picture", "0")], ImagesConfig())
+    error = ErrorInNoise(context, "a picture")
+    train_steps(term, context, 12, learning_rate=2e-3)
     assert error(flat, 1.0) < 0.9 * error(flat, 0.0)
 
 
@@ -145,8 +143,8 @@ def test_text_encoder_modules_are_trained_by_pictures() -> None:
     model = tiny_model("sd1")
     network = create_network(1.0, 2, 2.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))
     network.apply_to(model.text_encoders, model.unet)
-    bench = make_workbench(model=model, network=network)
-    images_term(bench)().loss.backward()
+    context = make_context(model=model, network=network)
+    images_term(context)().loss.backward()
     gradients = [lora.lora_up.weight.grad for lora in network.text_encoder_loras]
     assert gradients and any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 
@@ -157,9 +155,9 @@ def test_pictures_are_encoded_at_sizes_that_are_multiples_of_64(tmp_path: Path, 
     save_picture(tmp_path / "line.png", (1000, 20))
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "wide.txt").write_text("a wide\npicture\n", encoding="utf-8")
-    bench = make_workbench(resolution=(128,))
+    context = make_context(resolution=(128,))
     with caplog.at_level(logging.WARNING):
-        term = images.build(bench, ImagesConfig(images_dir=tmp_path, images_prompt="a picture", images_weight=0.5), RegressionConfig())
+        term = ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path, images_prompt="a picture", images_weight=0.5))
     found = {picture.name: (tuple(picture.latents.shape), picture.prompt) for picture in term.pictures}
     assert found == {"square.png": ((4, 16, 16), "a picture"), "wide.png": ((4, 8, 24), "a wide picture")}
     assert "line.png" in caplog.text and "broken.jpg" in caplog.text
@@ -169,10 +167,10 @@ def test_pictures_are_encoded_at_sizes_that_are_multiples_of_64(tmp_path: Path, 
 
 def test_a_picture_is_what_the_vae_makes_of_it(tmp_path: Path) -> None:
     path = save_picture(tmp_path / "picture.png")
-    bench = make_workbench()
-    term = images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+    context = make_context()
+    term = ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path))
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    torch.testing.assert_close(term.pictures[0].latents, bench.model.encode_images(pixels)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(term.pictures[0].latents, context.model.encode_images(pixels)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_are_told_by_their_names(tmp_path: Path) -> None:
@@ -190,7 +188,7 @@ def test_pairs_are_told_by_their_names(tmp_path: Path) -> None:
     ]
     (alone,) = [pair for pair in found if isinstance(pair, Skipped)]
     assert "alone" in alone.reason
-    term = image_pairs.build(make_workbench(resolution=(128,)), ImagePairsConfig(image_pairs=tmp_path), RegressionConfig())
+    term = ImagePairsTerm.build(make_context(resolution=(128,)), ImagePairsConfig(image_pairs=tmp_path))
     assert len(term.pairs) == 2
     for pair in term.pairs:
         assert pair.positive.shape == pair.negative.shape
@@ -226,17 +224,17 @@ def test_batches_are_of_one_shape_and_every_picture_is_drawn_alike() -> None:
 
 
 def test_what_cannot_be_used_is_a_users_error(tmp_path: Path) -> None:
-    bench = make_workbench()
+    context = make_context()
     with pytest.raises(UserError, match="set images_dir"):
-        images.build(bench, ImagesConfig(), RegressionConfig())
+        ImagesTerm.build(context, ImagesConfig())
     with pytest.raises(UserError, match="set image_pairs"):
-        image_pairs.build(bench, ImagePairsConfig(), RegressionConfig())
+        ImagePairsTerm.build(context, ImagePairsConfig())
     with pytest.raises(UserError, match="nothing to read"):
-        images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+        ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path))
     with pytest.raises(UserError, match="no folder positive"):
-        image_pairs.build(bench, ImagePairsConfig(image_pairs=tmp_path), RegressionConfig())
+        ImagePairsTerm.build(context, ImagePairsConfig(image_pairs=tmp_path))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="no picture can be used; picture .*broken.png"):
-        images.build(bench, ImagesConfig(images_dir=tmp_path), RegressionConfig())
+        ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path))
     with pytest.raises(UserError, match="learns nothing"):
         ImagesConfig(images_multiplier=0)

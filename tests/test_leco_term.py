@@ -11,13 +11,12 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.objectives.base import Workbench
-from library.objectives.leco import LecoConfig, LecoTerm, build, possible_sizes, random_crops, with_statistics_of
-from library.objectives.regression import RegressionConfig
+from library.objectives.base import TrainingContext
+from library.objectives.terms.leco import LecoConfig, LecoTerm, possible_sizes, random_crops, with_statistics_of
 from library.prompts.leco_files import LecoSetting
 from library.rollouts.belt import Belt
 from library.types import RolloutBatch
-from tests.helpers.workbench import assert_resumes, make_workbench, train_steps
+from tests.helpers.context import assert_resumes, evaluations_of, make_context, train_steps
 
 SETTINGS = [
     LecoSetting(target="a red circle", positive="a red circle", action="erase", guidance_scale=1.5),
@@ -26,21 +25,21 @@ SETTINGS = [
 ]
 
 
-def make_term(bench: Workbench, settings: list[LecoSetting] = SETTINGS, *, gamma: float | None = None, **config) -> LecoTerm:
-    return LecoTerm(bench, settings, LecoConfig(**config), RegressionConfig(min_snr_gamma=gamma))
+def make_term(context: TrainingContext, settings: list[LecoSetting] = SETTINGS, **config) -> LecoTerm:
+    return LecoTerm(context, settings, LecoConfig(**config))
 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[RolloutBatch]:
     """Every batch that a belt hands out."""
     seen: list[RolloutBatch] = []
-    original = Belt.batch
+    original = Belt.next_batch
 
     def batch(self: Belt) -> RolloutBatch:
         seen.append(original(self))
         return seen[-1]
 
-    monkeypatch.setattr(Belt, "batch", batch)
+    monkeypatch.setattr(Belt, "next_batch", batch)
     return seen
 
 
@@ -50,9 +49,11 @@ def raw(model: DiffusionModel, latents: Tensor, timestep: Tensor, text: str, siz
     return model.unet(latents, timestep, cond.text, added_cond_kwargs=model._added_cond(cond)).sample  # pyright: ignore
 
 
-def published_loss(bench: Workbench, batch: RolloutBatch, place: int, setting: LecoSetting, gamma: float | None, keep_norm: bool) -> Tensor:
+def published_loss(
+    context: TrainingContext, batch: RolloutBatch, place: int, setting: LecoSetting, gamma: float | None, keep_norm: bool
+) -> Tensor:
     """A sample's loss as LECO and sd-scripts have it, one U-Net call after another, with the true timestep."""
-    model, network = bench.model, bench.network
+    model, network = context.model, context.network
     latents, timestep = batch.latents[place : place + 1], batch.timesteps[place : place + 1]
     size = (latents.shape[2] * 8, latents.shape[3] * 8)
     with torch.no_grad(), network.disabled():
@@ -76,8 +77,8 @@ def published_loss(bench: Workbench, batch: RolloutBatch, place: int, setting: L
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
 def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm: bool, batches: list[RolloutBatch]) -> None:
     """1e-5, relative; for v-prediction the error is in v."""
-    bench = make_workbench(kind, resolution=(128,), max_denoising_steps=3)  # 128: see `make_workbench`
-    term = make_term(bench, gamma=gamma, leco_keep_norm=keep_norm)
+    context = make_context(kind, resolution=(128,), max_denoising_steps=3, gamma=gamma)  # 128: see `make_context`
+    term = make_term(context, leco_keep_norm=keep_norm)
     seen = set()
     for _ in range(2):
         out = term()
@@ -85,7 +86,7 @@ def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm
         for place, prompt in enumerate(batches[-1].prompts):
             (setting,) = [one for one in SETTINGS if (one.target, one.multiplier) == (prompt.prompt, prompt.multiplier)]
             seen.add(setting.target)
-            expected.append(published_loss(bench, batches[-1], place, setting, gamma, keep_norm))
+            expected.append(published_loss(context, batches[-1], place, setting, gamma, keep_norm))
         torch.testing.assert_close(out.sample_losses, torch.stack(expected).detach(), rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(out.loss, torch.stack(expected).mean(), rtol=1e-5, atol=1e-8)
     assert len(seen) > 1
@@ -93,16 +94,16 @@ def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBatch]) -> None:
-    bench = make_workbench(kind, resolution=(128,))
-    term = make_term(bench)
+    context = make_context(kind, resolution=(128,))
+    term = make_term(context)
     term().loss.backward()
-    parameters = list(bench.network.parameters())
+    parameters = list(context.network.parameters())
     gradient = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    bench.network.zero_grad()
+    context.network.zero_grad()
     settings = [
         one for prompt in batches[-1].prompts for one in SETTINGS if (one.target, one.multiplier) == (prompt.prompt, prompt.multiplier)
     ]
-    torch.stack([published_loss(bench, batches[-1], place, one, None, False) for place, one in enumerate(settings)]).mean().backward()
+    torch.stack([published_loss(context, batches[-1], place, one, None, False) for place, one in enumerate(settings)]).mean().backward()
     for mine, parameter in zip(gradient, parameters, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
@@ -111,33 +112,33 @@ def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBat
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_the_trajectory_goes_on_along_the_guided_prediction_with_the_lora(kind: str, batches: list[RolloutBatch]) -> None:
     """What the term advances its belt by is what the belt itself would have predicted (float32: 1e-5)."""
-    bench = make_workbench(kind, train_batch_size=1, resolution=(128,), guidance_rescale=0.7)
-    term = make_term(bench, SETTINGS[1:2])
+    context = make_context(kind, train_batch_size=1, resolution=(128,), guidance_rescale=0.7)
+    term = make_term(context, SETTINGS[1:2])
     term()
     (belt,) = term._belts.values()
     before = batches[-1]
-    expected, _ = belt.step(before, belt.predict(before))
-    torch.testing.assert_close(belt.batch().latents, expected, rtol=1e-5, atol=1e-5)
+    expected, _ = belt.trajectories.step(before, belt.trajectories.predict(before))
+    torch.testing.assert_close(belt.next_batch().latents, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_one_call_with_gradient_and_one_without(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """No unconditional halves: 1 row a sample with gradient; without, its different texts, and one more where the rollout is guided."""
-    bench = make_workbench(train_batch_size=2, leco_denoise_guidance_scale=guidance)
-    term = make_term(bench, SETTINGS[:1])  # positive is the target, neutral is the unconditional: two texts
+    context = make_context(train_batch_size=2, leco_denoise_guidance_scale=guidance)
+    term = make_term(context, SETTINGS[:1])  # positive is the target, neutral is the unconditional: two texts
     term()
     rows: list[tuple[int, bool]] = []
-    original = type(bench.model).predict_eps
+    original = type(context.model).predict_eps
 
     def predict_eps(self, latents: Tensor, *args, **kwargs) -> Tensor:
         rows.append((len(latents), torch.is_grad_enabled()))
         return original(self, latents, *args, **kwargs)
 
-    monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
-    out = term()
+    monkeypatch.setattr(type(context.model), "predict_eps", predict_eps)
+    cost = evaluations_of(context, term)
     without = 2 * (2 + (guidance != 1))
     assert sorted(rows) == sorted([(2, True), (without, False)])
-    assert out.num_unet_evaluations == 3 * 2 + without
+    assert cost == 3 * 2 + without
 
 
 def test_leco_alone_moves_the_prediction_along_the_direction() -> None:
@@ -147,9 +148,9 @@ def test_leco_alone_moves_the_prediction_along_the_direction() -> None:
         LecoSetting(target=text, positive=red, unconditional=green, neutral=text, action=action, multiplier=multiplier)
         for action, multiplier in (("enhance", 1.0), ("erase", -1.0))
     ]
-    bench = make_workbench(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
-    model, network = bench.model, bench.network
-    losses = train_steps(make_term(bench, slider), bench, 24, learning_rate=1e-3)
+    context = make_context(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
+    model, network = context.model, context.network
+    losses = train_steps(make_term(context, slider), context, 24, learning_rate=1e-3)
     assert torch.stack(losses[-6:]).mean() < 0.6 * torch.stack(losses[:3]).mean()
 
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -168,15 +169,17 @@ def test_leco_alone_moves_the_prediction_along_the_direction() -> None:
 
 def test_a_term_goes_on_where_it_was_put_away() -> None:
     dynamic = LecoSetting(target="b", positive="c", size=(128, 128), dynamic_resolution=True)
-    assert_resumes(lambda bench: make_term(bench, [SETTINGS[1], dynamic]), lambda seed=0: make_workbench(seed=seed, max_denoising_steps=2))
+    assert_resumes(
+        lambda context: make_term(context, [SETTINGS[1], dynamic]), lambda seed=0: make_context(seed=seed, max_denoising_steps=2)
+    )
 
 
 def test_a_state_of_other_sizes_is_refused() -> None:
-    bench = make_workbench()
-    term = make_term(bench, [LecoSetting(target="a", positive="b", size=(128, 64))])
+    context = make_context()
+    term = make_term(context, [LecoSetting(target="a", positive="b", size=(128, 64))])
     term()
     with pytest.raises(UserError, match="64x128 pixels"):
-        make_term(make_workbench()).load_state_dict(term.state_dict())
+        make_term(make_context()).load_state_dict(term.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -194,10 +197,10 @@ def test_a_setting_without_a_size_takes_the_runs_and_a_rectangle_is_not_varied()
 
 
 def test_every_dynamic_size_is_reached_and_settings_are_drawn_alike(batches: list[RolloutBatch], monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = make_workbench(train_batch_size=1, max_denoising_steps=1)
-    monkeypatch.setattr(type(bench.model), "predict_eps", lambda self, latents, timesteps, cond: torch.zeros_like(latents))
+    context = make_context(train_batch_size=1, max_denoising_steps=1)
+    monkeypatch.setattr(type(context.model), "predict_eps", lambda self, latents, timesteps, cond: torch.zeros_like(latents))
     dynamic = LecoSetting(target="dynamic", positive="b", size=(128, 128), dynamic_resolution=True)
-    term = make_term(bench, [dynamic, LecoSetting(target="fixed", positive="b", size=(64, 64))])
+    term = make_term(context, [dynamic, LecoSetting(target="fixed", positive="b", size=(64, 64))])
     drawn = []
     for _ in range(80):
         term()
@@ -208,22 +211,22 @@ def test_every_dynamic_size_is_reached_and_settings_are_drawn_alike(batches: lis
 
 
 def test_dynamic_crops_tell_all_predictions_of_a_sample_one_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = make_workbench("sdxl", train_batch_size=2, resolution=(64, 128))
-    term = make_term(bench, [LecoSetting(target="a", positive="b", unconditional="c", neutral="d", dynamic_crops=True)])
+    context = make_context("sdxl", train_batch_size=2, resolution=(64, 128))
+    term = make_term(context, [LecoSetting(target="a", positive="b", unconditional="c", neutral="d", dynamic_crops=True)])
     term()
     told: list[Tensor] = []
-    original = type(bench.model).predict_eps
+    original = type(context.model).predict_eps
 
     def predict_eps(self, latents: Tensor, timesteps: Tensor, cond) -> Tensor:
         told.append(cond.time_ids)
         return original(self, latents, timesteps, cond)
 
-    monkeypatch.setattr(type(bench.model), "predict_eps", predict_eps)
+    monkeypatch.setattr(type(context.model), "predict_eps", predict_eps)
     term()
     frozen, graded = told
     first, second = graded
     assert not torch.equal(first, second)
-    assert torch.equal(frozen, torch.stack([first] * 3 + [second] * 3 + [first, second]))
+    assert torch.equal(frozen, torch.stack([first, second] + [first] * 3 + [second] * 3))
     assert graded[:, 4:].tolist() == [[128, 64]] * 2
 
 
@@ -248,7 +251,7 @@ def test_statistics_are_those_of_the_model() -> None:
 
 def test_what_is_not_used_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        make_term(make_workbench(), [LecoSetting(target="a", positive="b", batch_size=4, dynamic_crops=True)])
+        make_term(make_context(), [LecoSetting(target="a", positive="b", batch_size=4, dynamic_crops=True)])
     assert "train_batch_size is 3" in caplog.text and "only SDXL" in caplog.text
 
 
@@ -264,9 +267,9 @@ def leco_file(tmp_path: Path) -> Callable[[], Path]:
 
 def test_build_reads_its_own_file_or_prompts_file(leco_file: Callable[[], Path]) -> None:
     path = str(leco_file())
-    by_own = build(make_workbench(), LecoConfig(leco_prompts_file=path, leco_weight=0.5), RegressionConfig())
-    by_prompts = build(make_workbench(prompts_file=path), LecoConfig(), RegressionConfig())
+    by_own = LecoTerm.build(make_context(), LecoConfig(leco_prompts_file=path, leco_weight=0.5))
+    by_prompts = LecoTerm.build(make_context(prompts_file=path), LecoConfig())
     assert by_own.settings == by_prompts.settings and len(by_own.settings) == 4
     assert (by_own.weight, by_prompts.weight) == (0.5, 1.0)
     with pytest.raises(UserError, match="leco_prompts_file"):
-        build(make_workbench(), LecoConfig(), RegressionConfig())
+        LecoTerm.build(make_context(), LecoConfig())

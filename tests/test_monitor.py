@@ -14,8 +14,8 @@ from library.measuring.statistics import within_prompt_std
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
 from library.slider_training.monitor import Monitor, MonitorConfig, Observation, due
 from library.slider_training.previews import write_preview
@@ -47,10 +47,10 @@ def monitor_for(
 ) -> tuple[Monitor, DiffusionModel, LoRANetwork]:
     model = tiny_model()
     network = network_of(model)
-    rollout = RolloutConfig(prompts_file="-", max_denoising_steps=3, leco_denoise_guidance_scale=2.0)
+    sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64))
     config = MonitorConfig(**{"eval_seeds_per_prompt": 2, "num_sample_prompts": 2, "pixel_statistics": False, **settings})
     reward = Reward([Goal(scorer=scorer_for(model, scorer))])
-    return Monitor(model, network, reward, prompts, PromptEncoder(model, network), rollout, config, judges), model, network
+    return Monitor(model, network, reward, prompts, PromptEncoder(model, network), sampling, config, judges), model, network
 
 
 def gains(monitor: Monitor) -> tuple[float, float]:

@@ -14,19 +14,18 @@ from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.gradients import score_gradients
 from library.objectives.rewards import Goal, Reward
-from library.objectives.score import ScoreObjective
-from library.objectives.score_config import ScoreConfig
-from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder, SamplingConfig
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig
 from library.scorers.base import Scorer
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.kinds.unet_encoder import UNetEncoder
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
+from tests.helpers.objective import Stage, make_stage
 from tests.helpers.scorers import StandardisedScorer, scorer_for
 from tests.helpers.tiny_leco_run import make_workplace, run
 from tests.helpers.tiny_models import tiny_model
-from tests.test_rollout import lora_for
+from tests.helpers.tiny_networks import lora_for
 from tests.test_unet_encoder import make_scorer
 
 RED, BLUE = PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", negative_prompt="ugly")
@@ -54,14 +53,9 @@ class TellingScorer(StandardisedScorer):
         return latents.mean((1, 2, 3))
 
 
-def objective_for(
-    model: DiffusionModel, network: LoRANetwork, scorer: Scorer, guidance: float = 5.0, **settings
-) -> tuple[Belt, ScoreObjective]:
-    rollout = RolloutConfig(prompts_file="-", train_batch_size=4, max_denoising_steps=6, leco_denoise_guidance_scale=guidance)
-    belt = Belt(model, network, [RED, BLUE], PromptEncoder(model, network), rollout, torch.Generator().manual_seed(0))
-    return belt, ScoreObjective(
-        model, network, Reward([Goal(scorer=scorer)]), ScoreConfig(**{"score_estimator": "prev", **settings}), belt.solver, 6
-    )
+def objective_for(model: DiffusionModel, scorer: Scorer, *, network: LoRANetwork | None = None, **settings) -> Stage:
+    reward = Reward([Goal(scorer=scorer)])
+    return make_stage(model=model, network=network, reward=reward, prompts=[RED, BLUE], batch_size=4, resolution=64, **settings)
 
 
 def test_gradients_differ_by_prompt() -> None:
@@ -76,32 +70,29 @@ def test_gradients_differ_by_prompt() -> None:
 def test_a_unet_encoder_follows_the_prompt_through_the_loss() -> None:
     """One sample; only the words that the scorer is told change. Told the same words, the LoRA's gradient is the same."""
     model = tiny_model()
-    network = lora_for(model)
-    belt, objective = objective_for(model, network, make_scorer(model=model, use_prompt=True), reward_loss="linear", preserve_weight=0.0)
-    batch, size = belt.batch(), (64, 64)
-    ask = objective._frozen_cond
+    scorer = make_scorer(model=model, use_prompt=True)
+    stage = objective_for(model, scorer, reward_loss="linear", preserve_weight=0.0)
+    batch, size = stage.rollout.next_batch(), (64, 64)
     found = []
     for prompt in (RED, BLUE, RED):
-        told = PromptEncoder(model, network).encode([prompt.prompt] * len(batch.prompts), size)
-        objective._frozen_cond = lambda batch, told=told: told  # the scorer's conditioning; the U-Net's own stays
-        network.zero_grad()
-        objective(batch)[0].loss.backward()
-        found.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]))
-    objective._frozen_cond = ask
+        given = PromptEncoder(model, stage.network).encode([prompt.prompt] * len(batch.prompts), size)
+        # the scorer's conditioning; the U-Net's own stays
+        stage.objective.context.encoder.frozen_cond = lambda prompts, cond, given=given: given
+        found.append(stage.gradient(batch))
     assert torch.equal(found[0], found[2])
     assert (found[0] - found[1]).norm() > 0.01 * found[0].norm()
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("settings", [{}, {"score_estimator": "x0_renoise", "num_views": 3}, {"paired_signs": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"score_estimator": "x0_renoise", "num_views": 3}], ids=str)
 def test_the_loss_tells_the_scorer_the_prompts_and_not_the_negative_ones(kind: str, settings: dict[str, Any]) -> None:
     """Row by row, with guidance on and however many rows an estimator makes of a sample."""
     model = tiny_model(kind)
-    network, scorer = lora_for(model), scorer_for(model, TellingScorer, uses_prompt=True)
+    scorer = scorer_for(model, TellingScorer, uses_prompt=True)
     assert isinstance(scorer, TellingScorer)
-    belt, objective = objective_for(model, network, scorer, **settings)
-    batch = belt.batch()
-    objective(batch, torch.Generator().manual_seed(0))
+    stage = objective_for(model, scorer, **settings)
+    batch = stage.rollout.next_batch()
+    stage.loss(batch)
     assert {prompt.prompt for prompt in batch.prompts} == {RED.prompt, BLUE.prompt}
     assert len(scorer.told) == 2  # the LoRA's latents and the frozen model's
     for cond, texts in scorer.told:
@@ -118,9 +109,9 @@ def test_a_lora_of_the_text_encoder_does_not_talk_to_the_scorer() -> None:
     model.freeze()
     scorer = scorer_for(model, TellingScorer, uses_prompt=True)
     assert isinstance(scorer, TellingScorer)
-    belt, objective = objective_for(model, network, scorer)
-    batch = belt.batch()
-    objective(batch)
+    stage = objective_for(model, scorer, network=network)
+    batch = stage.rollout.next_batch()
+    stage.loss(batch)
     with network.disabled():
         for cond, texts in scorer.told:
             _assert_is_what_was_asked_for(model, cond, texts)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from library.models.base import DiffusionModel
 from library.models.prompt_chunks import apply_weights
-from library.rollouts.sample import PromptEncoder, sample, time_ids_of
+from library.rollouts.prompt_encoder import PromptEncoder, time_ids_of
+from library.rollouts.sample import sample
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.objectives.base import Workbench
+from library.objectives.base import TrainingContext
+from library.objectives.estimator import ESTIMATORS
 from library.objectives.rewards import Goal, Reward
-from library.objectives.score_config import ESTIMATORS, ScoreConfig
-from library.objectives.score_term import ScoreTerm
+from library.objectives.terms.score import ScoreTerm
 from library.scorers.base import Scorer
 from library.settings.options import build
 from library.settings.shared import OptimizerConfig
@@ -18,11 +18,11 @@ from library.slider_training.check import RewardCheck, check_reward
 from library.slider_training.monitor import Monitor, MonitorConfig
 from library.types import PromptSpec
 from networks.lora import create_network
+from tests.helpers.context import make_context, part_settings
 from tests.helpers.scorers import ChannelScorer, scorer_for
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from tests.helpers.tiny_models import tiny_model
-from tests.helpers.workbench import make_workbench
-from train_leco_score import FLAT_OR_EXPLODING, LecoScoreConfig, train
+from train_leco_score import FLAT_OR_EXPLODING, leco_score_config, train
 
 PROMPT = PromptSpec(prompt="a red circle")
 
@@ -42,18 +42,23 @@ class BrokenScorer(ChannelScorer):
 
 
 def check(
-    scorer: type[Scorer] = ChannelScorer, learning_rate: float = 1e-3, bench: Workbench | None = None, prompt: PromptSpec = PROMPT, **score
+    scorer: type[Scorer] = ChannelScorer,
+    learning_rate: float = 1e-3,
+    context: TrainingContext | None = None,
+    prompt: PromptSpec = PROMPT,
+    **score,
 ) -> tuple[RewardCheck, bool]:
     """The report, and whether the network is as it was."""
-    bench = bench or make_workbench(strength=0.0)
-    reward = Reward([Goal(scorer=scorer_for(bench.model, scorer))])
-    config = ScoreConfig(**score)
-    term = ScoreTerm(bench, reward, config, [prompt])
+    context = context or make_context(strength=0.0)
+    reward = Reward([Goal(scorer=scorer_for(context.model, scorer))])
+    context = replace(context, reward=reward, prompts=[prompt], settings=part_settings(**score))
+    config = context.settings["score"]
+    term = ScoreTerm(context, config)
     measured = MonitorConfig(num_eval_prompts=1, eval_seeds_per_prompt=2)
-    monitor = Monitor(bench.model, bench.network, reward, [prompt], bench.encoder, bench.rollout, measured)
-    before = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
-    report = check_reward(bench, [term], reward, config, OptimizerConfig(learning_rate=learning_rate), prompt, monitor, 100)
-    after = bench.network.state_dict()
+    monitor = Monitor(context.model, context.network, reward, [prompt], context.encoder, context.sampling, measured)
+    before = {name: tensor.clone() for name, tensor in context.network.state_dict().items()}
+    report = check_reward(context, {"score": term}, config, OptimizerConfig(learning_rate=learning_rate), prompt, monitor, 100)
+    after = context.network.state_dict()
     return report, all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -68,7 +73,7 @@ def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_every_estimator_can_be_looked_at(estimator: str) -> None:
-    report, unchanged = check(learning_rate=1e-2, score_estimator=estimator, bench=make_workbench(strength=0.0, draft_steps=2))
+    report, unchanged = check(learning_rate=1e-2, score_estimator=estimator, context=make_context(strength=0.0))
     assert unchanged and report.gain_up > 0 and report.gain_down > 0 and report.predicted > 0, report
     assert all(probe.gradient > 0 and probe.first_order > 0 for probe in report.probes)
 
@@ -78,7 +83,6 @@ def test_every_estimator_can_be_looked_at(estimator: str) -> None:
     [
         {"reward_loss": "linear", "preserve_weight": 0.0},  # the frozen model is not asked, so the loss knows of no gain
         {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": False},
-        {"paired_signs": True, "odd_weight": 0.1},
         {"prompt": PromptSpec(prompt="a red circle", direction=-1.0, num_steps=3)},
     ],
     ids=str,
@@ -91,7 +95,7 @@ def test_a_good_signal_is_one_with_any_setting(settings: dict) -> None:
 
 def test_a_network_that_does_something_already_is_looked_at_for_what_the_step_does() -> None:
     large = replace(PROMPT, width=128, height=128)  # at 64 the tiny model jumps
-    fresh, worn = (check(bench=make_workbench(strength=strength), prompt=large)[0] for strength in (0.0, 0.5))
+    fresh, worn = (check(context=make_context(strength=strength), prompt=large)[0] for strength in (0.0, 0.5))
     assert worn.drift < 20 * fresh.drift < 0.1, (worn, fresh)  # the network's own drift is several tenths
 
 
@@ -100,7 +104,7 @@ def test_half_precision_with_text_encoders() -> None:
     network = create_network(1.0, 4, 4.0, model.vae, model.text_encoders, model.unet, generator=torch.Generator().manual_seed(0))
     network.apply_to(model.text_encoders, model.unet)
     model.freeze().to(dtype=torch.bfloat16)
-    report, unchanged = check(bench=make_workbench(model=model, network=network), learning_rate=1e-2)
+    report, unchanged = check(context=make_context(model=model, network=network), learning_rate=1e-2)
     assert report.passed and unchanged, report
 
 
@@ -126,7 +130,7 @@ def test_a_learning_rate_that_does_nothing_is_a_fault() -> None:
 
 
 def test_the_script_reports_and_ends_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = build(LecoScoreConfig, settings(make_workplace(tmp_path / "in"), tmp_path / "out", check_reward=True, learning_rate=1e-12))
+    config = build(leco_score_config(), settings(make_workplace(tmp_path / "in"), tmp_path / "out", check_reward=True, learning_rate=1e-12))
     with pytest.raises(SystemExit) as ended:
         train(config)
     assert ended.value.code == FLAT_OR_EXPLODING

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.objectives.estimators import Scene
 from library.objectives.reward_shapes import SHAPES, hinge, linear, softplus, target
-from library.types import PromptSpec, RolloutBatch
-from tests.helpers.objective import Stage, make_stage
+from library.types import PromptSpec
+from tests.helpers.objective import make_stage
 from tests.helpers.scorers import ChannelScorer
 
 GAINS = torch.tensor([-1.0, 0.0, 1.75, 1.9, 2.0, 2.1, 3.0])
@@ -45,7 +44,7 @@ def test_every_push_is_the_slope_of_its_loss() -> None:
         "linear": -gains,
         "softplus": torch.nn.functional.softplus(margin - gains, beta=2.0),
     }
-    assert losses.keys() == SHAPES.keys()
+    assert losses.keys() == set(SHAPES)
     for name, loss in losses.items():
         (slope,) = torch.autograd.grad(loss.sum(), gains)
         assert torch.allclose(SHAPES[name](gains.detach(), margin), -slope, atol=1e-5), name
@@ -64,19 +63,13 @@ CALM = {"scorer": ChannelScorer, "resolution": 64, "guidance": 1.0}
 def pushed(shape: str, gain: float, *, prompts: list[PromptSpec] | None = None, multiplier: float = 1.0, **settings) -> float:
     """The push of one sample whose gain is `gain`, of which 6 steps make a trajectory."""
     stage = make_stage(batch_size=1, reward_loss=shape, **CALM, **settings)
-    batch = replace(stage.belt.batch(), multipliers=torch.tensor([multiplier]))
+    batch = replace(stage.rollout.next_batch(), multipliers=torch.tensor([multiplier]))
     batch = batch if prompts is None else replace(batch, prompts=prompts)
-    estimated = stage.objective.estimator.foresee(
-        _scene(stage, batch), torch.zeros_like(batch.latents), lambda latents, timesteps: torch.zeros_like(latents)
-    )
-    return stage.objective._push(batch, estimated)(torch.tensor([gain])).item()
+    predicted = stage.objective.estimator.predict_latents(stage.state(batch), torch.zeros_like(batch.latents))
+    return stage.objective._push(batch, predicted)(torch.tensor([gain])).item()
 
 
-def _scene(stage: Stage, batch: RolloutBatch) -> Scene:
-    return Scene(batch=batch, schedule=stage.objective.schedule, solver=stage.objective.solver)
-
-
-def test_the_margin_is_a_steps_share_of_the_whole_trajectorys() -> None:
+def test_the_margin_is_a_steps_part_of_the_whole_trajectorys() -> None:
     assert [pushed("hinge", gain, hinge_margin=3.0) for gain in (0.49, 0.51)] == [1, 0]
     assert [pushed("hinge", gain, hinge_margin=3.0, multiplier=-2.0) for gain in (0.99, 1.01)] == [1, 0]
     long = [PromptSpec(prompt="a red circle", num_steps=60)]
@@ -87,14 +80,10 @@ def test_the_margin_is_a_steps_share_of_the_whole_trajectorys() -> None:
     assert pushed("linear", 99.0) == 1
 
 
-def test_guidance_ignores_the_shape() -> None:
-    assert pushed("hinge", 99.0, score_estimator="guidance") == 1
-
-
 def test_a_sample_that_is_far_enough_rests_and_one_beyond_its_target_is_pushed_back() -> None:
     settings = {"strength": 0.5, "preserve_weight": 1e-9, **CALM}  # not 0: losses count from the frozen model
     resting = make_stage(reward_loss="hinge", hinge_margin=1e-6, **settings)
-    batch = resting.belt.batch()
+    batch = resting.rollout.next_batch()
     turned = replace(batch, prompts=[replace(batch.prompts[0], direction=-1.0), *batch.prompts[1:]])
     pushed = [metrics["pushed"] for metrics in (resting.loss(batch).metrics, resting.loss(turned).metrics)]
     assert abs(pushed[0] - pushed[1]) == pytest.approx(1 / 3)  # the first sample went the right way, or the wrong one

@@ -17,7 +17,8 @@ from diffusers import (
 
 from library.errors import UserError
 from library.models.single_file import bundled_config
-from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, initial_noise, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, initial_noise, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.tiny_models import tiny_model, tiny_unet_config

@@ -31,21 +31,20 @@ def test_gradient_is_the_same_with_gradient_checkpointing() -> None:
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
 def test_every_batch_size_and_family_trains(batch_size: int, kind: str) -> None:
     stage = make_stage(kind, batch_size=batch_size, resolution=64)
-    out, eps = stage.objective(stage.belt.batch())
+    out, eps = stage.objective(stage.rollout.next_batch())
     out.loss.backward()
-    stage.belt.advance(eps)
+    stage.rollout.advance(eps)
     assert torch.isfinite(gradients(stage.network)).all() and gradients(stage.network).abs().max() > 0
     assert out.sample_losses.shape == (batch_size,) and len(out.samples) == batch_size
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("paired_signs", [False, True])
-def test_trajectories_go_on_along_the_rollouts_own_prediction(guidance: float, paired_signs: bool) -> None:
-    stage = make_stage(guidance=guidance, paired_signs=paired_signs)
-    batch = stage.belt.batch()
+def test_trajectories_go_on_along_the_rollouts_own_prediction(guidance: float) -> None:
+    stage = make_stage(guidance=guidance)
+    batch = stage.rollout.next_batch()
     _, eps = stage.objective(batch)
     assert not eps.requires_grad
-    assert torch.allclose(eps, stage.belt.predict(batch), atol=1e-5)
+    assert torch.allclose(eps, stage.trajectories.predict(batch), atol=1e-5)
 
 
 def drive(stage: Stage, batch: RolloutBatch, steps: int = 12) -> float:
@@ -57,7 +56,7 @@ def drive(stage: Stage, batch: RolloutBatch, steps: int = 12) -> float:
         out, eps = stage.objective(batch)
         out.loss.backward()
         optimizer.step()
-        latents, _ = stage.belt.step(batch, eps)
+        latents, _ = stage.trajectories.step(batch, eps)
         reward = stage.objective.reward(latents, batch.next_sigmas, None, batch.prompts).total
         rewards.append((batch.directions * reward).mean().item())
     return rewards[-1] - rewards[0]
@@ -67,7 +66,7 @@ def test_the_reward_rises_and_with_the_gradient_cut_it_does_not() -> None:
     """The field's self-test: with preservation off and a plain score the training reward rises; with the gradient path cut it stays."""
     settings = {"reward_loss": "linear", "preserve_weight": 0.0, "strength": 0.0}
     risen, cut = (
-        drive(stage, stage.belt.batch()) for stage in (make_stage(scorer=kind, **settings) for kind in (ChannelScorer, CutScorer))
+        drive(stage, stage.rollout.next_batch()) for stage in (make_stage(scorer=kind, **settings) for kind in (ChannelScorer, CutScorer))
     )
     assert cut == 0
     assert risen > 0.003
@@ -75,14 +74,14 @@ def test_the_reward_rises_and_with_the_gradient_cut_it_does_not() -> None:
 
 def test_a_prompts_direction_turns_the_push_round() -> None:
     stage = make_stage(preserve_weight=0, reward_loss="linear")
-    batch = stage.belt.batch()
+    batch = stage.rollout.next_batch()
     turned = replace(batch, prompts=[replace(prompt, direction=-1.0) for prompt in batch.prompts])
     assert torch.allclose(stage.gradient(turned), -stage.gradient(batch))
 
 
 def test_steps_outside_the_timestep_range_are_not_trained() -> None:
     stage = make_stage(min_timestep=400, max_timestep=800)
-    batch = stage.belt.batch()
+    batch = stage.rollout.next_batch()
     outside = (batch.timesteps < 400) | (batch.timesteps >= 800)
     assert torch.equal(stage.loss(batch).sample_losses == 0, outside)
     assert outside.any() and not outside.all()
@@ -108,3 +107,20 @@ def test_with_normalised_gradients_the_scale_of_the_score_does_not_matter() -> N
     assert torch.allclose(quiet, loud, rtol=1e-3, atol=1e-6 * float(quiet.abs().max()))
     plain, loud = (make_stage(scorer=kind, normalize_gradient=False, **settings).gradient() for kind in (ChannelScorer, LoudScorer))
     assert torch.allclose(1000 * plain, loud, rtol=1e-3, atol=1e-6 * float(loud.abs().max()))
+
+
+def test_preservation_alone_pulls_back() -> None:
+    """The loss is preserve_weight times the mean squared distance from the frozen model's prediction, and training shortens it."""
+    stage = make_stage(reward_weight=0.0, preserve_weight=2.0, guidance=1.0)
+    batch = stage.rollout.next_batch()
+    out = stage.loss(batch)
+    with torch.no_grad(), stage.network.disabled():
+        frozen = stage.model.predict_eps(batch.latents, batch.timesteps, batch.cond)
+    expected = 2.0 * (stage.trajectories.predict(batch) - frozen).square().mean((1, 2, 3))
+    assert torch.allclose(out.sample_losses, expected, rtol=1e-4)
+    optimizer = torch.optim.Adam(stage.network.parameters(), lr=1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        stage.loss(batch).loss.backward()
+        optimizer.step()
+    assert stage.loss(batch).metrics["eps_drift"] < 0.8 * out.metrics["eps_drift"]

@@ -28,10 +28,10 @@ from library.training.checkpoints import load_state
 from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
-from tests.helpers.golden_run import GOLDEN_FILE, golden_numbers
+from tests.helpers.golden_run import RUNS, golden_file, golden_numbers
 from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_model
-from train_leco_score import LecoScoreConfig
+from train_leco_score import leco_score_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,7 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     values = settings(workplace, output, max_train_steps=4, save_every_n_steps=1, save_last_n_steps=2, save_state=True)
     values |= {"sample_every_n_steps": 4, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, "calibrate": 1.0}
     values |= {"calibration_multipliers": [1.0], "save_precision": "fp16"}
-    config = parse_config(LecoScoreConfig, ["--config_file", str(write_toml(tmp_path / "x.toml", values))])
+    config = parse_config(leco_score_config(), ["--config_file", str(write_toml(tmp_path / "x.toml", values))])
 
     path = train_leco_score.train(config)
 
@@ -254,11 +254,12 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
     assert distance(theirs.images, with_slider) < 1e-3
 
 
-def test_the_golden_run(tmp_path: Path) -> None:
-    """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.helpers.golden_run` writes the file anew."""
-    expected = [float(line) for line in GOLDEN_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+@pytest.mark.parametrize("name", RUNS)
+def test_the_golden_runs(name: str, tmp_path: Path) -> None:
+    """20 steps from fixed seeds. The tolerance absorbs other CPUs; `python -m tests.helpers.golden_run NAME` writes a file anew."""
+    expected = golden_file(name)
     assert len(expected) == 40
-    assert golden_numbers(tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    assert golden_numbers(name, tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
 
 
 # -- options -------------------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ VARIANTS = {
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "fp16": {"mixed_precision": "fp16"},
     "text_encoder": {"network_train_unet_only": False, "gradient_checkpointing": True, "calibrate": 1.0, "gradient_accumulation_steps": 2},
-    "per_sample": {"rollout": "per_sample"},
+    "noised": {"rollout": "noised"},
     "conv": {"network_args": ["conv_dim=2"], "scale_weight_norms": 0.001},
     "x0": {"score_estimator": "x0", "leco_denoise_guidance_scale": 1.0, "reward_loss": "linear", "preserve_weight": 0.0},
     "prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1.0},

@@ -17,7 +17,8 @@ from examples.shapes.judge import obeyed
 from examples.shapes.pictures import to_pixels
 from examples.shapes.world import COLOURS, SHAPES, caption, draw, random_scene
 from library.models.loading import load_model
-from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.text_free.adapter import check_adapter_fits, load_adapter
 from library.text_free.clip_pair import ClipPair
 from library.text_free.fingerprint import text_encoder_fingerprint

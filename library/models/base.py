@@ -128,6 +128,7 @@ class DiffusionModel(ABC):
         prompt_weighting: whether brackets and BREAK in prompts mean what they mean in A1111, or are characters.
         embedded_guidance: the guidance scale that a U-Net is told which takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
+        num_unet_evaluations: rows that the U-Net has predicted so far; one with gradient counts 3, for its backward pass is about two.
         told_size: whether the U-Net is told the picture's size and crop.
     """
 
@@ -153,6 +154,7 @@ class DiffusionModel(ABC):
         self.embedded_guidance = 8.0  # of the published latent consistency models
         self.prompt_weighting = True
         self.prompt_chunks = 1
+        self.num_unet_evaluations = 0
 
     def encode_prompts(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, time_ids: Sequence[TimeIds] | None = None
@@ -246,6 +248,7 @@ class DiffusionModel(ABC):
             added_cond_kwargs=self._added_cond(cond),
             return_dict=False,
         )[0].float()
+        self.num_unet_evaluations += len(latents) * (3 if output.requires_grad else 1)
         if self.spec.prediction_type == "v_prediction":
             return v_to_eps(latents, output, self.schedule.abar(timesteps))
         return output

@@ -24,7 +24,7 @@ def ascent_direction(
     base_values: Mapping[str, Tensor] | None,
     push: Callable[[Tensor], Tensor],
     directions: Tensor,
-    share: Tensor,
+    step_fraction: Tensor,
 ) -> Tensor:
     """Where the latents should go, at RMS |push| of the goal that is pushed most; less where goals contradict or limits forbid it.
 
@@ -35,8 +35,8 @@ def ascent_direction(
         push: from a goal's gain over the frozen model in its wanted direction [B], in standard deviations, to how strongly it is to
             rise further, -1..1 [B].
         directions: +1 where goals of positive weight are to rise, -1 where they are to fall, 0 where nothing is to move [B].
-        share: the part of a whole trajectory's change that this step accounts for, 0..1 [B]; a held score is pushed back fully at
-            its distance times share.
+        step_fraction: the part of a whole trajectory's change that this step accounts for, 0..1 [B]; a held score is pushed back fully at
+            its distance times step_fraction.
 
     Returns:
         [B, C, h, w]. One goal without a limit gives `directions * push(gain) * gradient / rms(gradient)`.
@@ -72,19 +72,19 @@ def ascent_direction(
             wanted = wanted - _scaled(basis[-1], _dot(wanted, basis[-1]))
     moved = _scaled(wanted, strength / torch.maximum(rms(wanted), aligned / MOST_AMPLIFIED).clamp_min(1e-12))
     for goal in goals:
-        restoring = _restoring(goal, values[goal.name], gains[goal.name], share)
+        restoring = _restoring(goal, values[goal.name], gains[goal.name], step_fraction)
         if restoring is not None:
             moved = moved + _scaled(units[goal.name], restoring)
             strength = torch.maximum(strength, restoring.abs())
     return _scaled(moved, (strength / rms(moved).clamp_min(1e-12)).clamp_max(1))
 
 
-def _restoring(goal: Goal, value: Tensor, gain: Tensor, share: Tensor) -> Tensor | None:
+def _restoring(goal: Goal, value: Tensor, gain: Tensor, step_fraction: Tensor) -> Tensor | None:
     """How strongly a score is pushed back, -1..1 along its gradient [B]: fully where it is at its hold's distance; None without limit."""
     if goal.limit is None:
         return None
     if goal.held:
-        return -(gain / (goal.limit.value * share).clamp_min(1e-12)).clamp(-1, 1)  # from the first: small steps of one sign add up
+        return -(gain / (goal.limit.value * step_fraction).clamp_min(1e-12)).clamp(-1, 1)  # from the first: small steps of one sign add up
     beyond = _beyond(goal, value)
     return -(beyond / BEYOND_BOUND).clamp(-1, 1)
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.objectives.base import Workbench
-from library.objectives.regression import as_output, min_snr_weights, squared_errors, trained_conditioning
-from library.rollouts.sample import Size
+from library.objectives.base import TrainingContext
+from library.objectives.regression import as_output, min_snr_weights, squared_errors
+from library.rollouts.prompt_encoder import Size
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import Picture, Skipped
+from library.types import PromptSpec
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +40,21 @@ class NoisedPictures:
     prompts: Sequence[str]
 
 
-def known_noise_errors(workbench: Workbench, batch: NoisedPictures, min_snr_gamma: float | None) -> tuple[Tensor, Tensor]:
+def known_noise_errors(context: TrainingContext, batch: NoisedPictures) -> tuple[Tensor, Tensor]:
     """The squared error of the U-Net's output against what it should be given the known noise: weighted, with gradient, and plain [B].
 
     DDPM's simple loss, arXiv 2006.11239, eq. 14, for a v-prediction model in v; weighted as `min_snr_weights` says.
     """
-    model = workbench.model
+    model = context.model
     height, width = (side * model.spec.vae_scale_factor for side in batch.clean.shape[-2:])
-    cond = trained_conditioning(workbench, batch.prompts, (height, width), batch.multipliers)
+    prompts = [PromptSpec(prompt=prompt) for prompt in batch.prompts]
+    cond = context.encoder.trained_cond(prompts, (height, width), batch.multipliers)
     noisy = model.schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
-    workbench.network.set_multiplier(batch.multipliers)
+    context.network.set_multiplier(batch.multipliers)
     eps = model.predict_eps(noisy, batch.timesteps, cond)
     outputs, targets = (as_output(model, noisy, part, batch.timesteps) for part in (eps, batch.noise))
     errors = squared_errors(outputs, targets)
-    return errors * min_snr_weights(model, batch.timesteps, min_snr_gamma), errors.detach()
+    return errors * min_snr_weights(model, batch.timesteps, context.min_snr_gamma), errors.detach()
 
 
 def draw_timesteps(model: DiffusionModel, count: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,5 @@
 """What the terms that regress the U-Net's output have in common: the space of the error, and its weight at each noise level."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +7,7 @@ from torch import Tensor
 
 from library.diffusion.noise_schedule import eps_to_v
 from library.models.base import DiffusionModel
-from library.objectives.base import Workbench
-from library.rollouts.sample import Size
 from library.settings.options import check_above, option
-from library.types import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +44,3 @@ def min_snr_weights(model: DiffusionModel, timesteps: Tensor, gamma: float | Non
     abar = model.schedule.abar(timesteps)
     snr = abar / (1 - abar)
     return snr.clamp(max=gamma) / (snr + 1 if model.spec.prediction_type == "v_prediction" else snr)
-
-
-def trained_conditioning(workbench: Workbench, texts: Sequence[str], size: Size, multipliers: Tensor) -> Conditioning:
-    """Conditioning of B texts for pictures of (height, width) pixels: with gradient where the text encoders have a LoRA.
-
-    Args:
-        multipliers: of the network, one a text [B].
-    """
-    if not workbench.network.text_encoder_loras:
-        return workbench.encoder.encode(texts, size)
-    workbench.network.set_multiplier(multipliers)
-    return workbench.model.encode_prompts(texts, size)

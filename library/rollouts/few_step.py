@@ -4,13 +4,19 @@ The figures are those of the models' own pages: SDXL-Turbo and SD-Turbo (arXiv 2
 Hyper-SD (2404.13686), DMD2 (2405.14867).
 """
 
+import logging
 import re
 from dataclasses import dataclass, replace
+from typing import cast
 
 from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.rollouts.config import RolloutConfig
+from library.rollouts.sample import SamplingConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,7 @@ class SamplingChoice:
     warnings: tuple[str, ...] = ()
 
 
+ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # of a model that is no few-step base
 LCM = FewStepBase(name="LCM", num_steps=4, min_steps=1, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="lcm")
 DMD2 = FewStepBase(name="DMD2", num_steps=4, min_steps=4, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="trailing")
 TURBO = FewStepBase(
@@ -172,6 +179,50 @@ def recommended(
         spacing=base.spacing if spacing is None else spacing,
         embedded_guidance=embedded_guidance,
         warnings=tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
+    )
+
+
+def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingConfig:
+    """How the rollout samples this model: what the user set, what suits a few-step base, or else 20 steps of ddim at guidance 5.
+
+    A few-step base is named in the log, and so is every setting that does not fit it. The model takes zero terminal SNR, and the
+    guidance scale of a U-Net that is told it.
+
+    Raises:
+        UserError: zero terminal SNR for a model that cannot have it; a base that cannot be sampled.
+    """
+    if config.zero_terminal_snr:
+        model.schedule = model.schedule.with_zero_terminal_snr()
+    base = detect(model)
+    choice = recommended(
+        base,
+        num_steps=config.max_denoising_steps,
+        guidance_scale=config.leco_denoise_guidance_scale,
+        sampler=config.sampler,
+        spacing=cast(TimestepSpacing | None, config.timestep_spacing),
+        ordinary=ORDINARY,
+    )
+    if base is not None:
+        logger.info(
+            "few-step base %s (%s): sampled in %d steps by %s, guidance scale %g",
+            base.name,
+            base.note,
+            choice.num_steps,
+            choice.sampler,
+            choice.guidance_scale,
+        )
+    for warning in choice.warnings:
+        logger.warning("%s", warning)
+    if choice.embedded_guidance is not None:
+        model.embedded_guidance = choice.embedded_guidance
+    return SamplingConfig(
+        num_steps=choice.num_steps,
+        guidance_scale=choice.guidance_scale,
+        size=config.size(model.spec.resolution),
+        sampler=choice.sampler,
+        spacing=choice.spacing,
+        guidance_rescale=config.guidance_rescale,
+        batch_size=config.train_batch_size,
     )
 
 

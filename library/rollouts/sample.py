@@ -4,11 +4,9 @@ The noise of a sample is drawn on the CPU from its seed alone, so a seed means t
 device and at every multiplier.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,13 +14,10 @@ from torch import Tensor
 from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import get_solver, guided_eps, rescale_guided_eps
 from library.errors import UserError
-from library.models.base import DiffusionModel, TimeIds
+from library.models.base import DiffusionModel
+from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, size_of
 from library.types import Conditioning, History, PromptSpec
 from networks.lora import LoRANetwork
-
-logger = logging.getLogger(__name__)
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,109 +50,6 @@ class SamplingConfig:
             guidance_scale=self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
             size=size_of(prompt, self.size),
         )
-
-
-class PromptEncoder:
-    """Conditioning of texts, each text encoded once and kept on the CPU.
-
-    Once every text of a run has been through it, the text encoders can be freed. A network with text encoder modules
-    changes the encoding with the multiplier and with every training step: then texts are encoded anew at every call, once per multiplier.
-
-    Whatever it returns is as long as the longest text that it was told of needs (`expect`), so that cond and uncond can be joined:
-    shorter texts end in empty chunks.
-    """
-
-    def __init__(self, model: DiffusionModel, network: LoRANetwork | None = None) -> None:
-        self._model = model
-        self._network = network if network is not None and len(network.text_encoder_loras) > 0 else None
-        self._rows: dict[tuple[str, float], Conditioning] = {}  # without time_ids
-        self._expected: set[str] = set()
-        self._empty_chunk: Tensor | None = None  # [1, 77, D], once a text has more than one
-        self._warned = False
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
-        """Conditioning of B texts for whole pictures of (height, width) pixels, on the model's device.
-
-        Args:
-            multipliers: of the network, one a text; None is 1 for all. Only a network with text encoder modules heeds them.
-        """
-        self._expect(texts)
-        strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
-        rows = self._rows if self._network is None else {}  # training changes what such a network makes of a text
-        keys = list(zip(texts, strengths, strict=True))
-        missing = sorted((key for key in dict.fromkeys(keys) if key not in rows), key=lambda key: key[1])
-        for strength, group in groupby(missing, key=lambda key: key[1]):
-            new = list(group)
-            with _multiplier(self._network, strength):
-                encoded = replace(self._model.encode_prompts([text for text, _ in new], size), time_ids=None).to("cpu")
-            rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
-        joined = Conditioning.cat([self.lengthen(rows[key]) for key in keys]).to(self._model.device)
-        return replace(joined, time_ids=self._model.time_ids(len(texts), size, device=joined.text.device))
-
-    def cond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
-        """Conditioning of B prompts, each told the size and crop that it brings; the rest as in `encode`."""
-        self.expect(prompts)
-        return self._told(self.encode([prompt.prompt for prompt in prompts], size, multipliers), prompts, size)
-
-    def uncond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
-        """The same of their negative prompts; as long as `cond`."""
-        self.expect(prompts)
-        return self._told(self.encode([prompt.negative_prompt for prompt in prompts], size, multipliers), prompts, size)
-
-    def encode_ahead(self, prompts: Sequence[PromptSpec], resolution: Size, batch_size: int = 32) -> None:
-        """Encode every text of these prompts, so that the text encoders can be freed. `resolution` as in `sample`."""
-        self.expect(prompts)
-        if self._network is not None:  # its encodings change with every step, so there is nothing to do ahead
-            return
-        texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
-        for start in range(0, len(texts), batch_size):
-            self.encode(texts[start : start + batch_size], resolution)
-
-    def expect(self, prompts: Sequence[PromptSpec]) -> None:
-        """From now on every conditioning is as long as the longest text of these prompts needs."""
-        self._expect([text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)])
-        if not (self._warned or self._model.told_size) and any(map(_has_size_conditioning, prompts)):
-            logger.warning("only SDXL is told the original size and crop of a picture; those of the prompts do nothing here")
-            self._warned = True
-
-    def lengthen(self, cond: Conditioning) -> Conditioning:
-        """Append empty chunks up to the length of every conditioning of this model."""
-        if self._empty_chunk is None:
-            return cond
-        lacking = self._model.prompt_chunks - cond.text.shape[1] // self._empty_chunk.shape[1]
-        empty = self._empty_chunk.to(cond.text).expand(len(cond), -1, -1)
-        return replace(cond, text=torch.cat([cond.text, *[empty] * lacking], dim=1)) if lacking > 0 else cond
-
-    @torch.no_grad()
-    def _expect(self, texts: Sequence[str]) -> None:
-        new = set(texts) - self._expected
-        if not new:
-            return
-        self._expected |= new
-        self._model.expect_prompts(sorted(new))
-        if self._network is None and self._empty_chunk is None and self._model.prompt_chunks > 1:
-            # now, while the text encoders are there
-            self._empty_chunk = self._model.encode_prompts([""]).text.chunk(self._model.prompt_chunks, dim=1)[0].to("cpu")
-
-    def _told(self, cond: Conditioning, prompts: Sequence[PromptSpec], size: Size) -> Conditioning:
-        own = [time_ids_of(prompt, size) for prompt in prompts]
-        return replace(cond, time_ids=self._model.time_ids(len(prompts), size, own, cond.text.device))
-
-
-def size_of(prompt: PromptSpec, resolution: Size) -> Size:
-    """(height, width) in pixels of a prompt's picture; `resolution` stands in for what the prompt leaves open."""
-    return prompt.height or resolution[0], prompt.width or resolution[1]
-
-
-def time_ids_of(prompt: PromptSpec, resolution: Size) -> TimeIds:
-    """What SDXL is told of a prompt's picture; without a word from the prompt, that it is whole."""
-    height, width = size_of(prompt, resolution)
-    return prompt.original_height or height, prompt.original_width or width, prompt.crop_top, prompt.crop_left, height, width
-
-
-def _has_size_conditioning(prompt: PromptSpec) -> bool:
-    return bool(prompt.original_width or prompt.original_height or prompt.crop_top or prompt.crop_left)
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
@@ -210,7 +102,7 @@ def sample(
     batches = []
     for start in range(0, count, sampling.batch_size):
         rows = slice(start, start + sampling.batch_size)
-        with _multiplier(network, strengths[rows].to(model.device)), model_autocast(model):
+        with network_at(network, strengths[rows].to(model.device)), model_autocast(model):
             batches.append(_sample_batch(model, prompts[rows], seeds[rows], strengths[rows].tolist(), sampling, encoder, progress))
     return torch.cat(batches)
 
@@ -307,17 +199,3 @@ def _sample_batch(
 
 def _draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-@contextmanager
-def _multiplier(network: LoRANetwork | None, value: float | Tensor) -> Iterator[None]:
-    """The network runs at `value` inside the block, and at what it had again afterwards."""
-    if network is None:
-        yield
-        return
-    before = network.multiplier
-    network.set_multiplier(value)
-    try:
-        yield
-    finally:
-        network.set_multiplier(before)

@@ -44,16 +44,11 @@ def option(default: Any, *, help: str, choices: Iterable[str] | None = None, sec
     Args:
         default: used when neither the command line nor the file says otherwise.
         help: one or two sentences for `--help`.
-        choices: the allowed values (of each item, for a list); a registry is asked for its names when they are needed.
+        choices: the allowed values (of each item, for a list); read when the settings are, so that a registry may still grow.
         secret: never printed, written or shown in a repr.
         expert: whether few need it.
     """
-    metadata = {
-        "help": help,
-        "choices": choices if choices is None or isinstance(choices, Mapping) else tuple(choices),
-        "secret": secret,
-        "expert": expert,
-    }
+    metadata = {"help": help, "choices": choices, "secret": secret, "expert": expert}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -100,7 +95,10 @@ def options(config_class: type) -> dict[str, Option]:
                 container=container,
                 optional=optional,
                 default=default,
-                **field.metadata,
+                help=field.metadata["help"],
+                choices=None if field.metadata["choices"] is None else tuple(field.metadata["choices"]),
+                secret=field.metadata["secret"],
+                expert=field.metadata["expert"],
             )
     return table
 

@@ -1,8 +1,7 @@
 """Is there a signal to train on? One gradient step on one prompt, and what it says of the run; the network is left as it was."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.measuring.warnings import FLAT_GAIN
-from library.objectives.base import Term, Workbench
+from library.objectives.base import Term, TrainingContext
 from library.objectives.gradients import rms, score_gradients
-from library.objectives.rewards import Reward
-from library.objectives.score_config import ScoreConfig
-from library.objectives.score_term import ScoreTerm
+from library.objectives.score import ScoreConfig
+from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import model_autocast
 from library.settings.options import option
 from library.settings.shared import OptimizerConfig
@@ -32,7 +30,7 @@ EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed b
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """A look before the training."""
+    """A check before the training."""
 
     check_reward: bool = option(
         False, help="Make one gradient step on one prompt, say what it tells of the run, and end; nothing is trained or written."
@@ -45,7 +43,7 @@ class Probe:
 
     sigma: float
     gradient: float
-    reach: float
+    sensitivity: float
     first_order: float  # gain of a whole trajectory, in standard deviations of the score, per unit of RMS that eps moves along the gradient
 
 
@@ -79,7 +77,7 @@ class RewardCheck:
 
     def __str__(self) -> str:
         lines = [f"check_reward on {self.prompt!r}", "", "   sigma   gradient RMS   d latents / d eps   gain per unit of eps"]
-        lines += [f"{one.sigma:8.3g}   {one.gradient:12.3g}   {one.reach:17.3g}   {one.first_order:20.3g}" for one in self.probes]
+        lines += [f"{one.sigma:8.3g}   {one.gradient:12.3g}   {one.sensitivity:17.3g}   {one.first_order:20.3g}" for one in self.probes]
         total = sum(self.norms.values()) or 1.0
         shares = ", ".join(f"{name} {norm:.3g} ({norm / total:.0%})" for name, norm in self.norms.items())
         lines += [
@@ -98,16 +96,15 @@ class RewardCheck:
 
 
 def check_reward(
-    workbench: Workbench,
-    terms: Sequence[Term],
-    reward: Reward,
+    context: TrainingContext,
+    terms: Mapping[str, Term],
     score: ScoreConfig,
     optimizer: OptimizerConfig,
     prompt: PromptSpec,
     monitor: Monitor,
     num_steps: int,
 ) -> RewardCheck:
-    """Look at the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
+    """Measure the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
 
     The prediction: what one step of training gained, on every place of a trajectory, times the steps that are planned; but no farther
     than the prediction can move, which is reward_weight / (2 preserve_weight) where preservation balances the score. The base model's
@@ -115,42 +112,41 @@ def check_reward(
     (docs/experiments.md has it beside what was measured).
 
     Args:
-        prompt: whose encoding the workbench's encoder holds.
+        prompt: whose encoding the context's encoder holds.
         num_steps: updates of the planned run.
 
     Raises:
         UserError: the objective has no score.
     """
-    if not reward.goals:
+    if not context.reward.goals:
         raise UserError("check_reward looks at a score, and no scorer is given; set scorer, or leave check_reward out")
-    network = workbench.network
+    network = context.network
     before = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    probe = ScoreTerm(
-        replace(workbench, rollout=replace(workbench.rollout, train_batch_size=PROBES)), reward, score, [replace(prompt, weight=1.0)]
-    )
-    with model_autocast(workbench.model):
-        batch = probe.rollout.batch()
+    sampling = replace(context.sampling, batch_size=PROBES)
+    probe = ScoreTerm(replace(context, sampling=sampling, prompts=[replace(prompt, weight=1.0)]), score)
+    with model_autocast(context.model):
+        batch = probe.rollout.next_batch()
         probes = _probes(probe, batch)
 
     norms: dict[str, float] = {}
-    for term in terms:
-        _backward(workbench, lambda term=term: term().loss * term.weight)
-        norms[term.name] = _norm(network.parameters())
+    for name, term in terms.items():
+        _backward(context, lambda term=term: term().loss * term.weight)
+        norms[name] = _norm(network.parameters())
     groups, _ = network.prepare_optimizer_params(optimizer.text_encoder_lr, optimizer.unet_lr, optimizer.learning_rate)
     stepper = create_optimizer(optimizer, groups)
-    start = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
-    _backward(workbench, lambda: probe.objective(batch, _views(workbench))[0].loss)
+    start = [_measured_at(probe, batch, sign, _view_noise(context)) for sign in (1.0, -1.0)]
+    _backward(context, lambda: probe.objective(batch, _view_noise(context))[0].loss)
     if optimizer.max_grad_norm:
         nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)
     stepper.step()
     network.zero_grad()
-    stepped = [_look(probe, batch, sign, _views(workbench)) for sign in (1.0, -1.0)]
+    stepped = [_measured_at(probe, batch, sign, _view_noise(context)) for sign in (1.0, -1.0)]
     network.load_state_dict(before)
 
     gains = [after - at for (at, _), (after, _) in zip(start, stepped, strict=True)]
     drift = float(torch.stack([(after - at).square().mean() for (_, at), (_, after) in zip(start, stepped, strict=True)]).mean().sqrt())
     predicted = _predicted(probe, batch, sum(gains) / 2, drift, score, monitor, num_steps)
-    faults = _faults(probes, gains, drift, predicted, score, workbench)
+    faults = _faults(probes, gains, drift, predicted, score, context)
     return RewardCheck(
         prompt=prompt.prompt,
         probes=probes,
@@ -166,16 +162,18 @@ def check_reward(
 
 def _probes(term: ScoreTerm, batch: RolloutBatch) -> list[Probe]:
     """The score's gradient at each of the batch's places, where the model's own prediction leads."""
-    foreseen = term.objective.foresee_frozen(batch)
-    _, gradients = score_gradients(term.objective.reward, foreseen.latents, foreseen.sigmas, batch.cond, batch.prompts)
+    predicted = term.objective.predict_frozen(batch)
+    _, gradients = score_gradients(term.objective.reward, predicted.latents, predicted.sigmas, batch.cond, batch.prompts)
     goals = [goal for goal in term.objective.reward.goals if goal.sign]
     raw = torch.stack([goal.weight * gradients[goal.name] for goal in goals]).sum(0)  # [B, C, h, w]
-    sizes, reach = rms(raw), (foreseen.reach * batch.guidance_scales).abs()
-    per_unit = sizes * reach * raw[0].numel() / term.objective.share(batch, foreseen)  # <g, dx> with dx = reach along g at RMS 1
+    sizes, sensitivity = rms(raw), (predicted.sensitivity * batch.guidance_scales).abs()
+    per_unit = (
+        sizes * sensitivity * raw[0].numel() / term.objective.step_fraction(batch, predicted)
+    )  # <g, dx> with dx = sensitivity along g at RMS 1
     order = torch.argsort(batch.sigmas, descending=True)
-    columns = (batch.sigmas, sizes, reach, per_unit)
+    columns = (batch.sigmas, sizes, sensitivity, per_unit)
     rows = zip(*(column[order].tolist() for column in columns), strict=True)
-    return [Probe(sigma=sigma, gradient=size, reach=far, first_order=gain) for sigma, size, far, gain in rows]
+    return [Probe(sigma=sigma, gradient=size, sensitivity=moved, first_order=gain) for sigma, size, moved, gain in rows]
 
 
 def _predicted(
@@ -185,18 +183,18 @@ def _predicted(
     if not score.normalize_gradient or not drift > 0:
         return math.nan
     bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
-    share = float(term.objective.share(batch, term.objective.foresee_frozen(batch)).mean())
-    whole = gain / share * min(num_steps, bound / drift)
+    fraction = float(term.objective.step_fraction(batch, term.objective.predict_frozen(batch)).mean())
+    whole = gain / fraction * min(num_steps, bound / drift)
     unit = monitor.base_unit()
     return whole / unit if unit > 0 else math.nan
 
 
 def _faults(
-    probes: Sequence[Probe], gains: Sequence[float], drift: float, predicted: float, score: ScoreConfig, workbench: Workbench
+    probes: Sequence[Probe], gains: Sequence[float], drift: float, predicted: float, score: ScoreConfig, context: TrainingContext
 ) -> list[str]:
     """What is wrong, and the likely reason."""
     sizes = [one.gradient for one in probes]
-    lora = workbench.network.loras[0]
+    lora = context.network.loras[0]
     if not all(map(math.isfinite, [*sizes, *gains])):
         return ["the score or its gradient is not finite: the scorer's file is damaged, or half precision overflows (use bf16)"]
     found = []
@@ -225,38 +223,39 @@ def _faults(
 
 
 @torch.no_grad()
-def _look(term: ScoreTerm, batch: RolloutBatch, sign: float, views: torch.Generator) -> tuple[float, Tensor]:
+def _measured_at(term: ScoreTerm, batch: RolloutBatch, sign: float, views: torch.Generator) -> tuple[float, Tensor]:
     """With the network at multipliers of one sign: the mean reward in the wanted direction, in standard deviations of the score, and the
     prediction [B, C, h, w]."""
-    objective, rollout = copy(term.objective), term.rollout
-    objective.config = replace(objective.config, paired_signs=False, odd_weight=0.0)
-    model, multipliers = rollout.model, batch.multipliers.abs() * sign
+    own = term.rollout.trajectories
+    model, network, encoder = own.model, own.network, own.encoder
+    multipliers = batch.multipliers.abs() * sign
     height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
-    rollout.network.eval()  # without dropout
+    network.eval()  # without dropout
     with model_autocast(model):
-        cond, uncond = rollout.conditioning(batch.prompts, (height, width), multipliers)
+        cond = encoder.cond(batch.prompts, (height, width), multipliers.tolist())
+        uncond = encoder.uncond(batch.prompts, (height, width), multipliers.tolist())
         batch = replace(batch, multipliers=multipliers, cond=cond, uncond=uncond)
-        reward = objective(batch, views)[0].metrics["reward"]
-        rollout.network.set_multiplier(multipliers)
+        reward = term.objective(batch, views)[0].metrics["reward"]
+        network.set_multiplier(multipliers)
         eps = model.predict_eps(batch.latents, batch.timesteps, cond)
-    rollout.network.train()
+    network.train()
     return float(batch.directions[0] * reward), eps
 
 
-def _backward(workbench: Workbench, loss: Callable[[], Tensor]) -> None:
+def _backward(context: TrainingContext, loss: Callable[[], Tensor]) -> None:
     """Leave the loss's gradient in the network."""
-    workbench.network.zero_grad()
-    with model_autocast(workbench.model):
+    context.network.zero_grad()
+    with model_autocast(context.model):
         value = loss()
     (value * LOSS_SCALE).backward()
-    for parameter in workbench.network.parameters():
+    for parameter in context.network.parameters():
         if parameter.grad is not None:
             parameter.grad /= LOSS_SCALE
 
 
-def _views(workbench: Workbench) -> torch.Generator:
-    """The same noise for every look."""
-    return workbench.generator("check_reward")
+def _view_noise(context: TrainingContext) -> torch.Generator:
+    """The same noise for every measurement."""
+    return context.generator("check_reward")
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.measuring.calibration import Calibration
 from library.models.base import ModelSpec
 from library.reports.plots import calibration_plot
-from library.rollouts.sample import Size
+from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.training.runtime import weight_dtype

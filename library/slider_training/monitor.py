@@ -3,7 +3,7 @@ to keep, and which strength to call 1."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from library.measuring.warnings import SliderWarning, find_warnings
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Reward
 from library.prompts.files import spread
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sample import PromptEncoder, size_of
+from library.rollouts.prompt_encoder import PromptEncoder, size_of
+from library.rollouts.sample import SamplingConfig
 from library.settings.options import check_above, check_at_least, option
 from library.slider_training.early_stop import EarlyStop
 from library.slider_training.keep_best import KeepBest, selection_score
@@ -116,6 +116,7 @@ class Monitor:
     Args:
         prompts: what to measure on; `num_eval_prompts` of them are taken. With none, nothing is measured.
         encoder: holds their conditioning.
+        sampling: as the training samples; pictures in one call are the monitor's own.
         judges: opinions that the training does not follow.
     """
 
@@ -126,13 +127,13 @@ class Monitor:
         reward: Reward,
         prompts: Sequence[PromptSpec],
         encoder: PromptEncoder,
-        rollout: RolloutConfig,
+        sampling: SamplingConfig,
         config: MonitorConfig,
         judges: Judges | None = None,
     ) -> None:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.config, self.judges = config, judges or Judges()
-        self.sampling = rollout.sampling(model.spec.resolution, config.sample_batch_size)
+        self.sampling = replace(sampling, batch_size=config.sample_batch_size)
         if not prompts:
             if config.sample_every_n_steps is not None or config.sample_at_first:
                 raise UserError("there are no prompts to make previews of; give eval_prompts_file")

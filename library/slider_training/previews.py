@@ -6,7 +6,8 @@ from pathlib import Path
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
 from library.reports.plots import multiplier_grid
-from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
+from library.rollouts.prompt_encoder import PromptEncoder
+from library.rollouts.sample import SamplingConfig, decode, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 

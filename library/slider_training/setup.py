@@ -1,6 +1,8 @@
 """A slider's training from its settings to everything that the loop moves."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,17 @@ from accelerate import Accelerator
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.objectives.anchors import AnchorConfig
-from library.objectives.base import Term, Workbench
-from library.objectives.image_pairs import ImagePairsConfig
-from library.objectives.images import ImagesConfig
-from library.objectives.leco import LecoConfig
-from library.objectives.registry import ObjectiveConfig, TermConfigs, build_terms
+from library.objectives.base import TERMS, Term, TrainingContext
+from library.objectives.estimator import ESTIMATORS
+from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
-from library.objectives.rewards import Reward, RewardConfig, load_reward
-from library.objectives.score_config import ESTIMATORS, ScoreConfig
+from library.objectives.rewards import RewardConfig, load_reward
+from library.objectives.terms.score import rollout_name
 from library.prompts.buckets import with_aspect_buckets
 from library.prompts.files import PromptOptions, load_prompts
-from library.rollouts.belt import RolloutConfig
-from library.rollouts.sampling_setup import fit_rollout
+from library.rollouts.base import ROLLOUTS
+from library.rollouts.config import RolloutConfig
+from library.rollouts.few_step import resolve_sampling
 from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
 from library.slider_training.files import SliderFiles
@@ -31,17 +31,16 @@ from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.runtime import check_writable, generator, weight_dtype
 from networks.lora import LoRANetwork
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LecoScoreConfig:
+    """The settings that every run has. `leco_score_config` adds those of the terms, the estimators and the rollouts."""
+
     model: ModelConfig
     objective: ObjectiveConfig
     reward: RewardConfig
-    score: ScoreConfig
-    leco: LecoConfig
-    image_pairs: ImagePairsConfig
-    images: ImagesConfig
-    anchors: AnchorConfig
     regression: RegressionConfig
     prompts: PromptOptions
     text_free: TextFreeConfig
@@ -54,24 +53,34 @@ class LecoScoreConfig:
     saving: SavingConfig
     logging: LoggingConfig
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Settings of the terms, estimators and rollouts that have some, by the part's name."""
+        common = {field.name for field in fields(LecoScoreConfig)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+
+
+def leco_score_config() -> type[LecoScoreConfig]:
+    """The script's config: what every run has, and one concern for each registered term, estimator and rollout with settings."""
+    parts = [(name, part.config_class) for table in (TERMS, ESTIMATORS, ROLLOUTS) for name, part in table.items() if part.config_class]
+    return make_dataclass("LecoScoreConfig", parts, bases=(LecoScoreConfig,), frozen=True, kw_only=True)
+
 
 @dataclass(frozen=True)
 class SliderParts:
     """What a training works on.
 
     Attributes:
-        workbench: what the terms work with.
-        reward: what is scored; without goals if there is no score.
-        terms: of the objective, each with its own batches.
+        context: what the terms work with.
+        terms: of the objective by name, each with its own batches.
         monitor: measures, warns, keeps the best step, calibrates.
         files: writes what the run leaves behind.
     """
 
     model: DiffusionModel
     network: LoRANetwork
-    workbench: Workbench
-    reward: Reward
-    terms: list[Term]
+    context: TrainingContext
+    terms: dict[str, Term]
     monitor: Monitor
     files: SliderFiles
 
@@ -92,12 +101,11 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         device=accelerator.device,
     )
     model.prompt_weighting = config.prompts.prompt_weighting
-    rollout = fit_rollout(config.rollout, model)
-    size = rollout.size(model.spec.resolution)
+    sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(
             prompts,
-            size,
+            sampling.size,
             min_side=config.prompts.min_bucket_reso,
             max_side=config.prompts.max_bucket_reso,
             step=config.prompts.bucket_reso_steps,
@@ -105,7 +113,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     reward = load_reward(
         config.reward,
         model.vae_fingerprint(),
-        needs_noise_aware=ESTIMATORS[config.score.score_estimator](config.score).noisy,
+        needs_noise_aware=ESTIMATORS[config.parts["score"].score_estimator].noisy,
         gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
     judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
@@ -121,31 +129,42 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         config.text_free, model, network, reward.scorers, prompts, generator(seed, "image_prompts")
     )
     eval_prompts = eval_prompts or train_prompts
-    workbench = Workbench(
+    context = TrainingContext(
         model=model,
         network=network,
         encoder=encoder,
         generator=lambda name: generator(seed, name, accelerator.process_index),
-        rollout=rollout,
+        rollout=config.rollout,
+        sampling=sampling,
+        reward=reward,
+        prompts=train_prompts,
+        min_snr_gamma=config.regression.min_snr_gamma,
+        settings=config.parts,
     )
-    configs = TermConfigs(
-        score=config.score,
-        leco=config.leco,
-        image_pairs=config.image_pairs,
-        images=config.images,
-        anchors=config.anchors,
-        regression=config.regression,
-    )
-    terms = build_terms(workbench, config.objective, configs, reward, train_prompts)
-    encoder.encode_ahead(eval_prompts, size)
+    terms = build_terms(context, config.objective)
+    _warn_of_unused(context, terms)
+    encoder.encode_ahead(eval_prompts, sampling.size)
     if config.network.network_train_unet_only:
         model.free_text_encoders()
-    monitor = Monitor(model, network, reward, eval_prompts, encoder, rollout, config.monitor, judges)
-    files = SliderFiles(config.saving, config.network, model.spec, size, _training_metadata(config))
-    return SliderParts(model, network, workbench, reward, terms, monitor, files)
+    monitor = Monitor(model, network, reward, eval_prompts, encoder, sampling, config.monitor, judges)
+    files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config))
+    return SliderParts(model, network, context, terms, monitor, files)
+
+
+def _warn_of_unused(context: TrainingContext, terms: Collection[str]) -> None:
+    """Name the settings of terms, estimators and rollouts that this run does not use."""
+    used = set(terms)
+    if "score" in used:
+        score = context.settings["score"]
+        used |= {score.score_estimator, rollout_name(context, score)}
+    for name, settings in context.settings.items():
+        changed = [own.name for own in fields(settings) if getattr(settings, own.name) != own.default]
+        if name not in used and changed:
+            logger.warning("%s: set, but nothing here uses %s, so it does nothing", ", ".join(changed), name)
 
 
 def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:
+    score = config.parts["score"]
     return {
         "learning_rate": config.optimizer.learning_rate,
         "unet_lr": config.optimizer.unet_lr,
@@ -157,6 +176,6 @@ def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:
         "mixed_precision": config.training.mixed_precision,
         "clip_skip": config.model.clip_skip,
         "leco_scorer": [Path(path).name for path in config.reward.scorer],
-        "leco_score_estimator": config.score.score_estimator,
-        "leco_preserve_weight": config.score.preserve_weight,
+        "leco_score_estimator": score.score_estimator,
+        "leco_preserve_weight": score.preserve_weight,
     }

@@ -9,7 +9,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from library.diffusion.solvers import ddim_step
 from library.models.base import DiffusionModel
-from library.rollouts.sample import Size, model_autocast
+from library.rollouts.prompt_encoder import Size
+from library.rollouts.sample import model_autocast
 from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb
 from library.text_free.clip_pair import ClipPair
 from library.text_free.fingerprint import text_encoder_fingerprint

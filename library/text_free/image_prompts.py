@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.rollouts.sample import PromptEncoder, Size
+from library.rollouts.prompt_encoder import PromptEncoder, Size
 from library.scorers.base import Scorer
 from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from library.models.base import DiffusionModel
+from library.objectives.estimator import StepState
 from library.objectives.rewards import Goal, Reward
 from library.objectives.score import ScoreObjective
-from library.objectives.score_config import ESTIMATORS, ScoreConfig
-from library.objectives.score_term import SCORE_ROLLOUTS
-from library.rollouts.belt import Belt, RolloutConfig
-from library.rollouts.sample import PromptEncoder
+from library.objectives.terms.score import score_rollout
+from library.rollouts.base import Rollout
+from library.rollouts.trajectories import Trajectories
 from library.scorers.base import Scorer
 from library.types import LossOutput, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
+from tests.helpers.context import make_context, part_settings
 from tests.helpers.scorers import WavyScorer, scorer_for
 from tests.helpers.tiny_models import tiny_model
-from tests.test_rollout import lora_for
 
 PROMPTS = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square")]
 
@@ -28,12 +28,19 @@ class Stage:
 
     model: DiffusionModel
     network: LoRANetwork
-    belt: Belt
+    rollout: Rollout
     objective: ScoreObjective
+
+    @property
+    def trajectories(self) -> Trajectories:
+        return self.rollout.trajectories
+
+    def state(self, batch: RolloutBatch) -> StepState:
+        return StepState(batch=batch, schedule=self.objective.schedule, solver=self.objective.solver)
 
     def loss(self, batch: RolloutBatch | None = None, views_seed: int = 0) -> LossOutput:
         """The objective's loss on a batch, or on the rollout's next one."""
-        return self.objective(batch or self.belt.batch(), torch.Generator().manual_seed(views_seed))[0]
+        return self.objective(batch or self.rollout.next_batch(), torch.Generator().manual_seed(views_seed))[0]
 
     def gradient(self, batch: RolloutBatch | None = None, views_seed: int = 0) -> torch.Tensor:
         """The gradient of `loss` in the LoRA's weights, as one vector."""
@@ -52,11 +59,11 @@ def make_stage(
     resolution: int = 128,
     num_steps: int = 6,
     sampler: str = "ddim",
-    draft_steps: int = 1,
     std: float = 1.0,
     seed: int = 0,
     network: LoRANetwork | None = None,
     model: DiffusionModel | None = None,
+    reward: Reward | None = None,
     prompts: list[PromptSpec] = PROMPTS,
     **settings: Any,
 ) -> Stage:
@@ -65,23 +72,27 @@ def make_stage(
     Args:
         strength: standard deviation of the LoRA's up weights; at 0 it does nothing yet.
         std: of the scorer; its score in standard deviations stays what it is.
-        settings: of ScoreConfig. The estimator is prev, whose gain is that of one step.
+        reward: in place of `scorer`.
+        settings: options of the score, the estimators and the rollouts. The estimator is prev, whose gain is that of one step.
     """
     model = model or tiny_model(kind)
-    network = network or lora_for(model, strength)
-    rollout = RolloutConfig(
+    context = make_context(
+        model=model,
+        network=network,
+        strength=strength,
+        seed=seed,
+        reward=reward or Reward([Goal(scorer=scorer_for(model, scorer, std=std))]),
+        prompts=prompts,
+        settings=part_settings(**{"score_estimator": "prev", **settings}),
         train_batch_size=batch_size,
         max_denoising_steps=num_steps,
         leco_denoise_guidance_scale=guidance,
         resolution=(resolution,),
         sampler=sampler,
-        draft_steps=draft_steps,
     )
-    config = ScoreConfig(**{"score_estimator": "prev", **settings})
-    rollout_class = SCORE_ROLLOUTS[ESTIMATORS[config.score_estimator](config).rollout or "belt"]
-    belt = rollout_class(model, network, prompts, PromptEncoder(model, network), rollout, torch.Generator().manual_seed(seed))
-    reward = Reward([Goal(scorer=scorer_for(model, scorer, std=std))])
-    return Stage(model, network, belt, ScoreObjective(model, network, reward, config, belt.solver, num_steps))
+    config = context.settings["score"]
+    rollout = score_rollout(context, config)
+    return Stage(model, context.network, rollout, ScoreObjective(context, config))
 
 
 def gradients(network: LoRANetwork) -> torch.Tensor:

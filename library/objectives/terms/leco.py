@@ -10,17 +10,19 @@ one without: the frozen predictions and the rollout's unconditional branch toget
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.base import Workbench
-from library.objectives.regression import RegressionConfig, as_output, min_snr_weights, squared_errors
+from library.objectives.base import TERMS, Term, TrainingContext
+from library.objectives.predictions import predict_plain
+from library.objectives.regression import as_output, min_snr_weights, squared_errors
 from library.prompts.leco_files import LecoSetting, load_leco_settings
-from library.rollouts.belt import ROLLOUTS, Belt
-from library.rollouts.sample import Size, guide
+from library.rollouts.belt import Belt
+from library.rollouts.prompt_encoder import Size
+from library.rollouts.sample import guide
 from library.settings.options import check_above, option
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
@@ -54,53 +56,48 @@ class LecoPrompt(PromptSpec):
 
 @dataclass(frozen=True)
 class FrozenPredictions:
-    """What the model says without the LoRA, as the U-Net puts it out [B, C, h, w] each; and the rollout's unconditional eps with it.
-
-    num_rows is how many predictions that took.
-    """
+    """What the model says without the LoRA, as the U-Net puts it out [B, C, h, w] each; and the rollout's unconditional eps with it."""
 
     positive: Tensor
     neutral: Tensor
     unconditional: Tensor
     rollout_uncond: Tensor | None
-    num_rows: int
 
 
-def build(workbench: Workbench, config: LecoConfig, regression: RegressionConfig) -> "LecoTerm":
-    """The term, from its prompt file. Raises UserError."""
-    path = config.leco_prompts_file or workbench.rollout.prompts_file
-    if not path:
-        raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a .toml with [[prompts]] or [[targets]]")
-    return LecoTerm(workbench, load_leco_settings(path), config, regression)
-
-
-class LecoTerm:
+@TERMS.register("leco")
+class LecoTerm(Term):
     """Settings drawn alike, each as a trajectory of its own with its own multiplier; `weight` of a setting weighs its loss.
 
     A setting's batch_size is not used: train_batch_size trajectories hold the settings of one picture size side by side.
     """
 
-    name = "leco"
+    config_class: ClassVar[type | None] = LecoConfig
 
-    def __init__(self, workbench: Workbench, settings: Sequence[LecoSetting], config: LecoConfig, regression: RegressionConfig) -> None:
-        self.workbench, self.settings, self.config, self.regression = workbench, settings, config, regression
+    @classmethod
+    def build(cls, context: TrainingContext, settings: LecoConfig) -> "LecoTerm":
+        path = settings.leco_prompts_file or context.rollout.prompts_file
+        if not path:
+            raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a .toml with [[prompts]] or [[targets]]")
+        return cls(context, load_leco_settings(path), settings)
+
+    def __init__(self, context: TrainingContext, settings: Sequence[LecoSetting], config: LecoConfig) -> None:
+        self.context, self.settings, self.config = context, settings, config
         self.weight = config.leco_weight
-        self.generator = workbench.generator(self.name)
-        native = workbench.rollout.size(workbench.model.spec.resolution)
+        self.generator = context.generator("leco")
+        native = context.sampling.size
         self._sizes = [possible_sizes(setting, native) for setting in settings]
         self._belts: dict[Size, Belt] = {}  # a size has one from its first batch on: dynamic_resolution knows many, and each costs a start
-        self._counted = 0  # of the belts' evaluations, those that a loss has reported
         self._log_what_is_not_used()
         texts = {text: None for own in settings for text in (own.target, own.positive, own.unconditional, own.neutral)}
-        workbench.encoder.encode_ahead([PromptSpec(prompt=text) for text in texts], native)
+        context.encoder.encode_ahead([PromptSpec(prompt=text) for text in texts], native)
 
     def __call__(self) -> LossOutput:
-        model, network = self.workbench.model, self.workbench.network
+        model, network = self.context.model, self.context.network
         belt = self._next_belt()
-        batch = belt.batch()
+        batch = belt.next_batch()
         settings = _settings_of(batch)
         cond, uncond = self._with_crops(batch, settings)
-        frozen = self._predict_without_gradient(batch, settings, cond, uncond)
+        frozen = self._predict_plain(batch, settings, cond, uncond)
         network.set_multiplier(batch.multipliers)
         eps = model.predict_eps(batch.latents, batch.timesteps, cond)
 
@@ -110,13 +107,11 @@ class LecoTerm:
             target = with_statistics_of(target, frozen.neutral)
         errors = squared_errors(as_output(model, batch.latents, eps, batch.timesteps), target)
         weights = eps.new_tensor([setting.weight for setting in settings])
-        losses = errors * weights * min_snr_weights(model, batch.timesteps, self.regression.min_snr_gamma)
+        losses = errors * weights * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
 
         eps = eps.detach()
-        rescale = self.workbench.rollout.guidance_rescale
+        rescale = self.context.sampling.guidance_rescale
         belt.advance(guide(model, batch.latents, batch.timesteps, eps, frozen.rollout_uncond, batch.guidance_scales, rescale))
-        rolled = self._rollout_evaluations() - self._counted
-        self._counted += rolled
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
@@ -125,7 +120,6 @@ class LecoTerm:
                 for setting, timestep in zip(settings, batch.timesteps, strict=True)
             ],
             metrics={"mse": errors.detach().mean(), "shift": squared_errors(target, frozen.neutral).mean().sqrt()},
-            num_unet_evaluations=3 * len(settings) + frozen.num_rows + rolled,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +137,6 @@ class LecoTerm:
                 )
             self._belt_of(size).load_state_dict(saved["belt"])
         self.generator.set_state(state["generator"])  # last: belts draw from it as they are made
-        self._counted = self._rollout_evaluations()
 
     def _next_belt(self) -> Belt:
         """Of a size of a setting drawn alike, which is how often the setting's trajectories are to be seen at it."""
@@ -152,7 +145,6 @@ class LecoTerm:
 
     def _belt_of(self, size: Size) -> Belt:
         if size not in self._belts:
-            bench = self.workbench
             prompts = [
                 LecoPrompt(
                     prompt=setting.target,
@@ -166,28 +158,21 @@ class LecoTerm:
                 for setting, sizes in zip(self.settings, self._sizes, strict=True)
                 if size in sizes
             ]
-            kind = ROLLOUTS[bench.rollout.rollout]
-            self._belts[size] = kind(bench.model, bench.network, prompts, bench.encoder, bench.rollout, self.generator)
+            self._belts[size] = Belt(self.context.trajectories(prompts, self.generator))
         return self._belts[size]
 
-    @torch.no_grad()
-    def _predict_without_gradient(
+    def _predict_plain(
         self, batch: RolloutBatch, settings: Sequence[LecoSetting], cond: Conditioning, uncond: Conditioning
     ) -> FrozenPredictions:
         """All in one call; a text that a sample needs twice, such as a neutral that is its unconditional, is predicted once."""
-        model = self.workbench.model
-        row_of = _frozen_rows_of(settings)
+        model, row_of = self.context.model, _frozen_rows_of(settings)
         places = [place for place, _ in row_of]
         height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
-        texts = self.workbench.encoder.encode([text for _, text in row_of], (height, width), [0.0] * len(row_of))
-        conds, multipliers = [replace(texts, time_ids=cond[places].time_ids)], [torch.zeros(len(places), device=model.device)]
-        if guided := bool((batch.guidance_scales != 1).any()):
-            places = places + list(range(len(settings)))
-            conds.append(uncond)
-            multipliers.append(batch.multipliers)
-        self.workbench.network.set_multiplier(torch.cat(multipliers))
-        eps = model.predict_eps(batch.latents[places], batch.timesteps[places], Conditioning.cat(conds))
-        outputs = as_output(model, batch.latents[places], eps, batch.timesteps[places])
+        texts = self.context.encoder.encode([text for _, text in row_of], (height, width), [0.0] * len(row_of))
+        frozen_cond = replace(texts, time_ids=cond[places].time_ids)
+        plain = predict_plain(model, self.context.network, batch, frozen_cond, uncond=uncond, rows=places)
+        assert plain.frozen is not None
+        outputs = as_output(model, batch.latents[places], plain.frozen, batch.timesteps[places])
 
         def of(texts: Sequence[str]) -> Tensor:
             return outputs[[row_of[place, text] for place, text in enumerate(texts)]]
@@ -196,8 +181,7 @@ class LecoTerm:
             positive=of([setting.positive for setting in settings]),
             neutral=of([setting.neutral for setting in settings]),
             unconditional=of([setting.unconditional for setting in settings]),
-            rollout_uncond=eps[len(row_of) :] if guided else None,
-            num_rows=len(places),
+            rollout_uncond=plain.uncond,
         )
 
     def _with_crops(self, batch: RolloutBatch, settings: Sequence[LecoSetting]) -> tuple[Conditioning, Conditioning]:
@@ -209,16 +193,13 @@ class LecoTerm:
         time_ids = torch.where(cropped[:, None], random_crops(time_ids, self.generator), time_ids)
         return replace(batch.cond, time_ids=time_ids), replace(batch.uncond, time_ids=time_ids)
 
-    def _rollout_evaluations(self) -> int:
-        return sum(belt.num_unet_evaluations for belt in self._belts.values())
-
     def _log_what_is_not_used(self) -> None:
-        batch_size = self.workbench.rollout.train_batch_size
+        batch_size = self.context.rollout.train_batch_size
         if any(setting.batch_size not in (None, batch_size) for setting in self.settings):
             logger.warning("batch_size of the LECO prompts file is not used: train_batch_size is %d for all settings", batch_size)
         if any(setting.dynamic_resolution and len(sizes) == 1 for setting, sizes in zip(self.settings, self._sizes, strict=True)):
             logger.warning("dynamic_resolution is for squares of 128 pixels and more; other settings keep their resolution")
-        if any(setting.dynamic_crops for setting in self.settings) and self.workbench.model.spec.family != "sdxl":
+        if any(setting.dynamic_crops for setting in self.settings) and self.context.model.spec.family != "sdxl":
             logger.warning("dynamic_crops does nothing here: only SDXL is told of crops")
 
 

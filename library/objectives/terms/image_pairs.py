@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.base import Workbench
+from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.known_noise import (
     NoisedPictures,
     buckets_around,
@@ -21,7 +21,6 @@ from library.objectives.known_noise import (
     known_noise_errors,
     logger,
 )
-from library.objectives.regression import RegressionConfig
 from library.scorer_data.readers.base import BadValue
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, source_files
 from library.scorer_data.readers.rows import read_rows
@@ -66,24 +65,43 @@ class EncodedPair:
     name: str
 
 
-class ImagePairsTerm:
+@TERMS.register("image_pairs")
+class ImagePairsTerm(Term):
     """Both pictures of a pair under the same noise at the same timestep: the LoRA at +m is to know the one, at -m the other.
 
     What the pictures share pulls the LoRA the same way at both signs, which cancels; what they differ in is left for the slider. A batch
     is half as many pairs as train_batch_size; 3 U-Net evaluations a picture.
     """
 
-    name = "image_pairs"
+    config_class: ClassVar[type | None] = ImagePairsConfig
 
-    def __init__(self, workbench: Workbench, pairs: list[EncodedPair], config: ImagePairsConfig, regression: RegressionConfig) -> None:
-        self.workbench, self.pairs, self.config, self.regression = workbench, pairs, config, regression
+    @classmethod
+    def build(cls, context: TrainingContext, settings: ImagePairsConfig) -> "ImagePairsTerm":
+        """The term, its pictures encoded by the model's VAE. Raises UserError if there is no pair that can be used."""
+        if settings.image_pairs is None:
+            raise UserError("image_pairs has no pictures: set image_pairs to a folder with positive/ and negative/, or to a table of pairs")
+        skipped, buckets, pairs = SkipReport(), buckets_around(context.sampling.size), []
+        for found in find_pairs(settings.image_pairs, settings.image_pairs_prompt):
+            encoded = found if isinstance(found, Skipped) else encode_at_one_size(context.model, [found.positive, found.negative], buckets)
+            if isinstance(encoded, Skipped):
+                skipped.add(encoded)
+            elif isinstance(found, PicturePair):
+                positive, negative = encoded
+                pairs.append(EncodedPair(positive, negative, found.prompt, found.positive.path.name))
+        skipped.log(logger)
+        if not pairs:
+            raise UserError(f"image_pairs {settings.image_pairs}: no pair can be used; {skipped.first() or 'it holds none'}")
+        return cls(context, pairs, settings)
+
+    def __init__(self, context: TrainingContext, pairs: list[EncodedPair], config: ImagePairsConfig) -> None:
+        self.context, self.pairs, self.config = context, pairs, config
         self.weight = config.image_pairs_weight
-        self.generator = workbench.generator(self.name)
+        self.generator = context.generator("image_pairs")
         prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(pair.prompt for pair in pairs)]
-        workbench.encoder.encode_ahead(prompts, workbench.rollout.size(workbench.model.spec.resolution))
+        context.encoder.encode_ahead(prompts, context.sampling.size)
 
     def __call__(self) -> LossOutput:
-        model, count = self.workbench.model, max(self.workbench.rollout.train_batch_size // 2, 1)
+        model, count = self.context.model, max(self.context.rollout.train_batch_size // 2, 1)
         chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
         clean = torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]).to(model.device)
         multipliers = torch.full((count,), self.config.image_pairs_multiplier, device=model.device)
@@ -94,14 +112,13 @@ class ImagePairsTerm:
             multipliers=torch.cat([multipliers, -multipliers]),
             prompts=[pair.prompt for pair in chosen] * 2,
         )
-        losses, errors = known_noise_errors(self.workbench, batch, self.regression.min_snr_gamma)
+        losses, errors = known_noise_errors(self.context, batch)
         names = [f"positive picture {pair.name}" for pair in chosen] + [f"negative picture of {pair.name}" for pair in chosen]
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
             samples=[f"{name} at timestep {int(timestep)}" for name, timestep in zip(names, batch.timesteps, strict=True)],
             metrics={"mse_positive": errors[:count].mean(), "mse_negative": errors[count:].mean()},
-            num_unet_evaluations=3 * len(clean),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,26 +126,6 @@ class ImagePairsTerm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-
-
-def build(workbench: Workbench, config: ImagePairsConfig, regression: RegressionConfig) -> ImagePairsTerm:
-    """The term, its pictures encoded by the model's VAE. Raises UserError if there is no pair that can be used."""
-    if config.image_pairs is None:
-        raise UserError("image_pairs has no pictures: set image_pairs to a folder with positive/ and negative/, or to a table of pairs")
-    model, skipped = workbench.model, SkipReport()
-    buckets = buckets_around(workbench.rollout.size(model.spec.resolution))
-    pairs = []
-    for found in find_pairs(config.image_pairs, config.image_pairs_prompt):
-        encoded = found if isinstance(found, Skipped) else encode_at_one_size(model, [found.positive, found.negative], buckets)
-        if isinstance(encoded, Skipped):
-            skipped.add(encoded)
-        elif isinstance(found, PicturePair):
-            positive, negative = encoded
-            pairs.append(EncodedPair(positive, negative, found.prompt, found.positive.path.name))
-    skipped.log(logger)
-    if not pairs:
-        raise UserError(f"image_pairs {config.image_pairs}: no pair can be used; {skipped.first() or 'it holds none'}")
-    return ImagePairsTerm(workbench, pairs, config, regression)
 
 
 def find_pairs(source: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.base import Workbench
+from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.known_noise import (
     NoisedPictures,
     buckets_around,
@@ -21,7 +21,6 @@ from library.objectives.known_noise import (
     known_noise_errors,
     logger,
 )
-from library.objectives.regression import RegressionConfig
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import check_above, option
@@ -52,20 +51,28 @@ class EncodedPicture:
     name: str
 
 
-class ImagesTerm:
+@TERMS.register("images")
+class ImagesTerm(Term):
     """The noise in noised pictures, predicted at one multiplier: 3 U-Net evaluations a sample."""
 
-    name = "images"
+    config_class: ClassVar[type | None] = ImagesConfig
 
-    def __init__(self, workbench: Workbench, pictures: list[EncodedPicture], config: ImagesConfig, regression: RegressionConfig) -> None:
-        self.workbench, self.pictures, self.config, self.regression = workbench, pictures, config, regression
+    @classmethod
+    def build(cls, context: TrainingContext, settings: ImagesConfig) -> "ImagesTerm":
+        """The term, its pictures encoded by the model's VAE. Raises UserError if there are none that can be used."""
+        if settings.images_dir is None:
+            raise UserError("images has no pictures: set images_dir to a folder of pictures, with their prompts in .txt files beside them")
+        return cls(context, encode_folder(context, settings.images_dir, settings.images_prompt), settings)
+
+    def __init__(self, context: TrainingContext, pictures: list[EncodedPicture], config: ImagesConfig) -> None:
+        self.context, self.pictures, self.config = context, pictures, config
         self.weight = config.images_weight
-        self.generator = workbench.generator(self.name)
+        self.generator = context.generator("images")
         prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(picture.prompt for picture in pictures)]
-        workbench.encoder.encode_ahead(prompts, workbench.rollout.size(workbench.model.spec.resolution))
+        context.encoder.encode_ahead(prompts, context.sampling.size)
 
     def __call__(self) -> LossOutput:
-        model, count = self.workbench.model, self.workbench.rollout.train_batch_size
+        model, count = self.context.model, self.context.rollout.train_batch_size
         places = draw_alike([picture.latents for picture in self.pictures], count, self.generator)
         chosen = [self.pictures[place] for place in places]
         clean = torch.stack([picture.latents for picture in chosen]).to(model.device)
@@ -76,13 +83,12 @@ class ImagesTerm:
             multipliers=torch.full((count,), self.config.images_multiplier, device=model.device),
             prompts=[picture.prompt for picture in chosen],
         )
-        losses, errors = known_noise_errors(self.workbench, batch, self.regression.min_snr_gamma)
+        losses, errors = known_noise_errors(self.context, batch)
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
             samples=[f"picture {own.name} at timestep {int(timestep)}" for own, timestep in zip(chosen, batch.timesteps, strict=True)],
             metrics={"mse": errors.mean()},
-            num_unet_evaluations=3 * count,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,14 +98,7 @@ class ImagesTerm:
         self.generator.set_state(state["generator"])
 
 
-def build(workbench: Workbench, config: ImagesConfig, regression: RegressionConfig) -> ImagesTerm:
-    """The term, its pictures encoded by the model's VAE. Raises UserError if there are none that can be used."""
-    if config.images_dir is None:
-        raise UserError("images has no pictures: set images_dir to a folder of pictures, with their prompts in .txt files beside them")
-    return ImagesTerm(workbench, encode_folder(workbench, config.images_dir, config.images_prompt), config, regression)
-
-
-def encode_folder(workbench: Workbench, folder: Path, prompt: str) -> list[EncodedPicture]:
+def encode_folder(context: TrainingContext, folder: Path, prompt: str) -> list[EncodedPicture]:
     """The pictures of a folder, encoded by the model's VAE.
 
     Args:
@@ -108,8 +107,7 @@ def encode_folder(workbench: Workbench, folder: Path, prompt: str) -> list[Encod
     Raises:
         UserError: there are none that can be used.
     """
-    model, skipped = workbench.model, SkipReport()
-    buckets = buckets_around(workbench.rollout.size(model.spec.resolution))
+    model, skipped, buckets = context.model, SkipReport(), buckets_around(context.sampling.size)
     pictures = []
     for file in source_files(folder, PICTURE_SUFFIXES):
         encoded = encode_at_one_size(model, [FilePicture(file)], buckets)

@@ -1,0 +1,1 @@
+"""What can be scored at a step, a file each (`library.objectives.estimator.ESTIMATORS`)."""

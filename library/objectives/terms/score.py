@@ -1,0 +1,68 @@
+"""The score as a term of training: a rollout, and the objective on what it hands out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from library.errors import UserError
+from library.objectives.base import TERMS, Term, TrainingContext
+from library.objectives.estimator import ESTIMATORS
+from library.objectives.score import ScoreConfig, ScoreObjective
+from library.objectives.terms.images import encode_folder
+from library.rollouts.base import ROLLOUTS, Rollout
+from library.rollouts.noised import NoisedRollout, given_pictures
+from library.types import LossOutput, PromptSpec
+
+
+@TERMS.register("score")
+class ScoreTerm(Term):
+    """Latents of the context's prompts, or of pictures from a folder; reward_weight and preserve_weight are in the objective."""
+
+    config_class: ClassVar[type | None] = ScoreConfig
+
+    @classmethod
+    def build(cls, context: TrainingContext, settings: ScoreConfig) -> "ScoreTerm":
+        if not context.reward.goals:
+            raise UserError("scorer is not set; give the .safetensors file that train_latent_scorer.py wrote")
+        return cls(context, settings)
+
+    def __init__(self, context: TrainingContext, config: ScoreConfig) -> None:
+        self.generator = context.generator("views")
+        self.rollout = score_rollout(context, config)
+        self.objective = ScoreObjective(context, config)
+
+    def __call__(self) -> LossOutput:
+        out, eps = self.objective(self.rollout.next_batch(), self.generator)
+        self.rollout.advance(eps)
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollout": self.rollout.state_dict(), "views": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rollout.load_state_dict(state["rollout"])
+        self.generator.set_state(state["views"])
+
+
+def rollout_name(context: TrainingContext, config: ScoreConfig) -> str:
+    """The rollout that the user set, else the one that the estimator needs, else the belt. Raises UserError if the two differ."""
+    given, needed = context.rollout.rollout, ESTIMATORS[config.score_estimator].rollout
+    if given is not None and needed is not None and given != needed:
+        raise UserError(f"score_estimator {config.score_estimator} needs rollout {needed}, not {given}; leave rollout out")
+    return given or needed or "belt"
+
+
+def score_rollout(context: TrainingContext, config: ScoreConfig) -> Rollout:
+    """Where the latents come from that are scored. Raises UserError if there are neither prompts nor pictures."""
+    name, generator = rollout_name(context, config), context.generator("rollout")
+    settings = context.settings.get(name)
+    folder: Path | None = getattr(context.settings.get(config.score_estimator), "score_pictures", None)
+    if folder is not None:
+        own = [(picture.latents, PromptSpec(prompt=picture.prompt)) for picture in encode_folder(context, folder, "")]
+        context.encoder.encode_ahead([prompt for _, prompt in own], context.sampling.size)
+        prompts, pictures = given_pictures(own, context.model.spec.vae_scale_factor)
+        return NoisedRollout(context.trajectories(prompts, generator), settings, pictures)
+    if not context.prompts:
+        raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
+    context.encoder.encode_ahead(context.prompts, context.sampling.size)
+    return ROLLOUTS[name](context.trajectories(context.prompts, generator), settings)

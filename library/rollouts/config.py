@@ -1,0 +1,55 @@
+"""The settings of the rollout."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from library.diffusion.noise_schedule import TimestepSpacing
+from library.diffusion.solvers import ALIASES, SOLVERS
+from library.errors import UserError
+from library.rollouts.base import ROLLOUTS
+from library.rollouts.prompt_encoder import Size
+from library.settings.options import check_above, check_at_least, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How training pictures come about. What is not set (None) is decided by the model: `library.rollouts.few_step.resolve_sampling`."""
+
+    prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
+    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.")
+    rollout: str | None = option(
+        None,
+        choices=ROLLOUTS,
+        help="Latents that the score trains on. belt: trajectories of which every U-Net call is a step; noised: finished pictures, noised "
+        "anew. Not set: noised with score_estimator direct_align, else belt.",
+    )
+    train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
+    max_denoising_steps: int | None = option(None, help="Steps of the sampler's schedule. Not set: 20, or a few-step base's own.")
+    leco_denoise_guidance_scale: float | None = option(
+        None, help="Classifier-free guidance of the rollout; 1 is none, and faster. Not set: 5, or a few-step base's own."
+    )
+    sampler: str | None = option(
+        None, choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout. Not set: ddim, or a few-step base's own."
+    )
+    timestep_spacing: str | None = option(
+        None, choices=get_args(TimestepSpacing), help="Which timesteps the sampler takes. Not set: the model's own, or its few-step kind's."
+    )
+    guidance_rescale: float = option(0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.")
+    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.")
+    resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
+    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "train_batch_size", "max_denoising_steps")
+        check_above(self, 0, "leco_denoise_guidance_scale")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")
+        if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
+            raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
+        if not self.train_multipliers or 0 in self.train_multipliers:
+            raise UserError("train_multipliers must hold at least one number and no 0 (at 0 the LoRA is off and learns nothing)")
+
+    def size(self, native: int) -> Size:
+        """(height, width) in pixels."""
+        width, height = (self.resolution * 2)[:2] or (native, native)
+        return height, width
