@@ -76,7 +76,7 @@ def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float
         expected = expected * torch.minimum(snr, torch.tensor(gamma)) / (snr + 1 if is_v else snr)
     torch.testing.assert_close(out.sample_losses, expected.detach(), rtol=2e-4, atol=1e-6)
     assert abs(noise.std().item() - 1) < 0.1
-    assert out.num_unet_evaluations == 9
+    assert context.model.num_unet_evaluations == 9
 
 
 def test_both_signs_of_a_pair_share_noise_and_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
