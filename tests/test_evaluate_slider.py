@@ -50,7 +50,7 @@ def arguments(files: Path, output_dir: Path, **changes: list[str]) -> list[str]:
         "num_prompts": ["2"],
         "seeds_per_prompt": ["2"],
         "multipliers": ["-1", "1"],
-        "num_steps": ["1"],
+        "num_steps": ["2"],
         "num_threads": ["1"],
         "output_dir": [str(output_dir)],
     } | changes
