@@ -56,7 +56,11 @@ def test_what_docstrings_name_exists() -> None:
     assert {path: names for path, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize("recipe", re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+@pytest.mark.parametrize(
+    "recipe",
+    re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL),
+    ids=lambda recipe: recipe[3:30],
+)
 def test_a_recipe_is_run_by_a_test(recipe: str) -> None:
     """Each file that CONTRIBUTING.md shows is one that a test writes, registers and trains with."""
     assert any(recipe in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_recipes_*.py"))

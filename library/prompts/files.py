@@ -61,7 +61,7 @@ def load_prompts(
 
     `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
     top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a
-    line, `#` begins a comment line, with sd-scripts' options (`prompt_entries.LINE_OPTIONS`). A prompt with choices
+    line, `#` begins a comment line, with sd-scripts' options (`library.prompts.entries.LINE_OPTIONS`). A prompt with choices
     (`library.prompts.wildcards`) becomes several, which share its weight.
 
     Args:
