@@ -12,6 +12,7 @@ from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
 from library.prompts.tags import split_tags, tag_prompt, vary
 from library.prompts.wildcards import Wildcards
 from library.settings.options import check_at_least, option
+from library.settings.toml_files import read_toml
 from library.types import PromptSpec
 
 
@@ -76,26 +77,29 @@ def load_prompts(
     generator = generator or torch.Generator().manual_seed(0)
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
     if categories and path.suffix != ".tsv":
         raise UserError(f"prompt_categories choose rows of a PartiPrompts .tsv, but the prompts file is {path}; leave them out")
     if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
         raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
     match path.suffix:
         case ".toml":
-            prompts = _written_out(from_toml(text, path), options, generator)
+            prompts = _written_out(from_toml(read_toml(path, "prompts file"), path), options, generator)
         case ".tsv":
-            prompts = [_literal(spec, options) for spec in from_tsv(text, path, categories)]
+            prompts = [_literal(spec, options) for spec in from_tsv(_text(path), path, categories)]
         case _ if options.prompt_format == "danbooru":
-            prompts = _of_tags(from_lines(text.splitlines(), path), options, generator)
+            prompts = _of_tags(from_lines(_text(path).splitlines(), path), options, generator)
         case _:
-            prompts = _written_out(from_lines(text.splitlines(), path), options, generator)
+            prompts = _written_out(from_lines(_text(path).splitlines(), path), options, generator)
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompts; write one a line")
     return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import toml
 from tqdm import tqdm
 
 from library.errors import UserError
 from library.settings.options import Option, construct, nearest, options, resolve
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+from library.settings.toml_files import read_toml
 
 ConfigT = TypeVar("ConfigT")
 
@@ -102,16 +102,7 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
     path = Path(name).expanduser()
     if path.suffix != ".toml":
         path = path.with_name(path.name + ".toml")
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"config_file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config_file {path} is not UTF-8 text") from error
-    except toml.TomlDecodeError as error:
-        hint = " (write [1.0, 2.5] rather than [1, 2.5])" if "homogeneous" in error.msg else ""
-        raise UserError(f"config_file {path}, line {error.lineno}: {error.msg.strip().rstrip('!.')}{hint}") from error
-
+    content = read_toml(path, "config_file")
     values: dict[str, Any] = {}
     section_of: dict[str, str] = {}
     for title, part in content.items():
@@ -224,7 +215,7 @@ def _help(entry: Option) -> str:
 
 
 def _toml_value(value: object) -> str:
-    # the toml package's own writer breaks strings that hold a backslash and an x
+    # not the package toml: its writer breaks text that holds a backslash and an x, and it has no comments for what is not set
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
