@@ -11,13 +11,14 @@ import pytest
 from library.errors import UserError
 from library.settings import cli
 from library.settings.cli import parse_config, run_main
-from library.settings.options import option
+from library.settings.options import option, options
 from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
     weights: tuple[float, ...] = option((), help="Numbers, 100% of them.")
+    steepness: float = option(2.0, help="Hardly ever turned.", expert=True)
     scores: tuple[dict[str, Any], ...] = option((), help="An array of tables.")
 
 
@@ -258,13 +259,33 @@ def test_dry_run_prints_and_checks(capsys: pytest.CaptureFixture[str]):
     assert error_of("--dry_run").startswith("pretrained_model_name_or_path is not set")
 
 
-def test_help_has_every_option_and_its_default(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("words, experts", [("-h", False), ("--help", False), ("--help all", True), ("--help_all", True)])
+def test_help_has_the_options_and_their_defaults(words: str, experts: bool, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        parse_config(Script, ["--help"], description="What it does.")
+        parse_config(Script, words.split(), description="What it does.")
     assert caught.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in printed and "--network_dim" in printed and "100% of them" in printed and "(default: 500)" in printed
+    assert ("--steepness" in printed) == experts
+    hidden = sum(entry.expert for entry in options(Script).values())
+    assert (f"--help all shows {hidden} more settings" in printed) == (not experts)
+
+
+def test_an_expert_setting_is_accepted_though_help_does_not_show_it():
+    assert parse("--pretrained_model_name_or_path", "m", "--steepness", "3").extra.steepness == 3.0
+
+
+def test_what_is_written_leaves_out_what_nothing_reads(config_file, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    with pytest.raises(SystemExit):
+        parse("--pretrained_model_name_or_path", "m", "--dry_run")
     printed = capsys.readouterr().out
-    assert "What it does." in printed and "--network_dim" in printed and "100% of them" in printed
-    assert "(default: 500)" in " ".join(printed.split())
+    assert "\n# log_prefix =\n" in printed and "\n# wandb_run_name =\n" in printed
+    with pytest.raises(SystemExit):
+        parse("--config_file", config_file(printed), "--log_prefix", "a", "--dry_run")
+    assert '\n# log_prefix = "a"  # only with log_with or logging_dir\n' in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == [
+        "these settings are given and not used: log_prefix (only with log_with or logging_dir)"
+    ]
 
 
 def test_argv_of_the_program_is_the_default(monkeypatch: pytest.MonkeyPatch):

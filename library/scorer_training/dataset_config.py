@@ -29,9 +29,9 @@ from library.errors import UserError
 from library.scorer_data.readers.base import READERS
 from library.scorer_training.criteria.base import CRITERIA
 from library.settings.options import check_above, check_at_least, check_not_set, nearest, option
+from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000
-from library.settings.toml_files import read_toml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,10 @@ class NetworkConfig:
     """The LoRA."""
 
     network_module: str = option("networks.lora", help="Python module of the network, e.g. networks.lora or lycoris.kohya.")
-    network_dim: int = option(8, help="Rank of the LoRA.")
-    network_alpha: float = option(8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.")
+    network_dim: int = option(8, help="Rank of the LoRA.", only_with={"dim_from_weights": (False,)})
+    network_alpha: float = option(
+        8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.", only_with={"dim_from_weights": (False,)}
+    )
     network_dropout: float | None = option(None, help="Share of the rank's neurons dropped in each step, from 0 to below 1.")
     network_args: tuple[str, ...] = option((), help='Settings of the network module, "key=value" each, e.g. conv_dim=4.')
     network_weights: Path | None = option(None, help="LoRA file to start from.")
@@ -72,7 +74,9 @@ class OptimizerConfig:
     optimizer_args: tuple[str, ...] = option((), help='Arguments of the optimizer, "key=value" each, e.g. weight_decay=0.01.')
     learning_rate: float = option(1e-4, help="Learning rate. About 1.0 for Prodigy and D-Adaptation.")
     unet_lr: float | None = option(None, help="Learning rate of the U-Net's LoRA, if not learning_rate.")
-    text_encoder_lr: float | None = option(None, help="Learning rate of the text encoders' LoRA, if not learning_rate.")
+    text_encoder_lr: float | None = option(
+        None, help="Learning rate of the text encoders' LoRA, if not learning_rate.", only_with={"network_train_unet_only": (False,)}
+    )
     lr_scheduler: str = option(
         "constant",
         help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, "
@@ -80,8 +84,12 @@ class OptimizerConfig:
     )
     lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. min_lr_rate=0.1.')
     lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.")
-    lr_scheduler_num_cycles: int = option(1, help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.")
-    lr_scheduler_power: float = option(1.0, help="Power of the polynomial schedule.")
+    lr_scheduler_num_cycles: int = option(
+        1,
+        help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.",
+        only_with={"lr_scheduler": ("cosine_with_restarts", "cosine_with_min_lr")},
+    )
+    lr_scheduler_power: float = option(1.0, help="Power of the polynomial schedule.", only_with={"lr_scheduler": ("polynomial",)})
     max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.")
 
     def __post_init__(self) -> None:
@@ -152,10 +160,16 @@ class LoggingConfig:
         None, help="Folder for TensorBoard and wandb; not set: output_dir/logs. Setting it turns TensorBoard on."
     )
     log_with: str | None = option(None, choices=("tensorboard", "wandb", "all"), help="Trackers to write to.")
-    log_prefix: str | None = option(None, help="Start of the name of the run's folder in logging_dir; a time follows.")
-    log_tracker_name: str | None = option(None, help="Name of the project in wandb, of the folder in TensorBoard.")
-    wandb_run_name: str | None = option(None, help="Name of the run in wandb.")
-    wandb_api_key: str | None = option(None, secret=True, help="wandb's API key. Never printed or written.")
+    log_prefix: str | None = option(
+        None, help="Start of the name of the run's folder in logging_dir; a time follows.", only_with=("log_with", "logging_dir")
+    )
+    log_tracker_name: str | None = option(
+        None, help="Name of the project in wandb, of the folder in TensorBoard.", only_with=("log_with", "logging_dir")
+    )
+    wandb_run_name: str | None = option(None, help="Name of the run in wandb.", only_with={"log_with": ("wandb", "all")})
+    wandb_api_key: str | None = option(
+        None, secret=True, help="wandb's API key. Never printed or written.", only_with={"log_with": ("wandb", "all")}
+    )
 
     @property
     def trackers(self) -> frozenset[str]:
