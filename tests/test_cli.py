@@ -282,9 +282,9 @@ def test_what_is_written_leaves_out_what_nothing_reads(config_file, capsys: pyte
     assert "\n# log_prefix =\n" in printed and "\n# wandb_run_name =\n" in printed
     with pytest.raises(SystemExit):
         parse("--config_file", config_file(printed), "--log_prefix", "a", "--dry_run")
-    assert '\n# log_prefix = "a"  # only with log_with or logging_dir\n' in capsys.readouterr().out
+    assert '\n# log_prefix = "a"  # only with log_with or only with logging_dir\n' in capsys.readouterr().out
     assert [record.getMessage() for record in caplog.records] == [
-        "these settings are given and not used: log_prefix (only with log_with or logging_dir)"
+        "these settings are given and not used: log_prefix (only with log_with or only with logging_dir)"
     ]
 
 

@@ -177,7 +177,7 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
             {"network_dim": 8, "network_alpha": 1, "dim_from_weights": True, "network_weights": "l.safetensors"},
             "network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)",
         ),
-        ({"log_prefix": "a"}, "log_prefix (only with log_with or logging_dir)"),
+        ({"log_prefix": "a"}, "log_prefix (only with log_with or only with logging_dir)"),
         ({"log_prefix": "a", "logging_dir": "logs"}, None),
         ({"wandb_run_name": "a", "logging_dir": "logs"}, "wandb_run_name (only with log_with wandb or all)"),
         ({"wandb_run_name": "a", "log_with": "all"}, None),

@@ -37,32 +37,59 @@ class ScoreConfig:
     hinge_margin: float = option(
         5.0,
         help="Gain over the frozen model at which hinge and softplus stop, over a whole trajectory, in the score's standard deviations.",
+        expert=True,
+        only_with={"reward_loss": ("hinge", "softplus")},
     )
     reward_target: float = option(
         3.0,
         help="With reward_loss target: the gain at multiplier 1, in the same unit, if every step's gain lasted; a third of it does.",
+        expert=True,
+        only_with={"reward_loss": ("target",)},
     )
-    reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.")
+    reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.", expert=True)
     reward_smoothing: float = option(
-        0.0, help="Take the score's gradient this far to the worse side, relative to the latents' size (try 0.02): against sharp peaks."
+        0.0,
+        help="Take the score's gradient this far to the worse side, relative to the latents' size (try 0.02): against sharp peaks.",
+        expert=True,
     )
-    num_views: int = option(4, help="With score_estimator x0_renoise: fresh noisings of each sample.")
-    view_abar: float = option(0.9, help="With score_estimator x0_renoise: what is left of the picture's variance, 0 to 1.")
+    num_views: int = option(
+        4,
+        help="With score_estimator x0_renoise: fresh noisings of each sample.",
+        expert=True,
+        only_with={"score_estimator": ("x0_renoise",)},
+    )
+    view_abar: float = option(
+        0.9,
+        help="With score_estimator x0_renoise: what is left of the picture's variance, 0 to 1.",
+        expert=True,
+        only_with={"score_estimator": ("x0_renoise",)},
+    )
     score_pictures: Path | None = option(
-        None, help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled."
+        None,
+        help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled.",
+        expert=True,
     )
-    draft_stop_gradient: bool = option(True, help="With score_estimator draft: no gradient through the U-Net's input (DRTune).")
+    draft_stop_gradient: bool = option(
+        True,
+        help="With score_estimator draft: no gradient through the U-Net's input (DRTune).",
+        expert=True,
+        only_with={"score_estimator": ("draft",)},
+    )
     preserve_weight: float = option(
         3.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
     )
     stat_guard: float = option(
-        0.0, help="Weight of keeping each latent channel's mean and log standard deviation, against saturation and contrast hacks."
+        0.0,
+        help="Weight of keeping each latent channel's mean and log standard deviation, against saturation and contrast hacks.",
+        expert=True,
     )
-    paired_signs: bool = option(False, help="Train both signs of every sample in one batch: twice the U-Net's work in a step.")
-    odd_weight: float = option(0.0, help="With paired_signs: weight of both signs moving the prediction by opposite amounts.")
-    normalize_gradient: bool = option(True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.")
-    min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).")
-    max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).")
+    paired_signs: bool = option(False, help="Train both signs of every sample in one batch: twice the U-Net's work in a step.", expert=True)
+    odd_weight: float = option(0.0, help="With paired_signs: weight of both signs moving the prediction by opposite amounts.", expert=True)
+    normalize_gradient: bool = option(
+        True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.", expert=True
+    )
+    min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).", expert=True)
+    max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "hinge_margin", "reward_weight", "preserve_weight", "min_timestep", "stat_guard", "odd_weight")

@@ -24,20 +24,43 @@ class PromptOptions:
         "auto",
         choices=("auto", "danbooru"),
         help="Of a .txt: auto takes each line as a prompt, danbooru as the tags of a picture (1girl solo long_hair).",
+        expert=True,
     )
-    shuffle_caption: bool = option(False, help="With prompt_format danbooru: shuffle each line's tags.")
-    keep_tokens: int = option(0, help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.")
-    caption_tag_dropout_rate: float = option(0.0, help="With prompt_format danbooru: leave each tag out with this probability.")
-    num_tag_variants: int = option(4, help="Prompts made of each line of tags that are shuffled or dropped.")
-    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.")
-    max_prompt_variants: int = option(64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.")
+    shuffle_caption: bool = option(
+        False, help="With prompt_format danbooru: shuffle each line's tags.", expert=True, only_with={"prompt_format": ("danbooru",)}
+    )
+    keep_tokens: int = option(
+        0,
+        help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.",
+        expert=True,
+        only_with={"prompt_format": ("danbooru",)},
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0,
+        help="With prompt_format danbooru: leave each tag out with this probability.",
+        expert=True,
+        only_with={"prompt_format": ("danbooru",)},
+    )
+    num_tag_variants: int = option(
+        4, help="Prompts made of each line of tags that are shuffled or dropped.", expert=True, only_with={"prompt_format": ("danbooru",)}
+    )
+    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.", expert=True)
+    max_prompt_variants: int = option(
+        64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.", expert=True
+    )
     prompt_weighting: bool = option(
-        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text."
+        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text.", expert=True
     )
     enable_bucket: bool = option(False, help="Spread prompts that have no size of their own over pictures of other aspect ratios.")
-    min_bucket_reso: int | None = option(None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.")
-    max_bucket_reso: int | None = option(None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.")
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
+    min_bucket_reso: int | None = option(
+        None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.", expert=True, only_with="enable_bucket"
+    )
+    max_bucket_reso: int | None = option(
+        None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.", expert=True, only_with="enable_bucket"
+    )
+    bucket_reso_steps: int = option(
+        64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True, only_with="enable_bucket"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_tag_variants", "max_prompt_variants")

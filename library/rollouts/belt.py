@@ -39,11 +39,12 @@ class RolloutConfig:
     """How training pictures come about."""
 
     prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
-    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.")
+    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.", expert=True)
     rollout: str = option(
         "belt",
         choices=("belt", "per_sample"),  # of ROLLOUTS, below; the others are chosen by the estimators that need them
         help="belt: every U-Net call trains. per_sample: denoise to one random step, train there, start afresh (slow; to compare with).",
+        expert=True,
     )
     train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
     max_denoising_steps: int = option(20, help="Steps of the sampler's schedule; at 20, a few-step base takes its own.")
@@ -52,15 +53,28 @@ class RolloutConfig:
     )
     sampler: str = option("ddim", choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout.")
     timestep_spacing: str | None = option(
-        None, choices=get_args(TimestepSpacing), help="Which timesteps the sampler takes; not set: the model's own, or its few-step kind's."
+        None,
+        choices=get_args(TimestepSpacing),
+        help="Which timesteps the sampler takes; not set: the model's own, or its few-step kind's.",
+        expert=True,
     )
-    guidance_rescale: float = option(0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.")
-    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.")
+    guidance_rescale: float = option(
+        0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.", expert=True
+    )
+    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.", expert=True)
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
-    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")
-    draft_steps: int = option(1, help="With score_estimator draft: how many of the sampler's last steps carry gradient.")
+    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.", expert=True)
+    draft_steps: int = option(
+        1,
+        help="With score_estimator draft: how many of the sampler's last steps carry gradient.",
+        expert=True,
+        only_with={"score_estimator": ("draft",)},
+    )
     num_renoisings: int = option(
-        4, help="With score_estimator draft_lv or direct_align: how often a finished picture is noised anew and trained on."
+        4,
+        help="With score_estimator draft_lv or direct_align: how often a finished picture is noised anew and trained on.",
+        expert=True,
+        only_with={"score_estimator": ("draft_lv", "direct_align")},
     )
 
     def __post_init__(self) -> None:
