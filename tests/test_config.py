@@ -8,6 +8,7 @@ import pytest
 
 from library.errors import UserError
 from library.settings.options import build, key_value_pairs, nearest, option, options
+from library.settings.registry import Registry
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
 from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 
@@ -158,6 +159,77 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
     assert [record.getMessage() for record in caplog.records] == [
         "these options of sd-scripts do nothing here: lowram, max_train_epochs (use max_train_steps)"
     ]
+
+
+@pytest.mark.parametrize(
+    "values, unread",
+    [
+        ({"lr_scheduler_power": 2.0}, "lr_scheduler_power (only with lr_scheduler polynomial)"),
+        ({"lr_scheduler_power": 1.0}, "lr_scheduler_power (only with lr_scheduler polynomial)"),  # the default, but given
+        ({"lr_scheduler_power": 2.0, "lr_scheduler": "Polynomial"}, None),
+        (
+            {"lr_scheduler_num_cycles": 2, "lr_scheduler": "cosine"},
+            "lr_scheduler_num_cycles (only with lr_scheduler cosine_with_restarts or cosine_with_min_lr)",
+        ),
+        ({"text_encoder_lr": 1e-5}, "text_encoder_lr (not with network_train_unet_only)"),
+        ({"text_encoder_lr": 1e-5, "network_train_unet_only": False}, None),
+        (
+            {"network_dim": 8, "network_alpha": 1, "dim_from_weights": True, "network_weights": "l.safetensors"},
+            "network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)",
+        ),
+        ({"log_prefix": "a"}, "log_prefix (only with log_with or only with logging_dir)"),
+        ({"log_prefix": "a", "logging_dir": "logs"}, None),
+        ({"wandb_run_name": "a", "logging_dir": "logs"}, "wandb_run_name (only with log_with wandb or all)"),
+        ({"wandb_run_name": "a", "log_with": "all"}, None),
+        ({"wandb_run_name": "", "text_encoder_lr": ""}, None),  # said to be not set
+        ({}, None),
+    ],
+)
+def test_settings_that_nothing_reads_are_named_in_one_warning(
+    values: dict[str, object], unread: str | None, caplog: pytest.LogCaptureFixture
+):
+    script(**values)
+    expected = [] if unread is None else [f"these settings are given and not used: {unread}"]
+    assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_a_setting_can_depend_on_an_item_of_a_list_and_on_what_another_script_has(caplog: pytest.LogCaptureFixture):
+    @dataclass(frozen=True, kw_only=True)
+    class Terms:
+        objective: tuple[str, ...] = option((), help="Terms.")
+        pictures: str = option("", help="Of one of them.", only_with={"objective": ("images",)})
+        elsewhere: str = option("", help="With a setting that this script lacks.", only_with="not_here")
+        both: str = option("", help="With two.", only_with={"objective": ("images",), "pictures": ("b",)})
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithTerms:
+        terms: Terms
+
+    build(WithTerms, {"objective": ["score", "images"], "pictures": "a", "elsewhere": "x"})
+    assert not caplog.records
+    build(WithTerms, {"objective": ["score"], "pictures": "a", "both": "c"})
+    (record,) = caplog.records
+    assert record.getMessage().endswith("pictures (only with objective images), both (only with objective images and only with pictures b)")
+
+
+def test_the_choices_may_be_a_table_that_is_filled_later():
+    kinds: Registry[int] = Registry("kind")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Kinds:
+        kind: str | None = option(None, choices=kinds, help="One of them.")
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithKinds:
+        kinds: Kinds
+
+    kinds.register("round")(1)
+    assert build(WithKinds, {"kind": "round"}).kinds.kind == "round"
+    assert error_of(lambda **values: build(WithKinds, values), kind="rund") == (
+        "kind is 'rund', but it must be one of round (did you mean 'round'?)"
+    )
+    kinds.register("square")(2)
+    assert build(WithKinds, {"kind": "square"}).kinds.kind == "square"
 
 
 def test_a_declared_option_is_used_though_sd_scripts_has_it(caplog: pytest.LogCaptureFixture):

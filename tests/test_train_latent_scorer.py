@@ -262,7 +262,7 @@ def test_a_mixture_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('path = "{folder}/pairs.csv"', 'paths = "{folder}/pairs.csv"'), "dataset 4, subset 1 has no path"),
         (("num_repeats = 2", "num_repeats = 0"), "num_repeats is 0"),
         (("[general]", "[generl]"), "generl is not a table"),
-        (("[general]", "[general"), "is not TOML"),
+        (("[general]", "[general"), "is not valid TOML"),
     ],
 )
 def test_a_bad_mixture_is_one_sentence(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:

@@ -15,7 +15,10 @@ class RegressionConfig:
     """How the squared errors of leco, image_pairs, images and anchors are weighed."""
 
     min_snr_gamma: float | None = option(
-        None, help="Min-SNR weighting of the squared errors of leco, image_pairs, images and anchors; try 5. Not set: none."
+        None,
+        help="Min-SNR weighting of the squared errors of leco, image_pairs, images and anchors; try 5. Not set: none.",
+        expert=True,
+        only_with=({"objective": ("leco", "image_pairs", "images")}, "anchor_prompts_file", {"objective": (), "scorer": ()}),
     )
 
     def __post_init__(self) -> None:

@@ -61,13 +61,16 @@ class RewardConfig:
         help="One word a scorer: none; hold=0.2 keeps it within 0.2 of its standard deviations of the frozen model, and neither raises "
         "nor lowers it; max=7.5 or min=4 let it not pass that value, in its own units.",
     )
-    scorer_ensemble: bool = option(False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.")
+    scorer_ensemble: bool = option(
+        False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.", expert=True
+    )
     scorer_pessimism: float | None = option(
         None,
         help="Take a score for this many of its own standard deviations of uncertainty worse than it says, for scorers that state one; "
         "default 1. 0 believes the mean.",
+        expert=True,
     )
-    force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.")
+    force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "scorer_pessimism")

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import toml
-
 from library.errors import UserError
 from library.settings.options import nearest
 from library.types import PromptSpec
@@ -94,12 +92,8 @@ def from_tsv(text: str, path: Path, categories: Sequence[str] | None) -> list[Pr
     ]
 
 
-def from_toml(text: str, path: Path) -> list[Entry]:
+def from_toml(content: dict[str, Any], path: Path) -> list[Entry]:
     """`[[prompts]]` with the fields of PromptSpec or of LECO, or LECO's `[[targets]]`; keys above the tables are their defaults."""
-    try:
-        content = toml.loads(text)
-    except (toml.TomlDecodeError, IndexError) as error:  # toml raises IndexError on some broken tables
-        raise UserError(f"prompts file {path} is not valid TOML: {error}") from error
     if isinstance(slider := content.get("slider"), dict):
         content = {**content, **slider}
         del content["slider"]

@@ -12,6 +12,7 @@ from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
 from library.prompts.tags import split_tags, tag_prompt, vary
 from library.prompts.wildcards import Wildcards
 from library.settings.options import check_at_least, option
+from library.settings.toml_files import read_toml
 from library.types import PromptSpec
 
 
@@ -23,20 +24,43 @@ class PromptOptions:
         "auto",
         choices=("auto", "danbooru"),
         help="Of a .txt: auto takes each line as a prompt, danbooru as the tags of a picture (1girl solo long_hair).",
+        expert=True,
     )
-    shuffle_caption: bool = option(False, help="With prompt_format danbooru: shuffle each line's tags.")
-    keep_tokens: int = option(0, help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.")
-    caption_tag_dropout_rate: float = option(0.0, help="With prompt_format danbooru: leave each tag out with this probability.")
-    num_tag_variants: int = option(4, help="Prompts made of each line of tags that are shuffled or dropped.")
-    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.")
-    max_prompt_variants: int = option(64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.")
+    shuffle_caption: bool = option(
+        False, help="With prompt_format danbooru: shuffle each line's tags.", expert=True, only_with={"prompt_format": ("danbooru",)}
+    )
+    keep_tokens: int = option(
+        0,
+        help="With prompt_format danbooru: this many tags at the front are neither shuffled nor dropped.",
+        expert=True,
+        only_with={"prompt_format": ("danbooru",)},
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0,
+        help="With prompt_format danbooru: leave each tag out with this probability.",
+        expert=True,
+        only_with={"prompt_format": ("danbooru",)},
+    )
+    num_tag_variants: int = option(
+        4, help="Prompts made of each line of tags that are shuffled or dropped.", expert=True, only_with={"prompt_format": ("danbooru",)}
+    )
+    wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.", expert=True)
+    max_prompt_variants: int = option(
+        64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.", expert=True
+    )
     prompt_weighting: bool = option(
-        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text."
+        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text.", expert=True
     )
     enable_bucket: bool = option(False, help="Spread prompts that have no size of their own over pictures of other aspect ratios.")
-    min_bucket_reso: int | None = option(None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.")
-    max_bucket_reso: int | None = option(None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.")
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.")
+    min_bucket_reso: int | None = option(
+        None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.", expert=True, only_with="enable_bucket"
+    )
+    max_bucket_reso: int | None = option(
+        None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.", expert=True, only_with="enable_bucket"
+    )
+    bucket_reso_steps: int = option(
+        64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True, only_with="enable_bucket"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_tag_variants", "max_prompt_variants")
@@ -76,26 +100,29 @@ def load_prompts(
     generator = generator or torch.Generator().manual_seed(0)
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
     if categories and path.suffix != ".tsv":
         raise UserError(f"prompt_categories choose rows of a PartiPrompts .tsv, but the prompts file is {path}; leave them out")
     if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
         raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
     match path.suffix:
         case ".toml":
-            prompts = _written_out(from_toml(text, path), options, generator)
+            prompts = _written_out(from_toml(read_toml(path, "prompts file"), path), options, generator)
         case ".tsv":
-            prompts = [_literal(spec, options) for spec in from_tsv(text, path, categories)]
+            prompts = [_literal(spec, options) for spec in from_tsv(_text(path), path, categories)]
         case _ if options.prompt_format == "danbooru":
-            prompts = _of_tags(from_lines(text.splitlines(), path), options, generator)
+            prompts = _of_tags(from_lines(_text(path).splitlines(), path), options, generator)
         case _:
-            prompts = _written_out(from_lines(text.splitlines(), path), options, generator)
+            prompts = _written_out(from_lines(_text(path).splitlines(), path), options, generator)
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompts; write one a line")
     return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:

@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.errors import UserError
 from library.settings.options import nearest
+from library.settings.toml_files import read_toml
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def load_leco_settings(path: str | Path) -> list[LecoSetting]:
         UserError: no such file, nothing in it, or a key or value that cannot be understood.
     """
     path = Path(path)
-    top, tables = _tables(_read_toml(path), path)
+    top, tables = _tables(_read_file(path), path)
     known = {key for table, _ in tables for key in (SLIDER_KEYS if _is_slider(table) else PROMPT_KEYS)}
     _warn_of_unknown(top, known, path)
     settings: list[LecoSetting] = []
@@ -108,22 +107,16 @@ def is_leco_file(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix != ".toml":
         return False
-    content = _read_toml(path)
+    content = _read_file(path)
     tables = content.get("prompts", [content])
     said = ("target", "target_class", "targets", "slider")
     return isinstance(tables, list) and any(isinstance(table, dict) and not table.keys().isdisjoint(said) for table in tables)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"LECO prompts file {path} does not exist; give a .toml file with [[prompts]] or [[targets]]")
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"LECO prompts file {path} cannot be read as UTF-8 text: {error}") from error
-    except (toml.TomlDecodeError, IndexError) as error:  # toml raises IndexError on some broken tables
-        raise UserError(f"LECO prompts file {path} is not valid TOML: {error}") from error
-    return content
+    return read_toml(path, "LECO prompts file")
 
 
 def _tables(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:

@@ -21,10 +21,14 @@ class BucketConfig:
 
     resolution: str = option("512", help='Size, "512" or "width,height"; with buckets, the area that every size keeps below.')
     enable_bucket: bool = option(True, help="Give other aspect ratios sizes of their own; when off, crop to the resolution.")
-    min_bucket_reso: int = option(256, help="Shortest side of a bucket.", expert=True)
-    max_bucket_reso: int = option(1024, help="Longest side of a bucket.", expert=True)
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True)
-    bucket_no_upscale: bool = option(False, help="Leave smaller pictures at their own size, whatever min and max.", expert=True)
+    min_bucket_reso: int = option(256, help="Shortest side of a bucket.", expert=True, only_with="enable_bucket")
+    max_bucket_reso: int = option(1024, help="Longest side of a bucket.", expert=True, only_with="enable_bucket")
+    bucket_reso_steps: int = option(
+        64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True, only_with="enable_bucket"
+    )
+    bucket_no_upscale: bool = option(
+        False, help="Leave smaller pictures at their own size, whatever min and max.", expert=True, only_with="enable_bucket"
+    )
     max_crop: float = option(0.35, help="Leave out pictures of which their bucket would cut off more than this share.", expert=True)
 
     def __post_init__(self) -> None:

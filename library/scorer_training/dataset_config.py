@@ -20,7 +20,6 @@
 Keys of a subset that are not listed in `Subset` go to its reader. Paths are relative to the working directory, as they are everywhere.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from library.errors import UserError
 from library.scorer_data.readers.base import READERS
 from library.scorer_training.criteria.base import CRITERIA
 from library.settings.options import check_above, check_at_least, check_not_set, nearest, option
+from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000
 
@@ -171,10 +171,7 @@ def read_dataset_config(path: Path) -> tuple[Dataset, ...]:
     """Read a dataset.toml. Raises UserError naming the table when anything in it is not as it must be."""
     if not path.is_file():
         raise UserError(f"there is no dataset_config {path}; docs/datasets.md shows one")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"dataset_config {path} is not TOML: {error}") from error
+    content = read_toml(path, "dataset_config")
     general = content.pop("general", {})
     tables = content.pop("datasets", [])
     if content or not isinstance(general, dict):

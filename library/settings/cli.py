@@ -5,6 +5,7 @@ decoration. No option is required by the parser: `--config_file x.toml` alone is
 """
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -12,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import toml
 from tqdm import tqdm
 
 from library.errors import UserError
 from library.settings.options import Option, construct, nearest, options, resolve
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+from library.settings.toml_files import read_toml
 
 ConfigT = TypeVar("ConfigT")
 
@@ -35,23 +36,28 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None,
 
     Raises:
         UserError: anything wrong on the command line or in the file.
-        SystemExit: with code 0, after --help, --output_config and --dry_run.
+        SystemExit: with code 0, after --help, --help all, --output_config and --dry_run.
     """
     table = options(config_class)
     parser = make_parser(table, description)
-    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    on_command_line = vars(given)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--help_all" in words or ("--help", "all") in itertools.pairwise(words):
+        make_parser(table, description, experts=True).print_help()
+        raise SystemExit(0)
+    known, rest = parser.parse_known_args(words)
+    on_command_line = vars(known)
     config_file = on_command_line.pop("config_file", None)
     output_config = on_command_line.pop("output_config", None)
     dry_run = on_command_line.pop("dry_run", False)
     on_command_line |= _unknown_to_argparse(rest, table)
 
     in_file = read_config_file(config_file, table) if config_file is not None else {}
-    resolved = resolve(config_class, in_file | on_command_line)
+    given = in_file | on_command_line
+    resolved = resolve(config_class, given)
     if output_config is not None:
         write_config_file(output_config, table, resolved)
         raise SystemExit(0)
-    config = construct(config_class, resolved)
+    config = construct(config_class, resolved, given)
     if dry_run:
         print(to_toml(table, resolved), end="")
         raise SystemExit(0)
@@ -65,10 +71,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def make_parser(table: Mapping[str, Option], description: str | None = None) -> argparse.ArgumentParser:
-    """A parser for the options and the engine's own three. Values stay text, and options that were not given are left out."""
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+def make_parser(table: Mapping[str, Option], description: str | None = None, *, experts: bool = False) -> argparse.ArgumentParser:
+    """A parser for the options and the engine's own. Values stay text, and options that were not given are left out.
+
+    Args:
+        experts: whether its help shows the expert settings; they are accepted either way.
+    """
+    hidden = 0 if experts else sum(entry.expert for entry in table.values())
+    more = f"--help all shows {hidden} more settings." if hidden else None
+    parser = _Parser(description=description, epilog=more, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     files = parser.add_argument_group("config file")
+    files.add_argument("-h", "--help", action="help", help="Show this and exit; --help all, or --help_all: with the expert settings.")
     files.add_argument("--config_file", metavar="FILE", help="TOML file to take settings from; .toml is appended if missing.")
     files.add_argument("--output_config", metavar="FILE", help="Write the settings to this new TOML file and exit.")
     files.add_argument("--dry_run", action="store_true", help="Check the settings, print them as TOML and exit.")
@@ -78,11 +91,11 @@ def make_parser(table: Mapping[str, Option], description: str | None = None) -> 
             continue  # an array of tables has no form on the command line
         if entry.section not in groups:
             groups[entry.section] = parser.add_argument_group(entry.section)
-        arguments: dict[str, Any] = {"help": _help(entry)}
+        arguments: dict[str, Any] = {"help": argparse.SUPPRESS if entry.expert and not experts else _help(entry)}
         if entry.item_type is bool and entry.container is None:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
-            arguments["metavar"] = "{" + ",".join(entry.choices) + "}" if entry.choices else entry.item_type.__name__.upper()
+            arguments["metavar"] = "{" + ",".join(entry.choices) + "}" if entry.choices is not None else entry.item_type.__name__.upper()
             if entry.container is not None:
                 arguments["nargs"] = "*"
         groups[entry.section].add_argument(f"--{entry.name}", **arguments)
@@ -102,16 +115,7 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
     path = Path(name).expanduser()
     if path.suffix != ".toml":
         path = path.with_name(path.name + ".toml")
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"config_file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config_file {path} is not UTF-8 text") from error
-    except toml.TomlDecodeError as error:
-        hint = " (write [1.0, 2.5] rather than [1, 2.5])" if "homogeneous" in error.msg else ""
-        raise UserError(f"config_file {path}, line {error.lineno}: {error.msg.strip().rstrip('!.')}{hint}") from error
-
+    content = read_toml(path, "config_file")
     values: dict[str, Any] = {}
     section_of: dict[str, str] = {}
     for title, part in content.items():
@@ -126,7 +130,7 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
 
 
 def to_toml(table: Mapping[str, Option], resolved: Mapping[str, Any]) -> str:
-    """All settings but the secret ones as a TOML file: a section per concern, and what is not set as a comment."""
+    """All settings but the secret ones as a TOML file: a section per concern; what is not set, or not read, as a comment."""
     lines: list[str] = []
     section = None
     for entry in table.values():
@@ -136,7 +140,12 @@ def to_toml(table: Mapping[str, Option], resolved: Mapping[str, Any]) -> str:
             section = entry.section
             lines += [*([""] if lines else []), f"[{section}]"]
         value = resolved[entry.name]
-        lines.append(f"# {entry.name} =" if value is None else f"{entry.name} = {_toml_value(value)}")
+        if value is None:
+            lines.append(f"# {entry.name} =")
+        elif entry.is_read(resolved):
+            lines.append(f"{entry.name} = {_toml_value(value)}")
+        else:
+            lines.append(f"# {entry.name} = {_toml_value(value)}  # {entry.condition}")
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +205,7 @@ def _unknown_to_argparse(words: Sequence[str], table: Mapping[str, Option]) -> d
             if name in table:
                 raise UserError(f"{flag} has no form on the command line; write it in the config file as [[{name}]]")
             if name not in UNUSED and name not in REPLACEMENTS:
-                match = nearest(name, [*table, "config_file", "output_config", "dry_run"])
+                match = nearest(name, [*table, "help", "help_all", "config_file", "output_config", "dry_run"])
                 did_you_mean = "" if match is None else f" (did you mean --{match}?)"
                 raise UserError(f"unknown option {flag}{did_you_mean}; --help lists the options")
             current = result.setdefault(name, [value] if value else [])
@@ -224,7 +233,7 @@ def _help(entry: Option) -> str:
 
 
 def _toml_value(value: object) -> str:
-    # the toml package's own writer breaks strings that hold a backslash and an x
+    # not the package toml: its writer breaks text that holds a backslash and an x, and it has no comments for what is not set
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

@@ -19,6 +19,9 @@ A script's config is a frozen dataclass whose fields are concerns; an option's n
 
 A field's type is str, int, float, bool, Path, `X | None`, or a `tuple` / `list` of one of them. A tuple of dict takes a TOML array
 of tables.
+
+A setting that is given, on the command line or in the file, and that nothing reads because of another one is named in a warning:
+`only_with` says when a setting is read.
 """
 
 import dataclasses
@@ -36,9 +39,18 @@ from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
 
 logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
+Condition = str | Mapping[str, Collection[Any]]
 
 
-def option(default: Any, *, help: str, choices: Iterable[str] | None = None, secret: bool = False, expert: bool = False) -> Any:
+def option(
+    default: Any,
+    *,
+    help: str,
+    choices: Iterable[str] | None = None,
+    secret: bool = False,
+    expert: bool = False,
+    only_with: Condition | tuple[Condition, ...] = (),
+) -> Any:
     """A field of a concern.
 
     Args:
@@ -46,9 +58,18 @@ def option(default: Any, *, help: str, choices: Iterable[str] | None = None, sec
         help: one or two sentences for `--help`.
         choices: the allowed values (of each item, for a list); read when the settings are, so that a registry may still grow.
         secret: never printed, written or shown in a repr.
-        expert: whether few need it.
+        expert: few need it; `--help` leaves it out and `--help all` shows it.
+        only_with: when the setting is read: with a setting that is on or set ("paired_signs"), or with settings that have one of the
+            values given ({"score_estimator": ("x0_renoise",)}; of a list, one item; no values: empty). A tuple: if any of them holds.
+            () is always.
     """
-    metadata = {"help": help, "choices": choices, "secret": secret, "expert": expert}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "secret": secret,
+        "expert": expert,
+        "only_with": only_with if isinstance(only_with, tuple) else (only_with,),
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -76,6 +97,16 @@ class Option:
     choices: Collection[str] | None
     secret: bool
     expert: bool
+    only_with: tuple[Condition, ...]
+
+    def is_read(self, resolved: Mapping[str, Any]) -> bool:
+        """Whether `only_with` holds for the script's settings; one that the script does not have is no condition."""
+        return not self.only_with or any(_holds(condition, resolved) for condition in self.only_with)
+
+    @property
+    def condition(self) -> str:
+        """`only_with` in words: "only with lr_scheduler polynomial"; "" if the setting is always read."""
+        return " or ".join(_in_words(condition) for condition in self.only_with)
 
 
 def options(config_class: type) -> dict[str, Option]:
@@ -109,7 +140,7 @@ def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     Raises:
         UserError: an unknown name, a value of the wrong type or outside its choices, or a concern's own check.
     """
-    return construct(config_class, resolve(config_class, values))
+    return construct(config_class, resolve(config_class, values), values)
 
 
 def resolve(config_class: type, values: Mapping[str, object]) -> dict[str, Any]:
@@ -129,13 +160,16 @@ def resolve(config_class: type, values: Mapping[str, object]) -> dict[str, Any]:
     return {name: coerce(entry, values[name]) if name in values else entry.default for name, entry in table.items()}
 
 
-def construct(config_class: type[ConfigT], resolved: Mapping[str, Any]) -> ConfigT:
-    """Fill the concerns with what `resolve` returned, which runs their checks."""
+def construct(config_class: type[ConfigT], resolved: Mapping[str, Any], given: Collection[str] = ()) -> ConfigT:
+    """Fill the concerns with what `resolve` returned, which runs their checks; warn of those `given` that nothing reads."""
     sections = {
         section: concern(**{field.name: resolved[field.name] for field in dataclasses.fields(concern)})
         for section, concern in _concerns(config_class).items()
     }
-    return config_class(**sections)
+    config = config_class(**sections)
+    if unread := [f"{entry.name} ({entry.condition})" for entry in _unread(options(config_class), resolved, given)]:
+        logger.warning("these settings are given and not used: %s", ", ".join(unread))
+    return config
 
 
 def coerce(entry: Option, value: object) -> Any:
@@ -192,6 +226,35 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     by_lower_case = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
     return by_lower_case[matches[0]] if matches else None
+
+
+def _unread(table: Mapping[str, Option], resolved: Mapping[str, Any], given: Collection[str]) -> list[Option]:
+    """Those given a value, even their default, that have no effect with the values of the others."""
+    return [
+        entry for name, entry in table.items() if name in given and resolved[name] not in (None, (), []) and not entry.is_read(resolved)
+    ]
+
+
+def _holds(condition: Condition, resolved: Mapping[str, Any]) -> bool:
+    if isinstance(condition, str):
+        return condition not in resolved or resolved[condition] not in (None, False, "", (), [])
+    return all(_has(resolved[name], values) for name, values in condition.items() if name in resolved)
+
+
+def _has(value: Any, allowed: Collection[Any]) -> bool:
+    if not allowed:
+        return value in (None, "", (), [])
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return any((item.lower() if isinstance(item, str) else item) in allowed for item in items)  # names of schedules have no case
+
+
+def _in_words(condition: Condition) -> str:
+    if isinstance(condition, str):
+        return f"only with {condition}"
+    return " and ".join(
+        f"not with {name}" if set(values) <= {None, False} else f"only with {name} {' or '.join(map(str, values))}"
+        for name, values in condition.items()
+    )
 
 
 _EXPECTED: Mapping[type, str] = {

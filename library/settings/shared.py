@@ -15,11 +15,17 @@ class ModelConfig:
     """Which Stable Diffusion model is trained on."""
 
     pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or hub id.")
-    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; auto reads it from the weights.")
-    v2: bool = option(False, help="The model is Stable Diffusion 2.x: the same as model_family = sd2.")
-    v_parameterization: bool | None = option(None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.")
+    model_family: str = option(
+        "auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; auto reads it from the weights.", expert=True
+    )
+    v2: bool = option(False, help="The model is Stable Diffusion 2.x: the same as model_family = sd2.", expert=True)
+    v_parameterization: bool | None = option(
+        None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.", expert=True
+    )
     vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own.")
-    clip_skip: int | None = option(None, help="Take the text encoder's output this many layers before its end (1 = the last layer).")
+    clip_skip: int | None = option(
+        None, help="Take the text encoder's output this many layers before its end (1 = the last layer).", expert=True
+    )
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
@@ -38,15 +44,17 @@ class ModelConfig:
 class NetworkConfig:
     """The LoRA."""
 
-    network_module: str = option("networks.lora", help="Python module of the network, e.g. networks.lora or lycoris.kohya.")
-    network_dim: int = option(8, help="Rank of the LoRA.")
-    network_alpha: float = option(8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.")
-    network_dropout: float | None = option(None, help="Share of the rank's neurons dropped in each step, from 0 to below 1.")
+    network_module: str = option("networks.lora", help="Python module of the network, e.g. networks.lora or lycoris.kohya.", expert=True)
+    network_dim: int = option(8, help="Rank of the LoRA.", only_with={"dim_from_weights": (False,)})
+    network_alpha: float = option(
+        8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.", only_with={"dim_from_weights": (False,)}
+    )
+    network_dropout: float | None = option(None, help="Share of the rank's neurons dropped in each step, from 0 to below 1.", expert=True)
     network_args: tuple[str, ...] = option((), help='Settings of the network module, "key=value" each, e.g. conv_dim=4.')
     network_weights: Path | None = option(None, help="LoRA file to start from.")
-    dim_from_weights: bool = option(False, help="Take rank and alpha of each layer from network_weights.")
-    network_train_unet_only: bool = option(True, help="Train the U-Net only; when off, the text encoders get a LoRA too.")
-    scale_weight_norms: float | None = option(None, help="Scale each LoRA weight down to this norm after every step; try 1.0.")
+    dim_from_weights: bool = option(False, help="Take rank and alpha of each layer from network_weights.", expert=True)
+    network_train_unet_only: bool = option(True, help="Train the U-Net only; when off, the text encoders get a LoRA too.", expert=True)
+    scale_weight_norms: float | None = option(None, help="Scale each LoRA weight down to this norm after every step; try 1.0.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "network_dim")
@@ -69,20 +77,32 @@ class OptimizerConfig:
     """Optimizer, learning rates and their schedule: read by `library.training.optimizers`."""
 
     optimizer_type: str = option("AdamW", help="AdamW, AdamW8bit, Lion, Prodigy, Adafactor, AdamWScheduleFree, ..., or pkg.module.Class.")
-    optimizer_args: tuple[str, ...] = option((), help='Arguments of the optimizer, "key=value" each, e.g. weight_decay=0.01.')
+    optimizer_args: tuple[str, ...] = option((), help='Arguments of the optimizer, "key=value" each, e.g. weight_decay=0.01.', expert=True)
     learning_rate: float = option(1e-4, help="Learning rate. About 1.0 for Prodigy and D-Adaptation.")
-    unet_lr: float | None = option(None, help="Learning rate of the U-Net's LoRA, if not learning_rate.")
-    text_encoder_lr: float | None = option(None, help="Learning rate of the text encoders' LoRA, if not learning_rate.")
+    unet_lr: float | None = option(None, help="Learning rate of the U-Net's LoRA, if not learning_rate.", expert=True)
+    text_encoder_lr: float | None = option(
+        None,
+        help="Learning rate of the text encoders' LoRA, if not learning_rate.",
+        only_with={"network_train_unet_only": (False,)},
+        expert=True,
+    )
     lr_scheduler: str = option(
         "constant",
         help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, "
         "warmup_stable_decay, adafactor, or pkg.module.Class.",
     )
-    lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. min_lr_rate=0.1.')
-    lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.")
-    lr_scheduler_num_cycles: int = option(1, help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.")
-    lr_scheduler_power: float = option(1.0, help="Power of the polynomial schedule.")
-    max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.")
+    lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. min_lr_rate=0.1.', expert=True)
+    lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.", expert=True)
+    lr_scheduler_num_cycles: int = option(
+        1,
+        help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.",
+        only_with={"lr_scheduler": ("cosine_with_restarts", "cosine_with_min_lr")},
+        expert=True,
+    )
+    lr_scheduler_power: float = option(
+        1.0, help="Power of the polynomial schedule.", only_with={"lr_scheduler": ("polynomial",)}, expert=True
+    )
+    max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.", expert=True)
 
     def __post_init__(self) -> None:
         check_above(self, 0, "learning_rate")
@@ -99,14 +119,14 @@ class TrainingConfig:
     """Length, precision, memory and randomness of a run."""
 
     max_train_steps: int = option(500, help="Number of optimizer steps.")
-    gradient_accumulation_steps: int = option(1, help="Batches whose gradients are averaged for one optimizer step.")
+    gradient_accumulation_steps: int = option(1, help="Batches whose gradients are averaged for one optimizer step.", expert=True)
     gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the models compute in; no is float32.")
-    sdpa: bool = option(True, help="Use torch's scaled dot product attention.")
+    sdpa: bool = option(True, help="Use torch's scaled dot product attention.", expert=True)
     xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of sdpa.")
-    torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.")
+    torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.", expert=True)
     seed: int = option(0, help="Seed of every random draw of the run.")
-    num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
+    num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_train_steps", "gradient_accumulation_steps", "num_threads")
@@ -126,15 +146,17 @@ class SavingConfig:
 
     output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
     output_name: str = option("slider", help="File name of the result, without its extension.")
-    save_model_as: str = option("safetensors", choices=("safetensors",), help="File format.")
-    save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.")
+    save_model_as: str = option("safetensors", choices=("safetensors",), help="File format.", expert=True)
+    save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.", expert=True)
     save_every_n_steps: int | None = option(None, help="Save every so many steps too; not set: at the end only.")
-    save_last_n_steps: int | None = option(None, help="Delete files that save_every_n_steps wrote more than so many steps ago.")
+    save_last_n_steps: int | None = option(
+        None, help="Delete files that save_every_n_steps wrote more than so many steps ago.", expert=True, only_with="save_every_n_steps"
+    )
     save_state: bool = option(False, help="Save the whole training state, for resume, beside every saved file.")
-    save_state_on_train_end: bool = option(False, help="Save the training state at the end.")
+    save_state_on_train_end: bool = option(False, help="Save the training state at the end.", expert=True)
     resume: Path | None = option(None, help="Folder of a training state to go on from.")
-    no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.")
-    training_comment: str | None = option(None, help="A comment for the metadata.")
+    no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.", expert=True)
+    training_comment: str | None = option(None, help="A comment for the metadata.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
@@ -152,10 +174,19 @@ class LoggingConfig:
         None, help="Folder for TensorBoard and wandb; not set: output_dir/logs. Setting it turns TensorBoard on."
     )
     log_with: str | None = option(None, choices=("tensorboard", "wandb", "all"), help="Trackers to write to.")
-    log_prefix: str | None = option(None, help="Start of the name of the run's folder in logging_dir; a time follows.")
-    log_tracker_name: str | None = option(None, help="Name of the project in wandb, of the folder in TensorBoard.")
-    wandb_run_name: str | None = option(None, help="Name of the run in wandb.")
-    wandb_api_key: str | None = option(None, secret=True, help="wandb's API key. Never printed or written.")
+    log_prefix: str | None = option(
+        None,
+        help="Start of the name of the run's folder in logging_dir; a time follows.",
+        only_with=("log_with", "logging_dir"),
+        expert=True,
+    )
+    log_tracker_name: str | None = option(
+        None, help="Name of the project in wandb, of the folder in TensorBoard.", only_with=("log_with", "logging_dir"), expert=True
+    )
+    wandb_run_name: str | None = option(None, help="Name of the run in wandb.", only_with={"log_with": ("wandb", "all")}, expert=True)
+    wandb_api_key: str | None = option(
+        None, secret=True, help="wandb's API key. Never printed or written.", only_with={"log_with": ("wandb", "all")}, expert=True
+    )
 
     @property
     def trackers(self) -> frozenset[str]:

@@ -36,34 +36,44 @@ FRESH_SEEDS = 1_000_000  # added to the seeds of pictures that check what others
 class MonitorConfig:
     """Pictures and measurements while training, judges, early stop, the step that is kept, and the strength of the saved file."""
 
-    eval_prompts_file: str | None = option(None, help="Prompts for measurements and previews; not set: the training prompts.")
-    num_eval_prompts: int = option(12, help="Prompts that every measurement takes, spread evenly over the file.")
-    eval_seeds_per_prompt: int = option(4, help="Pictures of each of them.")
+    eval_prompts_file: str | None = option(None, help="Prompts for measurements and previews; not set: the training prompts.", expert=True)
+    num_eval_prompts: int = option(12, help="Prompts that every measurement takes, spread evenly over the file.", expert=True)
+    eval_seeds_per_prompt: int = option(4, help="Pictures of each of them.", expert=True)
     evaluate_every_n_steps: int | None = option(50, help="Measure the slider's effect before training and every so many steps.")
     judges: tuple[str, ...] = option(
         (),
         help="Independent judges: functions of pixels, package.module:function or file.py:function, that training never follows. The best "
         "step is theirs, and training stops when they fall while the score rises.",
     )
-    judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training does not follow.")
+    judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training does not follow.", expert=True)
     pixel_statistics: bool = option(
         True,
         help="Decode the pictures of a measurement for saturation, clipping, edges, Nyquist energy and perceptual distance; without, only "
         "statistics of latents (and judges that need pixels) are made.",
+        expert=True,
     )
     keep_best: bool = option(
         True,
         help="Save the best measured step, not the last: the one with the judges' highest gain, or without judges the highest gain of the "
         "score (up to early_stop_gain) less the drift; flaws such as clipping count against it.",
+        expert=True,
     )
     early_stop_gain: float | None = option(
-        2.0, help="Stop once weight +1 raises the score by so many within-prompt standard deviations and -1 lowers it as much."
+        2.0,
+        help="Stop once weight +1 raises the score by so many within-prompt standard deviations and -1 lowers it as much.",
+        only_with="evaluate_every_n_steps",
     )
     early_stop_patience: int | None = option(
-        3, help="Stop once the judges' gain has been below its best for so many measurements while the training score rose."
+        3,
+        help="Stop once the judges' gain has been below its best for so many measurements while the training score rose.",
+        expert=True,
+        only_with="evaluate_every_n_steps",
     )
     early_stop_drift: float | None = option(
-        None, help="Stop once the latents at weight +1 or -1 are farther (RMS) than this from the base model's."
+        None,
+        help="Stop once the latents at weight +1 or -1 are farther (RMS) than this from the base model's.",
+        expert=True,
+        only_with="evaluate_every_n_steps",
     )
     calibrate: float | None = option(
         1.0,
@@ -72,17 +82,33 @@ class MonitorConfig:
     calibration_multipliers: tuple[float, ...] = option(
         (0.25, 0.5, 1.0, 1.5, 2.0),
         help="Strengths that calibration tries first, both signs; weaker and stronger ones follow where they are needed.",
+        expert=True,
+        only_with="calibrate",
     )
     num_calibration_prompts: int = option(
         32,
         help="Prompts whose pictures, at fresh seeds, confirm the strength that the calibration multipliers suggest; more are more exact.",
+        expert=True,
+        only_with="calibrate",
     )
-    max_drift: float | None = option(None, help="Calibrate to no strength whose latents are farther than this (RMS) from the base model's.")
+    max_drift: float | None = option(
+        None,
+        help="Calibrate to no strength whose latents are farther than this (RMS) from the base model's.",
+        expert=True,
+        only_with="calibrate",
+    )
     sample_every_n_steps: int | None = option(None, help="Write a grid of previews every so many steps.")
-    sample_at_first: bool = option(False, help="Write a grid of previews before training, too.")
-    sample_multipliers: tuple[float, ...] = option((-1.0, 0.0, 1.0), help="Weights of the preview grid, a column each.")
-    num_sample_prompts: int = option(4, help="Rows of the preview grid.")
-    sample_batch_size: int = option(48, help="Pictures sampled together in previews and measurements.")
+    sample_at_first: bool = option(False, help="Write a grid of previews before training, too.", expert=True)
+    sample_multipliers: tuple[float, ...] = option(
+        (-1.0, 0.0, 1.0),
+        help="Weights of the preview grid, a column each.",
+        expert=True,
+        only_with=("sample_every_n_steps", "sample_at_first"),
+    )
+    num_sample_prompts: int = option(
+        4, help="Rows of the preview grid.", expert=True, only_with=("sample_every_n_steps", "sample_at_first")
+    )
+    sample_batch_size: int = option(48, help="Pictures sampled together in previews and measurements.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_eval_prompts", "num_sample_prompts", "sample_batch_size", "num_calibration_prompts")

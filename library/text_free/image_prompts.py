@@ -30,16 +30,32 @@ class TextFreeConfig:
     image_prompts: Path | None = option(
         None, help="Folder or table of pictures to train the score on in place of prompts_file, by which the slider is then only measured."
     )
-    image_prompt_adapter: Path | None = option(None, help="Adapter that tools/train_image_prompt_adapter.py made for this model.")
-    clip_model: Path | None = option(None, help="Folder of the CLIP that the adapter was trained with.")
-    image_prompt_share: float = option(1.0, help="Share of the trajectories that begin from pictures; the others from prompts_file.")
-    image_prompt_limit: int = option(1000, help="At most so many pictures, evenly over the folder.")
-    image_prompt_copies: int = option(1, help="Entries of each picture, each with noise of its own.")
-    image_prompt_noise: float = option(0.0, help="How far embeddings are pushed at random; 0.25 is what CLIP-VQDiffusion trained with.")
+    image_prompt_adapter: Path | None = option(
+        None, help="Adapter that tools/train_image_prompt_adapter.py made for this model.", only_with="image_prompts"
+    )
+    clip_model: Path | None = option(None, help="Folder of the CLIP that the adapter was trained with.", only_with="image_prompts")
+    image_prompt_share: float = option(
+        1.0,
+        help="Share of the trajectories that begin from pictures; the others from prompts_file.",
+        expert=True,
+        only_with="image_prompts",
+    )
+    image_prompt_limit: int = option(1000, help="At most so many pictures, evenly over the folder.", expert=True, only_with="image_prompts")
+    image_prompt_copies: int = option(
+        1, help="Entries of each picture, each with noise of its own.", expert=True, only_with="image_prompts"
+    )
+    image_prompt_noise: float = option(
+        0.0,
+        help="How far embeddings are pushed at random; 0.25 is what CLIP-VQDiffusion trained with.",
+        expert=True,
+        only_with="image_prompts",
+    )
     image_prompt_center: str = option(
         "adapter",
         choices=("adapter", "pictures", "none"),
         help="Mean that is taken from the pictures' embeddings: the adapter's (pictures of all kinds), these pictures' own, or none.",
+        expert=True,
+        only_with="image_prompts",
     )
 
     def __post_init__(self) -> None:

@@ -37,10 +37,20 @@ class ImagePairsConfig:
         None,
         help="Folder with positive/ and negative/ pictures of the same names (prompts in positive/NAME.txt), or a table (.csv, ...) with "
         "columns positive, negative and prompt, paths relative to it.",
+        only_with={"objective": ("image_pairs",)},
     )
-    image_pairs_prompt: str = option("", help="Prompt of the pairs that have none of their own.")
-    image_pairs_multiplier: float = option(1.0, help="The LoRA learns the positive picture at this multiplier, the negative at minus it.")
-    image_pairs_weight: float = option(1.0, help="Weight of image_pairs in the loss.")
+    image_pairs_prompt: str = option(
+        "", help="Prompt of the pairs that have none of their own.", expert=True, only_with={"objective": ("image_pairs",)}
+    )
+    image_pairs_multiplier: float = option(
+        1.0,
+        help="The LoRA learns the positive picture at this multiplier, the negative at minus it.",
+        expert=True,
+        only_with={"objective": ("image_pairs",)},
+    )
+    image_pairs_weight: float = option(
+        1.0, help="Weight of image_pairs in the loss.", expert=True, only_with={"objective": ("image_pairs",)}
+    )
 
     def __post_init__(self) -> None:
         check_above(self, 0, "image_pairs_multiplier", "image_pairs_weight")

@@ -31,10 +31,14 @@ from library.types import LossOutput, PromptSpec
 class ImagesConfig:
     """Learning from pictures as they are."""
 
-    images_dir: Path | None = option(None, help="Folder of pictures to learn from; NAME.txt beside a picture is its prompt.")
-    images_prompt: str = option("", help="Prompt of the pictures that have no .txt.")
-    images_multiplier: float = option(1.0, help="Multiplier of the LoRA at which the pictures are learned.")
-    images_weight: float = option(1.0, help="Weight of images in the loss.")
+    images_dir: Path | None = option(
+        None, help="Folder of pictures to learn from; NAME.txt beside a picture is its prompt.", only_with={"objective": ("images",)}
+    )
+    images_prompt: str = option("", help="Prompt of the pictures that have no .txt.", expert=True, only_with={"objective": ("images",)})
+    images_multiplier: float = option(
+        1.0, help="Multiplier of the LoRA at which the pictures are learned.", expert=True, only_with={"objective": ("images",)}
+    )
+    images_weight: float = option(1.0, help="Weight of images in the loss.", expert=True, only_with={"objective": ("images",)})
 
     def __post_init__(self) -> None:
         check_above(self, 0, "images_weight")

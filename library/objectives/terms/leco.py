@@ -36,11 +36,18 @@ class LecoConfig:
     """Learning from words: directions between prompts."""
 
     leco_prompts_file: str = option(
-        "", help="Prompt file of sd-scripts' train_leco.py ([[prompts]] with target, or [[targets]]). Default: prompts_file."
+        "",
+        help="Prompt file of sd-scripts' train_leco.py ([[prompts]] with target, or [[targets]]). Default: prompts_file.",
+        only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
-    leco_weight: float = option(1.0, help="Weight of leco in the loss.")
+    leco_weight: float = option(
+        1.0, help="Weight of leco in the loss.", only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()})
+    )
     leco_keep_norm: bool = option(
-        False, help="Give leco's target the mean and standard deviation of its neutral prediction, against saturated colours."
+        False,
+        help="Give leco's target the mean and standard deviation of its neutral prediction, against saturated colours.",
+        expert=True,
+        only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,82 @@
+"""Reading TOML files, with what is wrong in them said in plain words."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+
+_CURLY_QUOTES = "“”„‟‘’‚‛«»"
+_ESCAPE = "a backslash in double quotes begins an escape; write the path with / or in single quotes"
+_CURLY = "curly quotes are not TOML; write \" or '"
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        what: what the file is to the user, e.g. "config_file": first words of the errors.
+
+    Raises:
+        UserError: a file that cannot be read or is not TOML; it names the file, the line and what is wrong there.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text; save it as UTF-8") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line, reason = _explain(str(error), text.splitlines() or [""])
+        raise UserError(f"{what} {path} is not valid TOML: line {line}: {reason}") from error
+
+
+def _explain(message: str, lines: list[str]) -> tuple[int, str]:
+    """The number of the wrong line, from 1, and what is wrong in it."""
+    reason = re.sub(r" \(at (line \d+, column \d+|end of document)\)$", "", message)
+    position = re.search(r"\(at line (\d+), column (\d+)\)$", message)
+    number = int(position[1]) if position else _last_statement(lines)
+    line = lines[min(number, len(lines)) - 1]
+    rest = line[int(position[2]) - 1 :] if position else line.partition("=")[2].strip()
+    if reason.startswith(("Unescaped '\\'", "Invalid hex value", "Escaped character")):
+        return number, _ESCAPE
+    never_closed = reason.startswith(("Unterminated string", 'Expected "\'"', "Expected '\"", "Illegal character '\\n'"))
+    if rest[:1] and rest[0] in _CURLY_QUOTES or never_closed and any(quote in line for quote in "“”„"):
+        return number, _CURLY
+    if never_closed:
+        return number, "the text that begins here is never closed; a quote is missing at its end"
+    if not position and rest.startswith("["):
+        return number, "the array is not closed; its closing bracket is missing"
+    if reason.startswith("Unclosed"):
+        return number, f"the {reason.removeprefix('Unclosed ')} is not closed; a comma or its closing bracket is missing"
+    if reason.startswith("Invalid value"):
+        return number, _value_expected(rest)
+    if reason.startswith(("Cannot overwrite", "Cannot declare", "Duplicate")):
+        return number, "this key or table is in the file twice; leave one of the two out"
+    return number, reason[:1].lower() + reason[1:]
+
+
+def _value_expected(rest: str) -> str:
+    if re.match(r"[\w-]+\s*=", rest):
+        return "a setting begins inside an array; its closing bracket is missing in a line above"
+    word = re.split(r"[\s,\]}#]", rest, maxsplit=1)[0]
+    if not word or word == "=":
+        return "a value is missing"
+    if word.lower() in ("true", "false"):
+        return f"{word} is not a value; write {word.lower()}"
+    return f"{word} is not a value; write text in quotes"
+
+
+def _last_statement(lines: list[str]) -> int:
+    """The number of the line that begins the statement at which the file ends: the lines before it are valid TOML."""
+    for count in range(len(lines) - 1, 0, -1):
+        try:
+            tomllib.loads("\n".join(lines[:count]) + "\n")
+        except tomllib.TOMLDecodeError:
+            continue
+        return count + 1
+    return 1

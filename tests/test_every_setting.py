@@ -1,0 +1,113 @@
+"""No setting is without effect: each is read by what uses it, or says in a warning or an error that it is not."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_latent_scorer
+import train_leco_score
+from library.errors import UserError
+from library.settings.options import build, option, options, resolve
+from tests.helpers.setting_reads import recorded_reads, unread_settings
+from tests.helpers.tiny_leco_run import make_workplace, settings
+from tests.helpers.tiny_models import tiny_vae
+from train_latent_scorer import LatentScorerConfig
+from train_leco_score import LecoScoreConfig
+
+# Read only in runs unlike the ones below, which no other setting decides.
+ELSEWHERE = {
+    "force_scorer": "with a scorer that never saw noise",
+    "pretrained_model_name_or_path": "by train_latent_scorer.py, without vae or for unet_encoder",
+}
+# Where they are not read, giving them another value is refused.
+REFUSED = {
+    "sdpa": False,
+    "save_model_as": "ckpt",
+    "score_head": "ratings",
+    "crop_min_area": 0.5,
+    "pretrain_criterion": "masked",
+    "pretrain_steps": 5,
+}
+
+
+def slider_run(folder: Path) -> dict[str, object]:
+    return settings(make_workplace(folder), folder / "out", max_train_steps=1)
+
+
+def scorer_run(folder: Path) -> dict[str, object]:
+    rows = ["path,score,split"]
+    for number in range(12):
+        Image.new("RGB", (32, 32), (number * 20,) * 3).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,{number / 12},{'train' if number % 4 else 'val'}")
+    (folder / "ratings.csv").write_text("\n".join(rows), encoding="utf-8")
+    tiny_vae().save_pretrained(folder / "vae")
+    sizes = {"resolution": 32, "min_bucket_reso": 32, "max_bucket_reso": 64, "bucket_reso_steps": 8}
+    files = {"vae": folder / "vae", "train_data_file": folder / "ratings.csv", "output_dir": folder / "out"}
+    return files | sizes | {"scorer_size": "tiny", "max_train_steps": 1, "train_batch_size": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, config_class, make", [(train_leco_score, LecoScoreConfig, slider_run), (train_latent_scorer, LatentScorerConfig, scorer_run)]
+)
+def test_every_setting_does_something_or_says_that_it_does_not(script, config_class, make, tmp_path: Path) -> None:
+    values = make(tmp_path)
+    with recorded_reads(config_class) as reads:
+        script.train(build(config_class, values))
+    without_effect = []
+    for name in unread_settings(config_class, reads, resolve(config_class, values)):
+        if name in REFUSED:
+            with pytest.raises(UserError, match=name):
+                build(config_class, values | {name: REFUSED[name]})
+        elif name not in ELSEWHERE:
+            without_effect.append(name)
+    assert without_effect == [], "nothing reads them: use them, or say when they are read by only_with of option()"
+
+
+@pytest.mark.parametrize("config_class", [LecoScoreConfig, LatentScorerConfig])
+def test_the_settings_that_others_depend_on_exist(config_class: type) -> None:
+    table = options(config_class)
+    named = {
+        name
+        for entry in table.values()
+        for condition in entry.only_with
+        for name in ([condition] if isinstance(condition, str) else condition)
+    }
+    assert named and named <= set(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    used: int = option(1, help="Used.")
+    only_checked: int = option(1, help="Checked.")
+    only_copied: int = option(1, help="Copied.")
+    by_property: int = option(1, help="Read through a property.")
+    mode: str = option("a", help="Mode.")
+    steps_of_b: int = option(1, help="Read by nobody at all.", only_with={"mode": ("b",)})
+    max_train_steps: int = option(1, help="Read elsewhere.", only_with={"mode": ("b",)})
+
+    def __post_init__(self) -> None:
+        assert self.only_checked > 0
+
+    @property
+    def twice(self) -> int:
+        return 2 * self.by_property
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeScript:
+    made: Made
+
+
+def test_the_recorder_tells_uses_from_checks_and_copies() -> None:
+    config = build(MadeScript, {})
+    with recorded_reads(MadeScript) as reads:
+        copy = dataclasses.replace(config.made)
+        assert dataclasses.asdict(copy)["only_copied"] == 1
+        assert (copy.used, copy.twice, copy.mode) == (1, 2, "a")
+    assert reads == {"used", "by_property", "mode"}
+    assert unread_settings(MadeScript, reads, resolve(MadeScript, {})) == ["only_checked", "only_copied", "steps_of_b"]
+    assert config.made.only_checked == 1 and reads == {"used", "by_property", "mode"}  # records no longer
