@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -33,11 +34,11 @@ REFUSED = {
 }
 
 
-def slider_run(folder: Path) -> dict[str, object]:
+def slider_run(folder: Path) -> dict[str, Any]:
     return settings(make_workplace(folder), folder / "out", max_train_steps=1)
 
 
-def scorer_run(folder: Path) -> dict[str, object]:
+def scorer_run(folder: Path) -> dict[str, Any]:
     rows = ["path,score,split"]
     for number in range(12):
         Image.new("RGB", (32, 32), (number * 20,) * 3).save(folder / f"{number}.png")
