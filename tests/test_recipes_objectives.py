@@ -77,7 +77,9 @@ from library.settings.options import option
 class DimmedConfig:
     """How much of the picture is left."""
 
-    dimmed_by: float = option(0.5, help="With score_estimator dimmed: what the scored latents are multiplied with.")
+    dimmed_by: float = option(
+        0.5, help="With score_estimator dimmed: what the scored latents are multiplied with.", only_with={"score_estimator": ("dimmed",)}
+    )
 
 
 @ESTIMATORS.register("dimmed")

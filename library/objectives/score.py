@@ -35,28 +35,40 @@ class ScoreConfig:
         choices=ESTIMATORS,
         help="Latents to score: prev, the next step's; x0, the clean latents that are predicted; x0_renoise, those noised anew; "
         "direct_align, noised finished pictures.",
+        only_with="scorer",
     )
     reward_loss: str = option(
         "hinge",
         choices=SHAPES,
         help="hinge stops pushing a sample that is hinge_margin above the frozen model, softplus fades out there; target pushes back "
         "beyond reward_target; linear never stops.",
+        only_with="scorer",
     )
     hinge_margin: float = option(
         5.0,
         help="Gain over the frozen model at which hinge and softplus stop, over a whole trajectory, in the score's standard deviations.",
+        expert=True,
+        only_with={"reward_loss": ("hinge", "softplus")},
     )
     reward_target: float = option(
         3.0,
         help="With reward_loss target: the gain at multiplier 1, in the same unit, if every step's gain lasted; a third of it does.",
+        expert=True,
+        only_with={"reward_loss": ("target",)},
     )
-    reward_weight: float = option(1.0, help="Weight of the score in the loss; 0 trains the other terms alone.")
+    reward_weight: float = option(
+        1.0, help="Weight of the score in the loss; 0 trains the other terms alone.", expert=True, only_with="scorer"
+    )
     preserve_weight: float = option(
-        3.0, help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w."
+        3.0,
+        help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w.",
+        only_with="scorer",
     )
-    normalize_gradient: bool = option(True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.")
-    min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).")
-    max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).")
+    normalize_gradient: bool = option(
+        True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.", expert=True, only_with="scorer"
+    )
+    min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).", expert=True, only_with="scorer")
+    max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).", expert=True, only_with="scorer")
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "hinge_margin", "reward_weight", "preserve_weight", "min_timestep")

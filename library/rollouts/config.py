@@ -16,12 +16,14 @@ class RolloutConfig:
     """How training pictures come about. What is not set (None) is decided by the model: `library.rollouts.few_step.resolve_sampling`."""
 
     prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
-    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.")
+    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.", expert=True)
     rollout: str | None = option(
         None,
         choices=ROLLOUTS,
         help="Latents that the score trains on. belt: trajectories of which every U-Net call is a step; noised: finished pictures, noised "
         "anew. Not set: noised with score_estimator direct_align, else belt.",
+        expert=True,
+        only_with="scorer",
     )
     train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
     max_denoising_steps: int | None = option(None, help="Steps of the sampler's schedule. Not set: 20, or a few-step base's own.")
@@ -32,12 +34,17 @@ class RolloutConfig:
         None, choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout. Not set: ddim, or a few-step base's own."
     )
     timestep_spacing: str | None = option(
-        None, choices=get_args(TimestepSpacing), help="Which timesteps the sampler takes. Not set: the model's own, or its few-step kind's."
+        None,
+        choices=get_args(TimestepSpacing),
+        help="Which timesteps the sampler takes. Not set: the model's own, or its few-step kind's.",
+        expert=True,
     )
-    guidance_rescale: float = option(0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.")
-    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.")
+    guidance_rescale: float = option(
+        0.0, help="phi of rescaled guidance, 0 to 1, against burnt colours at high guidance; 0.7 is usual.", expert=True
+    )
+    zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.", expert=True)
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
-    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.")
+    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "train_batch_size", "max_denoising_steps")

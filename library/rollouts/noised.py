@@ -21,7 +21,12 @@ from library.types import PromptSpec, RolloutBatch
 class NoisedConfig:
     """Training on finished pictures."""
 
-    num_renoisings: int = option(4, help="With rollout noised: how often a finished picture is noised anew and trained on.")
+    num_renoisings: int = option(
+        4,
+        help="With rollout noised: how often a finished picture is noised anew and trained on.",
+        expert=True,
+        only_with=({"rollout": ("noised",)}, {"score_estimator": ("direct_align",)}),
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_renoisings")

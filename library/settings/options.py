@@ -130,6 +130,7 @@ def options(config_class: type) -> dict[str, Option]:
                 choices=None if field.metadata["choices"] is None else tuple(field.metadata["choices"]),
                 secret=field.metadata["secret"],
                 expert=field.metadata["expert"],
+                only_with=field.metadata["only_with"],
             )
     return table
 

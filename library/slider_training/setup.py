@@ -1,7 +1,5 @@
 """A slider's training from its settings to everything that the loop moves."""
 
-import logging
-from collections.abc import Collection
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
 from library.objectives.rewards import RewardConfig, load_reward
-from library.objectives.terms.score import rollout_name
 from library.prompts.buckets import with_aspect_buckets
 from library.prompts.files import PromptOptions, load_prompts
 from library.rollouts.base import ROLLOUTS
@@ -30,8 +27,6 @@ from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.runtime import check_writable, generator, weight_dtype
 from networks.lora import LoRANetwork
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,25 +137,12 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         settings=config.parts,
     )
     terms = build_terms(context, config.objective)
-    _warn_of_unused(context, terms)
     encoder.encode_ahead(eval_prompts, sampling.size)
     if config.network.network_train_unet_only:
         model.free_text_encoders()
     monitor = Monitor(model, network, reward, eval_prompts, encoder, sampling, config.monitor, judges)
     files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config))
     return SliderParts(model, network, context, terms, monitor, files)
-
-
-def _warn_of_unused(context: TrainingContext, terms: Collection[str]) -> None:
-    """Name the settings of terms, estimators and rollouts that this run does not use."""
-    used = set(terms)
-    if "score" in used:
-        score = context.settings["score"]
-        used |= {score.score_estimator, rollout_name(context, score)}
-    for name, settings in context.settings.items():
-        changed = [own.name for own in fields(settings) if getattr(settings, own.name) != own.default]
-        if name not in used and changed:
-            logger.warning("%s: set, but nothing here uses %s, so it does nothing", ", ".join(changed), name)
 
 
 def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:

@@ -17,7 +17,10 @@ class DirectAlignConfig:
     """The pictures of score_estimator direct_align."""
 
     score_pictures: Path | None = option(
-        None, help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled."
+        None,
+        help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled.",
+        expert=True,
+        only_with={"score_estimator": ("direct_align",)},
     )
 
 

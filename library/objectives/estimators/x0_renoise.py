@@ -16,8 +16,18 @@ from library.settings.options import check_at_least, option
 class X0RenoiseConfig:
     """The views of score_estimator x0_renoise."""
 
-    num_views: int = option(4, help="With score_estimator x0_renoise: fresh noisings of each sample.")
-    view_abar: float = option(0.9, help="With score_estimator x0_renoise: what is left of the picture's variance, 0 to 1.")
+    num_views: int = option(
+        4,
+        help="With score_estimator x0_renoise: fresh noisings of each sample.",
+        expert=True,
+        only_with={"score_estimator": ("x0_renoise",)},
+    )
+    view_abar: float = option(
+        0.9,
+        help="With score_estimator x0_renoise: what is left of the picture's variance, 0 to 1.",
+        expert=True,
+        only_with={"score_estimator": ("x0_renoise",)},
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_views")

@@ -20,8 +20,13 @@ class AnchorConfig:
     """What must not move."""
 
     anchor_prompts_file: str = option("", help="Prompts whose pictures must not change, in any format of prompts_file. Turns anchors on.")
-    anchor_weight: float = option(1.0, help="Weight of the anchors in the loss.")
-    anchor_batch_size: int = option(2, help="Trajectories of anchor prompts; each costs about as much as one of train_batch_size.")
+    anchor_weight: float = option(1.0, help="Weight of the anchors in the loss.", expert=True, only_with="anchor_prompts_file")
+    anchor_batch_size: int = option(
+        2,
+        help="Trajectories of anchor prompts; each costs about as much as one of train_batch_size.",
+        expert=True,
+        only_with="anchor_prompts_file",
+    )
 
     def __post_init__(self) -> None:
         check_above(self, 0, "anchor_weight")
