@@ -22,14 +22,11 @@ MINIMUM_KEYS = (
     "ss_network_args",
     "modelspec.architecture",
 )
-_CARD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
 class BaseModel(Protocol):
     """What is said of the model that a LoRA was trained on: library.models.base.ModelSpec is one."""
 
-    @property
-    def family(self) -> str: ...
     @property
     def prediction_type(self) -> str: ...
     @property
@@ -75,7 +72,7 @@ def lora_metadata(
     width, height = resolution or (spec.resolution, spec.resolution)
     date = datetime.datetime.fromtimestamp(int(started_at if finished_at is None else finished_at), datetime.UTC)
     values: dict[str, Any] = {
-        "ss_v2": spec.family == "sd2",
+        "ss_v2": spec.base_model_version.startswith("sd_v2"),
         "ss_base_model_version": spec.base_model_version,
         "ss_network_module": network_module,
         "ss_network_dim": network_dim,
@@ -121,13 +118,19 @@ def write_sidecar(lora_file: str | Path, spec: BaseModel, *, preferred_weight: f
     path = Path(lora_file).with_suffix(".json")
     card = {
         "description": description,
-        "sd version": _CARD_VERSIONS[spec.family],
+        "sd version": _card_version(spec),
         "activation text": "",
         "preferred weight": preferred_weight,
         "notes": notes,
     }
     atomic_write_text(path, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def _card_version(spec: BaseModel) -> str:
+    """A1111's names of the models that a card is shown for, told as A1111 tells them of a file without a card."""
+    version = spec.base_model_version
+    return "SDXL" if version.startswith("sdxl") else "SD2" if version.startswith("sd_v2") else "SD1"
 
 
 def _as_text(value: Any) -> str:

@@ -9,10 +9,11 @@ import pytest
 import toml
 
 from library.errors import UserError
+from library.models.config import ModelConfig
 from library.settings import cli
 from library.settings.cli import parse_config, run_main
 from library.settings.options import option
-from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig
+from library.settings.shared import LoggingConfig, NetworkConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

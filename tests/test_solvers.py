@@ -391,7 +391,7 @@ def test_names_of_sd_scripts(alias, name):
 
 
 def test_unknown_solver():
-    with pytest.raises(UserError, match="no solver 'heun'; use ddim, euler, euler_a, ddpm, dpmpp_2m, lcm, k_euler"):
+    with pytest.raises(UserError, match="no sampler 'heun'; sampler is one of ddim, euler, euler_a, ddpm, dpmpp_2m, lcm"):
         get_solver("heun")
 
 

@@ -41,7 +41,6 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
-from library.settings.shared import ModelConfig
 from library.training.runtime import check_writable, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
+from library.models.registry import FAMILIES
 from library.models.vae import VaeFingerprint, place_vae
 from library.reports.contact_sheet import CaptionedPicture, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
