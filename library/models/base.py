@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
-from library.models.prompt_chunks import apply_weights, tokenize
+from library.models.prompt_syntax import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.types import Conditioning
 
