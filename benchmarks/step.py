@@ -30,6 +30,7 @@ from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
+from library.models.registry import FAMILIES
 from library.objectives.estimator import ESTIMATORS
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
@@ -42,7 +43,7 @@ class BenchmarkConfig:
     """What is measured, and where the result goes. Of the options with several values, every combination is measured."""
 
     pretrained_model_name_or_path: str = option("", help="Checkpoint file or diffusers folder.")
-    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; auto reads it from the weights.")
+    model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; auto reads it from the weights.")
     random_weights: bool = option(False, help="Measure the published size of model_family with random weights, in place of a checkpoint.")
     tiny: bool = option(False, help="With random_weights: the model of the tests, with latents of 8x8.")
     train_batch_size: tuple[int, ...] = option((1, 4), help="Batch sizes.")

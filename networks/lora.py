@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
-from networks.lora_keys import diffusers_unet_key
+from networks.lora_keys import diffusers_unet_key, fit_weight, read_weights, rename_weights
 from networks.lora_metadata import hash_metadata
 from networks.lora_module import LoRAModule, Strength
-from networks.lora_options import dropout_options, network_args, rank_option
+from networks.lora_options import Dropouts, network_args, rank_option
 from networks.lora_targets import TextEncoders, find_targets, parts_of
-from networks.lora_weights import fit_weight, read_weights, rename_weights
 
 _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # of blocks in diffusers and layers in transformers
 
@@ -255,7 +254,7 @@ def create_network(
     """
     generator = kwargs.pop("generator", None)
     numbers = network_args(kwargs)
-    dropouts = dropout_options(numbers, neuron_dropout)
+    dropouts = Dropouts.of(numbers, neuron_dropout)
     conv_dim, conv_alpha = numbers.get("conv_dim"), numbers.get("conv_alpha", 1.0)
     if conv_dim is None and "conv_alpha" in numbers:
         raise UserError("conv_alpha is given without conv_dim: it is the alpha of convolutions, which conv_dim adds; give both or neither")
@@ -264,9 +263,9 @@ def create_network(
     strength = Strength(1.0)
     loras = []
     for target in find_targets(text_encoder, unet, with_convs=conv_rank is not None):
-        size = (conv_rank, conv_alpha) if target.is_large_conv else (rank, alpha)
-        if size[0] is not None:
-            loras.append(target.lora(strength, size[0], size[1], generator=generator, **dropouts))
+        own_rank, own_alpha = (conv_rank, conv_alpha) if target.is_large_conv else (rank, alpha)
+        if own_rank is not None:
+            loras.append(LoRAModule(target, strength, rank=own_rank, alpha=own_alpha, dropouts=dropouts, generator=generator))
     network = LoRANetwork(loras, strength)
     network.set_multiplier(multiplier)
     return network
@@ -292,7 +291,7 @@ def create_network_from_weights(
     numbers = network_args(kwargs)
     if numbers.keys() & {"conv_dim", "conv_alpha"}:
         raise UserError("conv_dim and conv_alpha come from the file when a network is made from weights; leave them out of network_args")
-    dropouts = dropout_options(numbers, neuron_dropout)
+    dropouts = Dropouts.of(numbers, neuron_dropout)
     if weights_sd is None:
         assert file is not None, "file or weights_sd"
         weights_sd = read_weights(file)
@@ -307,8 +306,8 @@ def create_network_from_weights(
         name = key.removesuffix(".lora_down.weight")
         if name not in targets:
             raise UserError(f"{file or 'weights_sd'}: {name} is not in this model; the file was made for another family of models")
-        rank = weights[key].shape[0]
-        loras.append(targets[name].lora(strength, rank, weights[f"{name}.alpha"].item(), **dropouts))
+        rank, alpha = weights[key].shape[0], weights[f"{name}.alpha"].item()
+        loras.append(LoRAModule(targets[name], strength, rank=rank, alpha=alpha, dropouts=dropouts))
     network = LoRANetwork(loras, strength)
     network.set_multiplier(multiplier)
     shapes = {key: value.shape for key, value in network.state_dict().items()}

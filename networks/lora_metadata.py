@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +23,11 @@ MINIMUM_KEYS = (
     "ss_network_args",
     "modelspec.architecture",
 )
-_CARD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
 class BaseModel(Protocol):
     """What is said of the model that a LoRA was trained on: library.models.base.ModelSpec is one."""
 
-    @property
-    def family(self) -> str: ...
     @property
     def prediction_type(self) -> str: ...
     @property
@@ -44,59 +42,65 @@ class BaseModel(Protocol):
     def name(self) -> str: ...
 
 
-def lora_metadata(
-    spec: BaseModel,
-    *,
-    output_name: str,
-    network_dim: int,
-    network_alpha: float,
-    network_args: Mapping[str, str] | None = None,
-    network_module: str = "networks.lora",
-    started_at: float,
-    finished_at: float | None = None,
-    steps: int | None = None,
-    resolution: tuple[int, int] | None = None,
-    modelspec: Mapping[str, str | None] | None = None,
-    training: Mapping[str, Any] | None = None,
-    no_metadata: bool = False,
-) -> dict[str, str]:
-    """The header of a LoRA file, all but the hashes, which LoRANetwork.save_weights adds.
+@dataclass(frozen=True, kw_only=True)
+class LoRARecord:
+    """How a LoRA was made.
 
-    Args:
-        spec: the base model.
+    Attributes:
+        network_dim, network_alpha, network_args, network_module: what the network was created with.
         started_at, finished_at: unix time in seconds.
         steps: updates made.
         resolution: width and height in pixels; None is the model's native square.
         modelspec: more of https://github.com/Stability-AI/ModelSpec, without the prefix: title, author, description, usage_hint ...
         training: more `ss_` keys, with or without the prefix (learning_rate, optimizer, seed, clip_skip ...). None is left out, a dict
             or list becomes JSON, the rest its str(): A1111 compares ss_v2 with "True", and fails on ss_dataset_dirs = "None".
+    """
+
+    output_name: str
+    network_dim: int
+    network_alpha: float
+    network_args: Mapping[str, str] = field(default_factory=dict)
+    network_module: str = "networks.lora"
+    started_at: float
+    finished_at: float | None = None
+    steps: int | None = None
+    resolution: tuple[int, int] | None = None
+    modelspec: Mapping[str, str | None] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def lora_metadata(spec: BaseModel, record: LoRARecord, *, no_metadata: bool = False) -> dict[str, str]:
+    """The header of a LoRA file, all but the hashes, which LoRANetwork.save_weights adds.
+
+    Args:
+        spec: the base model.
         no_metadata: keep MINIMUM_KEYS only, without which A1111 and Forge hide the file or take it for another family's.
     """
-    width, height = resolution or (spec.resolution, spec.resolution)
-    date = datetime.datetime.fromtimestamp(int(started_at if finished_at is None else finished_at), datetime.UTC)
+    width, height = record.resolution or (spec.resolution, spec.resolution)
+    date = datetime.datetime.fromtimestamp(int(record.started_at if record.finished_at is None else record.finished_at), datetime.UTC)
     values: dict[str, Any] = {
-        "ss_v2": spec.family == "sd2",
+        "ss_v2": spec.base_model_version.startswith("sd_v2"),
         "ss_base_model_version": spec.base_model_version,
-        "ss_network_module": network_module,
-        "ss_network_dim": network_dim,
-        "ss_network_alpha": network_alpha,
-        "ss_network_args": dict(network_args or {}),
-        "ss_output_name": output_name,
+        "ss_network_module": record.network_module,
+        "ss_network_dim": record.network_dim,
+        "ss_network_alpha": record.network_alpha,
+        "ss_network_args": dict(record.network_args),
+        "ss_output_name": record.output_name,
         "ss_sd_model_name": spec.name,
-        "ss_training_started_at": float(started_at),
-        "ss_training_finished_at": None if finished_at is None else float(finished_at),
-        "ss_steps": steps,
+        "ss_training_started_at": float(record.started_at),
+        "ss_training_finished_at": None if record.finished_at is None else float(record.finished_at),
+        "ss_steps": record.steps,
         "ss_resolution": f"({width}, {height})",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": spec.architecture,
         "modelspec.implementation": spec.implementation,
-        "modelspec.title": output_name,
+        "modelspec.title": record.output_name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": date.isoformat(),
         "modelspec.prediction_type": "v" if spec.prediction_type == "v_prediction" else spec.prediction_type,
     }
-    values.update({key if key.startswith("ss_") else f"ss_{key}": value for key, value in (training or {}).items()})
-    values.update({f"modelspec.{key}": value for key, value in (modelspec or {}).items() if value is not None})
+    values.update({key if key.startswith("ss_") else f"ss_{key}": value for key, value in record.training.items()})
+    values.update({f"modelspec.{key}": value for key, value in record.modelspec.items() if value is not None})
     if no_metadata:
         values = {key: values[key] for key in MINIMUM_KEYS}
     return {key: _as_text(value) for key, value in values.items() if value is not None}
@@ -121,13 +125,19 @@ def write_sidecar(lora_file: str | Path, spec: BaseModel, *, preferred_weight: f
     path = Path(lora_file).with_suffix(".json")
     card = {
         "description": description,
-        "sd version": _CARD_VERSIONS[spec.family],
+        "sd version": _card_version(spec),
         "activation text": "",
         "preferred weight": preferred_weight,
         "notes": notes,
     }
     atomic_write_text(path, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def _card_version(spec: BaseModel) -> str:
+    """A1111's names of the models that a card is shown for, told as A1111 tells them of a file without a card."""
+    version = spec.base_model_version
+    return "SDXL" if version.startswith("sdxl") else "SD2" if version.startswith("sd_v2") else "SD1"
 
 
 def _as_text(value: Any) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.lora_options import Dropouts
+from networks.lora_targets import Target
+
 
 class Strength:
     """The multiplier in force: a float, or one value per sample [B].
@@ -63,13 +66,9 @@ class LoRAModule(nn.Module):
     The weights are float32 whatever the base module is in; half-precision updates of a small matrix round to nothing.
 
     Args:
-        name: what the file calls it.
-        part: "unet", "text_encoder" or "text_encoder_2".
-        path: of the base module within that part.
-        base: its shape is copied; it is neither held nor changed before `attach`.
+        target: which module; its shape is copied, and it is neither held nor changed before `attach`.
         alpha: 0 stands for rank, that is scale 1.
-        neuron_dropout, rank_dropout, module_dropout: probabilities in training, None for none. They draw from torch's global
-            generator, the only one that gradient checkpointing rewinds.
+        dropouts: they draw from torch's global generator, the only one that gradient checkpointing rewinds.
         generator: for the initial values, on the CPU; None is torch's global one.
     """
 
@@ -77,31 +76,27 @@ class LoRAModule(nn.Module):
 
     def __init__(
         self,
-        *,
-        name: str,
-        part: str,
-        path: str,
-        base: nn.Module,
+        target: Target,
         strength: Strength,
+        *,
         rank: int,
         alpha: float,
-        neuron_dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
+        dropouts: Dropouts,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.part, self.path = name, part, path
+        self.name, self.part, self.path = target.name, target.part, target.path
         self.rank = rank
-        self.neuron_dropout, self.rank_dropout, self.module_dropout = neuron_dropout, rank_dropout, module_dropout
+        self.dropouts = dropouts
         self._strength = strength
         self._base: tuple[nn.Module, Any] | None = None  # in a tuple, so that it does not become a submodule
+        base = target.base
         kind: dict[str, Any] = {"bias": False, "dtype": torch.float32, "device": "cpu"}
         if isinstance(base, nn.Linear):
             self.lora_down: nn.Linear | nn.Conv2d = nn.Linear(base.in_features, rank, **kind)
             self.lora_up: nn.Linear | nn.Conv2d = nn.Linear(rank, base.out_features, **kind)
         else:
-            assert isinstance(base, nn.Conv2d) and base.groups == 1, f"{path}: {base}"
+            assert isinstance(base, nn.Conv2d) and base.groups == 1, f"{target.path}: {base}"
             window: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
             self.lora_down = nn.Conv2d(base.in_channels, rank, base.kernel_size, **window, **kind)  # type: ignore[arg-type]
             self.lora_up = nn.Conv2d(rank, base.out_channels, 1, **kind)
@@ -137,7 +132,7 @@ class LoRAModule(nn.Module):
         multiplier = self._strength.in_force()
         if not isinstance(multiplier, torch.Tensor) and multiplier == 0:
             return base_output
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+        if self.training and self.dropouts.module and torch.rand(()) < self.dropouts.module:
             return base_output
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_down.weight.dtype)
@@ -147,13 +142,13 @@ class LoRAModule(nn.Module):
         return base_output + self.lora_up(hidden).to(base_output.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        if self.training and self.neuron_dropout:
-            hidden = nn.functional.dropout(hidden, self.neuron_dropout)
-        if self.training and self.rank_dropout:
+        if self.training and self.dropouts.neuron:
+            hidden = nn.functional.dropout(hidden, self.dropouts.neuron)
+        if self.training and self.dropouts.rank:
             # One mask over the rank per row: channels are last for Linear, second for Conv2d.
             rank_dim = 1 if isinstance(self.lora_down, nn.Conv2d) else hidden.ndim - 1
             shape = [size if dim in (0, rank_dim) else 1 for dim, size in enumerate(hidden.shape)]
-            hidden = hidden * nn.functional.dropout(torch.ones(shape, dtype=hidden.dtype, device=hidden.device), self.rank_dropout)
+            hidden = hidden * nn.functional.dropout(torch.ones(shape, dtype=hidden.dtype, device=hidden.device), self.dropouts.rank)
         return hidden
 
     def _per_row(self, multiplier: float | Tensor, hidden: Tensor) -> float | Tensor:

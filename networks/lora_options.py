@@ -1,7 +1,8 @@
-"""--network_args of networks.lora."""
+"""--network_args of networks.lora, and the dropouts among them."""
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
@@ -32,13 +33,27 @@ def network_args(kwargs: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def dropout_options(numbers: Mapping[str, float], neuron_dropout: float | None) -> dict[str, float | None]:
-    dropouts = {
-        "neuron_dropout": numbers.get("dropout") if neuron_dropout is None else neuron_dropout,
-        "rank_dropout": numbers.get("rank_dropout"),
-        "module_dropout": numbers.get("module_dropout"),
-    }
-    for name, probability in dropouts.items():
-        if probability is not None and not 0 <= probability < 1:
-            raise UserError(f"{name} is {probability}: it is a probability, from 0 to below 1")
-    return dropouts
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities in training, from 0 to below 1; None for none.
+
+    Attributes:
+        neuron: of each value between down and up.
+        rank: of each of the rank's channels, for a whole row.
+        module: of the branch as a whole, in one call.
+    """
+
+    neuron: float | None = None
+    rank: float | None = None
+    module: float | None = None
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, float], neuron_dropout: float | None) -> "Dropouts":
+        """From --network_args and --network_dropout; `dropout` is sd-scripts' other name of the latter, which goes before it."""
+        neuron = numbers.get("dropout") if neuron_dropout is None else neuron_dropout
+        return cls(neuron, numbers.get("rank_dropout"), numbers.get("module_dropout"))
+
+    def __post_init__(self) -> None:
+        for name, probability in vars(self).items():
+            if probability is not None and not 0 <= probability < 1:
+                raise UserError(f"{name}_dropout is {probability}: it is a probability, from 0 to below 1")

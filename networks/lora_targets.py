@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from networks.lora_keys import text_encoder_key, unet_family, unet_key
-from networks.lora_module import LoRAModule, Strength
 
 UNET_BLOCKS = ("Transformer2DModel",)
 UNET_CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -16,7 +15,14 @@ TextEncoders = nn.Module | Sequence[nn.Module] | None
 
 
 class Target(NamedTuple):
-    """A module that can have a branch."""
+    """A module that can have a branch.
+
+    Attributes:
+        name: what the file calls it.
+        part: "unet", "text_encoder" or "text_encoder_2".
+        path: of the base module within that part.
+        base: the Linear or Conv2d.
+    """
 
     name: str
     part: str
@@ -26,11 +32,6 @@ class Target(NamedTuple):
     @property
     def is_large_conv(self) -> bool:
         return isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
-
-    def lora(self, strength: Strength, rank: int, alpha: float, **options: Any) -> LoRAModule:
-        return LoRAModule(
-            name=self.name, part=self.part, path=self.path, base=self.base, strength=strength, rank=rank, alpha=alpha, **options
-        )
 
 
 def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) -> Iterator[Target]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from library.models.config import ModelConfig
 from library.settings import cli
 from library.settings.cli import parse_config, run_main
 from library.settings.options import option, options
-from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, SavingConfig, TrainingConfig
+from library.settings.shared import LoggingConfig, NetworkConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

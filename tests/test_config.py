@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from library.models.config import ModelConfig
 from library.settings.options import build, key_value_pairs, nearest, option, options
 from library.settings.registry import Registry
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
-from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
+from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,7 @@ def test_missing_path():
 
 
 def test_unknown_and_wrong_family(sd1_file, sd1_folder):
-    with pytest.raises(UserError, match="no model family 'flux'; use auto, sd1, sd2, sdxl"):
+    with pytest.raises(UserError, match="no model family 'flux'; model_family is one of sd1, sd2, sdxl"):
         load_model(sd1_file, family="flux")
     for path in (sd1_file, sd1_folder):
         with pytest.raises(UserError, match=r"is a Stable Diffusion 1.x model \(sd1\), but family 'sdxl' was given"):

@@ -409,8 +409,9 @@ def test_max_norm_shrinks_only_what_is_too_long() -> None:
 # --- Files ---
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("options", [{}, {"conv_dim": "2", "conv_alpha": "3"}])
+@pytest.mark.parametrize(
+    ("family", "options"), [("sd1", {}), ("sd2", {"conv_dim": "2", "conv_alpha": "3"}), ("sdxl", {"conv_dim": "2", "conv_alpha": "3"})]
+)
 def test_saved_reloaded_and_merged_it_is_the_applied_network(family: str, options: dict[str, str], tmp_path: Path) -> None:
     """The LoRA changes the output by 0.1 and more. Reloaded it gives the same to 1e-4: a network without gradients may run other Linear
     kernels (oneDNN; up to 4e-5 was seen). Merged, to 5e-4: float32 sums in another order."""
@@ -471,7 +472,7 @@ def test_file_has_three_tensors_per_module_in_one_dtype(tmp_path: Path) -> None:
         network.save_weights(tmp_path / "a.ckpt", None, None)
 
 
-@pytest.mark.parametrize("factor", [0.5, -2.0, 0.7])
+@pytest.mark.parametrize("factor", [0.7, -2.0])
 def test_scale_alpha_folds_the_multiplier(factor: float, tmp_path: Path) -> None:
     """Exact for powers of two; otherwise alpha is rounded once more than the multiplier was."""
     model = tiny_model()

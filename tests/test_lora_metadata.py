@@ -11,12 +11,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from networks.lora_metadata import MINIMUM_KEYS, hash_metadata, lora_metadata, write_sidecar
+from networks.lora_metadata import MINIMUM_KEYS, LoRARecord, hash_metadata, lora_metadata, write_sidecar
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    family: str = "sd1"
     prediction_type: str = "epsilon"
     resolution: int = 512
     base_model_version: str = "sd_v1"
@@ -27,14 +26,12 @@ class Model:
 
 SD1 = Model()
 SD2_V = Model(
-    family="sd2",
     prediction_type="v_prediction",
     resolution=768,
     base_model_version="sd_v2_v",
     architecture="stable-diffusion-v2-768-v/lora",
 )
 SDXL = Model(
-    family="sdxl",
     resolution=1024,
     base_model_version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base/lora",
@@ -42,9 +39,9 @@ SDXL = Model(
 )
 
 
-def _metadata(spec: Model, **changes) -> dict[str, str]:
+def _metadata(spec: Model, *, no_metadata: bool = False, **changes) -> dict[str, str]:
     given = {"output_name": "slider", "network_dim": 4, "network_alpha": 1.0, "started_at": 1.7e9, "finished_at": 1.7e9 + 60, "steps": 100}
-    return lora_metadata(spec, **(given | changes))
+    return lora_metadata(spec, LoRARecord(**(given | changes)), no_metadata=no_metadata)
 
 
 def _a1111_version(metadata: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from library.settings.shared import NetworkConfig
 from library.slider_training.network import build_network, in_use
 from library.training.optimizers import create_optimizer
 from networks.lora import LoRANetwork
+from networks.lora_options import Dropouts
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -39,7 +40,7 @@ def test_text_encoders_and_network_args() -> None:
     assert network.text_encoder_loras
     convs = [lora for lora in network.unet_loras if lora.lora_down.weight.shape[2:].numel() > 1]
     assert {(lora.rank, lora.alpha.item()) for lora in convs} == {(3, 1.5)}
-    assert {lora.neuron_dropout for lora in network.loras} == {0.25}
+    assert {lora.dropouts for lora in network.loras} == {Dropouts(neuron=0.25)}
 
 
 def test_it_starts_from_a_file_and_takes_ranks_from_it(tmp_path: Path) -> None:
@@ -49,6 +50,20 @@ def test_it_starts_from_a_file_and_takes_ranks_from_it(tmp_path: Path) -> None:
     ranked = built(network_dim=7, network_weights=tmp_path / "start.safetensors", dim_from_weights=True)
     for network in (same, ranked):
         assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in start.state_dict().items())
+
+
+def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    built().save_weights(path)
+
+    def from_file(*network_args: str) -> LoRANetwork:
+        return built(network_weights=path, dim_from_weights=True, network_dropout=0.25, network_args=network_args)
+
+    assert {lora.dropouts for lora in from_file("rank_dropout=0.5", "module_dropout=0.125").loras} == {Dropouts(0.25, 0.5, 0.125)}
+    with pytest.raises(UserError, match="nonsense is not an option of networks.lora"):
+        from_file("nonsense=1")
+    with pytest.raises(UserError, match="conv_dim and conv_alpha come from the file"):
+        from_file("conv_dim=2")
 
 
 @pytest.mark.parametrize(

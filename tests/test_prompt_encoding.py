@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from library.models.base import DiffusionModel
-from library.models.prompt_chunks import apply_weights
+from library.models.prompt_syntax import apply_weights
 from library.rollouts.prompt_encoder import PromptEncoder, time_ids_of
-from library.rollouts.sample import sample
+from library.rollouts.sample import SamplingConfig, sample
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork, create_network
 from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model
@@ -234,7 +234,7 @@ def test_a_text_encoder_lora_has_each_prompts_multiplier_in_every_chunk(family: 
 
 def test_pictures_of_long_prompts_are_sampled_with_short_negatives() -> None:
     model = tiny_model("sd1")
-    run = {"num_steps": 2, "guidance_scale": 4.0, "resolution": (64, 64), "batch_size": 2}
-    pictures = sample(model, None, [PromptSpec(prompt=LONG), PromptSpec(prompt="a cat")], [0, 0], **run)
-    cut = sample(model, None, [PromptSpec(prompt=" ".join(LONG.split()[:75]))], [0], **run)
+    run = SamplingConfig(num_steps=2, guidance_scale=4.0, size=(64, 64), batch_size=2)
+    pictures = sample(model, None, [PromptSpec(prompt=LONG), PromptSpec(prompt="a cat")], [0, 0], sampling=run)
+    cut = sample(model, None, [PromptSpec(prompt=" ".join(LONG.split()[:75]))], [0], sampling=run)
     assert pictures.shape[0] == 2 and (pictures[:1] - cut).abs().max() > 1e-4

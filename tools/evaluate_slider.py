@@ -29,7 +29,7 @@ from library.measuring.comparison import comparison_dict, summarise
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import FORMAT, EvaluationRecord
-from library.models.loading import load_model
+from library.models.config import ModelConfig
 from library.prompts.files import load_prompts, spread
 from library.reports.plots import multiplier_grid, score_curves
 from library.reports.report import html_report
@@ -41,7 +41,6 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
-from library.settings.shared import ModelConfig
 from library.training.runtime import check_writable, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
 
@@ -135,15 +134,7 @@ def main() -> None:
     judges = name_judges([load_judge(name) for name in settings.judges], [load_scorer(path) for path in settings.judge_scorers], scorers)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(
-        config.model.pretrained_model_name_or_path,
-        family=config.model.family,
-        v_parameterization=config.model.v_parameterization,
-        vae=config.model.vae,
-        clip_skip=config.model.clip_skip,
-        dtype=weight_dtype(settings.mixed_precision),
-        device=device,
-    )
+    model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)
     for scorer in [*scorers.values(), *judges.scorers.values()]:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_writable(settings.output_dir)

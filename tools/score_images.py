@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
+from library.models.registry import FAMILIES
 from library.models.vae import VaeFingerprint, place_vae
 from library.reports.contact_sheet import CaptionedPicture, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
@@ -70,7 +71,7 @@ class ScoringConfig:
         None, help="Model whose latents scorers read; only its VAE, unless they use prompts."
     )
     vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own; enough by itself.")
-    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; needed for a file with only a VAE.")
+    model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; needed for a file with only a VAE.")
     sigma: float | None = option(None, help="Noise level at which scorers are asked; not set: 0, which is clean.")
     seed: int | None = option(None, help="Seed of the noise; not set: 0.")
     batch_size: int = option(8, help="Pictures of one size scored together.")

@@ -19,11 +19,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.errors import UserError
-from library.models.loading import load_model
+from library.models.config import ModelConfig
 from library.prompts.files import load_prompts
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.settings.options import check_above, check_at_least, option
-from library.settings.shared import ModelConfig
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures
@@ -102,15 +101,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # the adapter's initial weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(
-        config.model.pretrained_model_name_or_path,
-        family=config.model.family,
-        v_parameterization=config.model.v_parameterization,
-        vae=config.model.vae,
-        clip_skip=config.model.clip_skip,
-        dtype=weight_dtype(settings.mixed_precision),
-        device=device,
-    )
+    model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)
     if settings.gradient_checkpointing:
         model.unet.train().enable_gradient_checkpointing()  # diffusers checkpoints in training mode only; this U-Net has no dropout
     clip = ClipPair.load(settings.clip_model).to(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, abar_to_sigma, eps_to_v, eps_to_x0, per_sample, v_to_eps
-from library.errors import UserError
+from library.settings.registry import Registry
 from library.types import History
 
 
@@ -105,52 +105,30 @@ def rescale_guided_eps(
     return v_to_eps(latents, v, abar)
 
 
-def _ddim(
-    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
-) -> Tensor:
-    """`ddim_step` with the signature that every solver has."""
-    return ddim_step(latents, eps, abar, next_abar)
-
-
-def _euler_ancestral(
-    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
-) -> Tensor:
-    """`euler_ancestral_step` with the signature that every solver has."""
-    assert noise is not None
-    return euler_ancestral_step(latents, eps, abar, next_abar, noise)
-
-
-def _dpmpp_2m(
-    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
-) -> Tensor:
-    """`dpmpp_2m_step` with the signature that every solver has."""
-    return dpmpp_2m_step(latents, eps, abar, next_abar, history)
-
-
-def _lcm(
-    latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
-) -> Tensor:
-    """`lcm_step` with the signature that every solver has."""
-    assert noise is not None
-    return lcm_step(latents, eps, abar, next_abar, noise)
-
-
 @dataclass(frozen=True)
 class Solver:
     """A sampler.
 
     Attributes:
-        step: step(latents, eps, abar, next_abar, noise, history) -> next latents; linear in latents and eps.
-        needs_noise: whether step takes fresh noise [B, C, h, w]; else it is None.
-        needs_history: whether step takes a `History`; else it is None.
+        update: update(latents, eps, abar, next_abar[, noise][, history]) -> next latents; linear in latents and eps.
+        needs_noise: whether update takes fresh noise [B, C, h, w].
+        needs_history: whether update takes a `History` or None.
         ends_clean: whether sampling ends at abar = 1 whatever the model's set_alpha_to_one says, as it does in diffusers for all but DDIM.
     """
 
     name: str
-    step: Callable[..., Tensor]
+    update: Callable[..., Tensor]
     needs_noise: bool = False
     needs_history: bool = False
     ends_clean: bool = True
+
+    def step(
+        self, latents: Tensor, eps: Tensor, abar: Tensor, next_abar: Tensor, noise: Tensor | None = None, history: History | None = None
+    ) -> Tensor:
+        """The latents [B, C, h, w] at next_abar [B]; noise and history are handed on where the sampler needs them."""
+        assert noise is not None or not self.needs_noise, f"{self.name} draws noise"
+        needed = [value for value, is_needed in ((noise, self.needs_noise), (history, self.needs_history)) if is_needed]
+        return self.update(latents, eps, abar, next_abar, *needed)
 
     def schedule(self, schedule: NoiseSchedule) -> NoiseSchedule:
         """The model's schedule as this sampler runs it; see `ends_clean`."""
@@ -161,29 +139,18 @@ class Solver:
         return History(eps_to_x0(latents, eps, abar), abar) if self.needs_history else None
 
 
-SOLVERS: dict[str, Solver] = {
-    solver.name: solver
-    for solver in (
-        Solver("ddim", _ddim, ends_clean=False),
-        Solver("euler", _ddim),
-        Solver("euler_a", _euler_ancestral, needs_noise=True),
-        Solver("ddpm", _euler_ancestral, needs_noise=True),
-        Solver("dpmpp_2m", _dpmpp_2m, needs_history=True),
-        Solver("lcm", _lcm, needs_noise=True),
-    )
-}
+SOLVERS: Registry[Solver] = Registry("sampler")
+SOLVERS.register("ddim")(Solver("ddim", ddim_step, ends_clean=False))
+SOLVERS.register("euler")(Solver("euler", ddim_step))
+SOLVERS.register("euler_a")(Solver("euler_a", euler_ancestral_step, needs_noise=True))
+SOLVERS.register("ddpm")(Solver("ddpm", euler_ancestral_step, needs_noise=True))
+SOLVERS.register("dpmpp_2m")(Solver("dpmpp_2m", dpmpp_2m_step, needs_history=True))
+SOLVERS.register("lcm")(Solver("lcm", lcm_step, needs_noise=True))
 
 # sd-scripts' names (--sample_sampler) for the same samplers
 ALIASES = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpmpp_2m"}
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name, which may be one of `ALIASES`.
-
-    Raises:
-        UserError: there is none.
-    """
-    name = ALIASES.get(name, name)
-    if name not in SOLVERS:
-        raise UserError(f"There is no solver {name!r}; use {', '.join([*SOLVERS, *ALIASES])}.")
-    return SOLVERS[name]
+    """The solver of that name, which may be one of `ALIASES`. Raises UserError if there is none."""
+    return SOLVERS[ALIASES.get(name, name)]

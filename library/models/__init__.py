@@ -1,1 +1,1 @@
-"""Models behind one class, `base.DiffusionModel`, loaded by `loading.load_model`; a family is one file and a row in `registry`."""
+"""Models behind one class, `base.DiffusionModel`, loaded by `config.ModelConfig`; a family is one file in families/ and its configs."""

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
-from library.models.prompt_chunks import apply_weights, tokenize
+from library.models.prompt_syntax import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.types import Conditioning
 
@@ -29,7 +30,7 @@ class ModelSpec:
     """What is known about a model without its weights.
 
     Attributes:
-        family: "sd1", "sd2" or "sdxl".
+        family: a name in `registry.FAMILIES`.
         prediction_type: what the U-Net puts out; `DiffusionModel.predict_eps` hides it.
         latent_channels, vae_scale_factor, scaling_factor: the VAE's channels, pixels per latent, and what latents are multiplied with.
         resolution: the native size in pixels.
@@ -74,11 +75,12 @@ class TextEncoderSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the registry: all that loading needs to know about a family. The bundled configs are in configs/<name>.json.
+    """All that loading needs to know about a family; a file in families/ makes one and registers it.
 
     Attributes:
         name, title: for options, for messages.
         model_class: the DiffusionModel subclass.
+        config_file: the published configs (JSON) by component: unet, vae, text_encoder, (text_encoder_2,) scheduler.
         pipeline_class: _class_name in a diffusers folder's model_index.json.
         linear_projection: use_linear_projection of its U-Net; tells SD2 from SD1 in a diffusers folder.
         heads_per_level: whether every level has this many attention heads (SD1: 8), or None when heads are 64 channels wide.
@@ -90,6 +92,7 @@ class Family:
     name: str
     title: str
     model_class: "type[DiffusionModel]"
+    config_file: Path
     pipeline_class: str
     linear_projection: bool
     heads_per_level: int | None

@@ -34,11 +34,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> DiffusionModel:
-    """Load SD1, SD2 or SDXL, frozen and in eval mode.
+    """Load a model, frozen and in eval mode.
 
     Args:
         path: a diffusers folder (with model_index.json), or a .safetensors or .ckpt file in the original layout.
-        family: "auto" or what the model is expected to be: "sd1", "sd2", "sdxl".
+        family: "auto", or what the model is expected to be: a name in `FAMILIES`.
         v_parameterization: whether the U-Net puts out v; None is what the folder's scheduler or the file says. A file says it with a
             tensor v_pred (and ztsnr, for a zero-terminal-SNR schedule) or modelspec.prediction_type; else it is taken for eps.
         vae: a file or folder with another VAE.
@@ -80,7 +80,7 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
         if family == "auto":
             if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
                 raise UserError(
-                    f"{path} holds only a VAE, which does not say its scaling factor; give the model's family (sd1, sd2, sdxl)."
+                    f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
                 )
             family = single_file.detect_family(tensors, path).name
         vae = single_file.build_vae(tensors, family, path)
@@ -107,8 +107,8 @@ def _replace_vae(model: DiffusionModel, path: Path) -> None:
 
 
 def _check_family_name(family: str) -> None:
-    if family != "auto" and family not in FAMILIES:
-        raise UserError(f"There is no model family {family!r}; use auto, {', '.join(FAMILIES)}.")
+    if family != "auto":
+        FAMILIES[family]  # raises UserError
 
 
 def _expect_family(found: Family, wanted: str, path: Path) -> None:

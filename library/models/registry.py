@@ -1,6 +1,6 @@
-"""The model families there are. To add one: a file beside this one, its bundled configs in configs/, and a row here."""
+"""The model families there are: each is a file in families/, with its configs beside it."""
 
-from library.models import sdxl, stable_diffusion
 from library.models.base import Family
+from library.settings.registry import Registry
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (stable_diffusion.SD1, stable_diffusion.SD2, sdxl.FAMILY)}
+FAMILIES: Registry[Family] = Registry("model_family", "library.models.families")

@@ -1,7 +1,7 @@
 """From the tensors of one .safetensors or .ckpt file in the original (LDM / SGM) layout to diffusers modules, offline.
 
-The configs of the published models are bundled in configs/. What tensors' shapes say (widths, depths, vocabulary) is taken from the shapes,
-so that checkpoints of another size load too; the bundled config answers the rest.
+The configs of the published models are bundled beside the families. What tensors' shapes say (widths, depths, vocabulary) is taken from
+the shapes, so that checkpoints of another size load too; the bundled config answers the rest.
 """
 
 import json
@@ -23,7 +23,6 @@ from library.errors import UserError
 from library.models.base import Family, TextEncoderSlot
 from library.models.registry import FAMILIES
 
-CONFIGS = Path(__file__).with_name("configs")
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 HEAD_WIDTH = 64  # of SD2's and SDXL's U-Net and of every CLIP text encoder here
@@ -33,7 +32,7 @@ StateDict = Mapping[str, Tensor]
 
 def bundled_config(family: str) -> dict[str, Any]:
     """The published configs of a family by component: unet, vae, text_encoder, (text_encoder_2,) scheduler."""
-    return json.loads((CONFIGS / f"{family}.json").read_text(encoding="utf-8"))
+    return json.loads(FAMILIES[family].config_file.read_text(encoding="utf-8"))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.models.registry import FAMILIES
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pixel_augmentation import PixelAugmentation
 from library.scorer_training.augmentation import LatentAugmentation
@@ -25,7 +26,7 @@ class VaeConfig:
 
     pretrained_model_name_or_path: str | None = option(None, help="Checkpoint or diffusers folder; only its VAE but for unet_encoder.")
     vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own; enough by itself.")
-    model_family: str = option("auto", choices=("auto", "sd1", "sd2", "sdxl"), help="Kind of model; needed for a file with only a VAE.")
+    model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; needed for a file with only a VAE.")
 
     def __post_init__(self) -> None:
         if self.vae is None and self.pretrained_model_name_or_path is None:

@@ -17,7 +17,7 @@ from library.settings.shared import NetworkConfig, SavingConfig
 from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
-from networks.lora_metadata import lora_metadata, write_sidecar
+from networks.lora_metadata import LoRARecord, lora_metadata, write_sidecar
 
 
 class SliderFiles:
@@ -62,8 +62,7 @@ class SliderFiles:
             )
         usage_hint = None if calibration is None else calibration.note
         rank, alpha, network_args = self._dimensions(network)
-        metadata = lora_metadata(
-            self.spec,
+        record = LoRARecord(
             output_name=saving.output_name,
             network_dim=rank,
             network_alpha=alpha,
@@ -79,9 +78,8 @@ class SliderFiles:
                 **(calibration.metadata() if calibration is not None else {}),
                 "training_comment": saving.training_comment,
             },
-            no_metadata=saving.no_metadata,
         )
-        network.save_weights(path, dtype, metadata)
+        network.save_weights(path, dtype, lora_metadata(self.spec, record, no_metadata=saving.no_metadata))
         if final:
             weight = 1.0 if calibration is None else calibration.preferred_weight
             write_sidecar(path, self.spec, preferred_weight=weight, description=usage_hint or "", notes=saving.training_comment or "")

@@ -32,7 +32,15 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     if config.network_weights is not None and not config.network_weights.is_file():
         raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
     if config.dim_from_weights:
-        network, _ = module.create_network_from_weights(1.0, config.network_weights, model.vae, text_encoders, model.unet)
+        network, _ = module.create_network_from_weights(
+            1.0,
+            config.network_weights,
+            model.vae,
+            text_encoders,
+            model.unet,
+            neuron_dropout=config.network_dropout,
+            **config.network_kwargs,
+        )
     else:
         network = module.create_network(
             1.0,

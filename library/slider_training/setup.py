@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
-from library.models.loading import load_model
+from library.models.config import ModelConfig
 from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
@@ -19,7 +19,7 @@ from library.prompts.files import PromptOptions, load_prompts
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
-from library.settings.shared import LoggingConfig, ModelConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
+from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
 from library.slider_training.files import SliderFiles
 from library.slider_training.monitor import Monitor, MonitorConfig
@@ -86,15 +86,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
     prompts = load_prompts(file, config.rollout.prompt_categories, config.prompts, generator(seed, "prompts")) if file else []
     eval_prompts = load_prompts(eval_file, None, config.prompts) if eval_file else prompts
-    model = load_model(
-        config.model.pretrained_model_name_or_path,
-        family=config.model.family,
-        v_parameterization=config.model.v_parameterization,
-        vae=config.model.vae,
-        clip_skip=config.model.clip_skip,
-        dtype=weight_dtype(config.training.mixed_precision),
-        device=accelerator.device,
-    )
+    model = config.model.load(dtype=weight_dtype(config.training.mixed_precision), device=accelerator.device)
     model.prompt_weighting = config.prompts.prompt_weighting
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:

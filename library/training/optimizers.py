@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules by the names that sd-scripts uses, or by the dotted name of any class.
 
-Adding an optimizer is one row in `OPTIMIZERS`, adding a schedule one row in `SCHEDULES`; the tests run every row.
+An optimizer is one entry of `OPTIMIZERS`, a schedule one of `SCHEDULES`; the tests run every entry.
 """
 
 import ast
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
 from library.settings.options import key_value_pairs, nearest
+from library.settings.registry import Registry
 from library.settings.shared import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -50,32 +51,33 @@ def _dadaptation(path: str) -> OptimizerRow:
     return OptimizerRow(path=f"dadaptation.{path}", package="dadaptation", finds_learning_rate=True)
 
 
-OPTIMIZERS: Mapping[str, OptimizerRow] = {
-    "AdamW": OptimizerRow(path="torch.optim.AdamW", package="torch"),
-    "AdamW8bit": _bitsandbytes("AdamW8bit"),
-    "PagedAdamW": _bitsandbytes("PagedAdamW"),
-    "PagedAdamW8bit": _bitsandbytes("PagedAdamW8bit"),
-    "PagedAdamW32bit": _bitsandbytes("PagedAdamW32bit"),
-    "Adam8bit": _bitsandbytes("Adam8bit"),
-    "Lion": OptimizerRow(path="lion_pytorch.Lion", package="lion-pytorch"),
-    "Lion8bit": _bitsandbytes("Lion8bit"),
-    "PagedLion8bit": _bitsandbytes("PagedLion8bit"),
-    "SGDNesterov": OptimizerRow(path="torch.optim.SGD", package="torch", defaults={"momentum": 0.9, "nesterov": True}),
-    "SGDNesterov8bit": _bitsandbytes("SGD8bit", momentum=0.9, nesterov=True),
-    "DAdaptation": _dadaptation("experimental.DAdaptAdamPreprint"),
-    "DAdaptAdamPreprint": _dadaptation("experimental.DAdaptAdamPreprint"),
-    "DAdaptAdaGrad": _dadaptation("DAdaptAdaGrad"),
-    "DAdaptAdam": _dadaptation("DAdaptAdam"),
-    "DAdaptAdan": _dadaptation("DAdaptAdan"),
-    "DAdaptAdanIP": _dadaptation("experimental.DAdaptAdanIP"),
-    "DAdaptLion": _dadaptation("DAdaptLion"),
-    "DAdaptSGD": _dadaptation("DAdaptSGD"),
-    "Prodigy": OptimizerRow(path="prodigyopt.Prodigy", package="prodigyopt", finds_learning_rate=True),
-    "Adafactor": OptimizerRow(path="transformers.optimization.Adafactor", package="transformers", defaults={"relative_step": True}),
-    "AdamWScheduleFree": OptimizerRow(path="schedulefree.AdamWScheduleFree", package="schedulefree"),
-    "SGDScheduleFree": OptimizerRow(path="schedulefree.SGDScheduleFree", package="schedulefree"),
-    "RAdamScheduleFree": OptimizerRow(path="schedulefree.RAdamScheduleFree", package="schedulefree"),
-}
+OPTIMIZERS: Registry[OptimizerRow] = Registry("optimizer_type")
+OPTIMIZERS.register("AdamW")(OptimizerRow(path="torch.optim.AdamW", package="torch"))
+OPTIMIZERS.register("AdamW8bit")(_bitsandbytes("AdamW8bit"))
+OPTIMIZERS.register("PagedAdamW")(_bitsandbytes("PagedAdamW"))
+OPTIMIZERS.register("PagedAdamW8bit")(_bitsandbytes("PagedAdamW8bit"))
+OPTIMIZERS.register("PagedAdamW32bit")(_bitsandbytes("PagedAdamW32bit"))
+OPTIMIZERS.register("Adam8bit")(_bitsandbytes("Adam8bit"))
+OPTIMIZERS.register("Lion")(OptimizerRow(path="lion_pytorch.Lion", package="lion-pytorch"))
+OPTIMIZERS.register("Lion8bit")(_bitsandbytes("Lion8bit"))
+OPTIMIZERS.register("PagedLion8bit")(_bitsandbytes("PagedLion8bit"))
+OPTIMIZERS.register("SGDNesterov")(OptimizerRow(path="torch.optim.SGD", package="torch", defaults={"momentum": 0.9, "nesterov": True}))
+OPTIMIZERS.register("SGDNesterov8bit")(_bitsandbytes("SGD8bit", momentum=0.9, nesterov=True))
+OPTIMIZERS.register("DAdaptation")(_dadaptation("experimental.DAdaptAdamPreprint"))
+OPTIMIZERS.register("DAdaptAdamPreprint")(_dadaptation("experimental.DAdaptAdamPreprint"))
+OPTIMIZERS.register("DAdaptAdaGrad")(_dadaptation("DAdaptAdaGrad"))
+OPTIMIZERS.register("DAdaptAdam")(_dadaptation("DAdaptAdam"))
+OPTIMIZERS.register("DAdaptAdan")(_dadaptation("DAdaptAdan"))
+OPTIMIZERS.register("DAdaptAdanIP")(_dadaptation("experimental.DAdaptAdanIP"))
+OPTIMIZERS.register("DAdaptLion")(_dadaptation("DAdaptLion"))
+OPTIMIZERS.register("DAdaptSGD")(_dadaptation("DAdaptSGD"))
+OPTIMIZERS.register("Prodigy")(OptimizerRow(path="prodigyopt.Prodigy", package="prodigyopt", finds_learning_rate=True))
+OPTIMIZERS.register("Adafactor")(
+    OptimizerRow(path="transformers.optimization.Adafactor", package="transformers", defaults={"relative_step": True})
+)
+OPTIMIZERS.register("AdamWScheduleFree")(OptimizerRow(path="schedulefree.AdamWScheduleFree", package="schedulefree"))
+OPTIMIZERS.register("SGDScheduleFree")(OptimizerRow(path="schedulefree.SGDScheduleFree", package="schedulefree"))
+OPTIMIZERS.register("RAdamScheduleFree")(OptimizerRow(path="schedulefree.RAdamScheduleFree", package="schedulefree"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,27 +93,32 @@ class ScheduleRow:
     arguments: Callable[[OptimizerConfig], Mapping[str, object]] = lambda config: {}
 
 
-SCHEDULES: Mapping[str, ScheduleRow] = {
-    "constant": ScheduleRow(path="transformers.get_constant_schedule"),
-    "constant_with_warmup": ScheduleRow(path="transformers.get_constant_schedule_with_warmup"),
-    "linear": ScheduleRow(path="transformers.get_linear_schedule_with_warmup"),
-    "cosine": ScheduleRow(path="transformers.get_cosine_schedule_with_warmup"),
-    "cosine_with_restarts": ScheduleRow(
+SCHEDULES: Registry[ScheduleRow] = Registry("lr_scheduler")
+SCHEDULES.register("constant")(ScheduleRow(path="transformers.get_constant_schedule"))
+SCHEDULES.register("constant_with_warmup")(ScheduleRow(path="transformers.get_constant_schedule_with_warmup"))
+SCHEDULES.register("linear")(ScheduleRow(path="transformers.get_linear_schedule_with_warmup"))
+SCHEDULES.register("cosine")(ScheduleRow(path="transformers.get_cosine_schedule_with_warmup"))
+SCHEDULES.register("cosine_with_restarts")(
+    ScheduleRow(
         path="transformers.get_cosine_with_hard_restarts_schedule_with_warmup",
         arguments=lambda config: {"num_cycles": config.lr_scheduler_num_cycles},
-    ),
-    "polynomial": ScheduleRow(
+    )
+)
+SCHEDULES.register("polynomial")(
+    ScheduleRow(
         path="transformers.get_polynomial_decay_schedule_with_warmup",
         arguments=lambda config: {"power": config.lr_scheduler_power},
-    ),
-    "inverse_sqrt": ScheduleRow(path="transformers.get_inverse_sqrt_schedule"),
-    "cosine_with_min_lr": ScheduleRow(
+    )
+)
+SCHEDULES.register("inverse_sqrt")(ScheduleRow(path="transformers.get_inverse_sqrt_schedule"))
+SCHEDULES.register("cosine_with_min_lr")(
+    ScheduleRow(
         path="transformers.get_cosine_with_min_lr_schedule_with_warmup",
         arguments=lambda config: {"num_cycles": config.lr_scheduler_num_cycles / 2},  # it counts whole waves, down and up again
-    ),
-    "warmup_stable_decay": ScheduleRow(path="transformers.get_wsd_schedule"),
-    "adafactor": ScheduleRow(path="transformers.optimization.AdafactorSchedule"),
-}
+    )
+)
+SCHEDULES.register("warmup_stable_decay")(ScheduleRow(path="transformers.get_wsd_schedule"))
+SCHEDULES.register("adafactor")(ScheduleRow(path="transformers.optimization.AdafactorSchedule"))
 
 
 def create_optimizer(config: OptimizerConfig, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Optimizer:

@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two text encoders, and a U-Net that is told the pooled prompt and the picture's size and crop."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel, Family, TextEncoderSlot, TimeIds
+from library.models.registry import FAMILIES
 from library.types import Conditioning
 
 PENULTIMATE = 2
@@ -46,10 +48,11 @@ class SDXL(DiffusionModel):
 
 _VERSION = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")
 
-FAMILY = Family(
+SDXL_BASE = Family(
     name="sdxl",
     title="Stable Diffusion XL",
     model_class=SDXL,
+    config_file=Path(__file__).with_name("sdxl.json"),
     pipeline_class="StableDiffusionXLPipeline",
     linear_projection=True,
     heads_per_level=None,
@@ -74,3 +77,4 @@ FAMILY = Family(
     versions={"epsilon": _VERSION, "v_prediction": _VERSION},
     implementation="https://github.com/Stability-AI/generative-models",
 )
+FAMILIES.register(SDXL_BASE.name)(SDXL_BASE)

@@ -1,10 +1,12 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, nothing added to the U-Net's inputs."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from library.models.base import DiffusionModel, Family, TextEncoderSlot
+from library.models.registry import FAMILIES
 from library.types import Conditioning
 
 
@@ -26,6 +28,7 @@ SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
     model_class=StableDiffusion,
+    config_file=Path(__file__).with_name("sd1.json"),
     pipeline_class="StableDiffusionPipeline",
     linear_projection=False,
     heads_per_level=8,
@@ -45,11 +48,13 @@ SD1 = Family(
     },
     implementation="diffusers",
 )
+FAMILIES.register(SD1.name)(SD1)
 
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2.x",
     model_class=StableDiffusion,
+    config_file=Path(__file__).with_name("sd2.json"),
     pipeline_class="StableDiffusionPipeline",
     linear_projection=True,
     heads_per_level=None,
@@ -69,3 +74,4 @@ SD2 = Family(
     },
     implementation="diffusers",
 )
+FAMILIES.register(SD2.name)(SD2)
