@@ -49,7 +49,9 @@ class Dropouts:
 
     @classmethod
     def of(cls, numbers: Mapping[str, float], neuron_dropout: float | None) -> "Dropouts":
-        """From --network_args and --network_dropout; `dropout` is sd-scripts' other name of the latter, which goes before it."""
+        """From --network_args and --network_dropout. Raises UserError where both name the neurons' dropout."""
+        if neuron_dropout is not None and "dropout" in numbers:
+            raise UserError("network_dropout and dropout in network_args are two names of one setting; leave one of them out")
         neuron = numbers.get("dropout") if neuron_dropout is None else neuron_dropout
         return cls(neuron, numbers.get("rank_dropout"), numbers.get("module_dropout"))
 

@@ -69,6 +69,8 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"network_dropout": 0.1, "network_args": ("dropout=0.2",)}, "two names of one setting"),
+        ({"network_args": ("neuron_dropout=0.1",)}, "neuron_dropout is not an option"),
         ({"network_module": "networks.nothing"}, "cannot be imported"),
         ({"network_module": "json"}, "no per-sample multipliers"),
         ({"network_weights": Path("none.safetensors")}, "does not exist"),

@@ -1,10 +1,12 @@
 """From settings to a network that is attached to a model and ready to train."""
 
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -31,28 +33,15 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     text_encoders = [] if config.network_train_unet_only else model.text_encoders
     if config.network_weights is not None and not config.network_weights.is_file():
         raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
+    for name in config.network_kwargs:  # a name of create_network's own arguments would be a TypeError
+        if name in inspect.signature(module.create_network).parameters or name == "generator":
+            raise UserError(f"network_args: {name} is not an option of {config.network_module}; dropout is network_dropout")
+    settings: dict[str, Any] = {"neuron_dropout": config.network_dropout, **config.network_kwargs}
     if config.dim_from_weights:
-        network, _ = module.create_network_from_weights(
-            1.0,
-            config.network_weights,
-            model.vae,
-            text_encoders,
-            model.unet,
-            neuron_dropout=config.network_dropout,
-            **config.network_kwargs,
-        )
+        network, _ = module.create_network_from_weights(1.0, config.network_weights, model.vae, text_encoders, model.unet, **settings)
     else:
-        network = module.create_network(
-            1.0,
-            config.network_dim,
-            config.network_alpha,
-            model.vae,
-            text_encoders,
-            model.unet,
-            neuron_dropout=config.network_dropout,
-            generator=generator,
-            **config.network_kwargs,
-        )
+        rank, alpha = config.network_dim, config.network_alpha
+        network = module.create_network(1.0, rank, alpha, model.vae, text_encoders, model.unet, generator=generator, **settings)
         if config.network_weights is not None:
             network.load_weights(config.network_weights)
     network.apply_to(text_encoders, model.unet, apply_text_encoder=bool(text_encoders), apply_unet=True)
