@@ -267,7 +267,7 @@ def test_the_formulas_cover_every_row():
     assert {row[0] for row in mark.args[1]} >= SCHEDULES.keys() - {"adafactor"}
 
 
-@pytest.mark.parametrize("name", SCHEDULES.keys() - {"adafactor"})
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"adafactor"}))
 def test_a_restored_schedule_goes_on(name: str):
     config = OptimizerConfig(lr_scheduler=name, learning_rate=1.0, lr_scheduler_args=EXTRA_SCHEDULE_ARGS.get(name, ()))
     expected = rates_of(config, 10)
