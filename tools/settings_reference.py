@@ -27,7 +27,7 @@ SCRIPTS: Mapping[str, type] = {
 }
 HEAD = """# Settings
 
-Every setting of every script, on the command line as `--name value` and in the TOML file as `name = value`. Those marked *expert* are
+Every setting of every script, on the command line as `--NAME VALUE` and in the TOML file as `NAME = VALUE`. Those marked *expert* are
 shown by `--help all` and not by `--help`. This page is written by `python -m tools.settings_reference`; do not edit it.
 """
 
