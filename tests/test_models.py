@@ -102,7 +102,10 @@ def test_tokenizer_is_clips():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_sampling_equals_the_pipeline(kind):
-    """Prompts, U-Net, v to eps, guidance, DDIM: the latents of three steps are diffusers' own."""
+    """Prompts, U-Net, v to eps, guidance, DDIM: the latents of three steps are diffusers' own.
+
+    Through eps, where diffusers goes from v to x0, rounding is divided by sqrt(abar) (0.07 at the first step): 2e-4 were seen with SSE kernels.
+    """
     model, guidance = tiny_model(kind), 3.0
     theirs = pipeline_of(model)(
         PROMPTS,
@@ -122,7 +125,7 @@ def test_sampling_equals_the_pipeline(kind):
         uncond_eps, cond_eps = model.predict_eps(latents.repeat(2, 1, 1, 1), timestep.repeat(4), cond).chunk(2)
         eps = uncond_eps + guidance * (cond_eps - uncond_eps)
         latents = ddim_step(latents, eps, model.schedule.abar(timestep.repeat(2)), model.schedule.abar(next_timestep.repeat(2)))
-    torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
