@@ -16,7 +16,7 @@ from tests.helpers.setting_reads import recorded_reads, unread_settings
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from tests.helpers.tiny_models import tiny_vae
 from train_latent_scorer import LatentScorerConfig
-from train_leco_score import LecoScoreConfig
+from train_leco_score import leco_score_config
 
 # Read only in runs unlike the ones below, which no other setting decides.
 ELSEWHERE = {
@@ -52,7 +52,8 @@ def scorer_run(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script, config_class, make", [(train_leco_score, LecoScoreConfig, slider_run), (train_latent_scorer, LatentScorerConfig, scorer_run)]
+    "script, config_class, make",
+    [(train_leco_score, leco_score_config(), slider_run), (train_latent_scorer, LatentScorerConfig, scorer_run)],
 )
 def test_every_setting_does_something_or_says_that_it_does_not(script, config_class, make, tmp_path: Path) -> None:
     values = make(tmp_path)
@@ -68,7 +69,7 @@ def test_every_setting_does_something_or_says_that_it_does_not(script, config_cl
     assert without_effect == [], "nothing reads them: use them, or say when they are read by only_with of option()"
 
 
-@pytest.mark.parametrize("config_class", [LecoScoreConfig, LatentScorerConfig])
+@pytest.mark.parametrize("config_class", [leco_score_config(), LatentScorerConfig])
 def test_the_settings_that_others_depend_on_exist(config_class: type) -> None:
     table = options(config_class)
     named = {

@@ -13,11 +13,11 @@ from tools.make_pixel_scorer import MakePixelScorerConfig
 from tools.score_images import ScoreImagesConfig
 from tools.train_image_prompt_adapter import TrainImagePromptAdapterConfig
 from train_latent_scorer import LatentScorerConfig
-from train_leco_score import LecoScoreConfig
+from train_leco_score import leco_score_config
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 SCRIPTS: Mapping[str, type] = {
-    "train_leco_score.py": LecoScoreConfig,
+    "train_leco_score.py": leco_score_config(),
     "train_latent_scorer.py": LatentScorerConfig,
     "tools/evaluate_slider.py": EvaluateSliderConfig,
     "tools/score_images.py": ScoreImagesConfig,

@@ -63,16 +63,16 @@ def _is_use() -> bool:
 
 
 def _attributes() -> set[str]:
+    """The names that the project's code reads as attributes, by a dot or by getattr, outside of `__post_init__`."""
     names = set()
     for file in CODE:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        checks = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
-            for inner in ast.walk(node)
-        }
-        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in checks}
+        checks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"]
+        checked = {inner for node in checks for inner in ast.walk(node)}
+        for node in set(ast.walk(tree)) - checked:
+            match node:
+                case ast.Attribute(attr=name) | ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                    names.add(name)
     return names
 
 
