@@ -104,7 +104,7 @@ def test_tokenizer_is_clips():
 def test_sampling_equals_the_pipeline(kind):
     """Prompts, U-Net, v to eps, guidance, DDIM: the latents of three steps are diffusers' own.
 
-    Through eps, where diffusers goes from v to x0, rounding is divided by sqrt(abar) (0.07 at the first step): 2e-4 were seen with SSE kernels.
+    Through eps, where diffusers goes from v to x0, rounding is divided by sqrt(abar), 0.07 at first: 2e-4 were seen with SSE kernels.
     """
     model, guidance = tiny_model(kind), 3.0
     theirs = pipeline_of(model)(
