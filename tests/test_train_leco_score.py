@@ -18,7 +18,7 @@ from torch import Tensor
 
 import train_leco_score
 from library.models.loading import load_model
-from library.rollouts.sample import initial_noise, sample
+from library.rollouts.sample import SamplingConfig, initial_noise, sample
 from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.shared import NetworkConfig, SavingConfig
@@ -218,7 +218,7 @@ def test_the_file_in_diffusers_gives_our_picture_and_so_does_it_merged(workplace
 
     def ours(network: Any, multiplier: float = 1.0) -> Tensor:
         return sample(
-            model, network, [prompt], [seed], multiplier, num_steps=steps, guidance_scale=guidance, resolution=(128, 128), batch_size=1
+            model, network, [prompt], [seed], multiplier, sampling=SamplingConfig(num_steps=steps, guidance_scale=guidance, size=(128, 128))
         )
 
     def distance(one: Tensor, two: Tensor) -> float:
