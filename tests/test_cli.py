@@ -198,6 +198,10 @@ def test_a_file_that_is_not_toml_is_explained(config_file, text: str, complaint:
     assert error_of("--config_file", path) == f"config_file {path} is not valid TOML: {complaint}"
 
 
+def test_brackets_without_end_are_no_traceback(config_file):
+    assert "nests arrays or tables hundreds deep" in error_of("--config_file", config_file("weights = " + "[" * 5000))
+
+
 def test_an_array_may_mix_whole_numbers_and_others(config_file):
     assert parse("--config_file", config_file(MODEL + "weights = [0.25, 0.5, 1, 2]\n")).extra.weights == (0.25, 0.5, 1.0, 2.0)
 

@@ -33,6 +33,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         line, reason = _explain(str(error), text.splitlines() or [""])
         raise UserError(f"{what} {path} is not valid TOML: line {line}: {reason}") from error
+    except RecursionError:
+        raise UserError(f"{what} {path} nests arrays or tables hundreds deep, which no setting does; mend its brackets") from None
 
 
 def _explain(message: str, lines: list[str]) -> tuple[int, str]:
