@@ -11,10 +11,8 @@ from library.measuring.image_statistics import (
     chroma,
     clipped_share,
     edge_energy,
-    eps_distance,
     nyquist_share,
     perceptual_distance,
-    perceptual_diversity,
     relative,
     rms_distance,
     rms_diversity,
@@ -95,20 +93,10 @@ def test_perceptual_distance_grows_with_the_change() -> None:
     assert distances[0] == 0 < distances[1] < distances[2]
 
 
-def test_eps_distance() -> None:
-    eps = noise(2, 4, 8, 8)
-    scale = torch.tensor([1.0, 1.25]).view(2, 1, 1, 1)
-    torch.testing.assert_close(eps_distance(eps * scale, eps), torch.tensor([0.0, 0.25]))
-
-
 def test_diversity() -> None:
     pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.ones(3, 4, 4)])
     assert rms_diversity(pictures) == pytest.approx(2 / 3)  # of three pairs, one is alike
     assert rms_diversity(pictures[1:]) == 0
-    first, second = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
-    first[:, 0], second[:, 1] = 1, 1
-    assert perceptual_diversity([torch.cat([first, second, second])]) == pytest.approx(4 / 3)
-    assert perceptual_diversity([torch.cat([second, second])]) == 0
 
 
 def test_chroma_is_0_for_grey_and_1_for_pure_colour() -> None:

@@ -83,12 +83,6 @@ def perceptual_distance(features: Sequence[Tensor], base: Sequence[Tensor]) -> T
     return torch.stack(layers).mean(0)
 
 
-@torch.no_grad()
-def eps_distance(eps: Tensor, base_eps: Tensor) -> Tensor:
-    """|eps - eps_0| / |eps_0| of predictions [B, C, h, w] on the same latents, with the slider and without -> [B]."""
-    return (eps.float() - base_eps.float()).flatten(1).norm(dim=1) / base_eps.float().flatten(1).norm(dim=1).clamp_min(1e-12)
-
-
 # ---- whether the seeds of a prompt still give different pictures ----
 
 
@@ -97,18 +91,6 @@ def rms_diversity(pictures: Tensor) -> float:
     """Mean RMS distance between two of S pictures or latents [S, ...]."""
     flat = pictures.double().flatten(1)
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
-
-
-@torch.no_grad()
-def perceptual_diversity(features: Sequence[Tensor]) -> float:
-    """Mean `perceptual_distance` between two of S pictures, from their features, a tensor [S, c, h, w] for each layer."""
-    count = features[0].shape[0]
-    first, second = torch.triu_indices(count, count, offset=1)
-    pairs = [
-        perceptual_distance([layer[i : i + 1] for layer in features], [layer[j : j + 1] for layer in features])
-        for i, j in zip(first.tolist(), second.tolist(), strict=True)
-    ]
-    return float(torch.cat(pairs).mean())
 
 
 # ---- the marks of a gamed score ----
