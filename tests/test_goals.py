@@ -280,31 +280,37 @@ def two_scores(limit: Limit | None, **settings) -> Stage:
     """Training on a tiny model: the mean of channel 0 is raised, and takes a score that bends along unless that is held."""
     prompts = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
     goals = [Goal(scorer=a_scorer(ChannelScorer)), Goal(scorer=a_scorer(CurvedScorer), weight=0.0, limit=limit)]
-    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, **settings}
+    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, "resolution": 64, **settings}
     return make_stage(reward=Reward(goals), prompts=prompts, strength=0.0, batch_size=4, **settings)
 
 
+@pytest.mark.slow
 def test_training_raises_one_score_and_leaves_the_held_one() -> None:
-    """One batch, both signs and directions, measured where the next step leads. A network of rank 2 follows only nearly."""
-    changes = {}
+    """Means over four batches, each measured where the next step leads: of six (seeds 0 to 5) the held score moved 0.28 to 0.61 times as
+    far as the free one, since a network of rank 2 follows only nearly."""
+    changes, directions = {}, set()
     for limit in (None, Limit("hold", 0.2)):
-        stage = two_scores(limit)
-        objective = stage.objective
-        batch, optimizer = stage.rollout.next_batch(), torch.optim.Adam(stage.network.parameters(), lr=4e-3)
-        assert set(batch.directions.tolist()) == {1.0, -1.0}
-        found = []
-        for _ in range(10):
-            optimizer.zero_grad()
-            out, eps = objective(batch)
-            out.loss.backward()
-            optimizer.step()
-            abar, next_abar = (objective.model.schedule.abar(times) for times in (batch.timesteps, batch.next_timesteps))
-            latents = objective.solver.step(batch.latents, eps, abar, next_abar)
-            terms = objective.reward(latents, batch.next_sigmas, None, batch.prompts).terms
-            found.append({name: batch.directions * value for name, value in terms.items()})
-        changes[limit] = {name: (found[-1][name] - found[0][name]).mean() for name in found[0]}
+        moved = []
+        for seed in range(4):
+            stage, views = two_scores(limit, seed=seed), torch.Generator().manual_seed(seed)
+            objective = stage.objective
+            batch, optimizer = stage.rollout.next_batch(), torch.optim.Adam(stage.network.parameters(), lr=4e-3)
+            directions |= set(batch.directions.tolist())
+            found = []
+            for _ in range(10):
+                optimizer.zero_grad()
+                out, eps = objective(batch, views)
+                out.loss.backward()
+                optimizer.step()
+                abar, next_abar = (objective.model.schedule.abar(times) for times in (batch.timesteps, batch.next_timesteps))
+                latents = objective.solver.step(batch.latents, eps, abar, next_abar)
+                terms = objective.reward(latents, batch.next_sigmas, None, batch.prompts).terms
+                found.append({name: batch.directions * value for name, value in terms.items()})
+            moved.append({name: (found[-1][name] - found[0][name]).mean() for name in found[0]})
+        changes[limit] = {name: torch.stack([own[name] for own in moved]).mean() for name in moved[0]}
+    assert directions == {1.0, -1.0}
     free, held = changes[None], changes[Limit("hold", 0.2)]
-    assert free["ChannelScorer"] > 0.005 and free["CurvedScorer"] > 0.005
+    assert free["ChannelScorer"] > 0.01 and free["CurvedScorer"] > 0.01
     assert held["ChannelScorer"] > 0.3 * free["ChannelScorer"]
     assert held["CurvedScorer"].abs() < 0.5 * free["CurvedScorer"]
 
