@@ -46,8 +46,7 @@ def train(config: LecoScoreConfig) -> Path:
     if config.check.check_reward:
         if not monitor.prompts:
             raise UserError("check_reward looks at one prompt, and there is none; set prompts_file or eval_prompts_file")
-        steps, prompt = config.training.max_train_steps, monitor.prompts[0]
-        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, prompt, monitor, steps)
+        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, monitor.prompts[0])
         print(report)
         raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
@@ -84,10 +83,12 @@ def train(config: LecoScoreConfig) -> Path:
             with in_use(network, optimizer.optimizer):
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
-        if first_step == 0 and monitor.observes_at(0):
+        if first_step == 0:
             with in_use(network, optimizer.optimizer):
-                start = monitor.observe(0).record.metrics()
-        progress = tracker.progress(config.training.max_train_steps, first_step, "training", ("loss", "reward", "gain_at_+1", "gain_at_-1"))
+                seen = monitor.start()
+                start = {} if seen is None else seen.record.metrics()
+        shown = ("loss", "reward", "running_gain_at_+1", "running_gain_at_-1")
+        progress = tracker.progress(config.training.max_train_steps, first_step, "training", shown)
         for step in range(first_step, config.training.max_train_steps):
             outs: dict[str, list[LossOutput]] = {name: [] for name in terms}
             already_counted = model.num_unet_evaluations
@@ -112,8 +113,9 @@ def train(config: LecoScoreConfig) -> Path:
 
             start, done, stop = {}, step + 1, None
             with in_use(network, optimizer.optimizer):
-                if monitor.observes_at(done):
-                    seen = monitor.observe(done)  # on every process, so that all stop together
+                seen = monitor.after(done)  # on every process, so that all stop together
+                metrics |= monitor.running_metrics()
+                if seen is not None:
                     metrics, stop = metrics | seen.record.metrics(), seen.stop
                 if accelerator.is_main_process:
                     if due(done, config.monitor.sample_every_n_steps):
@@ -125,7 +127,7 @@ def train(config: LecoScoreConfig) -> Path:
             tracker.log(metrics, step)
             progress.update()
             if stop is not None:
-                logger.info("step %d: training stops, because %s", done, stop)
+                logger.info("training ends after step %d: %s; the best of the measured steps is looked for and kept", done, stop)
                 break
 
     with in_use(network, optimizer.optimizer):
@@ -133,10 +135,10 @@ def train(config: LecoScoreConfig) -> Path:
             files.save_state(state(done), done, final=True)
         if accelerator.is_main_process:  # as trained: whatever the last measurements meet, it is on disk
             files.save(network, done, final=True)
-        kept, calibration = monitor.finish(done)
+        outcome = monitor.finish(done)
         if accelerator.is_main_process:
-            files.save(network, kept, final=True, calibration=calibration)
-            logger.info("slider saved to %s", files.slider_path)
+            files.save(network, outcome.step, final=True, outcome=outcome)
+            logger.info("slider saved to %s (after %d updates). %s", files.slider_path, outcome.step, outcome.verdict)
     return files.slider_path
 
 

@@ -145,6 +145,16 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """Trajectories that have come to their ends: clean latents [N, C, h, w], and what they were asked for, N of each."""
+
+    latents: Tensor
+    prompts: Sequence[PromptSpec]
+    multipliers: Sequence[float]
+    cond: Conditioning
+
+
+@dataclass(frozen=True)
 class RewardOutput:
     """total [B], higher is better, and the terms it is the weighted sum of, by name, [B] each."""
 
@@ -161,9 +171,12 @@ class LossOutput:
         sample_losses: what each sample contributes, no gradient [B].
         samples: what each sample is, in words [B]; a loss that is not finite is reported with them.
         metrics: numbers to log.
+        promised: by how much the score of each sample's finished picture rises, in the wanted direction, if the gain of this step lasts at
+            every step [B]; None for a term without a score.
     """
 
     loss: Tensor
     sample_losses: Tensor
     samples: Sequence[str]
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    promised: Tensor | None = None

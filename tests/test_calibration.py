@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.measuring.calibration import STRONGEST, WEAKEST, Calibration, choose_scale, confirm, next_strength
+from library.measuring.calibration import STRONGEST, WEAKEST, Calibration, Target, choose_scale, confirm, next_strength
 from library.measuring.response_curve import ResponseCurve, curve_of, response_curve, summarise_curve
 from library.measuring.statistics import Interval, bootstrap_gains, within_prompt_std
 from library.rollouts.sample import SamplingConfig, sample
@@ -37,26 +37,26 @@ def test_many_pictures_confirm_the_level_that_few_suggested():
     """The ladder says 4 a unit and 2 below 0; more pictures at +-0.25 say 2 and 1: the form stays, the strength doubles."""
     ladder = curve(lambda m: 4 * m if m > 0 else 2 * m)
     many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, 0.5), drifts=(0.1, 0.0, 0.1))
-    confirmed = confirm(ladder, many, target_gain=1.0)
+    confirmed = confirm(ladder, many, Target(gain=1.0))
     assert confirmed.reached and confirmed.scale == pytest.approx(0.5) and confirmed.gain == pytest.approx(1.0)
     assert confirmed.down and confirmed.down.value == pytest.approx(-0.5)
 
 
 def test_a_ladder_that_many_pictures_contradict_is_not_believed():
     many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, -0.5), drifts=(0.1, 0.0, 0.1))
-    confirmed = confirm(curve(lambda m: 4 * m), many, target_gain=1.0)
+    confirmed = confirm(curve(lambda m: 4 * m), many, Target(gain=1.0))
     assert confirmed.scale == pytest.approx(0.25) and confirmed.verified_up and confirmed.verified_up.value == pytest.approx(-0.5)
 
 
 def test_straight_line():
-    chosen = choose_scale(curve(lambda m: 4 * m), target_gain=1.3)
+    chosen = choose_scale(curve(lambda m: 4 * m), Target(gain=1.3))
     assert chosen.reached and chosen.scale == pytest.approx(1.3 / 4) and chosen.gain == pytest.approx(1.3)
     assert chosen.down and chosen.down.value == pytest.approx(-1.3) and chosen.line and chosen.line.r2 == pytest.approx(1)
     assert chosen.line.slope.value == pytest.approx(1.3)
 
 
 def test_plus_one_is_promised_and_minus_one_is_told():
-    chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), target_gain=1.0)
+    chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), Target(gain=1.0))
     assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.gain == pytest.approx(1.0)
     assert chosen.down and chosen.down.value == pytest.approx(-0.4)
     assert "+1 moves the training score by +1.00 standard deviations, -1 by -0.40" in chosen.note
@@ -64,38 +64,38 @@ def test_plus_one_is_promised_and_minus_one_is_told():
 
 def test_a_bent_curve_is_read_between_its_rungs():
     """tanh at 0.62, between rungs: a chord would read 0.0084 less there, and miss the strength by 1.4 %."""
-    chosen = choose_scale(curve(lambda m: math.tanh(m)), target_gain=math.tanh(0.62))
+    chosen = choose_scale(curve(lambda m: math.tanh(m)), Target(gain=math.tanh(0.62)))
     assert chosen.scale == pytest.approx(0.62, rel=0.003)
 
 
 def test_what_is_promised_is_what_the_curve_says():
     """With few rungs and arms of different steepness, too: the strength is read off the very curve that is shown."""
     few = ResponseCurve(multipliers=(-2.0, -1.0, 0.0, 1.0, 2.0), gains=(-3.0, -2.5, 0.0, 1.5, 2.1), drifts=(2, 1, 0, 1, 2))
-    chosen = choose_scale(few, target_gain=1.0)
+    chosen = choose_scale(few, Target(gain=1.0))
     assert chosen.reached and chosen.gain == pytest.approx(1.0) and chosen.curve and chosen.curve.gain_at(1.0) == pytest.approx(1.0)
 
 
 def test_out_of_reach_takes_the_end_of_the_ladder_and_says_so():
-    chosen = choose_scale(curve(lambda m: 0.3 * m), target_gain=1.0)
+    chosen = choose_scale(curve(lambda m: 0.3 * m), Target(gain=1.0))
     assert not chosen.reached and chosen.scale == 2.0 and chosen.gain == pytest.approx(0.6)
     assert "not reached" in chosen.note and "largest that was tried" in chosen.note
 
 
 def test_it_stops_where_the_curve_turns_back():
-    chosen = choose_scale(curve(lambda m: 0.6 * m if m < 1.2 else 0.5), target_gain=1.0)  # up to 0.6 at 1, then 0.5
+    chosen = choose_scale(curve(lambda m: 0.6 * m if m < 1.2 else 0.5), Target(gain=1.0))  # up to 0.6 at 1, then 0.5
     assert not chosen.reached and chosen.scale == 1.0 and chosen.gain == pytest.approx(0.6)
     assert "stops following" in chosen.note
 
 
 def test_it_stops_at_the_drift_limit():
-    chosen = choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), target_gain=1.0, max_drift=0.13)
+    chosen = choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), Target(gain=1.0, max_drift=0.13))
     assert not chosen.reached and chosen.scale == pytest.approx(0.65) and chosen.gain == pytest.approx(0.65)
     assert "drift too far" in chosen.note
-    assert choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), target_gain=1.0, max_drift=0.3).reached
+    assert choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), Target(gain=1.0, max_drift=0.3)).reached
 
 
 def test_a_dead_upper_arm_leaves_the_slider_as_it_is():
-    chosen = choose_scale(curve(lambda m: m if m < 0 else -0.1 * m), target_gain=1.0)
+    chosen = choose_scale(curve(lambda m: m if m < 0 else -0.1 * m), Target(gain=1.0))
     assert not chosen.reached and chosen.scale == 1.0 and "left as trained" in chosen.note and chosen.gain == pytest.approx(-0.1)
 
 
@@ -115,11 +115,11 @@ def calibrated(gain, strengths: tuple[float, ...]) -> tuple[Calibration, list[fl
     """As a run calibrates; and at which strengths it had to measure more."""
     rng, more = np.random.default_rng(0), []
     found = measured_at(strengths, gain, rng)
-    while (strength := next_strength(found, 1.0)) is not None:
+    while (strength := next_strength(found, Target())) is not None:
         more.append(strength)
         found = found.joined(measured_at((strength,), gain, rng))
         assert len(more) < 10
-    return choose_scale(found, 1.0), more
+    return choose_scale(found, Target()), more
 
 
 @pytest.mark.parametrize("slope", [0.025, 0.3, 1.0, 6.0, 45.0])
@@ -145,13 +145,55 @@ def test_beyond_what_can_be_calibrated_it_is_said_in_a_sentence() -> None:
 def test_an_arm_that_was_measured_only_beyond_weight_2_has_a_line_all_the_same() -> None:
     """Without more strengths, too: nothing is solved that has no solution."""
     for slope in (4.0, 6.0, 10.0):
-        chosen = choose_scale(measured_at((0.5, 1.0, 1.5), lambda m, slope=slope: slope * m, np.random.default_rng(0)), 1.0)
+        chosen = choose_scale(measured_at((0.5, 1.0, 1.5), lambda m, slope=slope: slope * m, np.random.default_rng(0)), Target())
         assert chosen.line and math.isfinite(chosen.line.slope.value) and math.isfinite(chosen.line.slope.low)
 
 
 def test_a_curve_that_is_zero_everywhere_is_confirmed_by_nothing() -> None:
     none = curve(lambda m: 0.0)
-    assert confirm(none, ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(0.0, 0.0, 0.0), drifts=(0, 0, 0))).scale == 1.0
+    assert confirm(none, ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(0.0, 0.0, 0.0), drifts=(0, 0, 0)), Target()).scale == 1.0
+
+
+# ---- a strength that can be seen ----
+
+SEEN = Target(visible=True)
+
+
+def seen(visible, gain=lambda m: 2 * m, **changes) -> ResponseCurve:
+    line = curve(gain)
+    return replace(line, visible=tuple(map(visible, MULTIPLIERS)), resamples=np.array([line.gains] * 2), **changes)
+
+
+def test_weight_1_is_strong_enough_to_be_seen():
+    """A gain of 1 is at 0.5; nearly all pictures differ visibly at 1.25, at the arm where they differ less."""
+    chosen = choose_scale(seen(lambda m: m if m > 0 else -0.8 * m), SEEN)
+    assert chosen.reached and chosen.scale == pytest.approx(1.25, rel=0.01) and chosen.gain == pytest.approx(2.5, rel=0.01)
+    assert chosen.visible == pytest.approx(1.0, rel=0.01)
+    assert "so that it can be seen; 1 standard deviation would be weight 0.40" in chosen.note and "plainly seen in 90%" in chosen.note
+
+
+def test_a_gain_that_is_visible_already_is_left_at_one_standard_deviation():
+    chosen = choose_scale(seen(lambda m: 10 * abs(m)), SEEN)
+    assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.visible == pytest.approx(5.0)
+    assert choose_scale(seen(lambda m: abs(m)), Target()).scale == pytest.approx(0.5)  # on request, by standard deviations alone
+
+
+def test_it_is_not_raised_beyond_where_judges_and_pictures_hold():
+    sound = tuple(abs(multiplier) <= 0.75 for multiplier in MULTIPLIERS)
+    chosen = choose_scale(seen(abs, sound=sound), SEEN)
+    assert chosen.scale == pytest.approx(0.75) and chosen.gain == pytest.approx(1.5) and "hard to see in some pictures" in chosen.note
+    assert next_strength(seen(lambda m: 0.1 * abs(m), sound=sound), SEEN) is None  # and no stronger one is tried
+
+
+def test_a_change_that_nobody_sees_yet_is_looked_for_farther_out():
+    assert next_strength(seen(lambda m: 0.4 * abs(m)), SEEN) == pytest.approx(1.5 * 2.0)
+    assert next_strength(seen(lambda m: abs(m)), SEEN) is None
+
+
+def test_the_visibility_is_confirmed_too():
+    """Few pictures say 1 at 1; more say half as much at 0.5: weight 1 is twice as strong."""
+    many = ResponseCurve(multipliers=(-0.5, 0.0, 0.5), gains=(-1.0, 0.0, 1.0), drifts=(0, 0, 0), visible=(0.25, 0.0, 0.25))
+    assert confirm(seen(abs), many, SEEN).scale == pytest.approx(2.0)
 
 
 # ---- the curve of the calibrated slider ----
@@ -159,13 +201,13 @@ def test_a_curve_that_is_zero_everywhere_is_confirmed_by_nothing() -> None:
 
 def test_slope_and_r2_are_those_of_the_least_squares_line_within_two():
     """Trained twice too strong: only multipliers up to 1 are weights up to 2."""
-    chosen = choose_scale(curve(lambda m: 2 * math.tanh(m)), target_gain=2 * math.tanh(0.5))
+    chosen = choose_scale(curve(lambda m: 2 * math.tanh(m)), Target(gain=2 * math.tanh(0.5)))
     weights = np.array([-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2])
     gains = 2 * np.tanh(weights / 2)
     assert chosen.line
     assert chosen.line.slope.value == pytest.approx(np.polyfit(weights, gains, 1)[0])
     assert chosen.line.r2 == pytest.approx(np.corrcoef(weights, gains)[0, 1] ** 2)
-    assert chosen.line.usable == chosen.line.measured == pytest.approx((-2.0, 2.0))
+    assert chosen.line.measured == pytest.approx((-4.0, 4.0)) and chosen.line.usable == pytest.approx((-3.8, 3.8))  # half of the effect
 
 
 def test_usable_range_ends_where_the_curve_turns():
@@ -192,17 +234,17 @@ def test_no_usable_range():
 
 
 def test_what_was_not_measured_is_not_claimed():
-    chosen = choose_scale(curve(lambda m: 0.7 * m), target_gain=1.0)  # scale 1.43: measured to weight 1.4
+    chosen = choose_scale(curve(lambda m: 0.7 * m), Target(gain=1.0))  # scale 1.43: measured to weight 1.4
     assert chosen.line and chosen.line.measured[1] == pytest.approx(1.4) and chosen.line.usable == chosen.line.measured
     assert "usable from -1.4 (no farther measured) to +1.4 (no farther measured)" in chosen.note
     assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
 
 
 def test_preferred_weight_is_the_strongest_usable_one_up_to_1():
-    chosen = choose_scale(curve(lambda m: m), target_gain=1.0)
+    chosen = choose_scale(curve(lambda m: m), Target(gain=1.0))
     assert chosen.preferred_weight == 1.0 and chosen.line
     assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.7))).preferred_weight == 0.7
-    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == 1.0
+    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == 0.0  # no weight above 0 is usable
 
 
 # ---- from scores to the curve, with its noise ----
@@ -267,7 +309,7 @@ def test_a_score_that_does_not_vary_has_no_unit():
 def test_verified_puts_other_seeds_beside_the_prediction():
     rng = np.random.default_rng(0)
     weights = np.array(MULTIPLIERS)
-    chosen = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights, slope=2.0), np.abs(weights), rng), 1.0)
+    chosen = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights, slope=2.0), np.abs(weights), rng), Target())
     assert chosen.scale == pytest.approx(0.5, rel=0.2) and chosen.up and chosen.up.low < 1 < chosen.up.high
     again = np.array([-chosen.scale, 0.0, chosen.scale])
     scores = scores_of(rng, 12, 4, again, slope=2.0)
@@ -283,7 +325,7 @@ def test_verified_puts_other_seeds_beside_the_prediction():
 def test_metadata_is_json_and_has_the_promise():
     rng = np.random.default_rng(0)
     weights = np.array(MULTIPLIERS)
-    entries = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights), np.abs(weights), rng), 1.0).metadata()
+    entries = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights), np.abs(weights), rng), Target()).metadata()
     json.dumps(entries, allow_nan=False)
     gain_up = entries["leco_gain_up"]
     assert isinstance(gain_up, list)

@@ -11,8 +11,8 @@ from library.slider_training.keep_best import selection_score
 from tests.helpers.records import record_of
 
 
-def early_stop(gain: float | None = None, patience: int | None = None, drift: float | None = None) -> EarlyStop:
-    return EarlyStop(gain=gain, patience=patience, drift=drift, network_scale=0.5)
+def early_stop(gain: float | None = None) -> EarlyStop:
+    return EarlyStop(gain=gain, network_scale=0.5)
 
 
 def test_stop_when_strong_enough() -> None:
@@ -20,28 +20,31 @@ def test_stop_when_strong_enough() -> None:
     assert "strong enough" in (early_stop(gain=2.0).add(50, record_of((2.5, 2.1)))[0] or "")
 
 
-def test_stop_when_the_latents_drift_too_far() -> None:
-    assert early_stop(drift=0.5).add(50, record_of(statistics={"latent_drift": 0.4}))[0] is None
-    assert "0.60 (RMS)" in (early_stop(drift=0.5).add(50, record_of(statistics={"latent_drift": 0.6}))[0] or "")
+def test_stop_when_there_is_nothing_more_to_gain() -> None:
+    """Two measurements that say so, where the running gain has said it before; a plateau alone, or before anything grew, stops nothing."""
+    stop = early_stop()
+    assert stop.add(0, record_of((0.0, 0.0)), plateau=True)[0] is None
+    assert stop.add(50, record_of((1.0, 1.0)), plateau=True)[0] is None
+    assert stop.add(100, record_of((1.02, 1.02)), plateau=False)[0] is None
+    assert "since step 100" in (stop.add(150, record_of((1.05, 1.05)), plateau=True)[0] or "")
 
 
-def stops(path: list[tuple[float, float]], patience: int | None = 2) -> list[bool]:
+def stops(path: list[tuple[float, float]]) -> list[bool]:
     """Whether to stop after each of (score, judge)."""
-    stop = early_stop(patience=patience)
+    stop = early_stop()
     records = [record_of((score, score), {"taste": (judge, judge)}) for score, judge in path]
     return [stop.add(50 * number, record)[0] is not None for number, record in enumerate(records)]
 
 
 def test_stop_when_the_judges_keep_falling_while_the_score_rises() -> None:
-    path = [(0.0, 0.0), (0.5, 0.5), (1, 0.8), (1.5, 0.6), (2, 0.4)]
-    assert stops(path) == [False, False, False, False, True]
-    assert not any(stops(path, patience=None))
+    path = [(0.0, 0.0), (0.5, 0.5), (1, 0.8), (1.5, 0.7), (2, 0.6), (2.5, 0.4)]
+    assert stops(path) == [False, False, False, False, False, True]
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        [(0.0, 0.0), (0.5, 0.5), (1, 0.3), (1.5, 0.7), (2, 0.6)],  # they recover
+        [(0.0, 0.0), (0.5, 0.5), (1, 0.3), (1.2, 0.35), (1.5, 0.7), (2, 0.6)],  # they recover
         [(0.0, 0.0), (1, 0.8), (0.8, 0.6), (0.7, 0.5), (0.6, 0.4)],  # the score falls, too
         [(0.0, 0.0), (1, 0.8), (1.1, 0.78), (1.2, 0.79), (1.3, 0.77)],  # they only wobble
     ],

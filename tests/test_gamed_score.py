@@ -39,13 +39,12 @@ def test_a_gamed_score_warns_stops_and_keeps_the_best_step(
         tmp_path / "out",
         max_train_steps=12,
         evaluate_every_n_steps=2,
-        early_stop_patience=2,
+        measure="light",
+        calibrate="off",
         save_every_n_steps=2,
         learning_rate=8e-3,
         preserve_weight=0.0,
         leco_denoise_guidance_scale=1.0,
-        num_eval_prompts=2,
-        pixel_statistics=False,
     )
 
     assert "moves the way the weight says and a judge the other way" in caplog.text

@@ -11,7 +11,7 @@ import library.measuring.measure as measure
 from library.errors import UserError
 from library.measuring.image_statistics import chroma, clipped_share, perceptual_distance, rms_distance, rms_diversity, vae_features
 from library.measuring.judges import Judges
-from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.measure import Comparison, Measurer, Part, Raters, seed_table
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Reward
 from library.rollouts.sample import SamplingConfig, decode, sample
@@ -45,7 +45,7 @@ class OtherChannel(ChannelScorer):
 def measurer_for(prompts: list[PromptSpec] = PROMPTS[:1], raters: Raters | None = None, **settings) -> tuple[Measurer, LoRANetwork]:
     model = tiny_model()
     raters = raters or Raters(reward=Reward([Goal(scorer=scorer_for(model))]))
-    measurer = Measurer(model=model, raters=raters, prompts=prompts, seeds=seed_table(prompts, 2), sampling=SAMPLING, **settings)
+    measurer = Measurer(model=model, raters=raters, prompts=prompts, **({"seeds": seed_table(prompts, 2), "sampling": SAMPLING} | settings))
     return measurer, lora_for(model, 0.2)
 
 
@@ -161,10 +161,55 @@ def test_pictures_are_decoded_only_where_somebody_looks(pixels: bool, judges: Ju
     calls: list[int] = []
     monkeypatch.setattr(measure, "decode", lambda model, latents, size: calls.append(1) or decode(model, latents, size))
     measurer, network = measurer_for(raters=Raters(judges=judges, scorers={"other": scorer_for(tiny_model())}), pixels=pixels)
-    measured = measurer.measure(network, [1.0], perceptual=False).statistics
+    measured = measurer.measure(network, [1.0]).statistics
     assert bool(calls) is decodes and ("saturation" in measured) is decodes
     assert {"latent_drift", "latent_statistics", "latent_diversity", "latent_nyquist"} <= set(measured)
-    assert "perceptual_distance" not in measured
+    assert ("perceptual_distance" in measured) is decodes
+
+
+def test_what_is_measured_in_parts_is_what_is_measured_at_once() -> None:
+    """The first seeds of all prompts and then the others; some prompts and then the others; the unit is that of all pictures."""
+    prompts = [replace(prompt, width=None) for prompt in PROMPTS[:2]]
+    measurer, network = measurer_for(prompts=prompts, seeds=seed_table(prompts, 4))
+    whole = measurer.measure(network, [-1.0, 1.0])
+    for parts in ((Part((0, 1), slice(0, 2)), Part((0, 1), slice(2, 4))), (Part((0,), slice(0, 4)), Part((1,), slice(0, 4)))):
+        first, second = (measurer.measure(network, [-1.0, 1.0], part=part) for part in parts)
+        joined = first.joined(second)
+        assert (joined.prompts, joined.seeds, joined.num_pairs) == (whole.prompts, whole.seeds, 8) and first.num_pairs == 4
+        for name, response in joined.responses.items():
+            np.testing.assert_allclose(response.values, whole.responses[name].values, atol=1e-4)
+            assert response.std == first.responses[name].std == whole.responses[name].std
+        assert joined.statistics["latent_drift"] == pytest.approx(whole.statistics["latent_drift"], rel=1e-3)
+        assert joined.visibility is not None and whole.visibility is not None
+        np.testing.assert_allclose(joined.visibility, whole.visibility, rtol=0.05, atol=1e-3)
+
+
+def test_a_change_of_brightness_that_is_plainly_seen_has_visibility_1() -> None:
+    measurer, network = measurer_for()
+    shown = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
+    compare = Comparison(measurer.model, torch.zeros(1, 4, 8, 8), shown)
+    for levels, visible in ((16, 1.0), (32, None), (0, 0.0)):
+        found = compare(torch.zeros(1, 4, 8, 8), (shown + levels) / 255)["perceptual_distance"] / compare.noticeable
+        assert found.item() == pytest.approx(visible, rel=1e-3, abs=1e-6) if visible is not None else found.item() > 1.5
+    record = measurer.measure(network, [-1.0, 1.0])
+    assert record.visibility is not None and record.visibility.shape == (1, 2, 3) and (record.visibility[:, :, 1] == 0).all()
+    assert record.visible_share(0) == (record.visibility[:, :, 0] > 1).mean()
+
+
+def test_base_pictures_are_taken_over_by_a_run_that_goes_on_if_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    measurer, network = measurer_for()
+    before = measurer.measure(network, [1.0])
+    state = measurer.state_dict()
+    sampled = []
+    monkeypatch.setattr(measure, "sample", lambda *args, **kwargs: sampled.append(args[4]) or sample(*args, **kwargs))
+    resumed, same = measurer_for()
+    resumed.load_state_dict(state)
+    again = resumed.measure(same, [1.0])
+    assert all(0.0 not in multipliers for multipliers in sampled)
+    np.testing.assert_array_equal(again.responses["reward"].values[:, :, 0], before.responses["reward"].values[:, :, 0])
+    other, _ = measurer_for(seeds=seed_table(PROMPTS[:1], 2, offset=7))
+    other.load_state_dict(state)
+    assert other._base is None
 
 
 def test_seeds_differ_and_a_prompt_may_bring_its_own() -> None:

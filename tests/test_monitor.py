@@ -1,5 +1,6 @@
 """What the monitor measures: against the same numbers made by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
+from library.measuring.calibration import Target
 from library.measuring.judges import Judges
 from library.measuring.record import EvaluationRecord
 from library.measuring.statistics import within_prompt_std
@@ -48,9 +50,14 @@ def monitor_for(
     model = tiny_model()
     network = network_of(model)
     sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64))
-    config = MonitorConfig(**{"eval_seeds_per_prompt": 2, "num_sample_prompts": 2, "pixel_statistics": False, **settings})
+    num_steps = settings.pop("num_steps", 500)
+    config = MonitorConfig(**settings)
     reward = Reward([Goal(scorer=scorer_for(model, scorer))])
-    return Monitor(model, network, reward, prompts, PromptEncoder(model, network), sampling, config, judges), model, network
+    return (
+        Monitor(model, network, reward, prompts, PromptEncoder(model, network), sampling, config, judges, num_steps=num_steps),
+        model,
+        network,
+    )
 
 
 def gains(monitor: Monitor) -> tuple[float, float]:
@@ -60,33 +67,64 @@ def gains(monitor: Monitor) -> tuple[float, float]:
 
 
 def test_the_gain_is_in_within_prompt_standard_deviations() -> None:
+    """The slider on the first seeds of each prompt, as many as an observation begins with; the unit from all of the base model's."""
     monitor, model, network = monitor_for()
     up, down = gains(monitor)
-    sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64), batch_size=2)
+    sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64), batch_size=24)
     scores = {}
-    for multiplier in (1.0, 0.0, -1.0):
+    for multiplier, count in ((1.0, 8), (0.0, 24), (-1.0, 8)):
         rows = [
-            sample(model, network, [prompt] * 2, [2 * row, 2 * row + 1], multiplier, sampling=sampling)
+            sample(model, network, [prompt] * count, range(24 * row, 24 * row + count), multiplier, sampling=sampling)
             for row, prompt in enumerate(PROMPTS)
         ]
         scores[multiplier] = torch.stack([latents[:, 0].mean((1, 2)) for latents in rows])
     unit = within_prompt_std(scores[0.0].double().numpy())
     wanted = torch.tensor([[1.0], [-1.0]])
-    expected = [((scores[multiplier] - scores[0.0]) * wanted).mean().item() / unit for multiplier in (1.0, -1.0)]
+    expected = [((scores[multiplier] - scores[0.0][:, :8]) * wanted).mean().item() / unit for multiplier in (1.0, -1.0)]
     assert abs(up) > 1e-3 and (up, down) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert monitor.base_unit() == pytest.approx(unit, rel=1e-4)
 
 
 def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
     """The calibrated strength, measured again, is the gain that was promised."""
-    monitor, _, network = monitor_for(prompts=PROMPTS[:1], calibration_multipliers=(0.5, 1.0))
+    monitor, _, network = monitor_for(prompts=PROMPTS[:1], early_stop_gain=None)
     before = gains(monitor)[0]
-    calibration = monitor.calibration(1e6)  # out of reach: the end of the range in which the arm keeps rising
-    assert not calibration.reached and calibration.note.endswith(".")
-    again = monitor.curve(monitor.pictures, [calibration.scale])
-    assert again.gains[2] != pytest.approx(calibration.gain, rel=1e-3)  # confirmed by other pictures
+    calibration, record = monitor.calibration(Target(gain=1e6))  # out of reach: the end of the range in which the arm keeps rising
+    assert not calibration.reached and calibration.note.endswith(".") and record.multipliers == (-1.0, 0.0, 1.0)
     network.scale_alpha(2.0)
     assert gains(monitor)[0] != pytest.approx(before)
+
+
+def test_an_observation_goes_on_while_its_answer_is_open() -> None:
+    """16 pairs where they say it; all 48 where the interval of a gain holds the one that training is to stop at."""
+    monitor, _, _ = monitor_for()
+    first = monitor.observe(50).record
+    assert first.num_pairs == 16
+    gain = max((first.gain("reward", place) for place in first.ends), key=lambda gain: gain.value)
+    monitor.config = replace(monitor.config, early_stop_gain=gain.value + 0.001 * (gain.high - gain.value))
+    assert monitor.observe(50).record.num_pairs == 48
+
+
+def test_what_a_run_measures_is_counted() -> None:
+    monitor, model, _ = monitor_for()
+    before = model.num_unet_evaluations
+    monitor.start()
+    monitor.observe(50)
+    assert monitor.spent == model.num_unet_evaluations - before == 3 * 2 * (48 + 2 * 16 * 2)  # steps, branches of the guidance, pictures
+
+
+def test_full_measures_all_pictures_as_the_training_samples() -> None:
+    light, full = monitor_for(num_steps=500)[0], monitor_for(measure="full")[0]
+    sampled = [replace(monitor.sampling, num_steps=20) for monitor in (light, full)]
+    light.sampling, full.sampling = sampled
+    assert [light._measurer(PROMPTS).sampling.sampler, full._measurer(PROMPTS).sampling.sampler] == ["dpmpp_2m", "ddim"]
+    assert [light._measurer(PROMPTS).sampling.num_steps, full._measurer(PROMPTS).sampling.num_steps] == [10, 20]
+    assert full.observe(50).record.num_pairs == 48 and [light.interval, full.interval] == [167, 50]
+
+
+def test_off_does_nothing() -> None:
+    monitor, model, network = monitor_for(measure="off", evaluate_every_n_steps=1)
+    assert monitor.start() is None and monitor.after(1) is None and monitor.finish(1).step == 1
+    assert model.num_unet_evaluations == 0 and "never looked at" in monitor.finish(1).verdict
 
 
 def test_a_text_encoder_lora_is_measured_as_it_is_now() -> None:
@@ -121,9 +159,17 @@ class MadeUpPictures:
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
-        return {"reward": np.array([[0.0, 1.0]])}
+        return {"reward": np.array([[0.0, 1.0], [0.0, 1.0]])}
 
-    def measure(self, network: LoRANetwork, multipliers, *, name: str) -> EvaluationRecord:
+    seeds = ((0,),)
+    everything = None
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def measure(self, network: LoRANetwork, multipliers, *, name: str, part: object) -> EvaluationRecord:
         gain = strength_of(network)
         judged = gain - 0.6 * max(0.0, gain - 1.0) ** 2
         return record_of((gain, gain), {"taste": (judged, judged)}, statistics={"latent_drift": 0.1 * gain})
@@ -132,7 +178,7 @@ class MadeUpPictures:
 def made_up_monitor(**settings) -> tuple[Monitor, LoRANetwork]:
     model = tiny_model()
     judges = Judges(scorers={"taste": scorer_for(model)})
-    monitor, _, network = monitor_for(judges=judges, **{"early_stop_gain": None, "calibrate": None, **settings})
+    monitor, _, network = monitor_for(judges=judges, **{"early_stop_gain": None, "calibrate": "off", **settings})
     monitor.pictures = MadeUpPictures()  # pyright: ignore[reportAttributeAccessIssue]
     return monitor, network
 
@@ -159,15 +205,17 @@ def observe_all(monitor: Monitor, network: LoRANetwork, steps: list[int]) -> lis
 
 def test_a_gamed_score_is_warned_of_stopped_and_its_best_step_restored(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    monitor, network = made_up_monitor(early_stop_patience=2)
+    monitor, network = made_up_monitor()
     seen = observe_all(monitor, network, list(PATH))
     assert [observation.record.hack_index for observation in seen] == pytest.approx([0.0, 0.0, 0.135, 0.49, 0.9075, 1.35])
-    assert [observation.stop is not None for observation in seen] == [False, False, False, False, True, True]
-    assert "the score is gamed" in (seen[4].stop or "")
+    assert [observation.stop is not None for observation in seen] == [False, False, False, False, False, True]
+    assert "the score is gamed" in (seen[5].stop or "")
     assert [len(observation.warnings) for observation in seen] == [0, 0, 0, 0, 1, 1]
     assert "the way the weight says and a judge the other way: +4.0 against -1.4" in seen[5].warnings[0].text
     assert seen[5].warnings[0].text in caplog.text
-    assert monitor.finish(50) == (20, None)
+    outcome = monitor.finish(50)
+    assert outcome.step == 20 and outcome.calibration is None and outcome.record == monitor.best.record
+    assert outcome.verdict.startswith("The score was gamed") and outcome.metadata()["leco_stopped"] == seen[5].stop
     assert strength_of(network) == pytest.approx(1.6)
     assert "step 20 is the best of all measured steps (selection score 1.38; step 50: -1.40)" in caplog.text
     assert "step 20 is kept: training score +1.60 at +1, -1.60 at -1; judge taste +1.38 at +1, -1.38 at -1; hack index 0.14" in caplog.text
@@ -177,7 +225,7 @@ def test_the_last_step_is_measured_if_it_was_not() -> None:
     monitor, network = made_up_monitor()
     observe_all(monitor, network, [0, 10])
     train_to(network, PATH[20])
-    assert monitor.finish(15) == (15, None)
+    assert monitor.finish(15).step == 15
     assert strength_of(network) == pytest.approx(1.6) and monitor.best.step == 15
 
 
@@ -186,26 +234,25 @@ def test_the_start_is_never_the_best_step() -> None:
     monitor, network = made_up_monitor()
     observe_all(monitor, network, [0])
     train_to(network, PATH[50])
-    assert monitor.finish(50) == (50, None)
+    assert monitor.finish(50).step == 50
 
 
-@pytest.mark.parametrize("settings", [{"keep_best": False}, {"evaluate_every_n_steps": None}])
-def test_the_last_step_is_kept_on_request(settings: dict) -> None:
-    monitor, network = made_up_monitor(**settings)
-    observe_all(monitor, network, [20, 50])
-    assert monitor.finish(50) == (50, None)
-    assert strength_of(network) == pytest.approx(4.0)
+def test_a_judge_that_breaks_costs_a_measurement_and_not_the_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monitor, network = made_up_monitor(evaluate_every_n_steps=10)
+    observe_all(monitor, network, [0])
+    monkeypatch.setattr(MadeUpPictures, "measure", lambda *args, **kwargs: 1 / 0)
+    assert monitor.after(10) is None and "step 10: the measurement ended in an error: ZeroDivisionError" in caplog.text
 
 
 def test_a_resumed_run_remembers_the_best_weights_and_what_was_said(tmp_path: Path) -> None:
-    first, network = made_up_monitor(early_stop_patience=2)
-    observe_all(first, network, [0, 10, 20, 30])
+    first, network = made_up_monitor()
+    observe_all(first, network, [0, 10, 20, 30, 40])
     save_state(tmp_path, first.state_dict())
-    resumed, other = made_up_monitor(early_stop_patience=2)
+    resumed, other = made_up_monitor()
     resumed.load_state_dict(load_state(tmp_path))
-    seen = observe_all(resumed, other, [40])
+    seen = observe_all(resumed, other, [50])
     assert seen[0].stop is not None
-    assert resumed.finish(40) == (20, None)
+    assert resumed.finish(50).step == 20
     assert strength_of(other) == pytest.approx(1.6)
 
 
@@ -220,7 +267,7 @@ def test_the_best_weights_are_a_copy() -> None:
 def test_an_observation_of_real_pictures() -> None:
     """Every number can be logged, and a network that does nothing has no effect."""
     model = tiny_model()
-    monitor, _, network = monitor_for(PROMPTS[:1], judges=Judges(scorers={"wavy": scorer_for(model, WavyScorer)}), pixel_statistics=True)
+    monitor, _, network = monitor_for(PROMPTS[:1], judges=Judges(scorers={"wavy": scorer_for(model, WavyScorer)}))
     metrics = monitor.observe(50).record.metrics()
     expected = {"judge/wavy/gain_at_+1", "score/ChannelScorer/gain_at_-1", "hack_index", "perceptual_distance_at_+1", "latent_drift_at_-1"}
     assert expected <= set(metrics) and all(np.isfinite(value) for value in metrics.values())
@@ -232,7 +279,7 @@ def test_an_observation_of_real_pictures() -> None:
 
 
 def test_an_error_at_the_end_does_not_cost_the_slider(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monitor, network = made_up_monitor(calibrate=1.0)
+    monitor, network = made_up_monitor(calibrate="1.0")
     observe_all(monitor, network, [0, 20])
     train_to(network, PATH[50])
 
@@ -240,12 +287,14 @@ def test_an_error_at_the_end_does_not_cost_the_slider(monkeypatch: pytest.Monkey
         raise np.linalg.LinAlgError("singular")
 
     monkeypatch.setattr(Monitor, "calibration", broken)
-    assert monitor.finish(50) == (20, None)  # the best step was found before
+    outcome = monitor.finish(50)
+    assert outcome.step == 20 and outcome.calibration is None  # the best step was found before
+    assert "was lost (LinAlgError: singular)" in outcome.verdict
     assert strength_of(network) == pytest.approx(1.6) and "saved as trained: LinAlgError: singular" in caplog.text
     monkeypatch.setattr(MadeUpPictures, "measure", lambda *args, **kwargs: 1 / 0)
     train_to(network, PATH[50])
     monitor.last = None
-    assert monitor.finish(50) == (50, None) and strength_of(network) == pytest.approx(4.0)
+    assert monitor.finish(50).step == 50 and strength_of(network) == pytest.approx(4.0)
 
 
 def test_due() -> None:
@@ -254,7 +303,7 @@ def test_due() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"eval_seeds_per_prompt": 1}, {"calibration_multipliers": (0.0, 1.0)}, {"early_stop_gain": 0.0}, {"calibrate": 0.0}]
+    "values", [{"evaluate_every_n_steps": 0}, {"max_drift": 0.0}, {"early_stop_gain": 0.0}, {"calibrate": "0"}, {"calibrate": "much"}]
 )
 def test_settings_that_mean_nothing(values: dict) -> None:
     with pytest.raises(UserError):
@@ -264,8 +313,7 @@ def test_settings_that_mean_nothing(values: dict) -> None:
 def test_without_prompts_nothing_is_measured() -> None:
     """As when a slider is learned from words alone."""
     monitor, _, network = monitor_for([])
-    assert not monitor.observes_at(0) and not monitor.observes_at(50)
-    assert monitor.finish(50) == (50, None)
+    assert monitor.start() is None and monitor.after(50) is None and monitor.finish(50).step == 50
     with pytest.raises(UserError, match="give eval_prompts_file"):
         monitor_for([], sample_every_n_steps=10)
     assert network.loras

@@ -143,8 +143,7 @@ def test_a_whole_run_with_a_unet_encoder_that_reads_prompts(kind: str, tmp_path:
         return forward(self, latents, sigmas, cond, prompts)
 
     monkeypatch.setattr(UNetEncoder, "forward", watched)
-    changes = {"evaluate_every_n_steps": 2, "calibrate": 1.0, "calibration_multipliers": [1.0], "num_eval_prompts": 2}
-    slider = run(workplace, tmp_path / "out", scorer=[str(path)], **changes)
+    slider = run(workplace, tmp_path / "out", scorer=[str(path)], measure="light", evaluate_every_n_steps=2)
     assert slider.exists()
     assert {prompt for prompt, noisy in calls if not noisy} == set(texts)  # when measured
     assert any(noisy for _, noisy in calls)  # in the loss

@@ -1,6 +1,5 @@
 """A look before the training: what it says of a good signal, of none, and of one that breaks; and that it leaves nothing behind."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from library.scorers.base import Scorer
 from library.settings.options import build
 from library.settings.shared import OptimizerConfig
 from library.slider_training.check import RewardCheck, check_reward
-from library.slider_training.monitor import Monitor, MonitorConfig
 from library.types import PromptSpec
 from networks.lora import create_network
 from tests.helpers.context import make_context, part_settings
@@ -54,10 +52,8 @@ def check(
     context = replace(context, reward=reward, prompts=[prompt], settings=part_settings(**score))
     config = context.settings["score"]
     term = ScoreTerm(context, config)
-    measured = MonitorConfig(num_eval_prompts=1, eval_seeds_per_prompt=2)
-    monitor = Monitor(context.model, context.network, reward, [prompt], context.encoder, context.sampling, measured)
     before = {name: tensor.clone() for name, tensor in context.network.state_dict().items()}
-    report = check_reward(context, {"score": term}, config, OptimizerConfig(learning_rate=learning_rate), prompt, monitor, 100)
+    report = check_reward(context, {"score": term}, config, OptimizerConfig(learning_rate=learning_rate), prompt)
     after = context.network.state_dict()
     return report, all(torch.equal(before[name], after[name]) for name in before)
 
@@ -65,16 +61,15 @@ def check(
 def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
     report, unchanged = check(learning_rate=1e-2)
     assert report.passed and unchanged
-    assert report.gain_up > 0 and report.gain_down > 0 and report.drift > 0 and report.predicted > 0
+    assert report.gain_up > 0 and report.gain_down > 0 and report.drift > 0
     assert [one.sigma for one in report.probes] == sorted((one.sigma for one in report.probes), reverse=True)
     assert "the reward can be trained" in str(report) and "score" in report.norms
-    assert f"{0.6 * report.predicted:.1f} to {report.predicted:.1f} within-prompt" in str(report)
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_every_estimator_can_be_looked_at(estimator: str) -> None:
     report, unchanged = check(learning_rate=1e-2, score_estimator=estimator, context=make_context(strength=0.0))
-    assert unchanged and report.gain_up > 0 and report.gain_down > 0 and report.predicted > 0, report
+    assert unchanged and report.gain_up > 0 and report.gain_down > 0, report
     assert all(probe.gradient > 0 and probe.first_order > 0 for probe in report.probes)
 
 
@@ -116,7 +111,6 @@ def test_a_constant_score_is_flat_and_explained() -> None:
 def test_a_score_that_is_not_finite_is_explained() -> None:
     report, unchanged = check(BrokenScorer, normalize_gradient=False)
     assert not report.passed and unchanged and "not finite" in report.faults[0]
-    assert math.isnan(report.predicted)
 
 
 def test_a_learning_rate_that_changes_everything_at_once_is_a_fault() -> None:

@@ -29,6 +29,7 @@ from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
 from tests.helpers.golden_run import RUNS, golden_file, golden_numbers
+from tests.helpers.records import record_of
 from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_model
 from train_leco_score import leco_score_config
@@ -63,8 +64,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     values = settings(workplace, output, max_train_steps=4, save_every_n_steps=1, save_last_n_steps=2, save_state=True)
-    values |= {"sample_every_n_steps": 4, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, "calibrate": 1.0}
-    values |= {"calibration_multipliers": [1.0], "save_precision": "fp16"}
+    values |= {"sample_every_n_steps": 4, "evaluate_every_n_steps": 2, "early_stop_gain": 1e6, "measure": "light", "save_precision": "fp16"}
     config = parse_config(leco_score_config(), ["--config_file", str(write_toml(tmp_path / "x.toml", values))])
 
     path = train_leco_score.train(config)
@@ -137,10 +137,12 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
     from library.measuring.calibration import Calibration
 
     half = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
-    monkeypatch.setattr(Monitor, "calibration", lambda self, target: half)
-    path = run(workplace, tmp_path, calibrate=1.0, save_state_on_train_end=True)
+    monkeypatch.setattr(Monitor, "calibration", lambda self, target: (half, record_of()))
+    path = run(workplace, tmp_path, measure="light", early_stop_gain="", save_state_on_train_end=True)
     alphas = {tensor.item() for name, tensor in load_file(path).items() if name.endswith(".alpha")}
-    assert alphas == {1.0} and metadata_of(path)["ss_network_alpha"] == "1.0" and metadata_of(path)["modelspec.usage_hint"] == "Half."
+    assert (
+        alphas == {1.0} and metadata_of(path)["ss_network_alpha"] == "1.0" and metadata_of(path)["modelspec.usage_hint"].startswith("Half.")
+    )
     state = load_state(tmp_path / "tiny-state")["parts"]["network"]["state"]
     assert {tensor.item() for name, tensor in state.items() if name.endswith(".alpha")} == {2.0}  # what is resumed is not scaled
 
@@ -148,8 +150,8 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
 def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from library.slider_training.early_stop import EarlyStop
 
-    monkeypatch.setattr(EarlyStop, "add", lambda self, step, record: ("it is strong enough" if step == 2 else None, []))
-    run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2)
+    monkeypatch.setattr(EarlyStop, "add", lambda self, step, record, plateau: ("it is strong enough" if step == 2 else None, []))
+    run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2, measure="light", calibrate="off")
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
@@ -190,7 +192,7 @@ def test_what_a_killed_run_left_unfinished_goes_and_nothing_else(tmp_path: Path)
 def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, optimizer: dict) -> None:
     """With dropout, fresh noise in every sampler step, a schedule, accumulation, two sizes, and previews and measurements in between."""
     common = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "network_dropout": 0.3, "sampler": "euler_a", "save_every_n_steps": 2}
-    common |= {"save_state": True, "sample_every_n_steps": 2, "evaluate_every_n_steps": 2, "keep_best": False, **optimizer}
+    common |= {"save_state": True, "sample_every_n_steps": 2, "evaluate_every_n_steps": 2, "measure": "light", **optimizer}
     if optimizer.get("optimizer_type") != "AdamWScheduleFree":
         common["lr_scheduler"] = "cosine"
     straight = load_file(run(workplace, tmp_path / "a", **common))
@@ -267,7 +269,12 @@ def test_the_golden_runs(name: str, tmp_path: Path) -> None:
 VARIANTS = {
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "fp16": {"mixed_precision": "fp16"},
-    "text_encoder": {"network_train_unet_only": False, "gradient_checkpointing": True, "calibrate": 1.0, "gradient_accumulation_steps": 2},
+    "text_encoder": {
+        "network_train_unet_only": False,
+        "gradient_checkpointing": True,
+        "measure": "light",
+        "gradient_accumulation_steps": 2,
+    },
     "noised": {"rollout": "noised"},
     "conv": {"network_args": ["conv_dim=2"], "scale_weight_norms": 0.001},
     "x0": {"score_estimator": "x0", "leco_denoise_guidance_scale": 1.0, "reward_loss": "linear", "preserve_weight": 0.0},

@@ -1,20 +1,39 @@
-"""Which strength becomes weight 1? A slider is measured at several multipliers, and the one at which it does what is wanted of it is
-folded into its alpha. Then it is said what a weight does, with intervals, and what other seeds say.
+"""Which strength becomes weight 1? From what is known of a slider's strength, a few more are measured until the wanted one is bracketed;
+it is confirmed by more pictures at fresh seeds and folded into the alpha. Then it is said what a weight does, with intervals.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import root_scalar
 
-from library.measuring.response_curve import BURNT_CLIPPING, CurveSummary, ResponseCurve, summarise_curve
+from library.measuring.response_curve import VISIBLE_SHARE, CurveSummary, ResponseCurve, summarise_curve
 from library.measuring.statistics import Interval
 
 WEAKEST, STRONGEST = 0.02, 50.0  # of the trained strength: beyond these a training went wrong, and no weight can repair it
 STEP_UP, STEP_DOWN = (1.5, 2.5), 0.1  # times the strengths that were measured: where the next one may lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What weight +1 is to do.
+
+    Attributes:
+        gain: of the training score, in within-prompt standard deviations.
+        visible: raise the strength, where that gain is too small to be seen, until a person tells the pictures from the base model's
+            (`response_curve.VISIBLE_SHARE`), as far as judges and pictures hold.
+        max_drift: latents may be no farther (RMS) from the base model's; None is no bound.
+    """
+
+    gain: float = 1.0
+    visible: bool = False
+    max_drift: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.gain > 0, f"the target is above 0, not {self.gain}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +42,12 @@ class Calibration:
 
     Attributes:
         scale: what to multiply alpha with, above 0.
-        gain: at weight +1, in within-prompt standard deviations: the target, where it is reached.
-        reached: whether that is the target.
+        gain: at weight +1, in within-prompt standard deviations: at least the target, where it is reached.
+        reached: whether it is.
         note: in plain words, for a person who downloads the file.
         choice: the first sentence of the note: which strength was chosen.
-        target: the gain that was asked for.
+        target: what was asked for.
+        visible: perceptual distance that nearly all pictures exceed at the worse of +1 and -1, over a visible one; NaN where unknown.
         up, down: gain at +1 and at -1 with intervals, as the curve has it.
         curve: over the calibrated weight; None where nothing was measured.
         line: its slope, R2 and usable range.
@@ -40,7 +60,8 @@ class Calibration:
     reached: bool
     note: str
     choice: str = ""
-    target: float | None = None
+    target: Target | None = None
+    visible: float = math.nan
     up: Interval | None = None
     down: Interval | None = None
     curve: ResponseCurve | None = None
@@ -61,18 +82,21 @@ class Calibration:
 
     @property
     def preferred_weight(self) -> float:
-        """1, or the strongest usable weight where 1 is too much."""
-        if self.line is None or self.line.usable[1] <= 0:
-            return 1.0
-        return min(1.0, self.line.usable[1])
+        """1, or the strongest usable weight where 1 is too much; 0 where none is usable."""
+        return 1.0 if self.line is None else max(0.0, min(1.0, self.line.usable[1]))
 
     def metadata(self) -> dict[str, object]:
         """`ss_leco_` entries of the LoRA's metadata."""
-        entries: dict[str, object] = {"leco_calibration_scale": round(self.scale, 6), "leco_calibration_target": self.target}
+        entries: dict[str, object] = {
+            "leco_calibration_scale": round(self.scale, 6),
+            "leco_calibration_target": None if self.target is None else self.target.gain,
+        }
         intervals = {"gain_up": self.up, "gain_down": self.down, "verified_up": self.verified_up, "verified_down": self.verified_down}
         for name, interval in intervals.items():
             if interval is not None:
                 entries[f"leco_{name}"] = _rounded(interval)
+        if not math.isnan(self.visible):
+            entries["leco_visibility"] = round(self.visible, 3)
         if self.line is not None:
             entries["leco_slope"] = _rounded(self.line.slope)
             entries["leco_r2"] = None if math.isnan(self.line.r2) else round(self.line.r2, 4)
@@ -84,92 +108,112 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Arm:
-    """The upper arm of a curve, from multiplier 0 up: strengths and gains [K], and the strength up to which it can be trusted, because
-    from there on the score falls (`monotone_end`) or the pictures drift too far (`drift_end`)."""
+    """The upper arm of a curve, from multiplier 0 up: strengths and gains [K], the strength up to which it can be trusted, because from
+    there on the score falls (`monotone_end`) or the pictures drift too far (`drift_end`), and the one that the target wants (infinite
+    where the curve does not reach it)."""
 
     strengths: np.ndarray
     gains: np.ndarray
     monotone_end: float
     drift_end: float
+    wanted: float
+    wanted_gain: float  # the part of `wanted` that is for the gain
 
     @property
     def end(self) -> float:
         return min(self.monotone_end, self.drift_end)
 
     @staticmethod
-    def of(curve: ResponseCurve, max_drift: float | None) -> "_Arm":
+    def of(curve: ResponseCurve, target: Target) -> "_Arm":
         multipliers = np.array(curve.multipliers)
         assert np.allclose(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {curve.multipliers}"
         centre = len(multipliers) // 2
+
+        def worse(values: Sequence[float] | np.ndarray, of: Callable[..., np.ndarray]) -> np.ndarray:
+            """Of both arms, by strength."""
+            return of(np.array(values)[centre:], np.array(values)[centre::-1])
+
         strengths, gains = multipliers[centre:], np.array(curve.gains)[centre:]
-        drifts = np.maximum(np.array(curve.drifts)[centre:], np.array(curve.drifts)[centre::-1])
         falling = np.diff(gains) <= 0
         top = float(strengths[-1])
         monotone_end = float(strengths[np.argmax(falling)]) if falling.any() else top
-        drift_end = top if max_drift is None else _first_crossing(strengths, drifts, max_drift, beyond=top)
-        return _Arm(strengths, gains, monotone_end, drift_end)
+        drift_end = top
+        if target.max_drift is not None:
+            drift_end = _first_crossing(strengths, worse(curve.drifts, np.maximum), target.max_drift, beyond=top)
+        wanted = wanted_gain = _first_crossing(multipliers, np.array(curve.gains), target.gain, beyond=np.inf)
+        if target.visible and curve.visible and wanted_gain < np.inf:
+            seen = _first_crossing(strengths, np.maximum.accumulate(worse(curve.visible, np.minimum)), 1.0, beyond=np.inf)
+            sound = worse(curve.sound, np.logical_and) if curve.sound else np.ones(len(strengths), bool)
+            bound = min(monotone_end, drift_end) if sound.all() else float(strengths[np.argmin(sound) - 1])
+            if not np.isinf(seen) or bound < top:
+                seen = min(seen, bound)
+            wanted = max(wanted_gain, seen)
+        return _Arm(strengths, gains, monotone_end, drift_end, wanted, wanted_gain)
 
 
-def choose_scale(curve: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
-    """The smallest multiplier s whose gain is the target; it becomes weight +1. What -s does is told, not promised.
+def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
+    """The smallest multiplier s that has what the target says; it becomes weight +1. What -s does is told, not promised.
 
     The promise is made for +1 and not for the mean of both signs, so that it is literally true of the weight that people use. The curve
-    is read by monotone cubic interpolation, and only as far out as its upper arm keeps rising and both arms stay within `max_drift`.
+    is read by monotone cubic interpolation, and only as far out as its upper arm keeps rising and both arms stay within the drift.
     Where the target is not reached, s is the end of that range; where the range is empty, 1; and never below `WEAKEST`.
     """
-    assert target_gain > 0, f"the target is above 0, not {target_gain}"
-    arm = _Arm.of(curve, max_drift)
+    arm = _Arm.of(curve, target)
+    words = f"The target of {target.gain:.3g} standard deviations"
     if arm.end == 0:
         choice = "The slider does not raise its training score even when it is weakest, so its strength was left as trained."
-        return _calibration(curve, 1.0, target_gain, False, choice, max_drift)
-    wanted = _first_crossing(np.array(curve.multipliers), np.array(curve.gains), target_gain, beyond=np.inf)
-    if wanted < WEAKEST:
+        return _calibration(curve, 1.0, target, False, choice)
+    if arm.wanted < WEAKEST:
         choice = (
-            f"The target of {target_gain:.3g} standard deviations would need {wanted:.2g} of the trained strength: weight 1 is {WEAKEST:g} "
-            "of it, the least that is tried; lower learning_rate."
+            f"{words} would need {arm.wanted:.2g} of the trained strength: weight 1 is {WEAKEST:g} of it, the least that is tried; lower "
+            "learning_rate."
         )
-        return _calibration(curve, WEAKEST, target_gain, False, choice, max_drift)
+        return _calibration(curve, WEAKEST, target, False, choice)
+    wanted = arm.wanted if arm.wanted < np.inf else min(arm.end, float(arm.strengths[-1])) if arm.wanted_gain < np.inf else np.inf
     if wanted <= arm.end:
-        return _calibration(curve, wanted, target_gain, True, f"Weight 1 is {wanted:.3g} of the trained strength.", max_drift)
+        farther = wanted > 1.01 * arm.wanted_gain
+        unit = "standard deviation" if target.gain == 1 else "standard deviations"
+        reason = f", so that it can be seen; {target.gain:.3g} {unit} would be weight {arm.wanted_gain / wanted:.2f}" if farther else ""
+        return _calibration(curve, wanted, target, True, f"Weight 1 is {wanted:.3g} of the trained strength{reason}.")
     far, reason = f"weight 1 is {arm.end:.3g} of the trained strength", "the largest that was tried"
     if arm.end < arm.strengths[-1]:
         cause = "the pictures drift too far" if arm.drift_end < arm.monotone_end else "the score stops following the weight"
         reason = f"beyond which {cause}"
-    choice = f"The target of {target_gain:.3g} standard deviations is not reached: {far}, {reason}."
-    return _calibration(curve, arm.end, target_gain, False, choice, max_drift)
+    return _calibration(curve, arm.end, target, False, f"{words} is not reached: {far}, {reason}.")
 
 
-def next_strength(curve: ResponseCurve, target_gain: float, max_drift: float | None = None) -> float | None:
+def next_strength(curve: ResponseCurve, target: Target) -> float | None:
     """The strength to measure next, so that the target lies between strengths that were measured; None where it does, or cannot.
 
     A slider that is too strong is measured where the curve now has the target, until it is no longer read off far below the weakest
     strength that was measured; one that is too weak farther out, as long as its score clearly rises and its pictures neither drift too far
     nor burn out.
     """
-    arm = _Arm.of(curve, max_drift)
+    arm = _Arm.of(curve, target)
     weakest, strongest = float(arm.strengths[1]), float(arm.strengths[-1])
-    wanted = _first_crossing(arm.strengths, arm.gains, target_gain, beyond=np.inf)
-    if wanted < 0.7 * weakest:
-        return None if weakest <= WEAKEST else max(wanted, WEAKEST, STEP_DOWN * weakest)
-    if wanted < np.inf or arm.end < strongest or strongest >= STRONGEST or not curve.interval_at(strongest).low > 0:
+    if arm.wanted < 0.7 * weakest:
+        return None if weakest <= WEAKEST else max(arm.wanted, WEAKEST, STEP_DOWN * weakest)
+    if arm.wanted < np.inf or arm.end < strongest or strongest >= STRONGEST or not curve.interval_at(strongest).low > 0:
         return None
-    if curve.clipped and max(curve.clipped[0], curve.clipped[-1]) > curve.clipped[len(curve.clipped) // 2] + BURNT_CLIPPING:
+    if curve.sound and not (curve.sound[0] and curve.sound[-1]):
         return None
-    ratio = 1.1 * target_gain / float(arm.gains[-1])
+    ratio = 1.1 * target.gain / float(arm.gains[-1])
+    if arm.wanted_gain < np.inf:  # strong enough, and not yet to be seen
+        ratio = 1.1 / max(min(curve.visible[0], curve.visible[-1]), 1e-3)
     return min(max(ratio, STEP_UP[0]), STEP_UP[1]) * strongest if strongest * STEP_UP[1] < STRONGEST else STRONGEST
 
 
-def confirm(curve: ResponseCurve, measured: ResponseCurve, target_gain: float = 1.0, max_drift: float | None = None) -> Calibration:
+def confirm(curve: ResponseCurve, measured: ResponseCurve, target: Target) -> Calibration:
     """Choose again where more pictures were measured at one strength and its opposite.
 
-    `curve` tells the form, from few pictures at many strengths; `measured` tells the level, from many pictures at -s, 0 and s. Each arm is
-    scaled to agree with what was measured at its end; so are the intervals and the judges. Where an arm was found to go the other way, the
-    curve is not believed, and its choice is returned with what was measured.
+    `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. Each arm is
+    scaled to agree with what was measured at its end; so are the intervals, the judges and the visibility. Where an arm was found to go the
+    other way, the curve is not believed, and its choice is returned with what was measured.
     """
     assert len(measured.multipliers) == 3, "the level is measured at one strength and its opposite"
     factors = _level(curve, measured)
     if factors is None:
-        return choose_scale(curve, target_gain, max_drift).verified(measured)
+        return choose_scale(curve, target).verified(measured)
     gains = np.array(curve.gains) * factors
     resamples = None
     if measured.resamples is not None:
@@ -179,8 +223,16 @@ def confirm(curve: ResponseCurve, measured: ResponseCurve, target_gain: float = 
     for name in judges.keys() & measured.judges.keys():
         own = _level(curve, measured, name)
         judges[name] = judges[name] if own is None else tuple(map(float, np.array(judges[name]) * own))
-    level = replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges)
-    return choose_scale(level, target_gain, max_drift)
+    visible = curve.visible
+    if visible and measured.visible:
+        at = [
+            float(PchipInterpolator(curve.multipliers, visible)(strength))
+            for strength in (measured.multipliers[0], measured.multipliers[2])
+        ]
+        low, high = (seen / before if before > 0 else 1.0 for seen, before in zip(measured.visible[::2], at, strict=True))
+        visible = tuple(value * (low if strength < 0 else high) for strength, value in zip(curve.multipliers, visible, strict=True))
+    level = replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges, visible=visible)
+    return choose_scale(level, target)
 
 
 def _level(curve: ResponseCurve, measured: ResponseCurve, judge: str | None = None) -> np.ndarray | None:
@@ -195,7 +247,7 @@ def _level(curve: ResponseCurve, measured: ResponseCurve, judge: str | None = No
     return np.where(np.array(curve.multipliers) < 0, factors[0], factors[1])
 
 
-def _calibration(curve: ResponseCurve, scale: float, target: float, reached: bool, choice: str, max_drift: float | None) -> Calibration:
+def _calibration(curve: ResponseCurve, scale: float, target: Target, reached: bool, choice: str) -> Calibration:
     curve = curve.rescaled(scale)
     up, down = curve.interval_at(1.0), curve.interval_at(-1.0)
     chosen = Calibration(
@@ -208,7 +260,8 @@ def _calibration(curve: ResponseCurve, scale: float, target: float, reached: boo
         up=up,
         down=down,
         curve=curve,
-        line=summarise_curve(curve, max_drift),
+        line=summarise_curve(curve, target.max_drift),
+        visible=float(PchipInterpolator(curve.multipliers, curve.visible)([-1.0, 1.0]).min()) if curve.visible else math.nan,
         judges={name: (curve.gain_at(1.0, name), curve.gain_at(-1.0, name)) for name in curve.judges},
     )
     return _with_note(chosen)
@@ -221,6 +274,9 @@ def _with_note(calibration: Calibration) -> Calibration:
         calibration.choice,
         f"Weight +1 moves the training score by {_gain(up)} standard deviations, -1 by {_gain(down)}; slope {line}.",
     ]
+    if not math.isnan(calibration.visible):
+        seen = f"plainly seen in {VISIBLE_SHARE:.0%} of the pictures" if calibration.visible > 0.99 else "hard to see in some pictures"
+        words.append(f"At weight 1 the change is {seen} ({calibration.visible:.2g} times a visible one).")
     if calibration.verified_up is not None and calibration.verified_down is not None:
         words.append(f"On other seeds: {_gain(calibration.verified_up)} at +1, {_gain(calibration.verified_down)} at -1.")
     words += [f"Judge {name}: {up_gain:+.2f} at +1, {down_gain:+.2f} at -1." for name, (up_gain, down_gain) in calibration.judges.items()]

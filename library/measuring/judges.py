@@ -5,18 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.errors import UserError
+from library.measuring.statistics import Role
 from library.models.base import DiffusionModel
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 
+ROLES: Mapping[str, Role] = {"follow": "judge", "stay": "stay", "share": "share"}  # as a user writes them after "="
+
 
 @dataclass(frozen=True)
 class Judges:
-    """By name: functions of pixels, and scorers of clean latents."""
+    """By name: functions of pixels, scorers of clean latents, and the roles of those that have another than "judge"."""
 
     functions: Mapping[str, Judge] = field(default_factory=dict)
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -28,7 +32,8 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
 
     Args:
         functions: as `library.scorers.judges.load_judge` takes them. They are called by the name of the function.
-        scorer_files: scorer files of any kind. They are called by the name of the file.
+        scorer_files: scorer files of any kind. They are called by the name of the file. Either may end in a role: "=follow" is to rise and
+            fall with the weight, "=stay" is not to move, "=share" answers yes or no and must not fall.
         training_files: the scorers that the training follows.
         model: whose latents the scorers read, on whose device.
 
@@ -36,25 +41,40 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
         UserError: a judge that is none, or reads another VAE's latents, or is a scorer of the training; two judges of one name.
     """
     followed = {Path(path).resolve() for path in training_files}
-    for path in scorer_files:
-        if Path(path).resolve() in followed:
+    roles: dict[str, Role] = {}
+    named: dict[str, Judge | Scorer] = {}
+    for number, word in enumerate([*functions, *scorer_files]):
+        source, role = split_role(word)
+        if number >= len(functions) and Path(source).resolve() in followed:
             raise UserError(
-                f"judge_scorers has {path}, which training follows (scorer): it cannot judge itself; give one that was trained on other "
+                f"judge_scorers has {source}, which training follows (scorer): it cannot judge itself; give one that was trained on other "
                 "ratings or with another backbone, or a function of pixels in judges"
             )
-    named: dict[str, Judge | Scorer] = {}
-    for name, judge in [*((name.rpartition(":")[2], load_judge(name)) for name in functions), *_scorers(scorer_files, model)]:
+        judge = load_judge(source) if number < len(functions) else _scorer(source, model)
+        name = source.rpartition(":")[2] if isinstance(judge, Judge) else judge.name
         if name in named or name in {Path(path).stem for path in training_files}:
             raise UserError(f"a judge is called {name!r} as another judge or a training score is; give each a name of its own")
         named[name] = judge
+        if role is not None:
+            roles[name] = role
     return Judges(
         {name: judge for name, judge in named.items() if isinstance(judge, Judge)},
         {name: judge for name, judge in named.items() if isinstance(judge, Scorer)},
+        roles,
     )
 
 
-def _scorers(files: Sequence[str], model: DiffusionModel) -> list[tuple[str, Scorer]]:
-    scorers = [load_scorer(path) for path in files]
-    for scorer in scorers:
-        check_scorer_fits(scorer, model.vae_fingerprint())
-    return [(scorer.name, scorer.to(model.device)) for scorer in scorers]
+def split_role(word: str) -> tuple[str, Role | None]:
+    """ "my.py:edges=stay" -> the judge and its role; None where none is given. Raises UserError for a role that is none."""
+    source, equals, role = word.rpartition("=")
+    if not equals:
+        return word, None
+    if role not in ROLES:
+        raise UserError(f"judge {word!r} has the role {role!r}, but a role is follow, stay or share, as in my_judges.py:edges=stay")
+    return source, ROLES[role]
+
+
+def _scorer(path: str, model: DiffusionModel) -> Scorer:
+    scorer = load_scorer(path)
+    check_scorer_fits(scorer, model.vae_fingerprint())
+    return scorer.to(model.device)

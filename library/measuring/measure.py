@@ -1,16 +1,17 @@
 """Measuring a slider: prompts x seeds x multipliers are sampled, decoded and scored, and become one `EvaluationRecord`.
 
 P prompts, S seeds of each, M multipliers, K of them not 0. The base model's pictures (multiplier 0) are made once and shared by all
-measurements of the same pictures, whatever the network. All numbers of a record come from the same pictures.
+measurements of the same pictures, whatever the network. A slider may be measured on a part of them first, and on the rest if that does
+not answer the question (`EvaluationRecord.joined`); the unit of its gains is that of all pictures of the base model in any case.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from library.errors import UserError
 from library.measuring.image_statistics import (
@@ -26,15 +27,17 @@ from library.measuring.image_statistics import (
 )
 from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
-from library.measuring.statistics import summarise_response
+from library.measuring.statistics import summarise_response, within_prompt_std
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import plain_text
 from library.objectives.rewards import Reward
 from library.rollouts.sample import PromptEncoder, SamplingConfig, decode, sample
 from library.scorers.base import Scorer
+from library.training.tracking import progress_bar
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
+NOTICEABLE = 16 / 255  # of the pixels' range: as large a change of brightness is plainly seen beside the unchanged picture
 SHARES = ("clipped",)  # kept as they are; the other statistics of pictures alone are divided by the base model's
 
 
@@ -51,6 +54,10 @@ class Raters:
     reward: Reward = field(default_factory=lambda: Reward([]))
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     judges: Judges = field(default_factory=Judges)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*(goal.name for goal in self.reward.goals), *self.scorers, *self.judges.names)
 
     def __post_init__(self) -> None:
         if both := {*self.scorers, *(goal.name for goal in self.reward.goals)} & {*self.judges.names}:
@@ -69,15 +76,24 @@ class BasePictures:
     """
 
     scores: Mapping[str, np.ndarray]
-    looks: Mapping[str, float]
+    looks: Sequence[Mapping[str, float]]
     latents: Sequence[Tensor]
     shown: Sequence[Tensor]
+
+    def part(self, rows: Sequence[int], places: slice) -> "BasePictures":
+        """Those of these prompts and seeds; statistics stay those of all seeds."""
+        return BasePictures(
+            scores={name: table[np.array(rows)][:, places] for name, table in self.scores.items()},
+            looks=[self.looks[row] for row in rows],
+            latents=[self.latents[row][places] for row in rows],
+            shown=[self.shown[row][places] for row in rows] if self.shown else (),
+        )
 
 
 @dataclass(frozen=True)
 class PromptPictures:
     """The pictures of one prompt, on the CPU: clean latents [S, K, C, h, w], pixels as decoded (not clamped) [S, K, 3, H, W] or None,
-    scores [S, K] by name."""
+    scores [S, K] by name. `row` is its place among the prompts that were asked for."""
 
     row: int
     latents: Tensor
@@ -113,24 +129,33 @@ class Measurer:
             if count < 2:
                 raise UserError(f"{count} seed per prompt cannot tell a slider from chance; give at least 2 seeds per prompt")
 
+    @property
+    def everything(self) -> "Part":
+        return Part(range(len(self.prompts)), slice(None))
+
     @torch.no_grad()
     def base(self, network: LoRANetwork) -> BasePictures:
         """The base model's pictures, made at the first call. `network` is the one that is attached to the model; it is switched off."""
         if self._base is None:
             scores, looks, latents, shown = [], [], [], []
             with network.disabled():
-                for made in self._sampled(network, [0.0], "sampling the base model"):
+                for made in self._sampled(network, [0.0], "sampling the base model", self.everything):
                     scores.append({name: score[:, 0] for name, score in made.scores.items()})
                     looks.append(_looks(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
                     latents.append(made.latents[:, 0])
                     if made.decoded is not None:
                         shown.append(_shown(made.decoded[:, 0]))
-            self._base = BasePictures(scores=_stack(scores), looks=_mean(looks), latents=latents, shown=shown)
+            self._base = BasePictures(scores=_stack(scores), looks=looks, latents=latents, shown=shown)
         return self._base
 
     @torch.no_grad()
     def measure(
-        self, network: LoRANetwork, multipliers: Sequence[float], *, name: str = "slider", perceptual: bool = True
+        self,
+        network: LoRANetwork,
+        multipliers: Sequence[float],
+        *,
+        name: str = "slider",
+        part: "Part | None" = None,
     ) -> EvaluationRecord:
         """Sample, score and compare with the base model. A network that does nothing yet is not sampled.
 
@@ -138,7 +163,7 @@ class Measurer:
             network: attached to the model.
             multipliers: of the network; 0, the base model, is added where it is missing.
             name: of the record, and of the progress bar.
-            perceptual: compare pictures by the VAE's features too, where there are pixels.
+            part: of the prompts and seeds; None is all.
 
         Raises:
             UserError: no multiplier besides 0.
@@ -146,41 +171,58 @@ class Measurer:
         others = sorted({*map(float, multipliers)} - {0.0})
         if not others:
             raise UserError("the only multiplier is 0, the base model; give at least one other, for example -1 0 1")
-        base = self.base(network)
+        part = part or self.everything
+        units = {key: within_prompt_std(table) for key, table in self.base(network).scores.items()}
+        base = self.base(network).part(part.rows, part.places)
         zero = sum(strength < 0 for strength in others)
+        visibility: list[np.ndarray] = []
         if _is_null(network):
             scores = {key: np.repeat(table[:, :, None], len(others), axis=2) for key, table in base.scores.items()}
-            looks, distances = [[base.looks]] * len(others), [[dict.fromkeys(_distance_names(base, perceptual), 0.0)]] * len(others)
+            nothing = dict.fromkeys(
+                ["latent_drift", "latent_statistics", *(("pixel_drift", "perceptual_distance") if base.shown else ())], 0.0
+            )
+            looks, distances = [[_mean(base.looks)]] * len(others), [[nothing]] * len(others)
             pictures = [shown[:1].repeat(len(others) + 1, 1, 1, 1) for shown in base.shown[: self.num_pictures]]
+            if base.shown:
+                visibility = [np.zeros((len(shown), len(others))) for shown in base.shown]
         else:
             tables, pictures = [], []
             looks, distances = [[] for _ in others], [[] for _ in others]
-            for made in self._sampled(network, others, f"measuring {name}"):
+            for made in self._sampled(network, others, f"measuring {name}", part):
                 tables.append(made.scores)
-                features = self._features(base.shown[made.row]) if made.decoded is not None and perceptual else None
+                compare = Comparison(self.model, base.latents[made.row], base.shown[made.row] if made.decoded is not None else None)
+                seen = []
                 for place in range(len(others)):
                     decoded = None if made.decoded is None else made.decoded[:, place]
                     looks[place].append(_looks(made.latents[:, place], decoded))
-                    distances[place].append(self._distances(made.row, made.latents[:, place], decoded, base, features))
-                if made.decoded is not None and len(pictures) < self.num_pictures:
-                    own = _shown(made.decoded[0])
-                    pictures.append(torch.cat([own[:zero], base.shown[made.row][:1], own[zero:]]))
+                    found = compare(made.latents[:, place], decoded)
+                    if decoded is not None:
+                        seen.append((found["perceptual_distance"] / compare.noticeable).double().numpy())
+                    distances[place].append({key: value.mean().item() for key, value in found.items()})
+                if made.decoded is not None:
+                    visibility.append(np.stack(seen, axis=-1))
+                    if len(pictures) < self.num_pictures:
+                        own = _shown(made.decoded[0])
+                        pictures.append(torch.cat([own[:zero], base.shown[made.row][:1], own[zero:]]))
             scores = _stack(tables)
         strengths = (*others[:zero], 0.0, *others[zero:])
-        directions, rng = np.array([prompt.direction for prompt in self.prompts]), np.random.default_rng(0)
+        prompts = [self.prompts[row] for row in part.rows]
+        directions, rng = np.array([prompt.direction for prompt in prompts]), np.random.default_rng(0)
         responses = {}
         for key, values in scores.items():
             table = np.insert(values, zero, base.scores[key], axis=2)
-            role = "judge" if key in self.raters.judges.names else "scorer"
-            responses[key] = summarise_response(key, role, table, strengths, rng, directions)
+            role = self.raters.judges.roles.get(key, "judge") if key in self.raters.judges.names else "scorer"
+            responses[key] = summarise_response(key, role, table, strengths, rng, directions, units[key])
+        base_looks = _mean(base.looks)
         return EvaluationRecord(
             name=name,
             multipliers=strengths,
-            prompts=tuple(prompt.prompt for prompt in self.prompts),
-            seeds=tuple(tuple(map(int, row)) for row in self.seeds),
+            prompts=tuple(prompt.prompt for prompt in prompts),
+            seeds=tuple(tuple(map(int, self.seeds[row][part.places])) for row in part.rows),
             responses=responses,
-            statistics=_statistics(base.looks, [*map(_mean, looks)], [*map(_mean, distances)], zero),
-            seed_distance=base.looks["latent_diversity"],
+            statistics=_statistics(base_looks, [*map(_mean, looks)], [*map(_mean, distances)], zero),
+            seed_distance=base_looks["latent_diversity"],
+            visibility=np.insert(np.stack(visibility), zero, 0.0, axis=2) if visibility else None,
             settings={
                 "num_steps": self.sampling.num_steps,
                 "guidance_scale": self.sampling.guidance_scale,
@@ -192,15 +234,31 @@ class Measurer:
             pictures=tuple(pictures),
         )
 
-    def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str) -> Iterator[PromptPictures]:
+    def state_dict(self) -> dict[str, Any]:
+        """The base model's pictures, for a run that goes on."""
+        base = self._base
+        kept = None if base is None else {"scores": dict(base.scores), "looks": list(base.looks), "latents": list(base.latents)}
+        return {"of": self._identity(), "base": kept, "shown": [] if base is None else list(base.shown)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the base model's pictures over, if they are of the same prompts, seeds, sampling and raters."""
+        if state["base"] is not None and state["of"] == self._identity():
+            self._base = BasePictures(**state["base"], shown=state["shown"])
+
+    def _identity(self) -> str:
+        return repr((self.prompts, self.seeds, self.sampling, self.pixels, *self.raters.names))
+
+    def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str, part: "Part") -> Iterator[PromptPictures]:
         """One prompt's pictures after the other's, scored. At most a batch of pictures, or those of one prompt, is held at a time."""
         encoder, batch_size, count = self.encoder or PromptEncoder(self.model, network), self.sampling.batch_size, len(multipliers)
         encoder.expect(self.prompts)
-        per_prompt = len(self.seeds[0]) * count
-        total = per_prompt * sum(self.sampling.of(prompt).num_steps for prompt in self.prompts)
-        with tqdm(total=total, desc=label, leave=False, unit="step") as bar:
-            for chunk in self._chunks(batch_size // per_prompt):
-                pairs = [(self.prompts[row], seed) for row in chunk for seed in self.seeds[row] for _ in multipliers]
+        wanted = [self.prompts[row] for row in part.rows]
+        chosen = [self.seeds[row][part.places] for row in part.rows]
+        per_prompt = len(chosen[0]) * count
+        total = per_prompt * sum(self.sampling.of(prompt).num_steps for prompt in wanted)
+        with progress_bar(total=total, desc=label, leave=False, unit="step") as bar:
+            for chunk in self._chunks(wanted, batch_size // per_prompt):
+                pairs = [(wanted[row], seed) for row in chunk for seed in chosen[row] for _ in multipliers]
                 prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
                 strengths = [*multipliers] * (len(pairs) // count)
                 latents = sample(
@@ -235,9 +293,9 @@ class Measurer:
             scores |= {name: judge(decoded.clamp(0, 1), texts) for name, judge in judges.functions.items()}
         return {name: score.cpu() for name, score in scores.items()}
 
-    def _chunks(self, length: int) -> Iterator[list[int]]:
+    def _chunks(self, prompts: Sequence[PromptSpec], length: int) -> Iterator[list[int]]:
         """Runs of neighbouring prompts of one size and number of steps, `length` (at least 1) at most."""
-        kinds = [(own.size, own.num_steps) for own in map(self.sampling.of, self.prompts)]
+        kinds = [(own.size, own.num_steps) for own in map(self.sampling.of, prompts)]
         chunk: list[int] = []
         for row, kind in enumerate(kinds):
             if chunk and (len(chunk) >= length or kind != kinds[chunk[0]]):
@@ -247,23 +305,42 @@ class Measurer:
         if chunk:
             yield chunk
 
-    def _features(self, shown: Tensor) -> list[Tensor]:
-        return vae_features(self.model.vae, shown / 255)
 
-    def _distances(
-        self, row: int, latents: Tensor, decoded: Tensor | None, base: BasePictures, features: Sequence[Tensor] | None
-    ) -> dict[str, float]:
-        """How far the pictures of prompt `row` at one multiplier are from the base model's, whose VAE features are given or not."""
+@dataclass(frozen=True)
+class Part:
+    """Some of a measurer's pictures: prompts by their rows, and a range of each one's seeds."""
+
+    rows: Sequence[int]
+    places: slice
+
+
+class Comparison:
+    """The pictures of a prompt beside the base model's [S], latents and pixels as shown (or None).
+
+    Attributes:
+        noticeable: perceptual distance [S] between each base picture and itself, brighter or darker by `NOTICEABLE`.
+    """
+
+    def __init__(self, model: DiffusionModel, latents: Tensor, shown: Tensor | None) -> None:
+        self.model, self.latents = model, latents
+        if shown is not None:
+            self.pixels = shown / 255
+            self.features = vae_features(model.vae, self.pixels)
+            away = torch.where(self.pixels.mean((1, 2, 3), keepdim=True) > 0.5, -NOTICEABLE, NOTICEABLE)  # not into black or white
+            shifted = vae_features(model.vae, (self.pixels + away).clamp(0, 1))
+            self.noticeable = perceptual_distance(shifted, self.features).cpu().clamp_min(1e-12)
+
+    def __call__(self, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
+        """Distances [S] by name."""
         distances = {
-            "latent_drift": rms_distance(latents, base.latents[row]),
-            "latent_statistics": channel_statistics_distance(latents, base.latents[row]),
+            "latent_drift": rms_distance(latents, self.latents),
+            "latent_statistics": channel_statistics_distance(latents, self.latents),
         }
         if decoded is not None:
-            shown = _shown(decoded)
-            distances["pixel_drift"] = rms_distance(shown / 255, base.shown[row] / 255)
-            if features is not None:
-                distances["perceptual_distance"] = perceptual_distance(self._features(shown), features)
-        return {name: part.mean().item() for name, part in distances.items()}
+            pixels = _shown(decoded) / 255
+            distances["pixel_drift"] = rms_distance(pixels, self.pixels)
+            distances["perceptual_distance"] = perceptual_distance(vae_features(self.model.vae, pixels), self.features).cpu()
+        return distances
 
 
 def seed_table(prompts: Sequence[PromptSpec], count: int, first: int = 0, offset: int = 0) -> list[list[int]]:
@@ -283,11 +360,6 @@ def _looks(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:
         functions = {"saturation": chroma, "edges": edge_energy, "nyquist": nyquist_share}
         looks |= {name: function(pixels).mean().item() for name, function in functions.items()}
     return looks
-
-
-def _distance_names(base: BasePictures, perceptual: bool) -> list[str]:
-    of_pixels = ["pixel_drift", *(["perceptual_distance"] if perceptual else [])] if base.shown else []
-    return ["latent_drift", "latent_statistics", *of_pixels]
 
 
 def _statistics(

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from library.measuring.statistics import Interval, Response, nan_to_none, none_to_nan
+from library.measuring.statistics import Interval, Response, nan_to_none, none_to_nan, summarise_response
 
 FORMAT = "leco_score.evaluation/2"
 REWARD = "reward"  # what the weighted sum of the training scores is called among the scores
@@ -46,6 +46,8 @@ class EvaluationRecord:
         seed_distance: RMS distance between the latents of two seeds of one prompt without the slider.
         settings: how it was sampled.
         origin: what the slider's file says of how it was made.
+        visibility: perceptual distance of each picture from the base model's, over that of a plainly visible change of brightness
+            (`measure.NOTICEABLE`) [P, S, M]; None where no pixels were decoded. Above 1, a person tells the two apart.
         pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
     """
 
@@ -58,7 +60,35 @@ class EvaluationRecord:
     seed_distance: float = math.nan
     settings: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    visibility: np.ndarray | None = field(default=None, repr=False)
     pictures: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    def joined(self, other: "EvaluationRecord") -> "EvaluationRecord":
+        """With the pictures of `other`, which are of other prompts, or of other seeds of the same prompts, at the same multipliers."""
+        assert self.multipliers == other.multipliers and self.responses.keys() == other.responses.keys(), "measured differently"
+        axis = 1 if self.prompts == other.prompts else 0
+        rng = np.random.default_rng(0)
+        responses = {}
+        for name, own in self.responses.items():
+            values = np.concatenate([own.values, other.responses[name].values], axis)
+            signs = own.signs if axis else np.concatenate([own.signs, other.responses[name].signs])
+            responses[name] = summarise_response(name, own.role, values, self.multipliers, rng, signs, own.std)
+        share = self.num_pairs / (self.num_pairs + other.num_pairs)
+        statistics = {
+            name: tuple(share * value + (1 - share) * more for value, more in zip(values, other.statistics[name], strict=True))
+            for name, values in self.statistics.items()
+        }
+        visible = [part for part in (self.visibility, other.visibility) if part is not None]
+        pairs = zip(self.seeds, other.seeds, strict=True)
+        return replace(
+            self,
+            prompts=self.prompts if axis else self.prompts + other.prompts,
+            seeds=tuple(own + more for own, more in pairs) if axis else self.seeds + other.seeds,
+            responses=responses,
+            statistics=statistics,
+            seed_distance=share * self.seed_distance + (1 - share) * other.seed_distance,
+            visibility=np.concatenate(visible, axis) if len(visible) == 2 else None,
+        )
 
     # ---- where to look ----
 
@@ -97,6 +127,11 @@ class EvaluationRecord:
         return [response for response in self.scaled if response.role == "judge"]
 
     @property
+    def side_effects(self) -> list[Response]:
+        """The judges whose answer is to stay where it is; among `scaled`."""
+        return [response for response in self.scaled if response.role == "stay"]
+
+    @property
     def share_judges(self) -> list[Response]:
         """The judges that answer yes or no: what they say must not fall, at any weight."""
         return [response for response in self.responses.values() if response.is_share]
@@ -129,6 +164,10 @@ class EvaluationRecord:
         means = [judge.means for judge in self.share_judges if judge.means[self.base].value > 0]
         return min([mean[place].value / mean[self.base].value for mean in means] + [1.0])
 
+    def visible_share(self, place: int) -> float:
+        """Of the pictures that a person tells from the base model's (`visibility` above 1); NaN where no pixels were decoded."""
+        return math.nan if self.visibility is None else float((self.visibility[:, :, place] > 1).mean())
+
     def hack_index_at(self, place: int) -> float:
         """See `hack_index`; NaN without judges or without a training score."""
         return hack_index(self.score_gain(place), self.judge_gain(place), self.share_kept(place))
@@ -158,7 +197,7 @@ class EvaluationRecord:
         """Flat names and numbers of both ends, for the trackers. Gains are as measured: at -1 they are below 0 when all is well."""
         numbers: dict[str, float] = {}
         for name, response in self.responses.items():
-            prefix = "" if name == REWARD else f"judge/{name}/" if response.role == "judge" else f"score/{name}/"
+            prefix = "" if name == REWARD else f"score/{name}/" if response.role == "scorer" else f"judge/{name}/"
             for place in self.ends:
                 weight, gain = f"{self.multipliers[place]:+g}", response.gains_std[place]
                 if response.is_share:
@@ -171,6 +210,8 @@ class EvaluationRecord:
         if (index := self.hack_index) is not None:
             numbers["hack_index"] = index
         for place in self.ends:
+            if self.visibility is not None:
+                numbers[f"visible_share_at_{self.multipliers[place]:+g}"] = self.visible_share(place)
             numbers |= {f"{name}_at_{self.multipliers[place]:+g}": values[place] for name, values in self.statistics.items()}
         return numbers
 
@@ -203,6 +244,7 @@ class EvaluationRecord:
             "responses": {name: response.to_dict() for name, response in self.responses.items()},
             "statistics": {name: [*map(nan_to_none, values)] for name, values in self.statistics.items()},
             "seed_distance": nan_to_none(self.seed_distance),
+            "visibility": None if self.visibility is None else self.visibility.tolist(),
             "per_prompt": [
                 {"prompt": prompt, "gains_std": {name: [*map(nan_to_none, gains[row].tolist())] for name, gains in prompt_gains.items()}}
                 for row, prompt in enumerate(self.prompts)
@@ -222,6 +264,7 @@ class EvaluationRecord:
             responses={name: Response.from_dict(name, response) for name, response in data["responses"].items()},
             statistics={name: tuple(map(none_to_nan, values)) for name, values in data["statistics"].items()},
             seed_distance=none_to_nan(data["seed_distance"]),
+            visibility=None if data.get("visibility") is None else np.array(data["visibility"]),
         )
 
     def _mean_gain(self, responses: list[Response], place: int) -> float:

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from library.measuring.record import EvaluationRecord
 from library.measuring.statistics import Interval, bootstrap_gains, linear_fit, percentile_interval
+from library.measuring.warnings import is_sound
 
-WIDEST = 2.0  # weights beyond -2 and 2 are not told of
+WIDEST = 2.0  # weights between whose opposites the line is fitted
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
 BURNT_CLIPPING = 0.2  # of the pixel values: a weight that clips so many more of them than the base model is not usable
+VISIBLE_SHARE = 0.9  # of the pictures that a person is to tell from the base model's
 GRID = 0.1  # the usable range is given on multiples of this
 
 
@@ -27,6 +30,8 @@ class ResponseCurve:
         clipped: share of pixel values at or beyond black or white [M]; empty where no pixels were made.
         resamples: of the gains, for intervals [R, M]; None where only means are known.
         judges: mean gains of independent judges, by name, in their own within-prompt standard deviations [M].
+        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of the pictures exceed [M]; empty where no pixels were made.
+        sound: whether judges and pictures held there (`warnings.is_sound`) [M]; empty where nobody looked.
     """
 
     multipliers: tuple[float, ...]
@@ -35,6 +40,8 @@ class ResponseCurve:
     clipped: tuple[float, ...] = ()
     resamples: np.ndarray | None = field(default=None, repr=False)
     judges: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    visible: tuple[float, ...] = ()
+    sound: tuple[bool, ...] = ()
 
     def rescaled(self, scale: float) -> "ResponseCurve":
         """The curve over the weight of a slider whose weight 1 is the multiplier `scale`."""
@@ -45,7 +52,7 @@ class ResponseCurve:
         new = [place for place, multiplier in enumerate(other.multipliers) if multiplier not in self.multipliers]
         order = np.argsort([*self.multipliers, *(other.multipliers[place] for place in new)])
 
-        def join(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+        def join(own: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(np.array([*own, *(others[place] for place in new)])[order].tolist()) if own else ()
 
         resamples = None
@@ -58,6 +65,8 @@ class ResponseCurve:
             clipped=join(self.clipped, other.clipped),
             resamples=resamples,
             judges={name: join(gains, other.judges[name]) for name, gains in self.judges.items()},
+            visible=join(self.visible, other.visible),
+            sound=join(self.sound, other.sound),
         )
 
     def gain_at(self, multiplier: float, judge: str | None = None) -> float:
@@ -74,10 +83,10 @@ class ResponseCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveSummary:
-    """A slider's curve between the weights -2 and 2, in three numbers.
+    """A slider's curve in three numbers.
 
     Attributes:
-        slope: of the least-squares line through the measured gains, in within-prompt standard deviations per unit of weight.
+        slope: of the least-squares line through the gains between -2 and 2, in within-prompt standard deviations per unit of weight.
         r2: of that line; NaN where the gains do not vary.
         usable: the weights around 0 between which the gain rises with every step, keeps at least half of its effect per weight
             (`EFFECT_SHARE`), and the pictures neither drift nor clip too far.
@@ -99,7 +108,7 @@ class CurveSummary:
         if self.usable == (0, 0):
             return "usable at no weight"
         low, high = (
-            (f"{end:+.3g}" if end else "0") + (" (no farther measured)" if end == measured and abs(end) < WIDEST else "")
+            (f"{end:+.3g}" if end else "0") + (" (no farther measured)" if end == measured else "")
             for end, measured in zip(self.usable, self.measured, strict=True)
         )
         return f"usable from {low} to {high}"
@@ -113,12 +122,14 @@ def response_curve(
     *,
     directions: np.ndarray | None = None,
     clipped: Sequence[float] = (),
+    unit_scores: np.ndarray | None = None,
 ) -> ResponseCurve:
     """The curve of scores [P, S, M], with resamples for its intervals.
 
     Args:
         multipliers: ascending, 0 among them.
         directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
+        unit_scores: of the base model [P', S'], whose standard deviation is the unit; None takes those of `scores`.
 
     Raises:
         UserError: the score does not vary without the slider.
@@ -126,7 +137,7 @@ def response_curve(
     base = list(multipliers).index(0)
     signs = np.ones(len(scores)) if directions is None else np.sign(directions)
     changes = (scores - scores[:, :, base, None]) * signs[:, None, None]
-    gains, resamples = bootstrap_gains(changes, scores[:, :, base], rng)
+    gains, resamples = bootstrap_gains(changes, scores[:, :, base] if unit_scores is None else unit_scores, rng)
     return ResponseCurve(
         multipliers=tuple(map(float, multipliers)),
         gains=tuple(map(float, gains)),
@@ -136,25 +147,36 @@ def response_curve(
     )
 
 
-def curve_of(record: EvaluationRecord, name: str) -> ResponseCurve:
+def curve_of(record: EvaluationRecord, name: str, unit_scores: np.ndarray | None = None) -> ResponseCurve:
     """The curve of one score of a record, with its judges.
+
+    Args:
+        unit_scores: as in `response_curve`.
 
     Raises:
         UserError: the score does not vary without the slider.
     """
     response, clipped = record.responses[name], record.statistics.get("clipped", ())
     drifts, rng = record.statistics["latent_drift"], np.random.default_rng(0)
-    curve = response_curve(record.multipliers, response.values, drifts, rng, directions=response.signs, clipped=clipped)
-    return replace(curve, judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges})
+    curve = response_curve(
+        record.multipliers, response.values, drifts, rng, directions=response.signs, clipped=clipped, unit_scores=unit_scores
+    )
+    visible = () if record.visibility is None else np.quantile(record.visibility, 1 - VISIBLE_SHARE, axis=(0, 1)).tolist()
+    return replace(
+        curve,
+        judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges},
+        visible=tuple(visible),
+        sound=tuple(is_sound(record, place) for place in range(len(record.multipliers))),
+    )
 
 
 def summarise_curve(curve: ResponseCurve, max_drift: float | None = None) -> CurveSummary:
-    """Slope, R2 and usable range of a slider's curve over its weight, between -2 and 2 or as far as it was measured.
+    """Slope and R2 between the weights -2 and 2, and the usable range as far as it was measured.
 
     The line is that of the measured weights. An arm on which none was measured up to 2 (of a slider that is much too strong) has the
     curve's value at 1 and at 2 in their place.
     """
-    measured = (max(curve.multipliers[0], -WIDEST), min(curve.multipliers[-1], WIDEST))
+    measured = (curve.multipliers[0], curve.multipliers[-1])
     inside = [weight for weight in curve.multipliers if abs(weight) <= WIDEST + 1e-9]
     for sign in (-1.0, 1.0):
         if not any(weight * sign > 0 for weight in inside):

@@ -14,6 +14,8 @@ import numpy as np
 
 from library.errors import UserError
 
+Role = Literal["scorer", "judge", "stay", "share"]
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -41,7 +43,8 @@ class Response:
 
     Attributes:
         name: the score's name.
-        role: "scorer" when training follows it, "judge" when it does not.
+        role: "scorer" when training follows it; of those that it does not follow, "judge" if it is to rise and fall with the weight, "stay"
+            if it is not to move, "share" if it answers yes or no.
         values: of every sample [P, S, M].
         std: the within-prompt standard deviation of the base model, in the score's units.
         means: mean over samples, one a multiplier.
@@ -53,7 +56,7 @@ class Response:
     """
 
     name: str
-    role: Literal["scorer", "judge"]
+    role: Role
     values: np.ndarray
     std: float
     means: tuple[Interval, ...]
@@ -80,7 +83,7 @@ class Response:
     @property
     def is_share(self) -> bool:
         """Whether it is a judge that answers yes or no (1 or 0), such as "is the caption obeyed": to be kept, not raised."""
-        return self.role == "judge" and bool(((self.values == 0) | (self.values == 1)).all())
+        return self.role == "share" or (self.role == "judge" and bool(((self.values == 0) | (self.values == 1)).all()))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; NaN becomes None."""
@@ -198,17 +201,19 @@ def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def summarise_response(
     name: str,
-    role: Literal["scorer", "judge"],
+    role: Role,
     values: np.ndarray,
     multipliers: Sequence[float],
     rng: np.random.Generator,
     directions: np.ndarray | None = None,
+    std: float | None = None,
 ) -> Response:
     """Statistics of one score.
 
     Args:
         values: [P, S, M], at M ascending multipliers, 0 among them.
         directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
+        std: the within-prompt standard deviation, where it is known from more pictures of the base model; None is that of `values`.
     """
     strengths = np.asarray(multipliers, dtype=float)
     signs = np.ones(len(values)) if directions is None else np.sign(directions)
@@ -222,7 +227,7 @@ def summarise_response(
         name=name,
         role=role,
         values=values,
-        std=within_prompt_std(base),
+        std=within_prompt_std(base) if std is None else std,
         means=bootstrap_means(values, rng),
         gains=gains,
         moved=tuple(map(float, moved)),

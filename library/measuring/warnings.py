@@ -17,8 +17,9 @@ CLIPPING_RISE = 0.05  # of the pixel values: so many more may be clipped
 DIVERSITY_FLOOR = 0.7  # of the base model's RMS distance between seeds
 SATURATION_CEILING = 1.5  # times the base model's mean chroma
 NYQUIST_CEILING = 2.0  # times the base model's share of the highest frequencies
+SIDE_EFFECT = 0.2  # within-prompt standard deviations: so far a judge that is to stay may move
 HARDLY_MOVED = 0.01  # of the distance between two seeds
-FEW_PAIRS = 32  # of prompt and seed
+FEW_PAIRS = 16  # of prompt and seed
 # Kinds that are flaws whatever the score is about; stronger colours, for one, may be what was wanted.
 FLAWS = ("share", "held", "beyond", "clipping", "nyquist", "diversity")
 
@@ -28,8 +29,8 @@ class SliderWarning:
     """Something to know of a slider.
 
     Attributes:
-        kind: gamed, unconfirmed, one-sided, share, held, beyond, clipping, saturation, nyquist, diversity, flat; of a finished slider also
-            unclear, not monotone, few pairs.
+        kind: gamed, unconfirmed, one-sided, share, side effect, held, beyond, clipping, saturation, nyquist, diversity, few pairs, flat; of
+            a finished slider also unclear, not monotone.
         subject: what it is about among others of its kind: a score, a statistic, a weight.
         text: a sentence.
     """
@@ -59,6 +60,15 @@ def find_warnings(record: EvaluationRecord, goals: Sequence[Goal] = ()) -> list[
         if lost > SHARE_LOSS:
             text = f"{_at(record, place)} {judge.name} holds for {lost:.0%} of the pictures less than without the slider: what was"
             found.append(SliderWarning("share", judge.name, f"{text} asked for gets lost."))
+    for judge in record.side_effects:
+        moved, place = max((abs(record.gain(judge.name, place).value), place) for place in record.ends)
+        gain = record.gain(judge.name, place)
+        if moved > SIDE_EFFECT and gain.low * gain.high > 0:
+            text = f"{_at(record, place)} {judge.name}, which is to stay, has moved by {moved:.2f} standard deviations."
+            found.append(SliderWarning("side effect", judge.name, text))
+    if record.num_pairs < FEW_PAIRS:
+        text = f"Only {record.num_pairs} pairs of prompt and seed were measured: units and gains are uncertain; give more prompts."
+        found.append(SliderWarning("few pairs", "", text))
     return [*found, *_limits(record, goals), *_picture_flaws(record)]
 
 
@@ -74,10 +84,17 @@ def final_warnings(record: EvaluationRecord) -> list[SliderWarning]:
         if not response.monotone:
             text = f"{response.name} does not rise from every weight to the next."
             found.append(SliderWarning("not monotone", response.name, text))
-    if record.num_pairs < FEW_PAIRS:
-        text = f"Only {record.num_pairs} pairs of prompt and seed were measured: the intervals are wide."
-        found.append(SliderWarning("few pairs", "", text))
     return found
+
+
+def is_sound(record: EvaluationRecord, place: int) -> bool:
+    """Whether judges and pictures hold at a multiplier: no judge clearly falls, what was asked for is kept, nothing burns out."""
+    if place == record.base:
+        return True
+    lost = any(judge.means[record.base].value - judge.means[place].value > SHARE_LOSS for judge in record.share_judges)
+    clipped = record.statistics.get("clipped")
+    burnt = clipped is not None and clipped[place] - clipped[record.base] > CLIPPING_RISE
+    return not lost and not burnt and not any(record.gain(judge.name, place).high < 0 for judge in record.judges)
 
 
 def no_effect(record: EvaluationRecord, network_scale: float) -> SliderWarning | None:
@@ -131,7 +148,7 @@ def _gaming(record: EvaluationRecord, score: Response) -> list[SliderWarning]:
                 weights = [f"weight {record.multipliers[one]:+g}" for one in (other, place)]
                 text = (
                     f"The training score{named} moves by {strong:.1f} standard deviations at {weights[0]} and not at {weights[1]} "
-                    f"({gain.value:+.1f}, above 0 would be right): train_multipliers should hold both signs."
+                    f"({gain.value:+.1f}, above 0 would be right): both signs are trained alike, so the score itself has no room there."
                 )
                 found[weights[1]] = SliderWarning("one-sided", f"{named} {record.multipliers[place]:+g}".strip(), text)
     return list(found.values())

@@ -137,6 +137,7 @@ class ScoreObjective:
                 f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(batch.prompts, batch.timesteps, strict=True)
             ],
             metrics=metrics,
+            promised=gain.detach() / self.step_fraction(batch, predicted).clamp_min(1e-12),
         )
         return out, self._guide(eps.detach(), plain.uncond, batch)
 

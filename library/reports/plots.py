@@ -85,7 +85,7 @@ class GainLine:
 
 def lines_of(record: EvaluationRecord) -> list[GainLine]:
     """Every score of a record that has gains in standard deviations."""
-    roles = {"scorer": "training score", "judge": "judge"}
+    roles = {"scorer": "training score", "judge": "judge", "stay": "side effect"}
     return [GainLine(f"{roles[score.role]} {_tail(score.name, 26)}", record.multipliers, score.gains_std) for score in record.scaled]
 
 

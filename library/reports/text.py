@@ -7,9 +7,11 @@ from library.measuring.record import EvaluationRecord
 from library.measuring.statistics import Response
 from library.measuring.warnings import final_warnings
 
+ROLE_WORDS = {"scorer": "training score", "judge": "independent judge", "stay": "side effect", "share": "independent judge"}
+
 
 def role_words(response: Response) -> str:
-    return "training score" if response.role == "scorer" else "independent judge"
+    return ROLE_WORDS[response.role]
 
 
 def summary_sentence(record: EvaluationRecord) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from library.rollouts.trajectories import Trajectories
 from library.settings.registry import Registry
-from library.types import RolloutBatch
+from library.types import Finished, RolloutBatch
 
 
 class Rollout(ABC):
@@ -32,8 +32,8 @@ class Rollout(ABC):
         """Where trajectories of one picture size stand; sizes take turns at random, as often as their prompts weigh."""
 
     @abstractmethod
-    def advance(self, eps: Tensor) -> None:
-        """What the last batch leads to: eps [B, C, h, w] is its guided prediction, without gradient."""
+    def advance(self, eps: Tensor) -> Finished | None:
+        """What the last batch leads to: eps [B, C, h, w] is its guided prediction, without gradient. Those that ended, if any did."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that the future batches depend on: tensors and plain containers."""

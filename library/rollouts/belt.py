@@ -12,7 +12,7 @@ from torch import Tensor
 
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.trajectories import Pool, Trajectories
-from library.types import RolloutBatch
+from library.types import Finished, RolloutBatch
 
 
 @ROLLOUTS.register("belt")
@@ -33,13 +33,18 @@ class Belt(Rollout):
         self._last = pool, batch
         return batch
 
-    def advance(self, eps: Tensor) -> None:
+    def advance(self, eps: Tensor) -> Finished | None:
         """Move the last batch's trajectories along the guided prediction eps [B, C, h, w]; the finished make room for new ones."""
         assert not eps.requires_grad, "the rollout carries no gradient"
         assert self._last is not None, "advance() follows next_batch()"
         pool, batch = self._last
         pool.latents, pool.history = self.trajectories.step(batch, eps)
-        for place in range(len(pool.steps)):
-            pool.steps[place] += 1
-            if pool.steps[place] == pool.num_steps:
-                self.trajectories.start(pool, place)
+        pool.steps = [step + 1 for step in pool.steps]
+        ended = [place for place, step in enumerate(pool.steps) if step == pool.num_steps]
+        if not ended:
+            return None
+        weights = batch.multipliers[ended].tolist()
+        finished = Finished(pool.latents[ended], [batch.prompts[place] for place in ended], weights, batch.cond[ended])
+        for place in ended:
+            self.trajectories.start(pool, place)
+        return finished

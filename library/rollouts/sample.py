@@ -19,6 +19,8 @@ from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, siz
 from library.types import Conditioning, History, PromptSpec
 from networks.lora import LoRANetwork
 
+DECODED_PIXELS = 512 * 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -109,8 +111,13 @@ def sample(
 
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
-    """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured."""
-    decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(batch_size)]
+    """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured.
+
+    At most `batch_size` pictures in a call, and no more than `DECODED_PIXELS`: the decoder's activations are a run's peak of memory.
+    """
+    pixels = latents.shape[2] * latents.shape[3] * model.spec.vae_scale_factor**2
+    at_once = max(1, min(batch_size, DECODED_PIXELS // pixels))
+    decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(at_once)]
     return torch.cat(decoded) / 2 + 0.5
 
 

@@ -43,6 +43,9 @@ class Trajectories:
         sampling: of prompts that bring no size, steps or guidance of their own.
         multipliers: of the network, that trajectories take in turn.
         generator: the source of every random draw.
+
+    Attributes:
+        skip: a sign of the multiplier, and the share of its turns that go to the next multiplier; for a sign that is ahead of the other.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Trajectories:
     ) -> None:
         self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
         self.sampling, self.multipliers = sampling, multipliers
+        self.skip: tuple[int, float] = (1, 0.0)
         self.solver = get_solver(sampling.sampler)
         self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
         groups: dict[tuple[Size, int], list[PromptSpec]] = {}
@@ -82,7 +86,7 @@ class Trajectories:
             }
             for pool in self.pools
         ]
-        return {"pools": pools, "generator": self.generator.get_state()}
+        return {"pools": pools, "generator": self.generator.get_state(), "skip": self.skip}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises UserError if the state was saved with other prompts, sizes or another batch size."""
@@ -105,6 +109,7 @@ class Trajectories:
             if old["history"] is not None:
                 pool.history = History(*(part.to(self.model.device) for part in old["history"]))
         self.generator.set_state(state["generator"])
+        self.skip = tuple(state["skip"])
 
     def _new_pool(self, size: Size, num_steps: int, prompts: list[PromptSpec]) -> Pool:
         count, scale = self.sampling.batch_size, self.model.spec.vae_scale_factor
@@ -135,6 +140,9 @@ class Trajectories:
         pool.latents[place] = torch.randn(pool.latents.shape[1:], generator=self.generator).to(pool.latents)
         pool.steps[place] = 0
         pool.turns[place] += 1
+        sign, share = self.skip
+        if self.multipliers[pool.turns[place] % len(self.multipliers)] * sign > 0 and share > 0:
+            pool.turns[place] += int(torch.rand((), generator=self.generator) < share)
         if pool.history is not None:
             pool.history.abar[place] = 0
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.measuring.warnings import FLAT_GAIN
 from library.objectives.base import Term, TrainingContext
 from library.objectives.gradients import rms, score_gradients
 from library.objectives.score import ScoreConfig
@@ -16,7 +15,6 @@ from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import model_autocast
 from library.settings.options import option
 from library.settings.shared import OptimizerConfig
-from library.slider_training.monitor import Monitor
 from library.training.optimizers import create_optimizer
 from library.types import PromptSpec, RolloutBatch
 
@@ -24,7 +22,6 @@ PROBES = 8  # places on the schedule
 ROUNDING = 1e-6  # standard deviations: the rounding of a step's gain
 FLAT_GRADIENT = 1e-7  # standard deviations of the score per unit of a latent
 LOSS_SCALE = 2.0**12  # small gradients underflow in fp16
-LASTING = 0.6  # of the prediction was there at the end of the runs that it was compared with (docs/experiments.md)
 EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed by its own size
 
 
@@ -57,7 +54,6 @@ class RewardCheck:
         gain_up, gain_down: of one optimizer step, on the same latents, in the wanted direction, in standard deviations of the score, at
             multiplier 1 and -1; a step of the sampler, not a whole picture.
         drift: RMS that eps moved in that step.
-        predicted: gain at weight 1 after `num_steps` updates, in within-prompt standard deviations; NaN where it cannot be told.
         faults: what is wrong, in words.
     """
 
@@ -67,8 +63,6 @@ class RewardCheck:
     gain_up: float
     gain_down: float
     drift: float
-    predicted: float
-    num_steps: int
     faults: Sequence[str]
 
     @property
@@ -86,11 +80,6 @@ class RewardCheck:
             f"one optimizer step, on the same latents: the score gains {self.gain_up:+.4f} standard deviations at +1 and "
             f"{self.gain_down:+.4f} at -1 in the wanted direction; the prediction moves by {self.drift:.3g} (RMS)",
         ]
-        if not math.isnan(self.predicted):
-            lines.append(
-                f"predicted after {self.num_steps} steps: {LASTING * self.predicted:.1f} to {self.predicted:.1f} within-prompt standard "
-                "deviations at weight 1; the more if all gains add up, which they do less and less; what the run measures counts"
-            )
         verdict = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
         return "\n".join([*lines, "", *verdict])
 
@@ -101,19 +90,14 @@ def check_reward(
     score: ScoreConfig,
     optimizer: OptimizerConfig,
     prompt: PromptSpec,
-    monitor: Monitor,
-    num_steps: int,
 ) -> RewardCheck:
     """Measure the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
 
-    The prediction: what one step of training gained, on every place of a trajectory, times the steps that are planned; but no farther
-    than the prediction can move, which is reward_weight / (2 preserve_weight) where preservation balances the score. The base model's
-    pictures tell how many within-prompt standard deviations that is. It takes gains to add up, so it is rather too high
-    (docs/experiments.md has it beside what was measured).
+    How strong the slider will be is not foretold: what one step gains was 2 to 10 times too much (docs/experiments.md). The run says it of
+    itself as it trains.
 
     Args:
         prompt: whose encoding the context's encoder holds.
-        num_steps: updates of the planned run.
 
     Raises:
         UserError: the objective has no score.
@@ -145,8 +129,7 @@ def check_reward(
 
     gains = [after - at for (at, _), (after, _) in zip(start, stepped, strict=True)]
     drift = float(torch.stack([(after - at).square().mean() for (_, at), (_, after) in zip(start, stepped, strict=True)]).mean().sqrt())
-    predicted = _predicted(probe, batch, sum(gains) / 2, drift, score, monitor, num_steps)
-    faults = _faults(probes, gains, drift, predicted, score, context)
+    faults = _faults(probes, gains, drift, score, context)
     return RewardCheck(
         prompt=prompt.prompt,
         probes=probes,
@@ -154,8 +137,6 @@ def check_reward(
         gain_up=gains[0],
         gain_down=gains[1],
         drift=drift,
-        predicted=predicted,
-        num_steps=num_steps,
         faults=faults,
     )
 
@@ -176,22 +157,7 @@ def _probes(term: ScoreTerm, batch: RolloutBatch) -> list[Probe]:
     return [Probe(sigma=sigma, gradient=size, sensitivity=moved, first_order=gain) for sigma, size, moved, gain in rows]
 
 
-def _predicted(
-    term: ScoreTerm, batch: RolloutBatch, gain: float, drift: float, score: ScoreConfig, monitor: Monitor, num_steps: int
-) -> float:
-    """See `check_reward`; `gain` and `drift` are those of one step of training at one step of the sampler."""
-    if not score.normalize_gradient or not drift > 0:
-        return math.nan
-    bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
-    fraction = float(term.objective.step_fraction(batch, term.objective.predict_frozen(batch)).mean())
-    whole = gain / fraction * min(num_steps, bound / drift)
-    unit = monitor.base_unit()
-    return whole / unit if unit > 0 else math.nan
-
-
-def _faults(
-    probes: Sequence[Probe], gains: Sequence[float], drift: float, predicted: float, score: ScoreConfig, context: TrainingContext
-) -> list[str]:
+def _faults(probes: Sequence[Probe], gains: Sequence[float], drift: float, score: ScoreConfig, context: TrainingContext) -> list[str]:
     """What is wrong, and the likely reason."""
     sizes = [one.gradient for one in probes]
     lora = context.network.loras[0]
@@ -214,7 +180,7 @@ def _faults(
     for gain, sign in zip(gains, ("+1", "-1"), strict=True):
         if gain < -ROUNDING:
             found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
-    if not found and (predicted < FLAT_GAIN if math.isfinite(predicted) else max(map(abs, gains)) < ROUNDING):
+    if not found and max(map(abs, gains)) < ROUNDING:
         found.append(
             "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
             f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"

@@ -9,11 +9,11 @@ from typing import Any
 
 from library.atomic_files import atomic_write_bytes
 from library.errors import UserError
-from library.measuring.calibration import Calibration
 from library.models.base import ModelSpec
 from library.reports.plots import calibration_plot
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
+from library.slider_training.outcome import Outcome
 from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
@@ -40,13 +40,14 @@ class SliderFiles:
         step: int,
         *,
         final: bool = False,
-        calibration: Calibration | None = None,
+        outcome: Outcome | None = None,
     ) -> Path:
         """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
 
         Args:
             step: updates made.
-            calibration: already folded into the network's alphas; what it says of the weights goes into the metadata, the card and a plot.
+            outcome: what the run came to; the calibration in it is already folded into the network's alphas. It goes into the metadata, the
+                card and a plot.
 
         Raises:
             UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
@@ -60,7 +61,8 @@ class SliderFiles:
                 f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
                 "learning_rate, or use save_precision bf16 or float"
             )
-        usage_hint = None if calibration is None else calibration.note
+        calibration = None if outcome is None else outcome.calibration
+        usage_hint = None if outcome is None else outcome.note
         rank, alpha, network_args = self._dimensions(network)
         record = LoRARecord(
             output_name=saving.output_name,
@@ -75,7 +77,7 @@ class SliderFiles:
             modelspec={"usage_hint": usage_hint},
             training={
                 **self.training,
-                **(calibration.metadata() if calibration is not None else {}),
+                **(outcome.metadata() if outcome is not None else {}),
                 "training_comment": saving.training_comment,
             },
         )

@@ -36,20 +36,20 @@ class KeepBest:
     Attributes:
         step: the number of updates of the weights that are held, or None.
         score: their selection score.
-        words: what was measured, in words.
+        record: what was measured.
     """
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.score = -math.inf
-        self.words = ""
+        self.record: EvaluationRecord | None = None
         self._weights: dict[str, Tensor] = {}
 
-    def offer(self, step: int, score: float, words: str, network: LoRANetwork) -> bool:
+    def offer(self, step: int, score: float, record: EvaluationRecord, network: LoRANetwork) -> bool:
         """Hold the network's weights if they are better than those that are held -> whether they are."""
         if not score > self.score:
             return False
-        self.step, self.score, self.words = step, score, words
+        self.step, self.score, self.record = step, score, record
         self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
         return True
 
@@ -59,7 +59,9 @@ class KeepBest:
         network.load_state_dict(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "score": self.score, "words": self.words, "weights": dict(self._weights)}
+        record = None if self.record is None else self.record.to_dict()
+        return {"step": self.step, "score": self.score, "record": record, "weights": dict(self._weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.score, self.words, self._weights = state["step"], state["score"], state["words"], dict(state["weights"])
+        self.step, self.score, self._weights = state["step"], state["score"], dict(state["weights"])
+        self.record = None if state["record"] is None else EvaluationRecord.from_dict(state["record"])

@@ -14,6 +14,7 @@ from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
 from library.objectives.rewards import RewardConfig, load_reward
+from library.objectives.terms.score import ScoreTerm
 from library.prompts.buckets import with_aspect_buckets
 from library.prompts.files import PromptOptions, load_prompts
 from library.rollouts.base import ROLLOUTS
@@ -25,7 +26,7 @@ from library.slider_training.files import SliderFiles
 from library.slider_training.monitor import Monitor, MonitorConfig
 from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
-from library.training.runtime import check_writable, generator, weight_dtype
+from library.training.runtime import any_process, check_writable, generator, weight_dtype
 from networks.lora import LoRANetwork
 
 
@@ -132,7 +133,20 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     encoder.encode_ahead(eval_prompts, sampling.size)
     if config.network.network_train_unet_only:
         model.free_text_encoders()
-    monitor = Monitor(model, network, reward, eval_prompts, encoder, sampling, config.monitor, judges)
+    monitor = Monitor(
+        model,
+        network,
+        reward,
+        eval_prompts,
+        encoder,
+        sampling,
+        config.monitor,
+        judges,
+        num_steps=config.training.max_train_steps,
+        agree=lambda wanted: any_process(wanted, accelerator),
+    )
+    if isinstance(score := terms.get("score"), ScoreTerm):
+        monitor.follow(score)
     files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config))
     return SliderParts(model, network, context, terms, monitor, files)
 

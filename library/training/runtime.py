@@ -87,6 +87,15 @@ def all_reduce_grads(params: Iterable[Tensor], accelerator: Accelerator) -> None
         grad.copy_(part.view_as(grad))
 
 
+def any_process(wanted: bool, accelerator: Accelerator) -> bool:
+    """Whether any process of the run wants something, so that all do it together."""
+    if accelerator.num_processes == 1:
+        return wanted
+    votes = accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), reduction="sum")
+    assert isinstance(votes, Tensor)
+    return bool(votes > 0)
+
+
 def check_writable(output_dir: Path) -> None:
     """Make the folder, and refuse one that cannot be made or written to before hours of training are lost on it.
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from library.errors import UserError
 from library.settings.shared import LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
+QUIET_SECONDS = 30.0
 
 
 class Sink(Protocol):
@@ -80,7 +82,7 @@ class Tracker:
         for sink in self._sinks:
             sink.log(values, step)
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in self._shown if name in values})
+            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in self._shown if name in values}, refresh=False)
 
     def image(self, name: str, image: Image.Image | str | Path, step: int) -> None:
         """Show a picture, or a picture file, in the trackers that show pictures."""
@@ -93,7 +95,7 @@ class Tracker:
     def progress(self, total: int, initial: int = 0, desc: str = "steps", show: Sequence[str] = ("loss",)) -> tqdm:
         """A progress bar that the caller updates; each `log` shows the metrics named in `show` at its end."""
         self._shown = tuple(show)
-        self._bar = tqdm(total=total, initial=initial, desc=desc, disable=not self._enabled, dynamic_ncols=True)
+        self._bar = progress_bar(total=total, initial=initial, desc=desc, disable=not self._enabled)
         return self._bar
 
     def close(self) -> None:
@@ -177,6 +179,27 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class _Lines:
+    """A text stream on which tqdm's redrawn bar becomes a line each time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if (line := text.strip("\r\n ")) and not line.startswith("\x1b"):  # not a move of the cursor
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(**settings: Any) -> tqdm:
+    """tqdm's bar; where nobody watches (a file, CI), a line every `QUIET_SECONDS` in place of a stream of redrawn bars."""
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, **settings)
+    return tqdm(file=_Lines(sys.stderr), mininterval=QUIET_SECONDS, maxinterval=QUIET_SECONDS, ncols=100, **(settings | {"leave": False}))
 
 
 def to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:

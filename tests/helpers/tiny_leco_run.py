@@ -51,11 +51,7 @@ def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
         "max_train_steps": 2,
         "num_threads": 1,
         "save_precision": "float",
-        "num_eval_prompts": 1,
-        "eval_seeds_per_prompt": 2,
-        "num_sample_prompts": 1,
-        "evaluate_every_n_steps": "",
-        "calibrate": "",
+        "measure": "off",
         **changes,
     }
 
@@ -68,7 +64,7 @@ def run_with_defaults(workplace: Path, output_dir: Path, **changes: Any) -> Path
     """The defaults of the script, but for what is written beside the slider and these changes."""
     kept = {"pretrained_model_name_or_path", "scorer", "prompts_file", "output_dir", "output_name", "num_threads"}
     own = {name: value for name, value in settings(workplace, output_dir).items() if name in kept}
-    return train(build(leco_score_config(), own | {"evaluate_every_n_steps": "", "calibrate": ""} | changes))
+    return train(build(leco_score_config(), own | {"measure": "off"} | changes))
 
 
 def foreign_vae_fingerprint() -> VaeFingerprint:

@@ -1,6 +1,6 @@
 """The score as a term of training: a rollout, and the objective on what it hands out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,12 +11,16 @@ from library.objectives.score import ScoreConfig, ScoreObjective
 from library.objectives.terms.images import encode_folder
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.noised import NoisedRollout, given_pictures
-from library.types import LossOutput, PromptSpec
+from library.types import Finished, LossOutput, PromptSpec, RolloutBatch
 
 
 @TERMS.register("score")
 class ScoreTerm(Term):
-    """Latents of the context's prompts, or of pictures from a folder; reward_weight and preserve_weight are in the objective."""
+    """Latents of the context's prompts, or of pictures from a folder; reward_weight and preserve_weight are in the objective.
+
+    Attributes:
+        watch: is shown every batch, what came of it, and the trajectories that it finished.
+    """
 
     config_class: ClassVar[type | None] = ScoreConfig
 
@@ -28,12 +32,16 @@ class ScoreTerm(Term):
 
     def __init__(self, context: TrainingContext, config: ScoreConfig) -> None:
         self.generator = context.generator("views")
+        self.watch: Callable[[RolloutBatch, LossOutput, Finished | None], None] | None = None
         self.rollout = score_rollout(context, config)
         self.objective = ScoreObjective(context, config)
 
     def __call__(self) -> LossOutput:
-        out, eps = self.objective(self.rollout.next_batch(), self.generator)
-        self.rollout.advance(eps)
+        batch = self.rollout.next_batch()
+        out, eps = self.objective(batch, self.generator)
+        finished = self.rollout.advance(eps)
+        if self.watch is not None:
+            self.watch(batch, out, finished)
         return out
 
     def state_dict(self) -> dict[str, Any]:

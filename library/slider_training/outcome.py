@@ -1,0 +1,60 @@
+"""What a run came to, in the words that its log, card and metadata share."""
+
+from dataclasses import dataclass
+
+from library.measuring.calibration import Calibration
+from library.measuring.record import EvaluationRecord
+from library.measuring.warnings import SliderWarning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of a training.
+
+    Attributes:
+        step: after how many updates the network is that was kept.
+        calibration: None without `calibrate`, a training score or prompts.
+        record: the last measurement of it, at the weights -1, 0 and +1; None where nothing was measured.
+        warnings: of that record.
+        stop: why the training ended before its last step, or None.
+        error: why the last measurement was lost, or None.
+    """
+
+    step: int
+    calibration: Calibration | None = None
+    record: EvaluationRecord | None = None
+    warnings: tuple[SliderWarning, ...] = ()
+    stop: str | None = None
+    error: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the slider may be trusted."""
+        if self.error is not None:
+            return f"The last measurement was lost ({self.error}), so this slider is as trained: neither checked nor calibrated."
+        if self.record is None:
+            return "Nothing was measured: what this slider does was never looked at."
+        gamed = any(warning.kind == "gamed" for warning in self.warnings)
+        if gamed or (self.stop is not None and self.stop.endswith("gamed")):
+            return "The score was gamed: do not trust this slider before you have looked at its pictures."
+        if self.warnings:
+            return f"{len(self.warnings)} warning{'s' if len(self.warnings) > 1 else ''}: " + " ".join(map(str, self.warnings))
+        judged = "" if self.record.judges else " No independent judge was asked."
+        return f"Nothing speaks against it.{judged}"
+
+    @property
+    def note(self) -> str:
+        """All that a person who downloads the file should know."""
+        parts = [self.calibration.note if self.calibration is not None else ""]
+        if self.stop is not None:
+            parts.append(f"Training stopped, because {self.stop}.")
+        return " ".join(part for part in [*parts, self.verdict] if part)
+
+    def metadata(self) -> dict[str, object]:
+        """`ss_leco_` entries of the LoRA's metadata."""
+        return {
+            **(self.calibration.metadata() if self.calibration is not None else {}),
+            "leco_verdict": self.verdict,
+            "leco_warnings": [warning.key for warning in self.warnings] or None,
+            "leco_stopped": self.stop,
+        }
