@@ -19,9 +19,8 @@ from library.scorers.io import load_scorer, save_scorer
 from library.training.tracking import read_metrics
 from library.types import Conditioning, PromptSpec
 from tests.helpers.objective import Stage, make_stage
-from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer
+from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer, a_scorer, ensemble_of, some_latents
 from tests.helpers.tiny_leco_run import make_workplace, run
-from tests.test_rewards import a_scorer, ensemble_of, some_latents
 
 ROWS = 4
 DIRECTIONS = torch.tensor([1.0, -1.0, 1.0, -1.0])

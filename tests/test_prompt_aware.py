@@ -26,7 +26,7 @@ from tests.helpers.scorers import StandardisedScorer, scorer_for
 from tests.helpers.tiny_leco_run import make_workplace, run
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_networks import lora_for
-from tests.test_unet_encoder import make_scorer
+from tests.helpers.unet_encoders import make_scorer
 
 RED, BLUE = PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", negative_prompt="ugly")
 
