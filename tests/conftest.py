@@ -1,4 +1,4 @@
-"""Tests run on the CPU, without network and on one thread."""
+"""Tests run on the CPU, without network and on one thread, or as many as OMP_NUM_THREADS says."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True, scope="session")

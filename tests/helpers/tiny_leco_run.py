@@ -49,7 +49,7 @@ def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
         "network_alpha": 2.0,
         "learning_rate": 1e-2,
         "max_train_steps": 2,
-        "num_threads": 1,
+        "num_threads": torch.get_num_threads(),
         "save_precision": "float",
         "num_eval_prompts": 1,
         "eval_seeds_per_prompt": 2,
