@@ -279,7 +279,7 @@ def two_scores(limit: Limit | None, **settings) -> Stage:
     """Training on a tiny model: the mean of channel 0 is raised, and takes a score that bends along unless that is held."""
     prompts = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
     goals = [Goal(scorer=a_scorer(ChannelScorer)), Goal(scorer=a_scorer(CurvedScorer), weight=0.0, limit=limit)]
-    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, "resolution": 64, **settings}
+    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, **settings}
     return make_stage(reward=Reward(goals), prompts=prompts, strength=0.0, batch_size=4, **settings)
 
 

@@ -55,7 +55,7 @@ class TellingScorer(StandardisedScorer):
 
 def objective_for(model: DiffusionModel, scorer: Scorer, *, network: LoRANetwork | None = None, **settings) -> Stage:
     reward = Reward([Goal(scorer=scorer)])
-    return make_stage(model=model, network=network, reward=reward, prompts=[RED, BLUE], batch_size=4, resolution=64, **settings)
+    return make_stage(model=model, network=network, reward=reward, prompts=[RED, BLUE], batch_size=4, **settings)
 
 
 def test_gradients_differ_by_prompt() -> None:

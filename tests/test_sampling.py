@@ -65,7 +65,7 @@ def pipeline_of(model, scheduler) -> StableDiffusionPipeline:
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_equals_diffusers(kind, guidance_scale):
-    model = tiny_model(kind, layers=2)
+    model = tiny_model(kind)
     pipeline = pipeline_of(model, ddim_of(model.spec.family, model.spec.prediction_type))
     noise, _ = initial_noise(SEEDS, (4, 8, 12))
     expected = pipeline(
@@ -117,7 +117,7 @@ def test_samplers_equal_diffusers(kind, solver, scheduler, spacing, guidance_res
     Three steps, of which the multistep solver takes one with a history: these random networks turn 1e-6 of noise into 3e-3 in five.
     Where spacings have one name diffusers' schedulers do not all have one meaning: these are those that DDIM's agree with.
     """
-    model = tiny_model(kind, layers=2)
+    model = tiny_model(kind)
     config = bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
     if spacing != "lcm":
         config["timestep_spacing"] = spacing
@@ -127,10 +127,10 @@ def test_samplers_equal_diffusers(kind, solver, scheduler, spacing, guidance_res
 
 
 def guidance_distilled_model():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(tiny_unet_config("sd1", layers=2) | {"time_cond_proj_dim": 16})
+        unet = UNet2DConditionModel.from_config(tiny_unet_config("sd1") | {"time_cond_proj_dim": 16})
     assert isinstance(unet, UNet2DConditionModel)
     model.unet = unet
     return model.freeze()
@@ -186,7 +186,7 @@ def test_equals_diffusers_sdxl():
 
 @pytest.mark.parametrize("solver", ["ddim", "euler_a", "dpmpp_2m"])
 def test_a_seed_is_a_picture_whatever_the_batch(solver):
-    model = tiny_model(layers=2)
+    model = tiny_model()
     together = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler=solver))
     alone = sample(model, None, PROMPTS[2:], SEEDS[2:], sampling=replace(SAMPLING, sampler=solver))
     small = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler=solver, batch_size=2))
@@ -197,7 +197,7 @@ def test_a_seed_is_a_picture_whatever_the_batch(solver):
 
 
 def test_one_batch_holds_different_multipliers():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     plain = sample(model, None, PROMPTS, SEEDS, sampling=SAMPLING)
     network = network_for(model)
     mixed = sample(model, network, PROMPTS, SEEDS, torch.tensor([-1.0, 0.0, 1.0]), sampling=SAMPLING)
@@ -210,7 +210,7 @@ def test_one_batch_holds_different_multipliers():
 
 
 def test_the_multiplier_is_put_back_after_an_error():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     network = network_for(model)
     with pytest.raises(RuntimeError, match="stop"):
 
@@ -233,7 +233,7 @@ def test_no_unconditional_branch_at_guidance_1(monkeypatch):
 
 
 def test_a_prompt_brings_its_own_guidance_and_size():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     own = PromptSpec(prompt="a cat", guidance_scale=7.0, width=96, height=64)
     expected = sample(model, None, [PromptSpec(prompt="a cat")], [5], sampling=replace(SAMPLING, guidance_scale=7.0, size=(64, 96)))
     assert expected.shape == (1, 4, 8, 12)
@@ -252,7 +252,7 @@ def test_texts_are_encoded_once(monkeypatch):
 
 
 def test_a_text_encoder_lora_encodes_at_each_multiplier():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     plain = model.encode_prompts(["a cat"]).text
     network = network_for(model, with_text_encoder=True)
     encoder = PromptEncoder(model, network)
@@ -265,7 +265,7 @@ def test_a_text_encoder_lora_encodes_at_each_multiplier():
 
 
 def test_texts_encoded_ahead_outlive_the_text_encoders():
-    model = tiny_model(layers=2)
+    model = tiny_model()
     prompts = [PromptSpec(prompt="a cat", negative_prompt="bad"), PromptSpec(prompt="a dog", width=128)]
     expected = model.encode_prompts(["a dog", ""], (64, 128)).text
     encoder = PromptEncoder(model)

@@ -29,7 +29,7 @@ def test_gradient_is_the_same_with_gradient_checkpointing() -> None:
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("sd1", 1), ("sd1", 3), ("sd2_v", 2), ("sdxl", 2)])
 def test_every_batch_size_and_family_trains(kind: str, batch_size: int) -> None:
-    stage = make_stage(kind, batch_size=batch_size, resolution=64)
+    stage = make_stage(kind, batch_size=batch_size)
     out, eps = stage.objective(stage.rollout.next_batch())
     out.loss.backward()
     stage.rollout.advance(eps)

@@ -50,7 +50,7 @@ def golden_file(name: str) -> list[float]:
 def golden_numbers(name: str, folder: Path) -> list[float]:
     """Train in `folder` and return the reward and the drift of every step, in turn."""
     train, changes = RUNS[name]
-    train(make_workplace(folder / "in", layers=2), folder / "out", **changes)
+    train(make_workplace(folder / "in", full=True), folder / "out", **changes)
     return [record[name] for record in read_metrics(folder / "out" / "metrics.jsonl") for name in ("reward", "eps_drift")]
 
 

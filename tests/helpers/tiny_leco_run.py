@@ -26,10 +26,10 @@ def tiny_scorer(vae: VaeFingerprint, **spec: Any) -> Scorer:
         )
 
 
-def make_workplace(folder: Path, kind: str = "sd1", layers: int = 1) -> Path:
+def make_workplace(folder: Path, kind: str = "sd1", full: bool = False) -> Path:
     """`folder` with model/, scorer.safetensors and prompts.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(kind, layers=layers)
+    model = tiny_model(kind, full=full)
     save_folder(model, folder / "model")
     save_scorer(folder / "scorer.safetensors", tiny_scorer(model.vae_fingerprint()))
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
