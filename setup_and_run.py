@@ -124,7 +124,7 @@ def run_tests(python: Path, arguments: list[str]) -> int:
         "ruff check": [python, "-m", "ruff", "check", "."],
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "pyright": [python, "-m", "pyright", "--pythonpath", python],
-        "pytest": [python, "-m", "pytest", "-n", str(num_workers()), *arguments],
+        "pytest": [python, "-m", "pytest", "-n", str(num_workers()), "--dist", "worksteal", *arguments],
     }
     # The models in the tests are so small that more threads make them slower, and threads that spin while they wait take others' cores.
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}

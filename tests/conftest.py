@@ -1,6 +1,9 @@
-"""Tests run on the CPU, without network and on one thread."""
+"""Tests run on the CPU, without network and on one thread, or as many as OMP_NUM_THREADS says."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -9,5 +12,24 @@ import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
+def threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tokenizers_are_read_once() -> Iterator[None]:
+    """CLIP's 49408 tokens take longer to read than all the weights of a tiny model, and nearly every model has the same."""
+    import transformers  # not before tests/optional/conftest.py has seen to torchvision
+
+    read = transformers.CLIPTokenizer.from_pretrained
+    made: dict[frozenset[tuple[str, bytes]], Any] = {}
+
+    def from_pretrained(folder: Path, **options: Any) -> Any:
+        key = frozenset((path.name, path.read_bytes()) for path in Path(folder).iterdir())
+        if key not in made:
+            made[key] = read(folder, **options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.CLIPTokenizer, "from_pretrained", from_pretrained)
+        yield

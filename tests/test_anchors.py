@@ -23,7 +23,7 @@ def make_term(context: TrainingContext, prompts: list[PromptSpec] = PROMPTS, **s
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
 def test_the_loss_is_the_distance_of_the_outputs_with_and_without_the_lora(kind: str) -> None:
     """Against raw U-Net calls, in v for a v-prediction model (1e-4)."""
-    context = make_context(kind, resolution=(128,))
+    context = make_context(kind)
     term = make_term(context, anchor_batch_size=3)
     batch = term.belt.next_batch()
     term.belt.next_batch = lambda: batch

@@ -99,7 +99,7 @@ def test_gradient_equals_a_finite_difference_with_noise_and_with_history(sampler
 
 
 def state_for(sampler: str, *, with_history: bool = False, seed: int = 0) -> StepState:
-    stage = make_stage(guidance=1.0, batch_size=4, num_steps=5, sampler=sampler, strength=0.0, resolution=64, seed=seed)
+    stage = make_stage(guidance=1.0, batch_size=4, num_steps=5, sampler=sampler, strength=0.0, seed=seed)
     batch = stage.rollout.next_batch()
     if with_history and batch.history is not None:
         stage.rollout.advance(stage.trajectories.predict(batch))
@@ -137,7 +137,7 @@ def test_sensitivity_of_every_estimator_equals_autograds(name: str, sampler: str
 
 def test_direct_align_recovers_the_picture_when_the_prediction_is_the_noise() -> None:
     """At every noise level, also where x0 of a wrong prediction is far off."""
-    stage = make_stage(batch_size=8, num_steps=8, resolution=64, score_estimator="direct_align", guidance=1.0)
+    stage = make_stage(batch_size=8, num_steps=8, score_estimator="direct_align", guidance=1.0)
     batch = stage.rollout.next_batch()
     assert batch.added_noise is not None and len(set(batch.timesteps.tolist())) > 3
     state = stage.state(batch)

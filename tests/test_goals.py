@@ -19,9 +19,8 @@ from library.scorers.io import load_scorer, save_scorer
 from library.training.tracking import read_metrics
 from library.types import Conditioning, PromptSpec
 from tests.helpers.objective import Stage, make_stage
-from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer
+from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer, a_scorer, ensemble_of, some_latents
 from tests.helpers.tiny_leco_run import make_workplace, run
-from tests.test_rewards import a_scorer, ensemble_of, some_latents
 
 ROWS = 4
 DIRECTIONS = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -280,7 +279,7 @@ def two_scores(limit: Limit | None, **settings) -> Stage:
     """Training on a tiny model: the mean of channel 0 is raised, and takes a score that bends along unless that is held."""
     prompts = [PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", direction=-1.0)]
     goals = [Goal(scorer=a_scorer(ChannelScorer)), Goal(scorer=a_scorer(CurvedScorer), weight=0.0, limit=limit)]
-    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, "resolution": 64, **settings}
+    settings = {"score_estimator": "x0_renoise", "reward_loss": "linear", "preserve_weight": 0.0, **settings}
     return make_stage(reward=Reward(goals), prompts=prompts, strength=0.0, batch_size=4, **settings)
 
 
@@ -338,7 +337,6 @@ def test_a_run_takes_limits_and_pessimism(tmp_path: Path) -> None:
     for number, changes in enumerate(
         (
             {"scorer_pessimism": 0.0},
-            {"scorer_pessimism": 0.0},  # once more: the runs differ by their settings alone
             {"scorer_pessimism": 1.0},
             {"scorer_pessimism": 0.0, "scorer_limits": ["none", "hold=0.2"]},
             {"scorer_pessimism": 0.0, "scorer_ensemble": True},
@@ -347,6 +345,5 @@ def test_a_run_takes_limits_and_pessimism(tmp_path: Path) -> None:
         out = tmp_path / str(number)
         run(workplace, out, scorer=own, seed=1, max_train_steps=1, resolution=[128], **changes)
         norms.append(read_metrics(out / "metrics.jsonl")[0]["grad_norm"])
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    for first, second in combinations(norms[1:], 2):
+    for first, second in combinations(norms, 2):
         assert first != pytest.approx(second, rel=1e-3)

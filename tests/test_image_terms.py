@@ -18,13 +18,7 @@ from library.objectives.terms.images import EncodedPicture, ImagesConfig, Images
 from library.scorer_data.buckets import bucket_sizes
 from library.scorer_data.records import Skipped
 from tests.helpers.context import assert_resumes, make_context, train_steps
-
-
-def save_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+from tests.helpers.pictures import save_picture
 
 
 def latents(seed: int, size: tuple[int, int] = (8, 8)) -> Tensor:

@@ -77,7 +77,7 @@ def published_loss(
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
 def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm: bool, batches: list[RolloutBatch]) -> None:
     """1e-5, relative; for v-prediction the error is in v."""
-    context = make_context(kind, resolution=(128,), max_denoising_steps=3, gamma=gamma)  # 128: see `make_context`
+    context = make_context(kind, max_denoising_steps=3, gamma=gamma)
     term = make_term(context, leco_keep_norm=keep_norm)
     seen = set()
     for _ in range(2):
@@ -94,7 +94,7 @@ def test_the_loss_is_the_published_one(kind: str, gamma: float | None, keep_norm
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBatch]) -> None:
-    context = make_context(kind, resolution=(128,))
+    context = make_context(kind)
     term = make_term(context)
     term().loss.backward()
     parameters = list(context.network.parameters())
@@ -112,7 +112,7 @@ def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBat
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_the_trajectory_goes_on_along_the_guided_prediction_with_the_lora(kind: str, batches: list[RolloutBatch]) -> None:
     """What the term advances its belt by is what the belt itself would have predicted (float32: 1e-5)."""
-    context = make_context(kind, train_batch_size=1, resolution=(128,), guidance_rescale=0.7)
+    context = make_context(kind, train_batch_size=1, guidance_rescale=0.7)
     term = make_term(context, SETTINGS[1:2])
     term()
     (belt,) = term._belts.values()

@@ -394,7 +394,7 @@ def test_max_norm_shrinks_only_what_is_too_long() -> None:
     model = tiny_model()
     network = _network(model, apply=False, conv_dim="2")
     before = {lora.name: lora.delta().detach() for lora in network.loras}
-    limit = torch.stack([delta.norm() for delta in before.values()]).median().item()
+    limit = 1.001 * torch.stack([delta.norm() for delta in before.values()]).median().item()  # so that rounding decides about none
     count, mean, largest = network.apply_max_norm_regularization(limit, "cpu")
     assert count == sum(delta.norm().item() > limit for delta in before.values())
     assert 0 < count < len(before)

@@ -87,7 +87,7 @@ def test_full_size_names_of_sdxl() -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_original_paths_agree_with_the_single_file_layout(family: str) -> None:
     """Every layer inside a block, against the table by which the tests write checkpoints in the original layout."""
-    unet = tiny_model(family).unet
+    unet = tiny_model(family, full=True).unet
     by_tensor = dict(zip(unet.state_dict(), unet_to_ldm(unet), strict=True))
     paths = [path for path, _ in layers_inside(unet, ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"))]
     assert len(paths) > 100
@@ -136,7 +136,7 @@ def _pipeline(model: DiffusionModel) -> StableDiffusionPipeline | StableDiffusio
 def test_diffusers_applies_every_module_as_we_mean_it(family: str, tmp_path: Path) -> None:
     """Fused by Diffusers, each weight moves by up @ down * alpha / rank, and no other weight moves: float32 rounding of sums near 1."""
     pytest.importorskip("peft")
-    model = tiny_model(family)
+    model = tiny_model(family, full=True)
     network = _random_network(model, conv_dim="3", conv_alpha="0.5")
     network.save_weights(tmp_path / "lora.safetensors")
     file = load_file(tmp_path / "lora.safetensors")

@@ -26,7 +26,7 @@ from tests.helpers.scorers import StandardisedScorer, scorer_for
 from tests.helpers.tiny_leco_run import make_workplace, run
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_networks import lora_for
-from tests.test_unet_encoder import make_scorer
+from tests.helpers.unet_encoders import make_scorer
 
 RED, BLUE = PromptSpec(prompt="a red circle"), PromptSpec(prompt="a blue square", negative_prompt="ugly")
 
@@ -55,7 +55,7 @@ class TellingScorer(StandardisedScorer):
 
 def objective_for(model: DiffusionModel, scorer: Scorer, *, network: LoRANetwork | None = None, **settings) -> Stage:
     reward = Reward([Goal(scorer=scorer)])
-    return make_stage(model=model, network=network, reward=reward, prompts=[RED, BLUE], batch_size=4, resolution=64, **settings)
+    return make_stage(model=model, network=network, reward=reward, prompts=[RED, BLUE], batch_size=4, **settings)
 
 
 def test_gradients_differ_by_prompt() -> None:

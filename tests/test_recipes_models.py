@@ -96,7 +96,7 @@ def twin_of(model: DiffusionModel) -> DiffusionModel:
 @torch.no_grad()
 @pytest.mark.parametrize("write", [save_folder, lambda model, path: save_single_file(model, path.with_suffix(".safetensors"))])
 def test_a_model_family_is_a_file_and_its_configs(write: Callable[[DiffusionModel, Path], Path], tmp_path: Path, twin: None) -> None:
-    original = twin_of(tiny_model())
+    original = twin_of(tiny_model(full=True))
     (tmp_path / "models").mkdir()
     path = write(original, tmp_path / "models" / "twin")
     model = ModelConfig(pretrained_model_name_or_path=str(path)).load()

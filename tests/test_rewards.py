@@ -9,22 +9,14 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
-from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, ScorerEnsemble, load_reward, states_uncertainty
-from library.scorers.base import Scorer, ScorerSpec, build_scorer
+from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, load_reward, states_uncertainty
+from library.scorers.base import ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
 from library.types import Conditioning, PromptSpec
-from tests.helpers.scorers import ChannelScorer, WavyScorer
+from tests.helpers.scorers import VAE, ChannelScorer, WavyScorer, a_scorer, ensemble_of, some_latents
 
-VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.5, -0.5))
 PROMPTS = [PromptSpec(prompt="a red circle", direction=-1.0), PromptSpec(prompt="a blue square")]
-
-
-def a_scorer(scorer_class: type[Scorer] = ChannelScorer, name: str = "", **spec) -> Scorer:
-    scorer = scorer_class(ScorerSpec(kind=scorer_class.__name__, architecture={}, vae=VAE, **spec))
-    scorer.name = name or scorer.name
-    return scorer
 
 
 def saved(folder: Path, name: str, seed: int = 0, head: HeadSpec | None = None, **spec) -> str:
@@ -37,10 +29,6 @@ def saved(folder: Path, name: str, seed: int = 0, head: HeadSpec | None = None, 
     folder.mkdir(exist_ok=True)
     save_scorer(folder / f"{name}.safetensors", scorer)
     return str(folder / f"{name}.safetensors")
-
-
-def some_latents(rows: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def load(*paths: str, **settings) -> Reward:
@@ -172,23 +160,6 @@ def test_a_score_is_taken_for_worse_than_it_says_whichever_way_it_is_to_go(
     assert (worse > 0).all() if states else (worse == 0).all()
     (gradient,) = torch.autograd.grad(pessimistic.sum(), latents)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
-
-
-class Tilted(ChannelScorer):
-    """Channel 0, and channel 1 by a slope: members agree about channel 0 and not about channel 1."""
-
-    slope: float
-
-    def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
-        return super().standardised(latents, sigmas, cond, prompts) + self.slope * latents[:, 1].mean((1, 2))
-
-
-def ensemble_of(*slopes: float, units: Sequence[tuple[float, float]] | None = None) -> ScorerEnsemble:
-    members = []
-    for slope, (mean, std) in zip(slopes, units or [(0.0, 1.0)] * len(slopes), strict=True):
-        member = a_scorer(type("Tilted", (Tilted,), {"slope": slope}), name=f"slope{slope:g}", mean=mean, std=std)
-        members.append(member)
-    return ScorerEnsemble(members)
 
 
 def test_an_ensemble_is_the_mean_of_standardised_scores_in_the_units_of_the_first() -> None:

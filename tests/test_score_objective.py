@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.types import Conditioning, RolloutBatch
+from library.types import Conditioning
 from tests.helpers.objective import Stage, gradients, make_stage
 from tests.helpers.scorers import ChannelScorer, CutScorer
 
@@ -27,10 +27,9 @@ def test_gradient_is_the_same_with_gradient_checkpointing() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
-def test_every_batch_size_and_family_trains(batch_size: int, kind: str) -> None:
-    stage = make_stage(kind, batch_size=batch_size, resolution=64)
+@pytest.mark.parametrize(("kind", "batch_size"), [("sd1", 1), ("sd1", 3), ("sd2_v", 2), ("sdxl", 2)])
+def test_every_batch_size_and_family_trains(kind: str, batch_size: int) -> None:
+    stage = make_stage(kind, batch_size=batch_size)
     out, eps = stage.objective(stage.rollout.next_batch())
     out.loss.backward()
     stage.rollout.advance(eps)
@@ -47,8 +46,9 @@ def test_trajectories_go_on_along_the_rollouts_own_prediction(guidance: float) -
     assert torch.allclose(eps, stage.trajectories.predict(batch), atol=1e-5)
 
 
-def drive(stage: Stage, batch: RolloutBatch, steps: int = 12) -> float:
-    """Gain of the reward in the wanted direction that training on one batch brings."""
+def drive(stage: Stage, steps: int) -> float:
+    """Gain of the reward in the wanted direction that training on one batch brings, all but the last step of it."""
+    batch = stage.rollout.next_batch()
     optimizer = torch.optim.Adam(stage.network.parameters(), lr=2e-3)
     rewards = []
     for _ in range(steps):
@@ -65,11 +65,9 @@ def drive(stage: Stage, batch: RolloutBatch, steps: int = 12) -> float:
 def test_the_reward_rises_and_with_the_gradient_cut_it_does_not() -> None:
     """The field's self-test: with preservation off and a plain score the training reward rises; with the gradient path cut it stays."""
     settings = {"reward_loss": "linear", "preserve_weight": 0.0, "strength": 0.0}
-    risen, cut = (
-        drive(stage, stage.rollout.next_batch()) for stage in (make_stage(scorer=kind, **settings) for kind in (ChannelScorer, CutScorer))
-    )
-    assert cut == 0
-    assert risen > 0.003
+    assert drive(make_stage(scorer=ChannelScorer, **settings), 12) > 0.003
+    assert drive(make_stage(scorer=ChannelScorer, **settings), 3) > 0
+    assert drive(make_stage(scorer=CutScorer, **settings), 3) == 0
 
 
 def test_a_prompts_direction_turns_the_push_round() -> None:

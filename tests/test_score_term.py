@@ -13,7 +13,6 @@ from torch import nn
 from library.errors import UserError
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS
-from library.objectives.reward_shapes import SHAPES
 from library.objectives.rewards import Goal, Reward
 from library.objectives.terms.score import ScoreTerm
 from library.rollouts.base import ROLLOUTS
@@ -65,7 +64,7 @@ def test_a_step_on_the_belt_costs_what_it_is_said_to() -> None:
 # -- put away and taken out again ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m"])  # one that adds noise, one with a history
 def test_a_restored_term_goes_on(sampler: str) -> None:
     assert_resumes(make_term, lambda **seed: make_context(sampler=sampler, **seed))
 
@@ -128,12 +127,10 @@ def fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "reward_loss"), [*((name, "hinge") for name in ESTIMATORS), *(("x0_renoise", name) for name in SHAPES if name != "hinge")]
-)
-def test_training_runs(estimator: str, reward_loss: str, workplace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_training_runs(estimator: str, workplace: Path, tmp_path: Path) -> None:
     """Two steps of the script: finite numbers, a slider that moved."""
-    path = run(workplace, tmp_path, score_estimator=estimator, reward_loss=reward_loss, num_views=2)
+    path = run(workplace, tmp_path, score_estimator=estimator, num_views=2)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert path.exists() and len(records) == 2
     numbers = {

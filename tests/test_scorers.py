@@ -23,8 +23,8 @@ from library.scorers.io import (
     save_scorer,
 )
 from library.scorers.judges import load_judge
+from tests.helpers.scorers import VAE
 
-VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9))
 OTHER_VAE = VaeFingerprint(scaling_factor=0.13025, probe=(0.7, 0.2, -0.3))
 # Those that begin with random weights at a size "tiny"; the others have files of tests of their own.
 RANDOM_KINDS = [kind for kind, backbone in SCORER_KINDS.items() if "tiny" in backbone.presets]

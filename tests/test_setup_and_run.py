@@ -127,7 +127,8 @@ def test_every_check_runs_and_the_first_failure_is_the_exit_code(monkeypatch: py
     monkeypatch.setattr(setup_and_run, "run", lambda command, environment: started.append(command) or next(codes))
     assert setup_and_run.run_tests(Path("python"), ["-k", "lora"]) == 3
     assert [command[2] for command in started] == ["ruff", "ruff", "pyright", "pytest"]
-    assert started[-1][3:] == ["-n", str(setup_and_run.num_workers()), "-k", "lora"]  # a later -n of the user's own counts
+    own = f"-n {setup_and_run.num_workers()} --dist worksteal -k lora"  # a later -n of the user's own counts
+    assert " ".join(started[-1][3:]) == own
     assert "ruff format, pytest" in capsys.readouterr().err
 
 

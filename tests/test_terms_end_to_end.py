@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.training.tracking import read_metrics
+from tests.helpers.pictures import save_picture
 from tests.helpers.tiny_leco_run import make_workplace, run
-from tests.test_image_terms import save_picture
 
 # The shapes of sections 2.1 and 2.2 of sd-scripts' docs/train_leco.md, at a tiny model's size.
 LECO_FILES = {

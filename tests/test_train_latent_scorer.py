@@ -33,8 +33,8 @@ from library.settings.cli import run_main
 from library.settings.options import build
 from library.training.tracking import read_metrics
 from tests.helpers.golden_scorer import GOLDEN_FILE, golden_losses
+from tests.helpers.scorers import VAE
 from tests.helpers.tiny_models import tiny_vae
-from tests.test_scorers import VAE
 
 SCHEDULE = standard_schedule()
 

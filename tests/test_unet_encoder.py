@@ -1,10 +1,7 @@
 """The U-Net as a backbone: it computes what diffusers' whole U-Net computes, holds half of it, and trains what it was told to."""
 
 import dataclasses
-import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,38 +12,14 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.single_file import bundled_config
-from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec, build_scorer
+from library.scorers.base import BackboneScorer, ModelSource
 from library.scorers.io import check_scorer_fits, load_backbone_weights, load_scorer, save_backbone, save_scorer
 from library.scorers.kinds.unet_encoder import POOLS, Pool, UNetEncoder, build_first_half, distinctive_config, outputs_of, tap_names
 from library.types import Conditioning
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.unet_encoders import make_scorer, shared_model, source_of
 
 SIGMAS = torch.tensor([0.0, 0.7, 100.0])  # clean, within the schedule, beyond it
-
-
-@functools.cache
-def shared_model(kind: str) -> DiffusionModel:
-    """For tests that change nothing in it."""
-    return tiny_model(kind)
-
-
-def source_of(model: DiffusionModel) -> ModelSource:
-    return ModelSource(model=lambda: model, vae=model.vae)
-
-
-def make_scorer(
-    kind: str = "sd1", size: str = "base", seed: int = 0, model: DiffusionModel | None = None, **options: Any
-) -> BackboneScorer:
-    """A scorer as a run makes it; its readout is random by `seed`."""
-    model = model or shared_model(kind)
-    architecture = json.loads(json.dumps(UNetEncoder.architecture_for(size, source_of(model), **options)))
-    spec = ScorerSpec(
-        kind="unet_encoder", architecture=architecture, vae=model.vae_fingerprint(), uses_prompt=architecture.get("use_prompt", False)
-    )
-    torch.manual_seed(seed)
-    scorer = build_scorer(spec)
-    scorer.backbone.initialise(source_of(model))
-    return scorer.eval()
 
 
 def encoder_of(scorer: BackboneScorer) -> UNetEncoder:

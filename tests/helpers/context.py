@@ -48,11 +48,7 @@ def make_context(
     settings: dict[str, Any] | None = None,
     **rollout: Any,
 ) -> TrainingContext:
-    """A LoRA that already does something, a batch of 3, 4 steps, pictures of 64 pixels.
-
-    What a batch and its rows alone must agree on is compared at 128: at 64 the tiny model's deepest norms have one position and two
-    channels a group, and jump.
-    """
+    """A LoRA that already does something, a batch of 3, 4 steps, pictures of 64 pixels."""
     model = model or tiny_model(kind)
     network = network or lora_for(model, strength)
     config = RolloutConfig(

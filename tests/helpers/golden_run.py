@@ -1,4 +1,4 @@
-"""The golden runs: rewards and drifts of 20 steps of train_leco_score.py on a tiny SD1 model: any change of what training computes shows.
+"""The golden runs: rewards and drifts of some steps of train_leco_score.py on a tiny SD1 model: any change of what training computes shows.
 
 python -m tests.helpers.golden_run NAME     # writes tests/golden/NAME.txt anew, when the change is meant
 """
@@ -14,13 +14,13 @@ from library.training.tracking import read_metrics
 from tests.helpers.tiny_leco_run import make_workplace, run, run_with_defaults
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-STEPS: dict[str, Any] = {
-    "max_train_steps": 20,
+COMMON: dict[str, Any] = {
     "seed": 1,
     "resolution": [128],  # at 64 the tiny U-Net's deepest norms have two values a group, and jump with the last bit
 }
 # Every setting that decides a loss is named here or in tiny_leco_run, so that another default does not change the golden numbers.
-PREV = STEPS | {
+PREV = COMMON | {
+    "max_train_steps": 20,
     "learning_rate": 1e-3,
     "optimizer_type": "AdamW",
     "sampler": "ddim",
@@ -37,10 +37,8 @@ PREV = STEPS | {
     "max_grad_norm": 1.0,
     "train_multipliers": [1.0, -1.0],
 }
-RUNS = {
-    "leco_score_sd1": lambda *folders: run(*folders, **PREV),
-    "leco_score_defaults_sd1": lambda *folders: run_with_defaults(*folders, **STEPS),
-}
+DEFAULTS = COMMON | {"max_train_steps": 10}  # of 8 trajectories each
+RUNS = {"leco_score_sd1": (run, PREV), "leco_score_defaults_sd1": (run_with_defaults, DEFAULTS)}
 
 
 def golden_file(name: str) -> list[float]:
@@ -51,7 +49,8 @@ def golden_file(name: str) -> list[float]:
 
 def golden_numbers(name: str, folder: Path) -> list[float]:
     """Train in `folder` and return the reward and the drift of every step, in turn."""
-    RUNS[name](make_workplace(folder / "in"), folder / "out")
+    train, changes = RUNS[name]
+    train(make_workplace(folder / "in", full=True), folder / "out", **changes)
     return [record[name] for record in read_metrics(folder / "out" / "metrics.jsonl") for name in ("reward", "eps_drift")]
 
 

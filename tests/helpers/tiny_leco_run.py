@@ -26,10 +26,10 @@ def tiny_scorer(vae: VaeFingerprint, **spec: Any) -> Scorer:
         )
 
 
-def make_workplace(folder: Path, kind: str = "sd1") -> Path:
+def make_workplace(folder: Path, kind: str = "sd1", full: bool = False) -> Path:
     """`folder` with model/, scorer.safetensors and prompts.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_model(kind)
+    model = tiny_model(kind, full=full)
     save_folder(model, folder / "model")
     save_scorer(folder / "scorer.safetensors", tiny_scorer(model.vae_fingerprint()))
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
@@ -49,7 +49,7 @@ def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
         "network_alpha": 2.0,
         "learning_rate": 1e-2,
         "max_train_steps": 2,
-        "num_threads": 1,
+        "num_threads": torch.get_num_threads(),
         "save_precision": "float",
         "measure": "off",
         **changes,
