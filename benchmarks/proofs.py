@@ -115,14 +115,10 @@ def share(record: EvaluationRecord, multiplier: float) -> float:
     return record.responses["caption_obeyed"].means[record.multipliers.index(multiplier)].value
 
 
-# The unit and the gain are both measured; many prompts make both firm.
-SURE = {"num_eval_prompts": 16, "eval_seeds_per_prompt": 3, "num_calibration_prompts": 128}
-
-
 def calibration(scores: Sequence[str] = ("brightness", "size", "warmth")) -> list[Row]:
     rows = []
     for score in scores:
-        path = slider(f"calibration_{score}", scorer=[str(scorer(score))], evaluate_every_n_steps=40, **SURE)
+        path = slider(f"calibration_{score}", scorer=[str(scorer(score))])
         with path.with_suffix(".json").open(encoding="utf-8") as file:
             card = json.load(file)
         measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=128, seeds=3)
@@ -138,11 +134,9 @@ UNGUARDED = {
     "preserve_weight": 0.0,
     "learning_rate": 3e-4,
     "early_stop_gain": "",
-    "early_stop_patience": "",
-    "keep_best": False,
 }
-PLAIN = {"max_train_steps": 120, "evaluate_every_n_steps": "", "calibrate": ""}  # as trained: neither stopped, chosen nor calibrated
-LONG = {"max_train_steps": 120, "evaluate_every_n_steps": 20, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
+PLAIN = {"max_train_steps": 120, "measure": "off"}  # as trained: neither stopped, chosen nor calibrated
+LONG = {"max_train_steps": 120, "calibrate": "off"}
 
 
 def few_ratings(score: str, count: int = 100) -> Path:
@@ -173,11 +167,10 @@ def early_stop() -> list[Row]:
     """The unguarded run again; now judges may choose its step, and it may stop once it is strong enough."""
     score, rows = "size", []
     judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
-    watched = {**UNGUARDED, "keep_best": True, "early_stop_patience": 3}
     for name, (folder, changes) in {
-        "without guards": ("hacking_without_guards", UNGUARDED),
-        "best step kept by judges": ("early_stop", watched),
-        "stopped at a gain of 1.3, best step kept": ("early_stop_gain", {**watched, "early_stop_gain": 1.3}),
+        "as trained, nothing measured": ("early_stop_off", {**UNGUARDED, "measure": "off"}),
+        "best step kept by judges": ("hacking_without_guards", UNGUARDED),
+        "stopped at a gain of 1.3, best step kept": ("early_stop_gain", {**UNGUARDED, "early_stop_gain": 1.3}),
     }.items():
         path = slider(folder, scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])

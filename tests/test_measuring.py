@@ -10,7 +10,7 @@ from torch import Tensor
 import library.measuring.measure as measure
 from library.errors import UserError
 from library.measuring.image_statistics import chroma, clipped_share, perceptual_distance, rms_distance, rms_diversity, vae_features
-from library.measuring.judges import Judges
+from library.measuring.judges import Judges, load_judges
 from library.measuring.measure import Comparison, Measurer, Part, Raters, seed_table
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Reward
@@ -210,6 +210,21 @@ def test_base_pictures_are_taken_over_by_a_run_that_goes_on_if_they_are_the_same
     other, _ = measurer_for(seeds=seed_table(PROMPTS[:1], 2, offset=7))
     other.load_state_dict(state)
     assert other._base is None
+
+
+def test_a_judge_has_a_role() -> None:
+    """It is written behind its name, comes into the record, and decides what is warned of."""
+    model = tiny_model()
+    judges = load_judges(
+        ["tests.helpers.pictures:redness=stay", "tests.helpers.pictures:is_dark=share"], [], training_files=[], model=model
+    )
+    assert judges.names == ("redness", "is_dark") and judges.roles == {"redness": "stay", "is_dark": "share"}
+    measurer, network = measurer_for(raters=Raters(reward=Reward([Goal(scorer=scorer_for(model))]), judges=judges))
+    record = measurer.measure(network, [-1.0, 1.0])
+    assert [response.name for response in record.side_effects] == ["redness"] and not record.judges
+    assert record.responses["is_dark"].is_share
+    with pytest.raises(UserError, match="has the role 'follows', but a role is follow, stay or share"):
+        load_judges(["tests.helpers.pictures:redness=follows"], [], training_files=[], model=model)
 
 
 def test_seeds_differ_and_a_prompt_may_bring_its_own() -> None:

@@ -338,3 +338,38 @@ def test_the_grid_of_previews_shows_every_pixel_where_it_belongs(tmp_path: Path)
     enlarged = (base * 255).round().permute(1, 2, 0).numpy().astype(int).repeat(2, 0).repeat(2, 1)  # 64 -> 128
     left = LABEL_WIDTH + (192 + GAP) + (192 - 128) // 2  # the second column, in cells as wide as the second prompt's pictures
     assert np.abs(grid[HEADER : HEADER + 128, left : left + 128] - enlarged).max() <= 1
+
+
+def test_the_running_gain_asks_for_an_observation_when_the_slider_is_strong_enough() -> None:
+    monitor, network = made_up_monitor(early_stop_gain=1.5, evaluate_every_n_steps=1000)
+    observe_all(monitor, network, [0])
+    train_to(network, 1.6)
+    assert monitor.running is not None
+
+    def promise(gain: float, step: int) -> Observation | None:
+        for _ in range(20):
+            monitor._seen.append((torch.tensor([1.0, -1.0]), torch.tensor([gain, gain]) * monitor.running.unit, None))
+        return monitor.after(step)
+
+    assert promise(1.0, 40) is None  # a share of 0.4 is expected to last
+    seen = promise(5.0, 80)
+    assert seen is not None and "strong enough" in (seen.stop or "")
+    assert monitor.running.gain(1).value == pytest.approx(1.6, rel=0.1)  # now it is known better
+    assert promise(5.0, 85) is None  # not again at once
+
+
+def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
+    monitor, network = made_up_monitor(evaluate_every_n_steps=1000)
+    observe_all(monitor, network, [0])
+    train_to(network, 1.6)
+    ends = []
+    for step in range(5, 500, 5):
+        for _ in range(5):
+            monitor._seen.append((torch.tensor([1.0, -1.0]), torch.tensor([4.0, 4.0]) * monitor.running.unit, None))
+        seen = monitor.after(step)
+        if step == 100:
+            monitor.observe(step)
+        if seen is not None and seen.stop is not None:
+            ends.append((step, seen.stop))
+            break
+    assert ends and ends[0][0] < 700 and "nothing more to gain" in ends[0][1]

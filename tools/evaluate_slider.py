@@ -26,7 +26,7 @@ from library.atomic_files import atomic_write_bytes, atomic_write_text
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
-from library.measuring.judges import Judges
+from library.measuring.judges import Judges, split_role
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import FORMAT, EvaluationRecord
 from library.models.config import ModelConfig
@@ -69,8 +69,12 @@ class EvaluationConfig:
         (), help="LoRA files, or patterns such as output/slider-step*.safetensors; several are shown side by side."
     )
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote; the first is the one trained on.")
-    judges: tuple[str, ...] = option((), help="Functions of pixels, package.module:function or file.py:function, that training never saw.")
-    judge_scorers: tuple[Path, ...] = option((), help="More judges: scorer files that training did not follow.")
+    judges: tuple[str, ...] = option(
+        (),
+        help="Functions of pixels, package.module:function or file.py:function, that training never saw; "
+        "with =stay one that should not move, with =share a yes or no that must not fall.",
+    )
+    judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training did not follow.")
     prompts_file: Path | None = option(None, help="Prompts (.txt, .toml or PartiPrompts .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")
@@ -131,7 +135,10 @@ def main() -> None:
     files = expand(settings.network_weights)
     names = slider_names(files)
     scorers = {scorer.name: scorer for scorer in map(load_scorer, settings.scorer)}
-    judges = name_judges([load_judge(name) for name in settings.judges], [load_scorer(path) for path in settings.judge_scorers], scorers)
+    functions, judge_files = ([split_role(word) for word in words] for words in (settings.judges, settings.judge_scorers))
+    judges = name_judges([load_judge(name) for name, _ in functions], [load_scorer(path) for path, _ in judge_files], scorers)
+    roles = zip(judges.names, [role for _, role in (*functions, *judge_files)], strict=True)
+    judges = replace(judges, roles={name: role for name, role in roles if role is not None})
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)

@@ -59,7 +59,8 @@ class RewardConfig:
     scorer_limits: tuple[str, ...] = option(
         (),
         help="One word a scorer: none; hold=0.2 keeps it within 0.2 of its standard deviations of the frozen model, and neither raises "
-        "nor lowers it; max=7.5 or min=4 let it not pass that value, in its own units.",
+        "nor lowers it; max=7.5 or min=4 are brakes, in its own units: a picture beyond is pushed no farther, "
+        "so that the mean may end somewhat beyond.",
     )
     scorer_ensemble: bool = option(
         False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.", expert=True

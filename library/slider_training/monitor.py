@@ -52,6 +52,9 @@ PREVIEW_PROMPTS, PREVIEW_WEIGHTS = 4, (-1.0, 0.0, 1.0)
 SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
 
 
+MEASURED = {"measure": ("light", "full")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     """Pictures and measurements while training, judges, early stop, and the strength of the saved file."""
@@ -67,26 +70,34 @@ class MonitorConfig:
         None,
         help="Measure the slider every so many steps, too; not set: a few times a run, or every 50 steps with measure full.",
         expert=True,
+        only_with=MEASURED,
     )
     judges: tuple[str, ...] = option(
         (),
         help="Independent opinions that training never follows: functions of pixels, package.module:function or file.py:function. They "
         "choose the step that is kept, and stop a training that games the score. With =stay it is a side effect that should not move, "
         "with =share a yes or no that must not fall.",
+        only_with=MEASURED,
     )
     judge_scorers: tuple[str, ...] = option(
-        (), help="More judges: scorer files that training does not follow; =stay and =share as above.", expert=True
+        (), help="More judges: scorer files that training does not follow; =stay and =share as above.", expert=True, only_with=MEASURED
     )
     early_stop_gain: float | None = option(
-        2.0, help="Stop once weight +1 raises the score by so many within-prompt standard deviations and -1 lowers it as much."
+        2.0,
+        help="Stop once weight +1 raises the score by so many within-prompt standard deviations and -1 lowers it as much.",
+        only_with=MEASURED,
     )
     calibrate: str = option(
         "visible",
         help="After training, scale alpha so that weight 1 moves the score by one within-prompt standard deviation, or by more where that "
         "is too little to be plainly seen (visible); by exactly so many (a number, such as 1.0); or not at all (off).",
+        only_with=MEASURED,
     )
     max_drift: float | None = option(
-        None, help="Calibrate to no strength whose latents are farther than this (RMS) from the base model's.", expert=True
+        None,
+        help="Calibrate to no strength whose latents are farther than this (RMS) from the base model's.",
+        expert=True,
+        only_with=MEASURED,
     )
     sample_every_n_steps: int | None = option(None, help="Write a grid of previews, at weights -1, 0 and 1, every so many steps.")
     sample_at_first: bool = option(False, help="Write a grid of previews before training, too.", expert=True)
