@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_subset
+from benchmarks import ROOT
+from benchmarks.shapes_runs import drawn_pictures, train_scorer, write_subset
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from examples.shapes.draw_pictures import write_prompts
 from library.measuring.statistics import bootstrap_means, linear_fit

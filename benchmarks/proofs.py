@@ -19,13 +19,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.shapes_runs import MODEL, ROOT, drawn_pictures, train_scorer, write_subset
-from examples.shapes.draw_pictures import write_prompts
+from benchmarks import ROOT
+from benchmarks.shapes_runs import MODEL, drawn_pictures, learned_scorer, write_subset, written_prompts
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import EvaluationRecord
@@ -40,6 +41,7 @@ from networks.lora import create_network_from_weights
 from train_leco_score import leco_score_config, train
 
 OUTPUT = ROOT / "output" / "proofs"
+scorer, prompts = partial(learned_scorer, OUTPUT), partial(written_prompts, OUTPUT / "prompts")
 CAPTIONS = "examples.shapes.judge:caption_obeyed"
 SIZE_SHOWN = "examples.shapes.judge:size_shown"
 Row = dict[str, Any]
@@ -47,26 +49,6 @@ Row = dict[str, Any]
 
 def judge_name(score: str) -> str:
     return f"examples.shapes.scores:{score}"
-
-
-def scorer(score: str, *, name: str = "scorer", seed: int = 0, table: Path | None = None, **settings: Any) -> Path:
-    """A scorer of a true score, trained if it is not there. `seed` of the drawings."""
-    pictures = OUTPUT / f"pictures_{score}_{seed}"
-    path = OUTPUT / score / f"{name}.safetensors"
-    if not path.is_file():
-        ratings = table or drawn_pictures(pictures, 2000, score, seed)
-        settings = {"scorer_kind": "latent_resnet", "max_train_steps": 1200, **settings}
-        train_scorer(path.parent, output_name=name, train_data_file=str(ratings), cache_dir=str(pictures / "cache"), **settings)
-    return path
-
-
-def prompts() -> tuple[Path, Path]:
-    """Prompts to train on, and held-out prompts."""
-    folder = OUTPUT / "prompts"
-    if not (folder / "prompts.txt").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_prompts(folder, 0)
-    return folder / "prompts.txt", folder / "held_out_prompts.txt"
 
 
 def slider(name: str, **changes: Any) -> Path:
@@ -151,7 +133,7 @@ def few_ratings(score: str, count: int = 100) -> Path:
     table = OUTPUT / score / f"{count}_ratings.csv"
     if not table.is_file():
         write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
-    return scorer(score, name=f"{count}_ratings", table=table, image_dir=str(ratings.parent), max_train_steps=400, train_batch_size=32)
+    return scorer(score, name=f"{count}_ratings", table=table, max_train_steps=400, train_batch_size=32)
 
 
 def independent_judge(score: str) -> Path:

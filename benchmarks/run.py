@@ -16,15 +16,12 @@ the perceptual distance), latents at the scorers. What a part holds is what happ
 
 import argparse
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,10 +31,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_leco_score
-from benchmarks.measured_step import PROMPTS
-from benchmarks.shapes_runs import MODEL, ROOT, learned_scorer, write_results, written_prompts
-from benchmarks.step import environment
-from benchmarks.timing import peak_memory, reset_peak_memory
+from benchmarks import ROOT
+from benchmarks.meter import Counts, Meter, environment
+from benchmarks.random_models import PROMPTS
+from benchmarks.shapes_runs import MODEL, learned_scorer, write_results, written_prompts
 from library.models.config import ModelConfig
 from library.settings.cli import parse_config, run_main
 from library.slider_training.files import SliderFiles
@@ -56,111 +53,39 @@ LOAD, PROMPT, TRAIN, OBSERVE, FINISH, PREVIEW, SAVE = PARTS = (
 )
 
 
-@dataclass
-class Counts:
-    """What happened in one part; peaks in bytes: the process's resident memory, and what CUDA gave out."""
-
-    seconds: float = 0.0
-    unet_rows: int = 0
-    unet_rows_with_gradient: int = 0
-    decoded: int = 0
-    encoded: int = 0
-    scored: int = 0
-    peak_resident: int = 0
-    peak_cuda: int = 0
-
-    @property
-    def evaluations(self) -> int:
-        return self.unet_rows + 2 * self.unet_rows_with_gradient
-
-
-class Meter:
-    """Counts and times by part. Whatever happens outside every part is training."""
-
-    def __init__(self) -> None:
-        self.parts = {name: Counts() for name in PARTS}
-        self.open = [TRAIN]
-        self.updates = 0
-        self.since = time.perf_counter()
-
-    def count(self, **counts: int) -> None:
-        for name, value in counts.items():
-            # the trajectories that training starts with are made while everything is loaded
-            part = TRAIN if name.startswith("unet") and self.open[-1] == LOAD else self.open[-1]
-            setattr(self.parts[part], name, getattr(self.parts[part], name) + value)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """What is inside belongs to this part; within a part other than loading and training, to that one."""
-        self._close()
-        self.open.append(name if self.open[-1] in (LOAD, TRAIN) else self.open[-1])
-        try:
-            yield
-        finally:
-            self._close()
-            self.open.pop()
-
-    def wrap(self, owner: Any, name: str, part: str, then: Callable[[Any], object] | None = None) -> None:
-        """Calls of `owner.name` are a part, and what they return is shown to `then`."""
-        function = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(part):
-                found = function(*args, **kwargs)
-                if then is not None:
-                    then(found)
-                return found
-
-        setattr(owner, name, timed)
-
-    def _close(self) -> None:
-        counts, now = self.parts[self.open[-1]], time.perf_counter()
-        counts.seconds += now - self.since
-        counts.peak_resident = max(counts.peak_resident, _peak_resident())
-        if torch.cuda.is_available():
-            device = torch.device("cuda")
-            counts.peak_cuda = max(counts.peak_cuda, peak_memory(device) or 0)
-            reset_peak_memory(device)
-        self.since = time.perf_counter()
-
-
-def watch(meter: Meter) -> None:
-    """Hook the meter into the script and the library, for the rest of this process."""
-
-    def forward(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        meter.count(unet_rows=len(args[0]), unet_rows_with_gradient=len(args[0]) if output[0].requires_grad else 0)
-
-    def counted(name: str) -> Callable[[torch.nn.Module, tuple], None]:
-        return lambda module, args: meter.count(**{name: len(args[0])})
+def watch(meter: Meter) -> Counter[str]:
+    """Hook the meter into the script and the library, for the rest of this process -> "updates" of training, as they come."""
+    counter: Counter[str] = Counter()
 
     def watch_model(model: Any) -> None:
-        model.unet.register_forward_hook(forward)
-        model.vae.encoder.conv_in.register_forward_pre_hook(counted("encoded"))
-        decode = model.vae.decode  # a module within could be called once a tile
+        meter.count_unet(model.unet)
+        meter.count_calls(model.vae.encoder.conv_in, "encoded")
+        meter.wrap(model, "encode_prompts", PROMPT)
+        decode = model.vae.decode  # not one of its modules, which could be called once a tile
 
-        def decode_counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            meter.count(decoded=len(latents))
+        def counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            meter.current.decoded += len(latents)
             return decode(latents, *args, **kwargs)
 
-        model.vae.decode = decode_counted
-        meter.wrap(model, "encode_prompts", PROMPT)
+        model.vae.decode = counted
 
-    def watch_parts(made: Any) -> None:
-        for scorer in made.context.reward.scorers if made.context.reward else ():
+    def watch_scorers(made: Any) -> None:
+        for scorer in made.context.reward.scorers:
             for member in getattr(scorer, "scorers", [scorer]):  # of an ensemble
-                getattr(member, "backbone", member).register_forward_pre_hook(counted("scored"))
+                meter.count_calls(getattr(member, "backbone", member), "scored")
 
     def updated(*args: Any) -> None:
-        meter.updates += meter.open[-1] == TRAIN
+        counter["updates"] += meter.open[-1] == TRAIN
 
     meter.wrap(ModelConfig, "load", LOAD, watch_model)
-    meter.wrap(train_leco_score, "prepare", LOAD, watch_parts)
+    meter.wrap(train_leco_score, "prepare", LOAD, watch_scorers)
     meter.wrap(Monitor, "observe", OBSERVE)
     meter.wrap(Monitor, "finish", FINISH)
     meter.wrap(Monitor, "preview", PREVIEW)
     meter.wrap(SliderFiles, "save", SAVE)
     meter.wrap(SliderFiles, "save_state", SAVE)
     register_optimizer_step_post_hook(updated)
+    return counter
 
 
 @dataclass(frozen=True)
@@ -174,42 +99,33 @@ class Case:
 
 def measure(case: Case) -> dict[str, Any]:
     """Run a case and count. Plain JSON values. To be called once in a process, for its hooks stay."""
-    meter = Meter()
+    meter = Meter(TRAIN, divisible=(LOAD, TRAIN))
     with tempfile.TemporaryDirectory() as folder:
         config = parse_config(train_leco_score.leco_score_config(), [*case.words, "--output_dir", folder])
-        watch(meter)
-        meter.since = started = time.perf_counter()
+        counter = watch(meter)
         train_leco_score.train(config)
-        meter._close()
-        seconds = time.perf_counter() - started
-    samples = meter.updates * config.rollout.train_batch_size * config.training.gradient_accumulation_steps
-    parts = {name: asdict(counts) | {"evaluations": counts.evaluations} for name, counts in meter.parts.items()}
-    total = sum(counts.evaluations for counts in meter.parts.values())
+        meter.close()
+    found = {name: meter.parts.get(name, Counts()) for name in PARTS}
+    for name in ("unet_rows", "unet_rows_with_gradient"):  # the trajectories that training starts with are made while all is loaded
+        setattr(found[TRAIN], name, getattr(found[TRAIN], name) + getattr(found[LOAD], name))
+        setattr(found[LOAD], name, 0)
+    parts = {name: asdict(counts) | {"evaluations": counts.evaluations} for name, counts in found.items()}
+    samples = counter["updates"] * config.rollout.train_batch_size * config.training.gradient_accumulation_steps
+    total = sum(part["evaluations"] for part in parts.values())
     return {
         "case": case.name,
         "counts_only": case.counts_only,
         "words": [word.removeprefix(f"{ROOT}{os.sep}") for word in case.words],
         "max_train_steps": config.training.max_train_steps,
-        "updates": meter.updates,
+        "updates": counter["updates"],
         "train_batch_size": config.rollout.train_batch_size,
         "graded_samples": samples,
         "evaluations": total,
         "evaluations_a_sample": total / samples,
         "share_outside_training": 1 - parts[TRAIN]["evaluations"] / total,
-        "seconds": seconds,
-        "environment": environment(create_accelerator(config.training)) | machine(),
+        "environment": environment(create_accelerator(config.training)),
         "parts": parts,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Processor and code, without names of this computer."""
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"processor": models[0] if models else platform.machine(), "cores": os.cpu_count(), "commit": commit or None}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -248,18 +164,6 @@ def _line(name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _peak_resident() -> int:
-    """The most bytes that the process held since the last call; where the system cannot reset that (only Linux can), since it began."""
-    found = peak_memory(torch.device("cpu")) or 0
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        found = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        reset.write_text("5")  # proc(5): the peak is what is held now
-    except (OSError, StopIteration):
-        pass
-    return found
-
-
 def shapes_case(name: str, *words: str) -> Case:
     """A run on the embedded model, with a scorer of brightness that is trained if it is not there."""
     prompts, scorer = written_prompts(FOLDER / "prompts")[0], learned_scorer(FOLDER, "brightness")
@@ -274,7 +178,7 @@ def tiny_case(name: str, family: str) -> Case:
     if not (folder / "model").is_dir():
         make_workplace(folder, family)
     prompts = folder / "many_prompts.txt"  # more than a measurement takes
-    prompts.write_text("".join(f"{prompt.prompt}, number {number}\n" for number in range(8) for prompt in PROMPTS), encoding="utf-8")
+    prompts.write_text("".join(f"{prompt}, number {number}\n" for number in range(8) for prompt in PROMPTS), encoding="utf-8")
     files = ("--pretrained_model_name_or_path", str(folder / "model"), "--scorer", str(folder / "scorer.safetensors"))
     here = ("--resolution", "64", "64", "--mixed_precision", "no", "--optimizer_type", "AdamW")
     quicker = ("--sample_batch_size", "48")  # of a size that changes no count

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from benchmarks import ROOT
 from examples.shapes.draw_pictures import write_prompts, write_ratings
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.setup import make_source
@@ -19,7 +20,6 @@ from library.scorers.io import load_scorer
 from library.settings.options import build
 from train_latent_scorer import train
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # columns of the tables
 BASE: Mapping[str, Any] = {

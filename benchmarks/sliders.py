@@ -17,10 +17,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import ROOT
 from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPTION_JUDGE = "caption_obeyed"
 # Size and steps of the kinds of scorer that are not trained as the demonstration trains its own: slower ones are given fewer steps.
 SCORERS = {
