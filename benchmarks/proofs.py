@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.shapes_runs import MODEL, drawn_pictures, learned_scorer, write_subset, written_prompts
+from benchmarks.shapes_runs import MODEL, drawn_pictures, independent_judge, learned_from_few, learned_scorer, written_prompts
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import EvaluationRecord
@@ -127,25 +127,11 @@ PLAIN = {"max_train_steps": 120, "evaluate_every_n_steps": "", "calibrate": ""} 
 LONG = {"max_train_steps": 120, "evaluate_every_n_steps": 20, "num_eval_prompts": 8, "eval_seeds_per_prompt": 3, "calibrate": ""}
 
 
-def few_ratings(score: str, count: int = 100) -> Path:
-    """A scorer of `count` ratings, and 30 to choose its step by."""
-    ratings = drawn_pictures(OUTPUT / f"pictures_{score}_0", 2000, score, 0)
-    table = OUTPUT / score / f"{count}_ratings.csv"
-    if not table.is_file():
-        write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
-    return scorer(score, name=f"{count}_ratings", table=table, max_train_steps=400, train_batch_size=32)
-
-
-def independent_judge(score: str) -> Path:
-    """A judge: another kind of scorer, from other drawings."""
-    return scorer(score, name="judge", seed=1, scorer_kind="transformers_cnn", scorer_size="resnet-tiny", max_train_steps=600)
-
-
 def hacking() -> list[Row]:
     score, rows = "size", []
-    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    judged = {"judge_scorers": [str(independent_judge(OUTPUT, score))], "judges": [CAPTIONS]}
     for name, changes in {"without guards": UNGUARDED, "default guards": {"early_stop_gain": ""}}.items():
-        path = slider(f"hacking_{name.replace(' ', '_')}", scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        path = slider(f"hacking_{name.replace(' ', '_')}", scorer=[str(learned_from_few(OUTPUT, score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
         rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
     return rows
@@ -154,14 +140,14 @@ def hacking() -> list[Row]:
 def early_stop() -> list[Row]:
     """The unguarded run again; now judges may choose its step, and it may stop once it is strong enough."""
     score, rows = "size", []
-    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    judged = {"judge_scorers": [str(independent_judge(OUTPUT, score))], "judges": [CAPTIONS]}
     watched = {**UNGUARDED, "keep_best": True, "early_stop_patience": 3}
     for name, (folder, changes) in {
         "without guards": ("hacking_without_guards", UNGUARDED),
         "best step kept by judges": ("early_stop", watched),
         "stopped at a gain of 1.3, best step kept": ("early_stop_gain", {**watched, "early_stop_gain": 1.3}),
     }.items():
-        path = slider(folder, scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        path = slider(folder, scorer=[str(learned_from_few(OUTPUT, score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
         rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
     return rows

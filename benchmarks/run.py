@@ -202,12 +202,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     given, settings = parser.parse_known_args(argv)
     files = given.config_file or ()
     cases = [Case(file.stem, ("--config_file", str(file))) for file in files] if files else [CASES[name]() for name in given.cases]
-    command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)]
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--out", str(given.out))]
+    command = shlex.join(["python", "-m", "benchmarks.run", *words])
     rows = []
     for case in cases:
         whole = Case(case.name, (*case.words, *settings), case.counts_only)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, whole).result() | {"command": shlex.join(command)})
+            rows.append(pool.submit(measure, whole).result() | {"command": command})
         write_results(given.out, rows, table(rows))
     print(table(rows))
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.shapes_runs import write_results
 from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
 
@@ -107,10 +108,7 @@ def main() -> None:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         rows.append(read_row(kind, score, seed, folder / score))
     table = markdown(rows)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-    entries = [asdict(row) | {"passed": row.passed} for row in rows]
-    args.results.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    write_results(args.results, [asdict(row) | {"passed": row.passed} for row in rows], table)
     print(table)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import ROOT, gpu_check, gpu_sections, run, step
+from benchmarks import ROOT, compare, gpu_check, gpu_sections, run, step
 from benchmarks.gpu_check import Section, judge_section, judge_step
 from benchmarks.meter import Meter, peak_resident
 from benchmarks.random_models import random_model
@@ -168,6 +168,36 @@ def test_the_examples_counts_are_of_their_own_settings(name: str, family: str, t
     assert config.training.max_train_steps == example["max_train_steps"] and config.rollout.train_batch_size == example["train_batch_size"]
     assert config.monitor.num_eval_prompts == example["num_eval_prompts"] and config.rollout.resolution == (64, 64)
     assert config.model.load().spec.family == family
+
+
+FAKE_LECO = """
+from types import SimpleNamespace as RootConfig, SimpleNamespace as PromptSettings
+import torch, train_util, wandb
+model_util = RootConfig()
+class LoRANetwork: pass
+def train(config, prompts):
+    unet, side = model_util.load_models("")[2], prompts[0].resolution // 8
+    text = train_util.encode_prompts(None, None, ["a"])
+    steps = torch.randint(1, 4, (1,)).item()
+    with torch.no_grad():
+        for _ in range(steps):
+            unet(torch.zeros(2, 4, side, side), 500, text.repeat(2, 1, 1))
+    unet(torch.zeros(1, 4, side, side).requires_grad_(), 500, text).sample.sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_another_programs_step_is_counted_and_one_that_does_not_run_is_a_line(tmp_path: Path) -> None:
+    random_model("sd1", tiny=True).unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "train_lora.py").write_text(FAKE_LECO, encoding="utf-8")
+    (tmp_path / "train_util.py").write_text("", encoding="utf-8")
+    found = compare.theirs("leco", tmp_path, tmp_path / "unet")
+    assert (found["samples"], found["rows"]) == (1, {"forward": 2 * 2 + 1, "with_gradient": 1}) and found["flops"] > 0
+    broken = compare.theirs("ai_toolkit", tmp_path, tmp_path / "unet")
+    assert broken["error"].startswith("does not run here: ModuleNotFoundError")
+    own = {"program": "LECO score", "flops": found["flops"], "samples": 2, "rows": found["rows"], "forward_flops": found["flops"]}
+    text = compare.table([own, {"program": "LECO", **found}, {"program": "ai-toolkit", **broken}])
+    assert "| LECO | 5.0 | 1.0 |" in text and "2.0 x |" in text and "does not run here" in text
 
 
 @pytest.mark.parametrize("name", ["optimizers", "scorer"])
