@@ -1,1 +1,5 @@
-"""Measurements: what a training step costs, and what only a GPU can show. See README.md in this folder."""
+"""Measurements: what a training costs, what comes of it, and what only a GPU can show. See README.md in this folder."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

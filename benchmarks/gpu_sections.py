@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.measured_step import PROMPTS, set_attention, untrained_scorer
-from benchmarks.random_models import random_model
+from benchmarks import ROOT
+from benchmarks.random_models import PROMPTS, random_model, untrained_scorer
+from benchmarks.step import check_attention
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rollouts.sample import model_autocast
@@ -31,12 +32,13 @@ def attention(device: torch.device, tiny: bool) -> dict[str, Any]:
     side = model.spec.resolution // model.spec.vae_scale_factor
     latents = torch.randn(4, model.spec.latent_channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     timesteps = torch.tensor([10, 300, 600, 990], device=device)
-    cond = model.encode_prompts([prompt.prompt for prompt in PROMPTS[:4]])
+    cond = model.encode_prompts(PROMPTS[:4])
     result: dict[str, Any] = {"batch_size": 4, "dtype": str(dtype)}
     predictions = {}
     for name in ("sdpa", "xformers"):
         try:
-            set_attention(model, name)
+            model.set_attention(name)
+            check_attention(model, name)
         except UserError as error:
             return result | {"skipped": str(error)}
         with torch.no_grad(), model_autocast(model):
@@ -94,7 +96,31 @@ def scorer(device: torch.device, tiny: bool) -> dict[str, Any]:
     return {"ok": True, "scorer_size": size, "latent_size": side, "rows": rows}
 
 
-SECTIONS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {"attention": attention, "optimizers": optimizers, "scorer": scorer}
+def tests(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """The CUDA tests, where pytest is installed: nothing else here asks for more than requirements.txt."""
+    try:
+        import pytest
+    except ModuleNotFoundError:
+        return {"skipped": "pytest is not installed; pip install -r requirements-test.txt -c constraints.txt adds it"}
+    outcomes: dict[str, str] = {}
+
+    class Outcomes:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                outcomes[report.nodeid] = report.outcome
+
+    words = ["-q", "-m", "cuda", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_cuda.py")]
+    code = pytest.main(words, plugins=[Outcomes()])
+    result: dict[str, Any] = {"ok": code == 0 and bool(outcomes), "tests": outcomes}
+    return result | {"skipped": "every test was"} if outcomes and {*outcomes.values()} == {"skipped"} else result
+
+
+SECTIONS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
+    "attention": attention,
+    "optimizers": optimizers,
+    "scorer": scorer,
+    "tests": tests,
+}
 
 
 def _seconds(run: Callable[[], object], quick: bool) -> float:

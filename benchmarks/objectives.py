@@ -10,16 +10,16 @@ drawings. An arm is a change of the defaults; finished runs are kept in output_d
 
 import argparse
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.shapes_runs import ROOT, drawn_pictures, train_scorer, write_subset
+from benchmarks import ROOT
+from benchmarks.shapes_runs import independent_judge, learned_from_few, learned_scorer, write_results, written_prompts
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
-from examples.shapes.draw_pictures import write_prompts
 from library.measuring.statistics import bootstrap_means, linear_fit
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.reward_shapes import SHAPES
@@ -67,34 +67,15 @@ def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def prepare(folder: Path, score: str, needed: Collection[str]) -> dict[str, Path]:
-    """Drawings, prompts and the needed scorers: "scorer", "ensemble" of four heads, "few" ratings, "few_ensemble", "judge"."""
-    ratings, others = (
-        drawn_pictures(folder / "pictures", 2000, score, seed=0),
-        drawn_pictures(folder / "other_pictures", 2000, score, seed=1),
-    )
-    if not (folder / "pictures" / "prompts.txt").is_file():
-        write_prompts(folder / "pictures", 0)
-    recipes: dict[str, tuple[Path, dict[str, Any]]] = {
-        "scorer": (ratings, {"scorer_kind": "latent_resnet", "max_train_steps": 1200}),
-        "ensemble": (ratings, {"scorer_kind": "latent_resnet", "max_train_steps": 1200, "head_members": 4}),
-        "judge": (others, {"scorer_kind": "transformers_cnn", "scorer_size": "resnet-tiny", "max_train_steps": 600}),
+    """The needed scorers: "scorer", "ensemble" of four heads, "few" ratings, "few_ensemble", "judge"."""
+    makers: dict[str, Callable[[], Path]] = {
+        "scorer": lambda: learned_scorer(folder, score),
+        "ensemble": lambda: learned_scorer(folder, score, name="ensemble", head_members=4),
+        "few": lambda: learned_from_few(folder, score, name="few"),
+        "few_ensemble": lambda: learned_from_few(folder, score, name="few_ensemble", head_members=4),
+        "judge": lambda: independent_judge(folder, score),
     }
-    table = folder / "100_ratings.csv"
-    if not table.is_file():
-        write_subset(ratings, table, range(130), ["train"] * 100 + ["validation"] * 30)
-    few = {"scorer_kind": "latent_resnet", "max_train_steps": 400, "train_batch_size": 32, "image_dir": str(ratings.parent)}
-    recipes |= {"few": (table, few), "few_ensemble": (table, {**few, "head_members": 4})}
-    files = {name: folder / name / f"{name}.safetensors" for name in recipes}
-    for name, (table, settings) in recipes.items():
-        if name in needed and not files[name].is_file():
-            train_scorer(
-                folder / name,
-                output_name=name,
-                train_data_file=str(table),
-                cache_dir=str(folder / ("cache_1" if name == "judge" else "cache_0")),
-                **settings,
-            )
-    return files
+    return {name: make() for name, make in makers.items() if name in needed}
 
 
 def record(name: str, seed: int, run: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
@@ -203,9 +184,7 @@ def collect(runs_file: Path, results: Path) -> None:
     runs = list({(run["arm"], run["seed"]): run for run in lines}.values())  # two processes may have made the same run
     names = list(dict.fromkeys(run["arm"] for run in runs))
     rows = [row(name, [run for run in runs if run["arm"] == name]) for name in names]
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    results.with_suffix(".md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    write_results(results, rows, markdown(rows))
     print(markdown(rows))
 
 
@@ -226,8 +205,7 @@ def main() -> None:
         wanted = {name: changes for name, changes in arms(args.groups).items() if not args.arms or name in args.arms}
         files = prepare(folder, args.score, {"judge"} | {changes.get("scorer", "scorer") for changes in wanted.values()})
         torch.set_num_threads(1)
-        pictures = folder / "pictures"
-        laboratory = Laboratory(args.score, files["judge"], pictures / "prompts.txt", pictures / "held_out_prompts.txt")
+        laboratory = Laboratory(args.score, files["judge"], *written_prompts(folder / "prompts"))
         finished = [json.loads(line) for line in runs_file.read_text(encoding="utf-8").splitlines()] if runs_file.is_file() else []
         done = {(run["arm"], run["seed"]) for run in finished}
         for seed in args.seeds:

@@ -19,13 +19,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.shapes_runs import MODEL, ROOT, drawn_pictures, train_scorer, write_subset
-from examples.shapes.draw_pictures import write_prompts
+from benchmarks import ROOT
+from benchmarks.shapes_runs import MODEL, drawn_pictures, independent_judge, learned_from_few, learned_scorer, written_prompts
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import EvaluationRecord
@@ -40,6 +41,7 @@ from networks.lora import create_network_from_weights
 from train_leco_score import leco_score_config, train
 
 OUTPUT = ROOT / "output" / "proofs"
+scorer, prompts = partial(learned_scorer, OUTPUT), partial(written_prompts, OUTPUT / "prompts")
 CAPTIONS = "examples.shapes.judge:caption_obeyed"
 SIZE_SHOWN = "examples.shapes.judge:size_shown"
 Row = dict[str, Any]
@@ -47,26 +49,6 @@ Row = dict[str, Any]
 
 def judge_name(score: str) -> str:
     return f"examples.shapes.scores:{score}"
-
-
-def scorer(score: str, *, name: str = "scorer", seed: int = 0, table: Path | None = None, **settings: Any) -> Path:
-    """A scorer of a true score, trained if it is not there. `seed` of the drawings."""
-    pictures = OUTPUT / f"pictures_{score}_{seed}"
-    path = OUTPUT / score / f"{name}.safetensors"
-    if not path.is_file():
-        ratings = table or drawn_pictures(pictures, 2000, score, seed)
-        settings = {"scorer_kind": "latent_resnet", "max_train_steps": 1200, **settings}
-        train_scorer(path.parent, output_name=name, train_data_file=str(ratings), cache_dir=str(pictures / "cache"), **settings)
-    return path
-
-
-def prompts() -> tuple[Path, Path]:
-    """Prompts to train on, and held-out prompts."""
-    folder = OUTPUT / "prompts"
-    if not (folder / "prompts.txt").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_prompts(folder, 0)
-    return folder / "prompts.txt", folder / "held_out_prompts.txt"
 
 
 def slider(name: str, **changes: Any) -> Path:
@@ -139,25 +121,11 @@ PLAIN = {"max_train_steps": 120, "measure": "off"}  # as trained: neither stoppe
 LONG = {"max_train_steps": 120, "calibrate": "off"}
 
 
-def few_ratings(score: str, count: int = 100) -> Path:
-    """A scorer of `count` ratings, and 30 to choose its step by."""
-    ratings = drawn_pictures(OUTPUT / f"pictures_{score}_0", 2000, score, 0)
-    table = OUTPUT / score / f"{count}_ratings.csv"
-    if not table.is_file():
-        write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
-    return scorer(score, name=f"{count}_ratings", table=table, image_dir=str(ratings.parent), max_train_steps=400, train_batch_size=32)
-
-
-def independent_judge(score: str) -> Path:
-    """A judge: another kind of scorer, from other drawings."""
-    return scorer(score, name="judge", seed=1, scorer_kind="transformers_cnn", scorer_size="resnet-tiny", max_train_steps=600)
-
-
 def hacking() -> list[Row]:
     score, rows = "size", []
-    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    judged = {"judge_scorers": [str(independent_judge(OUTPUT, score))], "judges": [CAPTIONS]}
     for name, changes in {"without guards": UNGUARDED, "default guards": {"early_stop_gain": ""}}.items():
-        path = slider(f"hacking_{name.replace(' ', '_')}", scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        path = slider(f"hacking_{name.replace(' ', '_')}", scorer=[str(learned_from_few(OUTPUT, score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
         rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
     return rows
@@ -166,13 +134,13 @@ def hacking() -> list[Row]:
 def early_stop() -> list[Row]:
     """The unguarded run again; now judges may choose its step, and it may stop once it is strong enough."""
     score, rows = "size", []
-    judged = {"judge_scorers": [str(independent_judge(score))], "judges": [CAPTIONS]}
+    judged = {"judge_scorers": [str(independent_judge(OUTPUT, score))], "judges": [CAPTIONS]}
     for name, (folder, changes) in {
         "as trained, nothing measured": ("early_stop_off", {**UNGUARDED, "measure": "off"}),
         "best step kept by judges": ("hacking_without_guards", UNGUARDED),
         "stopped at a gain of 1.3, best step kept": ("early_stop_gain", {**UNGUARDED, "early_stop_gain": 1.3}),
     }.items():
-        path = slider(folder, scorer=[str(few_ratings(score))], **LONG, **judged, **changes)
+        path = slider(folder, scorer=[str(learned_from_few(OUTPUT, score))], **LONG, **judged, **changes)
         measured = measure(path, [SIZE_SHOWN, CAPTIONS], prompts()[1])
         rows.append({"run": name, **ends(measured, "size_shown"), "path": trail(path.parent)})
     return rows

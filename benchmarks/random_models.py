@@ -11,7 +11,9 @@ from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.registry import FAMILIES
 from library.models.single_file import bundled_config
+from library.scorers.base import SCORER_KINDS, Scorer, ScorerSpec, build_scorer
 
+PROMPTS = [f"a photo of a {thing}" for thing in ("house", "face", "dog", "street", "forest", "car", "cup", "boat")]
 TEXT_ENCODERS: dict[str, type[PreTrainedModel]] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
@@ -41,3 +43,10 @@ def random_model(
         tokenizers=[build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders],
     )
     return model.freeze().to(device, dtype)
+
+
+def untrained_scorer(model: DiffusionModel, size: str) -> Scorer:
+    """A latent ResNet of the model's VAE, on its device: an opinion without sense, at the cost of a trained one."""
+    architecture = SCORER_KINDS["latent_resnet"].preset(size) | {"in_channels": model.spec.latent_channels}
+    scorer = build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=model.vae_fingerprint()))
+    return scorer.requires_grad_(False).eval().to(model.device)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.shapes_runs import (
-    ROOT,
     SIGMAS,
     activation_bytes,
     columns_of,

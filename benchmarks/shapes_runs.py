@@ -1,4 +1,4 @@
-"""Short trainings of scorers on the shapes world: what the scorer benchmarks share."""
+"""Pictures, prompts and scorers of the shapes world, made where they are not there: what the benchmarks share."""
 
 import csv
 import json
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from examples.shapes.draw_pictures import write_ratings
+from benchmarks import ROOT
+from examples.shapes.draw_pictures import write_prompts, write_ratings
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.setup import make_source
 from library.scorer_training.tasks import Task, load_tasks
@@ -19,7 +20,6 @@ from library.scorers.io import load_scorer
 from library.settings.options import build
 from train_latent_scorer import train
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "shapes" / "model"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # columns of the tables
 BASE: Mapping[str, Any] = {
@@ -40,6 +40,39 @@ def drawn_pictures(folder: Path, count: int, score: str, seed: int = 0) -> Path:
     """A folder of `count` drawings with ratings.csv and pairs.csv, drawn if it is not there. Returns the path of ratings.csv."""
     path = folder / "ratings.csv"
     return path if path.is_file() else write_ratings(folder, count, score, seed)
+
+
+def written_prompts(folder: Path) -> tuple[Path, Path]:
+    """Prompts to train on, and held-out prompts."""
+    if not (folder / "prompts.txt").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_prompts(folder, 0)
+    return folder / "prompts.txt", folder / "held_out_prompts.txt"
+
+
+def learned_scorer(folder: Path, score: str, *, name: str = "scorer", seed: int = 0, table: Path | None = None, **settings: Any) -> Path:
+    """The file of a scorer that learned 2,000 drawings, or a `table` of some of them. `seed` of the drawings."""
+    pictures, path = folder / f"pictures_{score}_{seed}", folder / score / f"{name}.safetensors"
+    if not path.is_file():
+        ratings = drawn_pictures(pictures, 2000, score, seed)
+        settings = {"scorer_kind": "latent_resnet", "max_train_steps": 1200, "image_dir": str(pictures), **settings}
+        train_scorer(path.parent, output_name=name, train_data_file=str(table or ratings), cache_dir=str(pictures / "cache"), **settings)
+    return path
+
+
+def learned_from_few(folder: Path, score: str, count: int = 100, *, name: str | None = None, **settings: Any) -> Path:
+    """The same from `count` ratings, and 30 to choose its step by: a scorer that can be gamed."""
+    ratings, table = drawn_pictures(folder / f"pictures_{score}_0", 2000, score, 0), folder / score / f"{count}_ratings.csv"
+    if not table.is_file():
+        write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
+    settings = {"max_train_steps": 400, "train_batch_size": 32, **settings}
+    return learned_scorer(folder, score, name=name or table.stem, table=table, **settings)
+
+
+def independent_judge(folder: Path, score: str) -> Path:
+    """Another kind of scorer, from other drawings."""
+    kind = {"scorer_kind": "transformers_cnn", "scorer_size": "resnet-tiny", "max_train_steps": 600}
+    return learned_scorer(folder, score, name="judge", seed=1, **kind)
 
 
 def train_scorer(output_dir: Path, **settings: Any) -> BackboneScorer:

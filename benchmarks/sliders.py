@@ -17,10 +17,11 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import ROOT
+from benchmarks.shapes_runs import write_results
 from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
 
-ROOT = Path(__file__).resolve().parents[1]
 CAPTION_JUDGE = "caption_obeyed"
 # Size and steps of the kinds of scorer that are not trained as the demonstration trains its own: slower ones are given fewer steps.
 SCORERS = {
@@ -107,10 +108,7 @@ def main() -> None:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         rows.append(read_row(kind, score, seed, folder / score))
     table = markdown(rows)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-    entries = [asdict(row) | {"passed": row.passed} for row in rows]
-    args.results.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    write_results(args.results, [asdict(row) | {"passed": row.passed} for row in rows], table)
     print(table)
 
 

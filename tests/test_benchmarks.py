@@ -2,24 +2,30 @@
 
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import gpu_check, gpu_sections, step
-from benchmarks.gpu_check import Section, judge_section, judge_step, judge_tests, read_junit
-from benchmarks.measured_step import MeasuredStep, StepSettings, measure
+from benchmarks import ROOT, compare, gpu_check, gpu_sections, run, step
+from benchmarks.gpu_check import Section, judge_section, judge_step
+from benchmarks.meter import Meter, peak_resident
 from benchmarks.random_models import random_model
-from benchmarks.timing import Stopwatch
 from library.errors import UserError
-from library.settings.options import build
-from library.settings.shared import NetworkConfig, OptimizerConfig, TrainingConfig
-from library.training.runtime import create_accelerator
+from library.objectives.estimator import ESTIMATORS
+from library.objectives.score import ScoreConfig
+from library.rollouts.config import RolloutConfig
+from library.settings.cli import parse_config, read_config_file
+from library.settings.options import options
+from library.slider_training.setup import leco_score_config
+from library.types import LossOutput
+from tests.helpers import tiny_leco_run
 
-TINY = {"model_family": "sd1", "random_weights": True, "tiny": True, "scorer_size": "tiny", "num_threads": 1}
-QUICK = TINY | {"max_denoising_steps": 3, "warm_up_steps": 1, "timed_steps": 1}
+TINY = ["--random_weights", "sd1", "--tiny", "--scorer_size", "tiny"]
+QUICK = ["--max_denoising_steps", "3", "--num_threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,80 +37,76 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def tiny_step(**settings) -> MeasuredStep:
-    accelerator = create_accelerator(TrainingConfig())
-    chosen = StepSettings(**{"batch_size": 2, "num_steps": 3, "scorer_size": "tiny", **settings})
-    return MeasuredStep(random_model("sd1", tiny=True), accelerator, chosen, NetworkConfig(), OptimizerConfig())
+def tiny_step(*words: str) -> step.Step:
+    given, settings = step.parse([*TINY, *QUICK, *words])
+    return step.build_step(given, ["--train_batch_size", "2", *settings])[0]
 
 
 @pytest.mark.slow
 def test_every_combination_is_measured_and_written(tmp_path: Path) -> None:
-    values = QUICK | {"gradient_checkpointing": ["on"], "train_batch_size": [1, 2]}
-    result = step.run(build(step.Config, values | {"output": str(tmp_path / "result.json")}))
+    several = ["--gradient_checkpointing", "on", "--train_batch_size", "1", "2", "--warm_up_steps", "1", "--timed_steps", "1"]
+    result = step.run(*step.parse([*TINY, *QUICK, *several, "--output", str(tmp_path / "result.json")]))
     cells = json.loads((tmp_path / "result.json").read_text())["cells"]
-    assert len(cells) == 2 and cells == json.loads(json.dumps(result["cells"]))
+    assert [cell["batch_size"] for cell in cells] == [1, 2] and cells == json.loads(json.dumps(result["cells"]))
     for cell in cells:
         assert cell["count_agrees"] is True and "error" not in cell
-        parts = cell["part_seconds"]
-        assert list(parts) == [
-            "belt batch",
-            "no-grad predictions",
-            "graded forward",
-            "score and its gradient",
-            "backward",
-            "optimizer",
-            "advance",
-        ]
-        assert all(seconds["median"] > 0 for seconds in parts.values())
+        assert set(cell["part_seconds"]) == set(step.PARTS)
+        assert all(seconds["median"] > 0 for seconds in cell["part_seconds"].values())
         assert cell["samples_per_second"] == pytest.approx(cell["batch_size"] / cell["step_seconds"]["median"])
         assert cell["unet_evaluations_per_sample"] == 5.0  # uncond, frozen, cond, and the backward as two
     assert step.table(result).count("belt batch") == 2
 
 
+def test_the_trainers_own_defaults_are_measured() -> None:
+    given, settings = step.parse([*TINY, *QUICK])
+    assert given.train_batch_size == [RolloutConfig().train_batch_size]
+    made = step.build_step(given, settings)[0]
+    assert type(made.terms["score"].objective.estimator) is ESTIMATORS[ScoreConfig().score_estimator]  # type: ignore[attr-defined]
+    assert made.batch_size == RolloutConfig().train_batch_size
+
+
 def test_what_a_rollout_samples_counts_into_its_evaluations() -> None:
-    found = measure(tiny_step(score_estimator="direct_align", batch_size=1, num_steps=4), warm_up_steps=1, timed_steps=2)
+    found = step.measure(tiny_step("--score_estimator", "direct_align"), warm_up_steps=1, timed_steps=2)
     assert found["unet_evaluations_per_sample"] > 5.0
 
 
 def test_a_wrong_count_is_noticed() -> None:
     measured = tiny_step()
-    objective = measured.objective
+    term = measured.terms["score"]
 
-    def forgetful(batch, generator):
-        found = objective(batch, generator)
+    def forgetful() -> LossOutput:
         measured.model.num_unet_evaluations -= 1
-        return found
+        return term()
 
-    measured.objective = forgetful  # type: ignore[assignment]
-    assert measure(measured, warm_up_steps=1, timed_steps=1)["count_agrees"] is False
+    measured.terms["score"] = forgetful  # type: ignore[assignment]
+    forgetful.weight = 1.0  # type: ignore[attr-defined]
+    assert step.measure(measured, warm_up_steps=1, timed_steps=1)["count_agrees"] is False
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     measured = tiny_step()
     torch.nn.init.constant_(measured.network.loras[0].lora_up.weight, torch.nan)
     with pytest.raises(UserError, match="not finite"):
-        measure(measured, warm_up_steps=1, timed_steps=1)
+        step.measure(measured, warm_up_steps=1, timed_steps=1)
 
 
 def test_xformers_that_is_not_used_is_not_measured_as_xformers() -> None:
-    result = step.run(build(step.Config, QUICK | {"attention": ["xformers"], "train_batch_size": [1]}))
+    result = step.run(*step.parse([*TINY, *QUICK, "--xformers", "--train_batch_size", "1"]))
     assert "xformers cannot be used" in result["cells"][0]["error"]
     assert "xformers cannot be used" in step.table(result)
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({}, "set either"),
-        ({"pretrained_model_name_or_path": "x", "random_weights": True}, "set either"),
-        ({"random_weights": True}, "model_family is auto"),
-        ({"pretrained_model_name_or_path": "x", "tiny": True}, "without random_weights"),
-        (TINY | {"timed_steps": 0}, "timed_steps"),
-    ],
+    ("words", "sentence"),
+    [(["--tiny"], "without random_weights"), ([*TINY, "--timed_steps", "0"], "timed_steps")],
 )
-def test_bad_settings(values: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        build(step.Config, values)
+def test_bad_options(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        step.parse(words)
+
+
+def test_bad_settings_of_the_trainer_are_its_own_sentence() -> None:
+    assert "did you mean" in step.run(*step.parse([*TINY, "--max_denoising_step", "3"]))["cells"][0]["error"]
 
 
 @pytest.mark.parametrize(("family", "millions"), [("sd1", 859.5), ("sd2", 865.9), ("sdxl", 2567.5)])
@@ -115,18 +117,97 @@ def test_random_models_have_the_published_size(family: str, millions: float) -> 
     assert not any(parameter.requires_grad for parameter in model.unet.parameters())
 
 
-def test_stopwatch_adds_up_what_is_called_alike() -> None:
-    stopwatch = Stopwatch(torch.device("cpu"))
-    for _ in range(2):
-        with stopwatch.part("sleep"):
-            time.sleep(0.02)
-    assert stopwatch.seconds["sleep"] >= 0.04
+def test_a_meter_gives_to_the_innermost_part() -> None:
+    meter = Meter("outside", divisible=("outside", "whole"))
+    with meter.part("whole"), meter.part("inner"), meter.part("ignored"):
+        time.sleep(0.02)
+    with meter.part("inner"):
+        meter.current.decoded += 3
+    meter.close()
+    assert set(meter.parts) == {"outside", "whole", "inner"}
+    assert meter.parts["inner"].seconds >= 0.02 > meter.parts["whole"].seconds and meter.parts["inner"].decoded == 3
 
 
-@pytest.mark.parametrize("name", list(gpu_sections.SECTIONS))
+def test_the_peak_is_that_of_a_part() -> None:
+    peak_resident()
+    large = torch.ones(2**26)  # 256 MiB
+    with_it = peak_resident()
+    del large
+    peak_resident()
+    assert with_it - peak_resident() > 2**27
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_counted_by_part(tmp_path: Path) -> None:
+    """In a process of its own, as the command does it: what the counts must be is known from the settings."""
+    here = tiny_leco_run.make_workplace(tmp_path / "run")
+    words = ["--pretrained_model_name_or_path", str(here / "model"), "--scorer", str(here / "scorer.safetensors")]
+    words += ["--prompts_file", str(here / "prompts.txt"), "--train_batch_size", "2", "--max_denoising_steps", "3", "--resolution", "64"]
+    words += ["--max_train_steps", "2", "--evaluate_every_n_steps", "2", "--num_eval_prompts", "1", "--eval_seeds_per_prompt", "2"]
+    words += ["--calibrate", "", "--sample_every_n_steps", "2", "--num_sample_prompts", "1", "--num_threads", "1"]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        row = pool.submit(run.measure, run.Case("tiny", tuple(words))).result()
+    parts = row["parts"]
+    assert list(parts) == list(run.PARTS) and (row["updates"], row["graded_samples"]) == (2, 4)
+    assert parts[run.LOAD]["evaluations"] == parts[run.SAVE]["evaluations"] == 0
+    assert parts[run.PREVIEW]["evaluations"] == 3 * 3 * 2 and parts[run.PREVIEW]["decoded"] == 3  # weights x steps x branches
+    assert parts[run.TRAIN]["unet_rows_with_gradient"] == 4 and parts[run.TRAIN]["decoded"] == 0
+    assert parts[run.TRAIN]["evaluations"] >= 4 * 5 and parts[run.TRAIN]["scored"] >= 4
+    assert parts[run.OBSERVE]["evaluations"] > 0 and parts[run.OBSERVE]["unet_rows_with_gradient"] == 0
+    assert row["evaluations"] == sum(part["evaluations"] for part in parts.values())
+    assert row["evaluations_a_sample"] == row["evaluations"] / 4
+    assert all(part["peak_resident"] > 2**20 for name, part in parts.items() if part["seconds"] > 0)
+    assert f"| {run.PREVIEW} | 18 |" in run.table([row])
+
+
+@pytest.mark.parametrize(("name", "family"), [("sd15", "sd1"), ("sdxl", "sdxl")])
+def test_the_examples_counts_are_of_their_own_settings(name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    config = parse_config(leco_score_config(), list(run.tiny_case(name, family).words))
+    example = read_config_file(ROOT / "examples" / f"{name}_slider.toml", options(leco_score_config()))
+    assert config.training.max_train_steps == example["max_train_steps"] and config.rollout.train_batch_size == example["train_batch_size"]
+    assert config.monitor.num_eval_prompts == example["num_eval_prompts"] and config.rollout.resolution == (64, 64)
+    assert config.model.load().spec.family == family
+
+
+FAKE_LECO = """
+from types import SimpleNamespace as RootConfig, SimpleNamespace as PromptSettings
+import torch, train_util, wandb
+model_util = RootConfig()
+class LoRANetwork: pass
+def train(config, prompts):
+    unet, side = model_util.load_models("")[2], prompts[0].resolution // 8
+    text = train_util.encode_prompts(None, None, ["a"])
+    steps = torch.randint(1, 4, (1,)).item()
+    with torch.no_grad():
+        for _ in range(steps):
+            unet(torch.zeros(2, 4, side, side), 500, text.repeat(2, 1, 1))
+    unet(torch.zeros(1, 4, side, side).requires_grad_(), 500, text).sample.sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_another_programs_step_is_counted_and_one_that_does_not_run_is_a_line(tmp_path: Path) -> None:
+    random_model("sd1", tiny=True).unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "train_lora.py").write_text(FAKE_LECO, encoding="utf-8")
+    (tmp_path / "train_util.py").write_text("", encoding="utf-8")
+    found = compare.theirs("leco", tmp_path, tmp_path / "unet")
+    assert (found["samples"], found["rows"]) == (1, {"forward": 2 * 2 + 1, "with_gradient": 1}) and found["flops"] > 0
+    broken = compare.theirs("ai_toolkit", tmp_path, tmp_path / "unet")
+    assert broken["error"].startswith("does not run here: ModuleNotFoundError")
+    own = {"program": "LECO score", "flops": found["flops"], "samples": 2, "rows": found["rows"], "forward_flops": found["flops"]}
+    text = compare.table([own, {"program": "LECO", **found}, {"program": "ai-toolkit", **broken}])
+    assert "| LECO | 5.0 | 1.0 |" in text and "2.0 x |" in text and "does not run here" in text
+
+
+@pytest.mark.parametrize("name", ["optimizers", "scorer"])
 def test_sections(name: str) -> None:
     result = json.loads(json.dumps(gpu_sections.SECTIONS[name](torch.device("cpu"), True)))
-    assert judge_section(result) == ("skipped" if name == "attention" else "passed")  # xformers needs CUDA
+    assert judge_section(result) == "passed"
+
+
+def test_attention_is_skipped_where_xformers_cannot_be_had() -> None:
+    assert judge_section(gpu_sections.attention(torch.device("cpu"), True)) == "skipped"
 
 
 def test_no_gpu_is_said_with_an_exit_code_of_its_own(
@@ -160,12 +241,6 @@ def test_a_section_that_fails_or_hangs_does_not_end_the_rest(tmp_path: Path) -> 
     assert written["device"] == "cpu" and len(written["sections"]) == 5
 
 
-def test_a_section_whose_package_is_missing_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    [record] = gpu_check.check([python("", package="no_such_package")], tmp_path / "result.json", {}, {})
-    assert record["status"] == "skipped" and "no_such_package is not installed" in record["reason"]
-    assert [section.package for section in gpu_check.sections(False) if "pytest" in section.arguments] == ["pytest"]
-
-
 @pytest.mark.slow
 def test_the_command_runs_its_sections_in_processes_of_their_own(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--sections", "scorer", "--output_dir", str(tmp_path)]
@@ -175,14 +250,18 @@ def test_the_command_runs_its_sections_in_processes_of_their_own(tmp_path: Path)
     assert section["status"] == "passed" and section["result"]["scorer_size"] == "tiny"
 
 
-def test_the_result_of_pytest_is_read() -> None:
-    text = """<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="0"><skipped message="no GPU"/></testcase>
-    <testcase name="c" time="0"><failure message="assert 1 == 2">long</failure></testcase></testsuite></testsuites>"""
-    outcomes = read_junit(text)
-    assert [row["outcome"] for row in outcomes.values()] == ["passed", "skipped", "failure"]
-    assert outcomes["c"]["message"] == "assert 1 == 2"
-    assert judge_tests(outcomes) == "failed" and judge_tests({}) == "failed"
-    assert judge_tests({"b": outcomes["b"]}) == "skipped" and judge_tests({"a": outcomes["a"], "b": outcomes["b"]}) == "passed"
+@pytest.mark.slow
+def test_the_check_needs_no_more_than_the_requirements(tmp_path: Path) -> None:
+    """With every package of requirements-test.txt out of reach: the CUDA tests are skipped with the reason, and the rest runs."""
+    hidden = [line.split(">")[0].split("[")[0] for line in (ROOT / "requirements-test.txt").read_text().splitlines() if line[0] != "#"]
+    blocked = {name.replace("-", "_"): None for name in hidden} | {"xdist": None}
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update({blocked!r})\n", encoding="utf-8")
+    for name, status in {"tests": "skipped", "sd1_fp32": "passed"}.items():
+        [section] = [section for section in gpu_check.sections(True) if section.name == name]
+        variables = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(tmp_path)}
+        record = gpu_check.run_section(section, 300.0, variables)
+        assert record["status"] == status, record
+    assert "pytest" in blocked and "peft" in blocked
 
 
 def test_judging_a_step() -> None:
@@ -198,9 +277,9 @@ def test_every_command_line_of_the_check_is_understood() -> None:
         for section in gpu_check.sections(tiny):
             _, module, *words = section.arguments
             if module == "benchmarks.step":
-                config = step.parse_config(step.Config, words)
-                assert config.measurement.random_weights and config.measurement.tiny is tiny
-            elif module == "benchmarks.gpu_sections":
-                assert words[0] in gpu_sections.SECTIONS
+                given, settings = step.parse(words)
+                assert given.random_weights and given.tiny is tiny
+                config = parse_config(leco_score_config(), ["--pretrained_model_name_or_path", "random", *settings])
+                assert config.training.torch_compile is (section.name == "torch_compile")
             else:
-                assert module == "pytest" and (gpu_check.ROOT / next(word for word in words if word.endswith(".py"))).is_file()
+                assert module == "benchmarks.gpu_sections" and words[0] in gpu_sections.SECTIONS
