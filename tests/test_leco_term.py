@@ -141,6 +141,7 @@ def test_one_call_with_gradient_and_one_without(guidance: float, monkeypatch: py
     assert cost == 3 * 2 + without
 
 
+@pytest.mark.slow
 def test_leco_alone_moves_the_prediction_along_the_direction() -> None:
     """On the embedded model, at noise that was never trained on: at +1 towards red, at -1 towards green, at each noise level."""
     text, red, green = (f"a {colour}circle on a blue background" for colour in ("", "red ", "green "))
