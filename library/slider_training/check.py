@@ -107,7 +107,7 @@ def check_reward(
     """Measure the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
 
     The prediction: what one step of training gained, on every place of a trajectory, times the steps that are planned; but no farther
-    than the prediction can move, which is reward_weight / (2 preserve_weight) where preservation balances the score. The base model's
+    than the prediction can move, which is 1 / (2 preserve_weight) where preservation balances the score. The base model's
     pictures tell how many within-prompt standard deviations that is. It takes gains to add up, so it is rather too high
     (docs/experiments.md has it beside what was measured).
 
@@ -180,9 +180,9 @@ def _predicted(
     term: ScoreTerm, batch: RolloutBatch, gain: float, drift: float, score: ScoreConfig, monitor: Monitor, num_steps: int
 ) -> float:
     """See `check_reward`; `gain` and `drift` are those of one step of training at one step of the sampler."""
-    if not score.normalize_gradient or not drift > 0:
+    if not drift > 0:
         return math.nan
-    bound = score.reward_weight / (2 * score.preserve_weight) if score.preserve_weight else math.inf
+    bound = 1 / (2 * score.preserve_weight) if score.preserve_weight else math.inf
     fraction = float(term.objective.step_fraction(batch, term.objective.predict_frozen(batch)).mean())
     whole = gain / fraction * min(num_steps, bound / drift)
     unit = monitor.base_unit()
@@ -207,17 +207,14 @@ def _faults(
     if blind:
         found.append(f"the score has no gradient at sigma {', '.join(f'{sigma:.3g}' for sigma in blind)}: it was not trained on such noise")
     if not math.isnan(drift) and drift > EXPLODING_DRIFT:
-        found.append(
-            f"one step moves the prediction by {drift:.3g} (RMS), which is as much as it is: lower learning_rate"
-            + ("" if score.normalize_gradient else ", or set normalize_gradient, without which a steep score is a large step")
-        )
+        found.append(f"one step moves the prediction by {drift:.3g} (RMS), which is as much as it is: lower learning_rate")
     for gain, sign in zip(gains, ("+1", "-1"), strict=True):
         if gain < -ROUNDING:
             found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
     if not found and (predicted < FLAT_GAIN if math.isfinite(predicted) else max(map(abs, gains)) < ROUNDING):
         found.append(
-            "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
-            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"
+            "the run would gain next to nothing: raise learning_rate, max_train_steps or network_alpha (the network's "
+            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where reward_loss lets it rest"
         )
     return found
 

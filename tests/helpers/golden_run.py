@@ -30,12 +30,8 @@ PREV = STEPS | {
     "leco_denoise_guidance_scale": 4.0,
     "score_estimator": "prev",
     "reward_loss": "hinge",
-    "hinge_margin": 2.0,
-    "reward_weight": 1.0,
     "preserve_weight": 10.0,
-    "normalize_gradient": True,
     "max_grad_norm": 1.0,
-    "train_multipliers": [1.0, -1.0],
 }
 RUNS = {
     "leco_score_sd1": lambda *folders: run(*folders, **PREV),
