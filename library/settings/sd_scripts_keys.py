@@ -92,6 +92,10 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         if result.setdefault("model_family", "sd2") not in ("auto", "sd2"):
             raise UserError(f"v2 is set and model_family is {result['model_family']}; leave one of the two out")
         result["model_family"] = "sd2"
+    if "train_data_file" in known and "dataset_config" in result and (text := take("dataset_config")):
+        if result.get("train_data_file") not in (None, ""):
+            raise UserError("train_data_file and dataset_config are both set; leave one out")
+        result["train_data_file"] = text
     schedule = str(result.get("lr_scheduler", "")).lower()
     if "lr_scheduler_num_cycles" in result and schedule in ("cosine_with_restarts", "cosine_with_min_lr"):
         cycles = take("lr_scheduler_num_cycles")
