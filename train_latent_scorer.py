@@ -35,7 +35,6 @@ def train(config: LatentScorerConfig) -> Path:
     """Run the whole training and return the path of the scorer. Raises UserError for bad input and for a loss that is not finite."""
     settings, output = config.training, config.output
     optimizer = settings.optimizer_config()
-    pretraining_optimizer = settings.optimizer_config(config.pretraining.pretrain_learning_rate)
     check_optimizer(optimizer, settings.max_train_steps)
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
@@ -62,13 +61,13 @@ def train(config: LatentScorerConfig) -> Path:
 
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
     with Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:
-        trainer = ScorerTrainer(accelerator, settings, config.augmentation, tracker, encode_prompts)
+        trainer = ScorerTrainer(accelerator, settings, tracker, encode_prompts)
         first_step = 0
         if pretraining_tasks:
             names = [task.name for task in pretraining_tasks]
             pretrained = dataclasses.replace(spec, heads=tuple(task.head for task in pretraining_tasks), score_head=names[0])
             first_step = config.pretraining.steps
-            stage = Stage("pretraining", pretraining_tasks, names, first_step, pretraining_optimizer)
+            stage = Stage("pretraining", pretraining_tasks, names, first_step, optimizer)
             record["pretraining"] = trainer.fit(PretrainingScorer(pretrained, backbone), stage)
             if accelerator.is_main_process:
                 save_backbone(output.path("-backbone"), backbone, dataclasses.replace(spec, training=record))

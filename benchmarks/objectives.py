@@ -33,10 +33,7 @@ GUARDS: dict[str, dict[str, Any]] = {
     "no preservation, linear": {"preserve_weight": 0.0, "reward_loss": "linear"},
     "preserve 1": {"preserve_weight": 1.0},
     "preserve 10": {"preserve_weight": 10.0},
-    "raw gradient": {"normalize_gradient": False},
-    "ensemble, pessimism 0": {"scorer": "ensemble", "scorer_pessimism": 0.0},
-    "ensemble, pessimism 1": {"scorer": "ensemble", "scorer_pessimism": 1.0},
-    "ensemble, pessimism 3": {"scorer": "ensemble", "scorer_pessimism": 3.0},
+    "ensemble": {"scorer": "ensemble"},
 }
 # With the scorer of 100 ratings, from no guard to the defaults and beyond.
 HACKABLE: dict[str, dict[str, Any]] = {
@@ -44,8 +41,7 @@ HACKABLE: dict[str, dict[str, Any]] = {
     "hinge alone": {"preserve_weight": 0.0},
     "preserve 3 alone": {"reward_loss": "linear"},
     "preserve 1": {"preserve_weight": 1.0},
-    "raw gradient": {"normalize_gradient": False},
-    "ensemble, pessimism 1": {"scorer": "few_ensemble", "scorer_pessimism": 1.0},
+    "ensemble": {"scorer": "few_ensemble"},
 }
 
 

@@ -191,7 +191,7 @@ def text_free() -> list[Row]:
         files += ["--pictures", pictures, "--num_pictures", 500, "--output", adapter, "--num_threads", 1]
         recipe = ["--adapter_width", 256, "--max_train_steps", 200, "--learning_rate", 5e-4, "--guidance_scale", 3]
         run("tools/train_image_prompt_adapter.py", *files, *recipe)
-    seen = {"image_prompts": str(pictures), "image_prompt_limit": 500, "image_prompt_adapter": str(adapter), "clip_model": str(clip)}
+    seen = {"image_prompts": str(pictures), "image_prompt_adapter": str(adapter), "clip_model": str(clip)}
     rows = []
     for name, changes in {"pictures without captions": seen, "written prompts": {}}.items():
         path = slider(f"text_free_{name.partition(' ')[0]}", scorer=[str(rated)], **PLAIN, **changes)
@@ -235,7 +235,7 @@ def leco() -> list[Row]:
     for name, changes in {
         "words: size": {"prompts_file": str(folder / "size.toml"), "objective": ["leco"], "scorer": []},
         "score: brightness": bright,
-        "both": {**words, **bright, "objective": ["score", "leco"], "leco_weight": 4.0},
+        "both": {**words, **bright, "objective": ["score", "leco"], "objective_weights": ["leco=4"]},
     }.items():
         path = slider(f"leco_{name.replace(': ', '_')}", **PLAIN, **changes)
         measured = measure(path, [judge_name("size"), judge_name("brightness"), CAPTIONS], held_out)

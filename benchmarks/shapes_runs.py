@@ -27,7 +27,6 @@ BASE: Mapping[str, Any] = {
     "resolution": "80",
     "bucket_no_upscale": True,
     "bucket_reso_steps": 8,
-    "vae_batch_size": 32,
     "scorer_size": "tiny",
     "validate_every_n_steps": 100,
     "lr_warmup_steps": 0.1,

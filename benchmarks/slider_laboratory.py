@@ -21,15 +21,12 @@ from library.measuring.statistics import within_prompt_std
 from library.models.loading import load_model
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS
-from library.objectives.estimators.direct_align import DirectAlignConfig
-from library.objectives.estimators.x0_renoise import X0RenoiseConfig
 from library.objectives.rewards import RewardConfig, load_reward
 from library.objectives.score import ScoreConfig
 from library.objectives.terms.score import ScoreTerm
 from library.prompts.files import load_prompts, spread
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
-from library.rollouts.noised import NoisedConfig
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
@@ -52,9 +49,6 @@ SAMPLING = SamplingConfig(num_steps=20, guidance_scale=3.0, size=SIZE, batch_siz
 class Settings:
     reward: RewardConfig
     score: ScoreConfig
-    x0_renoise: X0RenoiseConfig
-    direct_align: DirectAlignConfig
-    noised: NoisedConfig
     rollout: RolloutConfig
 
 

@@ -72,7 +72,7 @@ class PromptSpec:
         direction: +1 when a positive multiplier is to raise the score on this prompt, -1 when it is to lower it.
         seed: which seed measurements and previews of this prompt begin with; None is their own.
         num_steps: steps of the sampler; None takes the run's.
-        multiplier: of the LoRA while it is rolled out; None takes the run's train_multipliers in turn.
+        multiplier: of the LoRA while it is rolled out; None takes +1 and -1 in turn.
         original_width, original_height: pixels that SDXL is given as the picture's size before it was cropped; None is its size now.
         crop_top, crop_left: pixels that SDXL is given as cropped off.
     """

@@ -16,15 +16,15 @@ from tests.helpers.context import assert_resumes, evaluations_of, make_context, 
 PROMPTS = [PromptSpec(prompt="a tree"), PromptSpec(prompt="a house", negative_prompt="fog")]
 
 
-def make_term(context: TrainingContext, prompts: list[PromptSpec] = PROMPTS, **settings) -> AnchorsTerm:
-    return AnchorsTerm(context, prompts, AnchorConfig(**settings))
+def make_term(context: TrainingContext, prompts: list[PromptSpec] = PROMPTS) -> AnchorsTerm:
+    return AnchorsTerm(context, prompts)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v", "sdxl"])
 def test_the_loss_is_the_distance_of_the_outputs_with_and_without_the_lora(kind: str) -> None:
     """Against raw U-Net calls, in v for a v-prediction model (1e-4)."""
     context = make_context(kind)
-    term = make_term(context, anchor_batch_size=3)
+    term = make_term(context)
     batch = term.belt.next_batch()
     term.belt.next_batch = lambda: batch
     out = term()
@@ -84,8 +84,7 @@ def test_a_term_goes_on_where_it_was_put_away() -> None:
 def test_build_reads_the_file_and_turns_off_without_one(tmp_path: Path) -> None:
     path = tmp_path / "anchors.txt"
     path.write_text("a tree\na house --n fog\n", encoding="utf-8")
-    term = AnchorsTerm.build(make_context(), AnchorConfig(anchor_prompts_file=str(path), anchor_weight=0.25, anchor_batch_size=1))
-    assert term.weight == 0.25
+    term = AnchorsTerm.build(make_context(), AnchorConfig(anchor_prompts_file=str(path)))
     assert {prompt.prompt for pool in term.belt.trajectories.pools for prompt in pool.prompts} == {"a tree", "a house"}
     with pytest.raises(UserError, match="anchor_prompts_file"):
         AnchorsTerm.build(make_context(), AnchorConfig())

@@ -100,7 +100,7 @@ def test_a_true_in_the_file_can_be_unset(config_file):
     assert config.training.gradient_checkpointing is False
     assert config.model.v_parameterization is False
     assert config.training.xformers is True
-    assert parse("--config_file", path, "--sdpa").training.sdpa is True
+    assert parse("--config_file", path, "--xformers").training.xformers is True
 
 
 def test_an_optional_value_in_the_file_can_be_unset(config_file):
@@ -131,7 +131,7 @@ def test_values_of_the_file_are_coerced_and_checked(config_file):
         (["--network_dm=4"], "unknown option --network_dm (did you mean --network_dim?); --help lists the options"),
         (["--config_fil", "x"], "unknown option --config_fil (did you mean --config_file?); --help lists the options"),
         (["--network_di", "4"], "unknown option --network_di (did you mean --network_dim?); --help lists the options"),
-        (["--v2", "true"], "the word 'true' belongs to no option; a switch takes no value (write --name or --no-name)"),
+        (["--xformers", "true"], "the word 'true' belongs to no option; a switch takes no value (write --name or --no-name)"),
         (["--seed"], "command line: argument --seed: expected one argument"),
         (["--seed", "x"], "seed is 'x', but it must be a whole number"),
         (["--scores", "x"], "--scores has no form on the command line; write it in the config file as [[scores]]"),
@@ -224,14 +224,14 @@ def test_output_config_round_trips(config_file, tmp_path: Path):
     output = tmp_path / "out"
     path = config_file("[[scores]]\nfile = 'a'\nweights = [1, 2]\n[s]\n" + MODEL + "seed = 7\n")
     argv = ["--config_file", path, "--network_args", "conv_dim=4", "--network_alpha", "1e-5", "--wandb_api_key", "hunter2"]
-    argv += ["--training_comment", 'C:\\x00\\new "é" \x7f\n', "--weights", "1", "0.5", "--no-sdpa", "--xformers"]
+    argv += ["--training_comment", 'C:\\x00\\new "é" \x7f\n', "--weights", "1", "0.5", "--xformers"]
     with pytest.raises(SystemExit) as caught:
         parse(*argv, "--output_config", str(output))
     assert caught.value.code == 0
 
     text = output.with_suffix(".toml").read_text(encoding="utf-8")
     assert "# vae =\n" in text and "\n[training]\n" in text and "seed = 7\n" in text
-    assert all(word not in text for word in ("hunter2", "wandb_api_key", "config_file", "output_config"))
+    assert all(word not in text for word in ("hunter2", "log_args", "config_file", "output_config"))
     expected = parse(*argv)
     result = parse("--config_file", str(output), "--wandb_api_key", "hunter2")
     assert result == expected
@@ -284,12 +284,12 @@ def test_what_is_written_leaves_out_what_nothing_reads(config_file, capsys: pyte
     with pytest.raises(SystemExit):
         parse("--pretrained_model_name_or_path", "m", "--dry_run")
     printed = capsys.readouterr().out
-    assert "\n# log_prefix =\n" in printed and "\n# wandb_run_name =\n" in printed
+    assert "\n# network_weights =\n" in printed
     with pytest.raises(SystemExit):
-        parse("--config_file", config_file(printed), "--log_prefix", "a", "--dry_run")
-    assert '\n# log_prefix = "a"  # only with log_with or only with logging_dir\n' in capsys.readouterr().out
+        parse("--config_file", config_file(printed), "--network_weights", "a", "--dim_from_weights", "--dry_run")
+    assert "\n# network_dim = 8  # not with dim_from_weights\n" in capsys.readouterr().out
     assert [record.getMessage() for record in caplog.records] == [
-        "these settings are given and not used: log_prefix (only with log_with or only with logging_dir)"
+        "these settings are given and not used: network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)"
     ]
 
 

@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.models.config import ModelConfig
 from library.settings.options import build, key_value_pairs, nearest, option, options
 from library.settings.registry import Registry
+from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
 from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 
@@ -165,23 +166,14 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     "values, unread",
     [
-        ({"lr_scheduler_power": 2.0}, "lr_scheduler_power (only with lr_scheduler polynomial)"),
-        ({"lr_scheduler_power": 1.0}, "lr_scheduler_power (only with lr_scheduler polynomial)"),  # the default, but given
-        ({"lr_scheduler_power": 2.0, "lr_scheduler": "Polynomial"}, None),
-        (
-            {"lr_scheduler_num_cycles": 2, "lr_scheduler": "cosine"},
-            "lr_scheduler_num_cycles (only with lr_scheduler cosine_with_restarts or cosine_with_min_lr)",
-        ),
         ({"text_encoder_lr": 1e-5}, "text_encoder_lr (not with network_train_unet_only)"),
         ({"text_encoder_lr": 1e-5, "network_train_unet_only": False}, None),
         (
             {"network_dim": 8, "network_alpha": 1, "dim_from_weights": True, "network_weights": "l.safetensors"},
             "network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)",
         ),
-        ({"log_prefix": "a"}, "log_prefix (only with log_with or only with logging_dir)"),
+        ({"log_prefix": "a"}, "log_args (only with log_with or only with logging_dir)"),
         ({"log_prefix": "a", "logging_dir": "logs"}, None),
-        ({"wandb_run_name": "a", "logging_dir": "logs"}, "wandb_run_name (only with log_with wandb or all)"),
-        ({"wandb_run_name": "a", "log_with": "all"}, None),
         ({"wandb_run_name": "", "text_encoder_lr": ""}, None),  # said to be not set
         ({}, None),
     ],
@@ -192,6 +184,54 @@ def test_settings_that_nothing_reads_are_named_in_one_warning(
     script(**values)
     expected = [] if unread is None else [f"these settings are given and not used: {unread}"]
     assert [record.getMessage() for record in caplog.records] == expected
+
+
+@pytest.mark.parametrize(
+    "values, name, meant",
+    [
+        ({"v2": True}, "model_family", "sd2"),
+        ({"v2": ["true"], "model_family": "auto"}, "model_family", "sd2"),  # as the command line hands it on
+        ({"v2": False}, "model_family", "auto"),
+        ({"lr_scheduler": "Polynomial", "lr_scheduler_power": 2.0}, "lr_scheduler_args", ("power=2.0",)),
+        (
+            {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": ["3"], "lr_scheduler_args": ["num_cycles=2"]},
+            "lr_scheduler_args",
+            ("num_cycles=3", "num_cycles=2"),  # ours has the last word
+        ),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_num_cycles": 1}, "lr_scheduler_args", ("num_cycles=0.5",)),
+        (
+            {"log_with": "all", "log_prefix": "try-", "wandb_api_key": ["k"]},
+            "log_args",
+            ("wandb_api_key=k", "log_prefix=try-"),
+        ),
+        ({"sdpa": True, "save_model_as": "safetensors"}, "xformers", False),
+    ],
+)
+def test_what_sd_scripts_says_in_other_words_is_obeyed(values: dict[str, object], name: str, meant: object, caplog: Any):
+    config = script(**values)
+    section = getattr(config, options(Script)[name].section)
+    assert getattr(section, name) == meant
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "values, warning",
+    [
+        ({"sdpa": False}, "sdpa (it is always used, unless xformers is)"),
+        ({"save_model_as": "ckpt"}, "save_model_as (it is always safetensors)"),
+        ({"lr_scheduler_power": 1}, "lr_scheduler_power (only polynomial has a power)"),
+    ],
+)
+def test_what_sd_scripts_can_and_this_cannot_is_a_warning(values: dict[str, object], warning: str, caplog: Any):
+    script(**values)
+    assert [record.getMessage() for record in caplog.records] == [f"these options of sd-scripts do nothing here: {warning}"]
+
+
+def test_settings_that_were_removed_say_what_replaces_them():
+    assert error_of(script, **dict.fromkeys(REMOVED, 1)).startswith("these settings are gone: ")
+    for name, replacement in REMOVED.items():
+        assert error_of(script, **{name: 1}) == f"these settings are gone: {name} ({replacement}); leave them out"
+        assert name not in UNUSED and name not in REPLACEMENTS, "a key of sd-scripts is never fatal"
 
 
 def test_a_setting_can_depend_on_an_item_of_a_list_and_on_what_another_script_has(caplog: pytest.LogCaptureFixture):
@@ -296,22 +336,20 @@ def test_the_keys_of_the_gui_are_all_known():
         ({"max_grad_norm": -1}, "max_grad_norm is -1.0, but it must be at least 0"),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1.0, but it must be at least 0"),
         ({"lr_warmup_steps": 1.5}, "lr_warmup_steps is 1.5, but it must be a whole number of steps, or a share below 1"),
-        ({"lr_scheduler_num_cycles": 0}, "lr_scheduler_num_cycles is 0, but it must be at least 1"),
+        (
+            {"lr_scheduler_num_cycles": 0, "lr_scheduler": "cosine_with_restarts"},
+            "lr_scheduler_num_cycles is 0, but it must be a whole number above 0",
+        ),
         ({"optimizer_args": ["=3"]}, "optimizer_args has '=3', but every entry must be \"key=value\""),
         ({"lr_scheduler_args": ["x"]}, "lr_scheduler_args has 'x', but every entry must be \"key=value\""),
         ({"max_train_steps": 0}, "max_train_steps is 0, but it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, but it must be at least 1"),
         ({"num_threads": 0}, "num_threads is 0, but it must be at least 1"),
         ({"seed": -1}, "seed is -1, but it must be at least 0"),
-        ({"sdpa": False}, "sdpa and xformers are both off; turn one of them on"),
         ({"output_name": "a/b"}, "output_name is 'a/b', but it must be a file name; the folder is output_dir"),
         ({"output_name": ""}, "output_name is '', but it must be a file name; the folder is output_dir"),
         ({"save_every_n_steps": 0}, "save_every_n_steps is 0, but it must be at least 1"),
         ({"save_last_n_steps": 5}, "save_last_n_steps is set without save_every_n_steps; say how often to save"),
-        (
-            {"save_model_as": "ckpt"},
-            "save_model_as is 'ckpt', but it must be one of safetensors",
-        ),
     ],
 )
 def test_the_checks_of_the_concerns(values: dict[str, object], message: str):
@@ -319,11 +357,6 @@ def test_the_checks_of_the_concerns(values: dict[str, object], message: str):
 
 
 def test_what_the_concerns_say_together():
-    assert script().model.family == "auto"
-    assert script(v2=True).model.family == "sd2"
-    assert script(model_family="sdxl").model.family == "sdxl"
-    assert script().training.attention == "sdpa"
-    assert script(xformers=True).training.attention == "xformers"
     assert script(network_args=["conv_dim=4", "algo = lokr"]).network.network_kwargs == {"conv_dim": "4", "algo": "lokr"}
 
 
@@ -342,7 +375,8 @@ def test_trackers(values: dict[str, object], trackers: set[str]):
 
 def test_a_secret_is_in_no_repr_and_no_error():
     assert "hunter2" not in repr(script(wandb_api_key="hunter2"))
-    assert error_of(script, wandb_api_key=["hunter2"]) == "wandb_api_key is not usable, but it must be text"
+    assert "hunter2" not in error_of(script, log_args=["hunter2"])
+    assert "hunter2" not in error_of(script, log_args=["api_key=hunter2"])
 
 
 def test_key_value_pairs_split_at_the_first_equals_sign():

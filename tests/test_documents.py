@@ -94,7 +94,7 @@ def test_what_does_not_exist_is_found() -> None:
         "library.types.Gone",
         "benchmarks.gone",
     ]
-    assert missing_options("train --learning_rate 1 --no-sdpa --learning_rat 2") == ["learning_rat"]
+    assert missing_options("train --learning_rate 1 --no-xformers --learning_rat 2") == ["learning_rat"]
     assert missing_settings(
         "`learning_rate`, `network_dim = 4`, `network_dims`, `network_dims = 4`, `word`\n```toml\nlearning_rat = 1\n```"
     ) == [

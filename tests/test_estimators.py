@@ -11,13 +11,13 @@ from torch import Tensor
 from library.diffusion.noise_schedule import per_sample, v_to_eps
 from library.diffusion.solvers import SOLVERS, get_solver
 from library.objectives.estimator import ESTIMATORS, StepState, step_sensitivity
-from library.objectives.estimators.x0_renoise import X0Renoise, X0RenoiseConfig
+from library.objectives.estimators.x0_renoise import X0Renoise
 from library.types import Conditioning, History, RolloutBatch
 from tests.helpers.context import part_settings
 from tests.helpers.objective import Stage, make_stage
 from tests.helpers.scorers import ChannelScorer
 
-PLAIN = {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": False}
+PLAIN = {"reward_loss": "linear", "preserve_weight": 0.0}
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------------
@@ -26,12 +26,14 @@ PLAIN = {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": 
 class Differences:
     """The mean reward in the wanted direction as a function of the LoRA's weights, in float64, from the U-Net itself.
 
-    What the objective means to hold still stays as it was at the first call: the unconditional branch.
+    What the objective means to hold still stays as it was at the first call: the unconditional branch, and by how much each sample's
+    reward is divided: the RMS of its gradient in the latents, and how far eps moves them.
     """
 
     def __init__(self, stage: Stage, batch: RolloutBatch) -> None:
         self.stage, self.batch = stage, replace(batch, latents=batch.latents.double())
         self.uncond: Tensor | None = None
+        self.units: Tensor | None = None  # [B]
         stage.model.unet.double()
         stage.network.double()
 
@@ -51,9 +53,17 @@ class Differences:
             eps = self.uncond + per_sample(batch.guidance_scales, eps) * (eps - self.uncond)
         predicted = objective.estimator.predict_latents(self.stage.state(batch), eps)
         noise = torch.randn(objective.estimator.num_views, *batch.latents.shape, generator=torch.Generator().manual_seed(0))
-        latents, sigmas, _ = objective.estimator.views(predicted, noise)
-        values = objective.reward.scorers[0].score(latents, sigmas, None, None)
-        return (batch.directions.repeat(len(values) // len(batch.latents)) * values).mean().item()
+
+        def scores(latents: Tensor) -> Tensor:
+            seen, sigmas, _ = objective.estimator.views(replace(predicted, latents=latents), noise)
+            return objective.reward.scorers[0].score(seen, sigmas, None, None).view(-1, len(latents)).mean(0)
+
+        if self.units is None:
+            with torch.enable_grad():
+                leaf = predicted.latents.clone().requires_grad_()
+                (slope,) = torch.autograd.grad(scores(leaf).sum(), leaf)
+            self.units = slope.square().mean((1, 2, 3)).sqrt() * leaf[0].numel() * (predicted.sensitivity * batch.guidance_scales).abs()
+        return (batch.directions * scores(predicted.latents) / self.units).mean().item()
 
     def along(self, direction: list[Tensor], distance: float = 1e-3) -> float:
         """The reward's slope along a direction in the weights."""
@@ -83,9 +93,7 @@ def assert_gradient_is_the_rewards(stage: Stage) -> None:
 @pytest.mark.parametrize(("kind", "guidance"), [("sd1", 1.0), ("sd2_v", 4.0)])
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_gradient_equals_a_finite_difference(estimator: str, kind: str, guidance: float) -> None:
-    assert_gradient_is_the_rewards(
-        make_stage(kind, guidance=guidance, batch_size=2, num_steps=4, num_views=2, score_estimator=estimator, **PLAIN)
-    )
+    assert_gradient_is_the_rewards(make_stage(kind, guidance=guidance, batch_size=2, num_steps=4, score_estimator=estimator, **PLAIN))
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m"])
@@ -150,9 +158,11 @@ def test_direct_align_recovers_the_picture_when_the_prediction_is_the_noise() ->
     assert torch.allclose(moved, per_sample(batch.next_sigmas - batch.sigmas, moved).expand_as(moved), atol=1e-4)
 
 
-def test_x0_renoise_shows_every_sample_at_the_wanted_noise_several_times() -> None:
+def test_x0_renoise_shows_every_sample_at_the_wanted_noise_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_for("ddim")
-    estimator = X0Renoise(X0RenoiseConfig(num_views=3, view_abar=0.8))
+    estimator = X0Renoise()
+    monkeypatch.setattr(estimator, "num_views", 3)
+    monkeypatch.setattr(estimator, "abar", 0.8)
     predicted = estimator.predict_latents(state, torch.zeros_like(state.batch.latents))
     noise = torch.randn(3, *predicted.latents.shape, generator=torch.Generator().manual_seed(0))
     latents, sigmas, scales = estimator.views(predicted, noise)
@@ -190,11 +200,11 @@ def test_the_number_of_steps_does_not_change_the_push_of_one(estimator: str) -> 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
-def test_the_prediction_is_pushed_with_the_reward_weight(estimator: str, guidance: float) -> None:
-    """d loss / d eps of each sample is minus reward_weight along the score's gradient at RMS 1, whatever is scored."""
+def test_the_prediction_is_pushed_with_strength_1(estimator: str, guidance: float) -> None:
+    """d loss / d eps of each sample is minus 1 along the score's gradient at RMS 1, whatever is scored."""
     count = 2
     settings: dict[str, Any] = {"reward_loss": "linear", "score_estimator": estimator, "num_steps": 4, "batch_size": count}
-    stage = make_stage(scorer=ChannelScorer, strength=0.0, guidance=guidance, reward_weight=0.7, **settings)
+    stage = make_stage(scorer=ChannelScorer, strength=0.0, guidance=guidance, **settings)
     batch = stage.rollout.next_batch()
     caught: list[Tensor] = []
 
@@ -216,7 +226,7 @@ def test_the_prediction_is_pushed_with_the_reward_weight(estimator: str, guidanc
     unit = torch.zeros_like(pushed)
     unit[:, 0] = 2.0  # channel 0 of 4: RMS 1
     # the step takes the noise away, so the score rises where eps falls
-    assert torch.allclose(pushed, 0.7 * per_sample(batch.directions, unit) * unit, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(pushed, per_sample(batch.directions, unit) * unit, rtol=1e-3, atol=1e-4)
 
 
 def test_a_schedule_that_ends_with_a_step_that_moves_nothing_is_no_harm() -> None:

@@ -25,10 +25,6 @@ ELSEWHERE = {
 }
 # Where they are not read, giving them another value is refused.
 REFUSED = {
-    "sdpa": False,
-    "save_model_as": "ckpt",
-    "score_head": "ratings",
-    "crop_min_area": 0.5,
     "pretrain_criterion": "masked",
     "pretrain_steps": 5,
 }

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.errors import UserError
 from library.objectives.goals import BEYOND_BOUND, ascent_direction
 from library.objectives.gradients import rms, score_gradients, unit_rms
 from library.objectives.rewards import Goal, Limit, Reward
@@ -320,12 +319,10 @@ def test_a_hold_consults_the_frozen_model_and_needs_normalised_gradients() -> No
         batch, before = stage.rollout.next_batch(), stage.model.num_unet_evaluations
         stage.objective(batch)
         assert stage.model.num_unet_evaluations - before == evaluations * 4
-    with pytest.raises(UserError, match="normalize_gradient"):
-        two_scores(Limit("hold", 0.2), normalize_gradient=False)
 
 
-def test_a_run_takes_limits_and_pessimism(tmp_path: Path) -> None:
-    """Each setting changes the first update of train_leco_score.py: none is parsed and ignored."""
+def test_a_run_takes_limits_and_ensembles(tmp_path: Path) -> None:
+    """Each setting changes what the first update of train_leco_score.py scores: none is parsed and ignored."""
     workplace, own = make_workplace(tmp_path / "in"), []
     for seed, name in enumerate(("first", "second")):
         with torch.random.fork_rng(devices=[]):
@@ -333,17 +330,18 @@ def test_a_run_takes_limits_and_pessimism(tmp_path: Path) -> None:
             scorer = build_scorer(replace(load_scorer(workplace / "scorer.safetensors").spec, heads=(HeadSpec(std=0.05, members=2),)))
         save_scorer(workplace / f"{name}.safetensors", scorer)
         own.append(str(workplace / f"{name}.safetensors"))
-    norms = []
+    rewards = []
     for number, changes in enumerate(
         (
-            {"scorer_pessimism": 0.0},
-            {"scorer_pessimism": 1.0},
-            {"scorer_pessimism": 0.0, "scorer_limits": ["none", "hold=0.2"]},
-            {"scorer_pessimism": 0.0, "scorer_ensemble": True},
+            {},
+            {},  # once more: the runs differ by their settings alone
+            {"scorer_limits": ["none", "hold=0.2"]},
+            {"scorer_ensemble": True},
         )
     ):
         out = tmp_path / str(number)
         run(workplace, out, scorer=own, seed=1, max_train_steps=1, resolution=[128], **changes)
-        norms.append(read_metrics(out / "metrics.jsonl")[0]["grad_norm"])
-    for first, second in combinations(norms, 2):
+        rewards.append(read_metrics(out / "metrics.jsonl")[0]["reward"])
+    assert rewards[1] == pytest.approx(rewards[0], rel=1e-4)
+    for first, second in combinations(rewards[1:], 2):
         assert first != pytest.approx(second, rel=1e-3)

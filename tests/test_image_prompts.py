@@ -257,23 +257,14 @@ def prepare(
 ) -> tuple[PromptEncoder, list[PromptSpec]]:
     model = tiny_model()
     network = create_network(1.0, 2, 2.0, model.vae, model.text_encoders if with_text_encoder else None, model.unet)
-    return encoder_and_prompts(config, model, network, [tiny_scorer(model.vae_fingerprint())], prompts, torch.Generator().manual_seed(0))
+    return encoder_and_prompts(config, model, network, [tiny_scorer(model.vae_fingerprint())], prompts)
 
 
-def test_prompts_come_from_pictures_and_from_the_file_in_the_share_asked_for(tmp_path: Path) -> None:
-    config, written = workplace(tmp_path), [PromptSpec(prompt="a", weight=3.0), PromptSpec(prompt="b")]
-    encoder, prompts = prepare(config, written)
-    assert [Path(prompt.prompt).name for prompt in prompts] == ["0.png#0", "1.png#0", "2.png#0"]
+def test_prompts_come_from_pictures(tmp_path: Path) -> None:
+    encoder, prompts = prepare(workplace(tmp_path), [PromptSpec(prompt="a", weight=3.0), PromptSpec(prompt="b")])
+    assert [Path(prompt.prompt).name for prompt in prompts] == ["0.png", "1.png", "2.png"]
     shown = encoder.encode([prompt.prompt for prompt in prompts], SIZE).text
     assert (shown[0] - shown[1]).abs().max() > 1e-3
-
-    noisy = replace(config, image_prompt_share=0.25, image_prompt_copies=2, image_prompt_noise=0.5)
-    encoder, prompts = prepare(noisy, written)
-    pictures = [prompt for prompt in prompts if prompt.prompt.startswith("image:")]
-    assert len(pictures) == 6 and prompts[6:] == written
-    assert sum(prompt.weight for prompt in pictures) == pytest.approx(0.25 * sum(prompt.weight for prompt in prompts))
-    copies = encoder.encode([pictures[0].prompt, pictures[3].prompt], SIZE).text
-    assert (copies[0] - copies[1]).abs().max() > 1e-3
 
 
 def test_without_pictures_nothing_changes() -> None:
@@ -288,15 +279,11 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
         TextFreeConfig(image_prompts=tmp_path)
     with pytest.raises(UserError, match="network_train_unet_only"):
         prepare(config, [], with_text_encoder=True)
-    with pytest.raises(UserError, match="no prompts_file"):
-        prepare(replace(config, image_prompt_share=0.5), [])
     adapter = load_adapter(tmp_path / "adapter.safetensors")
     adapter.image_mean.zero_()
     save_adapter(tmp_path / "adapter.safetensors", adapter)
-    with pytest.raises(UserError, match="image_prompt_center"):
+    with pytest.raises(UserError, match="train it with --pictures"):
         prepare(config, [])
-    prepare(replace(config, image_prompt_center="pictures"), [])
-    prepare(replace(config, image_prompt_center="none"), [])
 
 
 def test_hidden_error_is_nothing_for_the_encodings_themselves() -> None:

@@ -17,7 +17,7 @@ from library.objectives.terms.image_pairs import EncodedPair, ImagePairsConfig, 
 from library.objectives.terms.images import EncodedPicture, ImagesConfig, ImagesTerm
 from library.scorer_data.buckets import bucket_sizes
 from library.scorer_data.records import Skipped
-from tests.helpers.context import assert_resumes, make_context, train_steps
+from tests.helpers.context import assert_resumes, make_context, part_settings, train_steps
 from tests.helpers.pictures import save_picture
 
 
@@ -25,14 +25,14 @@ def latents(seed: int, size: tuple[int, int] = (8, 8)) -> Tensor:
     return torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def images_term(context: TrainingContext, size: tuple[int, int] = (8, 8), **settings) -> ImagesTerm:
+def images_term(context: TrainingContext, size: tuple[int, int] = (8, 8)) -> ImagesTerm:
     pictures = [EncodedPicture(latents(seed, size), f"picture {seed}", str(seed)) for seed in range(4)]
-    return ImagesTerm(context, pictures, ImagesConfig(**settings))
+    return ImagesTerm(context, pictures)
 
 
-def pairs_term(context: TrainingContext, size: tuple[int, int] = (8, 8), **settings) -> ImagePairsTerm:
+def pairs_term(context: TrainingContext, size: tuple[int, int] = (8, 8)) -> ImagePairsTerm:
     pairs = [EncodedPair(latents(seed, size), latents(seed + 10, size), "a pair", str(seed)) for seed in range(3)]
-    return ImagePairsTerm(context, pairs, ImagePairsConfig(**settings))
+    return ImagePairsTerm(context, pairs)
 
 
 class Calls:
@@ -53,11 +53,11 @@ class Calls:
 def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against diffusers' training recipe: MSE of the raw output to the noise or the velocity, weighted with Min-SNR (1e-5)."""
     context = make_context(kind, gamma=gamma)
-    term = images_term(context, size=(16, 16), images_multiplier=0.7)
+    term = images_term(context, size=(16, 16))
     calls = Calls(context, monkeypatch)
     out = term()
     ((noisy, timesteps, cond, multipliers),) = calls.seen
-    assert torch.equal(multipliers, torch.full((3,), 0.7))
+    assert torch.equal(multipliers, torch.ones(3))
     abar = context.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     clean = torch.stack([latents(int(sample.split()[1]), (16, 16)) for sample in out.samples])
     noise = (noisy - abar.sqrt() * clean) / (1 - abar).sqrt()
@@ -75,11 +75,11 @@ def test_the_images_loss_is_the_error_in_the_known_noise(kind: str, gamma: float
 
 def test_both_signs_of_a_pair_share_noise_and_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
     context = make_context(train_batch_size=5)
-    term = pairs_term(context, image_pairs_multiplier=0.5)
+    term = pairs_term(context)
     calls = Calls(context, monkeypatch)
     out = term()
     ((noisy, timesteps, _, multipliers),) = calls.seen
-    assert multipliers.tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert multipliers.tolist() == [1, 1, -1, -1]
     assert torch.equal(timesteps[:2], timesteps[2:])
     abar = context.model.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     seeds = [int(sample.split()[2]) for sample in out.samples[:2]]
@@ -106,10 +106,10 @@ class ErrorInNoise:
 
 
 def test_a_pair_moves_the_lora_towards_one_picture_and_away_from_the_other() -> None:
-    """At +m the noise of the positive picture is predicted better than at 0 and at -m; that of the negative the other way round."""
+    """At +1 the noise of the positive picture is predicted better than at 0 and at -1; that of the negative the other way round."""
     context = make_context(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
     flat = torch.ones(4, 16, 16)
-    term = ImagePairsTerm(context, [EncodedPair(flat, -flat, "a pair", "0")], ImagePairsConfig())
+    term = ImagePairsTerm(context, [EncodedPair(flat, -flat, "a pair", "0")])
     error = ErrorInNoise(context, "a pair")
     train_steps(term, context, 12, learning_rate=1e-3)
     assert error(flat, 1.0) < error(flat, 0.0) < error(flat, -1.0)
@@ -119,7 +119,7 @@ def test_a_pair_moves_the_lora_towards_one_picture_and_away_from_the_other() -> 
 def test_images_alone_lower_their_error() -> None:
     context = make_context(model=load_model("examples/shapes/model"), strength=0.0, train_batch_size=4)
     flat = torch.ones(4, 16, 16)
-    term = ImagesTerm(context, [EncodedPicture(flat, "a picture", "0")], ImagesConfig())
+    term = ImagesTerm(context, [EncodedPicture(flat, "a picture", "0")])
     error = ErrorInNoise(context, "a picture")
     train_steps(term, context, 12, learning_rate=2e-3)
     assert error(flat, 1.0) < 0.9 * error(flat, 0.0)
@@ -151,11 +151,10 @@ def test_pictures_are_encoded_at_sizes_that_are_multiples_of_64(tmp_path: Path, 
     (tmp_path / "wide.txt").write_text("a wide\npicture\n", encoding="utf-8")
     context = make_context(resolution=(128,))
     with caplog.at_level(logging.WARNING):
-        term = ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path, images_prompt="a picture", images_weight=0.5))
+        term = ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path, images_prompt="a picture"))
     found = {picture.name: (tuple(picture.latents.shape), picture.prompt) for picture in term.pictures}
     assert found == {"square.png": ((4, 16, 16), "a picture"), "wide.png": ((4, 8, 24), "a wide picture")}
     assert "line.png" in caplog.text and "broken.jpg" in caplog.text
-    assert term.weight == 0.5
     assert torch.isfinite(term().loss)
 
 
@@ -182,8 +181,9 @@ def test_pairs_are_told_by_their_names(tmp_path: Path) -> None:
     ]
     (alone,) = [pair for pair in found if isinstance(pair, Skipped)]
     assert "alone" in alone.reason
-    term = ImagePairsTerm.build(make_context(resolution=(128,)), ImagePairsConfig(image_pairs=tmp_path))
-    assert len(term.pairs) == 2
+    context = make_context(resolution=(128,), settings=part_settings(images_prompt="a picture"))
+    term = ImagePairsTerm.build(context, ImagePairsConfig(image_pairs=tmp_path))
+    assert [pair.prompt for pair in term.pairs] == ["a picture", "a sea"]
     for pair in term.pairs:
         assert pair.positive.shape == pair.negative.shape
 
@@ -230,5 +230,3 @@ def test_what_cannot_be_used_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="no picture can be used; picture .*broken.png"):
         ImagesTerm.build(context, ImagesConfig(images_dir=tmp_path))
-    with pytest.raises(UserError, match="learns nothing"):
-        ImagesConfig(images_multiplier=0)

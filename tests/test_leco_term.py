@@ -268,9 +268,8 @@ def leco_file(tmp_path: Path) -> Callable[[], Path]:
 
 def test_build_reads_its_own_file_or_prompts_file(leco_file: Callable[[], Path]) -> None:
     path = str(leco_file())
-    by_own = LecoTerm.build(make_context(), LecoConfig(leco_prompts_file=path, leco_weight=0.5))
+    by_own = LecoTerm.build(make_context(), LecoConfig(leco_prompts_file=path))
     by_prompts = LecoTerm.build(make_context(prompts_file=path), LecoConfig())
     assert by_own.settings == by_prompts.settings and len(by_own.settings) == 4
-    assert (by_own.weight, by_prompts.weight) == (0.5, 1.0)
     with pytest.raises(UserError, match="leco_prompts_file"):
         LecoTerm.build(make_context(), LecoConfig())

@@ -245,8 +245,8 @@ def rates_of(config: OptimizerConfig, steps: int) -> list[float]:
         ("constant_with_warmup", {"lr_warmup_steps": 4}, lambda t: min(1.0, t / 4)),
         ("linear", {"lr_warmup_steps": 0.2}, lambda t: t / 4 if t < 4 else (20 - t) / 16),
         ("cosine", {}, lambda t: (1 + math.cos(math.pi * t / 20)) / 2),
-        ("cosine_with_restarts", {"lr_scheduler_num_cycles": 2}, lambda t: (1 + math.cos(math.pi * (t % 10) / 10)) / 2),
-        ("polynomial", {"lr_scheduler_power": 2.0, "lr_scheduler_args": ("lr_end=0",)}, lambda t: (1 - t / 20) ** 2),
+        ("cosine_with_restarts", {"lr_scheduler_args": ("num_cycles=2",)}, lambda t: (1 + math.cos(math.pi * (t % 10) / 10)) / 2),
+        ("polynomial", {"lr_scheduler_args": ("power=2.0", "lr_end=0")}, lambda t: (1 - t / 20) ** 2),
         ("inverse_sqrt", {"lr_scheduler_args": ("timescale=4",)}, lambda t: 1 / math.sqrt((t + 4) / 4)),
         ("cosine_with_min_lr", {"lr_scheduler_args": ("min_lr=0.5",)}, lambda t: 0.5 + (1 + math.cos(math.pi * t / 20)) / 4),
         (

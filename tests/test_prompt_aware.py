@@ -84,7 +84,7 @@ def test_a_unet_encoder_follows_the_prompt_through_the_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("settings", [{}, {"score_estimator": "x0_renoise", "num_views": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"score_estimator": "x0_renoise"}], ids=str)
 def test_the_loss_tells_the_scorer_the_prompts_and_not_the_negative_ones(kind: str, settings: dict[str, Any]) -> None:
     """Row by row, with guidance on and however many rows an estimator makes of a sample."""
     model = tiny_model(kind)

@@ -124,13 +124,6 @@ def test_a_weight_in_the_second_chunk_leaves_the_first_alone() -> None:
 
 
 @torch.no_grad()
-def test_weighting_can_be_switched_off(model: DiffusionModel) -> None:
-    model.prompt_weighting = False
-    texts = ["a (red:1.5) [cat] BREAK \\(dog\\)"]
-    assert torch.equal(model.encode_prompts(texts).text, by_hand(model, texts))
-
-
-@torch.no_grad()
 def test_weighted_prompts_keep_the_type_of_half_precision() -> None:
     model = tiny_model("sd1").to(dtype=torch.bfloat16)
     exact = tiny_model("sd1").encode_prompts(["a (red:1.5) cat"]).text

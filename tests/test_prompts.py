@@ -76,13 +76,10 @@ def test_a_slider_of_no_class_acts_on_the_empty_prompt(tmp_path: Path) -> None:
     assert load_prompts(write(tmp_path / "p.toml", '[[targets]]\npositive = "old"\n')) == [PromptSpec(prompt="")]
 
 
-def test_parti_rows_and_categories(tmp_path: Path) -> None:
+def test_parti_rows(tmp_path: Path) -> None:
     rows = 'Prompt\tCategory\tChallenge\tNote\na "dog\tAnimals\tBasic\t\na {car} (red)\tVehicles\tBasic\tx\n'
     path = write(tmp_path / "p.tsv", rows)
     assert [prompt.prompt for prompt in load_prompts(path)] == ['a "dog', r"a {car} \(red\)"]
-    assert [prompt.prompt for prompt in load_prompts(path, ["Vehicles"], PromptOptions(prompt_weighting=False))] == ["a {car} (red)"]
-    with pytest.raises(UserError, match="no category 'Food'; it has Animals, Vehicles"):
-        load_prompts(path, ["Food"])
 
 
 def test_danbooru_tags(tmp_path: Path) -> None:
@@ -95,23 +92,23 @@ def test_danbooru_tags(tmp_path: Path) -> None:
         "||_||, 3d",
     ]
     assert found[0].negative_prompt == "lowres"
-    assert "miku (vocaloid)" in texts(tmp_path / "t.txt", lines, prompt_format="danbooru", prompt_weighting=False)[0]
 
 
 def test_tags_are_shuffled_and_dropped_behind_those_that_are_kept(tmp_path: Path) -> None:
     tags = [f"tag{number}" for number in range(20)]
-    file = write(tmp_path / "t.txt", " ".join(tags) + " --weight 3")
-    options = PromptOptions(prompt_format="danbooru", shuffle_caption=True, keep_tokens=2, num_tag_variants=3)
+    file = write(tmp_path / "t.txt", " ".join(tags) + " --weight 4")
+    options = PromptOptions(prompt_format="danbooru", shuffle_caption=True, keep_tokens=2)
     prompts = load_prompts(file, options=options)
     variants = [prompt.prompt.split(", ") for prompt in prompts]
-    assert [prompt.weight for prompt in prompts] == [1.0] * 3
+    assert [prompt.weight for prompt in prompts] == [1.0] * 4
     assert all(variant[:2] == ["tag0", "tag1"] and sorted(variant) == sorted(tags) for variant in variants)
-    assert len({tuple(variant) for variant in variants}) == 3
+    assert len({tuple(variant) for variant in variants}) == 4
     assert load_prompts(file, options=options) == prompts
     assert load_prompts(file, options=options, generator=torch.Generator().manual_seed(1)) != prompts
 
-    options = PromptOptions(prompt_format="danbooru", caption_tag_dropout_rate=0.5, keep_tokens=1, num_tag_variants=200)
-    variants = [prompt.prompt.split(", ") for prompt in load_prompts(file, options=options)]
+    options = PromptOptions(prompt_format="danbooru", caption_tag_dropout_rate=0.5, keep_tokens=1)
+    draws = [load_prompts(file, options=options, generator=torch.Generator().manual_seed(seed)) for seed in range(50)]
+    variants = [prompt.prompt.split(", ") for prompts in draws for prompt in prompts]
     assert all(variant[0] == "tag0" and variant == [tag for tag in tags if tag in variant] for variant in variants)
     left = sum(len(variant) - 1 for variant in variants) / (200 * 19)
     assert abs(left - 0.5) < 0.05  # 6 standard deviations of 3,800 draws
@@ -269,10 +266,8 @@ def test_aspect_buckets_share_a_prompts_weight() -> None:
     assert spread_out[-1] is prompts[1]
     sdxl = {(prompt.width, prompt.height) for prompt in with_aspect_buckets(prompts[:1], (1024, 1024))}
     assert {(1344, 768), (1216, 832), (1152, 896), (1024, 1024), (832, 1216)} <= sdxl and (1408, 704) not in sdxl
-    wide = with_aspect_buckets(prompts[:1], (512, 512), min_side=256, max_side=1024, step=128)
-    assert (256, 1024) in [(prompt.width, prompt.height) for prompt in wide]
-    with pytest.raises(UserError, match="min_bucket_reso is 600"):
-        with_aspect_buckets(prompts, (512, 512), min_side=600)
+    tiny = {(prompt.width, prompt.height) for prompt in with_aspect_buckets(prompts[:1], (64, 64))}
+    assert tiny == {(48, 80), (56, 72), (64, 64), (72, 56), (80, 48)}
 
 
 def test_spread_is_even_and_ordered_by_size() -> None:

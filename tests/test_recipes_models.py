@@ -49,10 +49,10 @@ from library.diffusion.solvers import SOLVERS, Solver
 SOLVERS.register("leap")(Solver("leap", lambda latents, eps, abar, next_abar: eps_to_x0(latents, eps, abar)))
 """
 OPTIMIZER = """
-from library.training.optimizers import OPTIMIZERS, SCHEDULES, OptimizerRow, ScheduleRow
+from library.training.optimizers import OPTIMIZERS, SCHEDULES, OptimizerRow
 
 OPTIMIZERS.register("Averaged")(OptimizerRow(path="torch.optim.ASGD", package="torch", defaults={"t0": 1}))
-SCHEDULES.register("halving")(ScheduleRow(path="torch.optim.lr_scheduler.ExponentialLR", arguments=lambda config: {"gamma": 0.5}))
+SCHEDULES.register("exponential")("torch.optim.lr_scheduler.ExponentialLR")
 """
 
 
@@ -127,7 +127,7 @@ def test_a_sampler_is_a_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_optimizer_and_a_schedule_are_a_declaration_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None) -> None:
     import_recipe(tmp_path, OPTIMIZER, monkeypatch)
-    config = OptimizerConfig(optimizer_type="averaged", lr_scheduler="halving", learning_rate=0.5)
+    config = OptimizerConfig(optimizer_type="averaged", lr_scheduler="exponential", lr_scheduler_args=("gamma=0.5",), learning_rate=0.5)
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = create_optimizer(config, [parameter])
     scheduler = create_scheduler(config, optimizer, 2)

@@ -36,25 +36,25 @@ from library.types import LossOutput
 class ShrinkConfig:
     """Small weights."""
 
-    shrink_weight: float = option(1.0, help="Weight of shrink in the loss.")
+    shrink_power: float = option(2.0, help="Of the weights, in the loss of shrink.")
 
 
 @TERMS.register("shrink")
 class ShrinkTerm(Term):
-    """Mean square of the LoRA's weights."""
+    """Mean power of the LoRA's weights."""
 
     config_class = ShrinkConfig
 
     @classmethod
     def build(cls, context, settings):
-        return cls(context.network, settings.shrink_weight)
+        return cls(context.network, settings.shrink_power)
 
-    def __init__(self, network, weight):
-        self.network, self.weight = network, weight
+    def __init__(self, network, power):
+        self.network, self.power = network, power
 
     def __call__(self):
-        loss = torch.stack([weight.square().mean() for weight in self.network.parameters()]).mean()
-        return LossOutput(loss, loss.detach()[None], ["the LoRA's weights"], {"size": loss.detach().sqrt()})
+        loss = torch.stack([weight.abs().pow(self.power).mean() for weight in self.network.parameters()]).mean()
+        return LossOutput(loss, loss.detach()[None], ["the LoRA's weights"], {"size": loss.detach()})
 
     def state_dict(self):
         return {}
@@ -172,7 +172,7 @@ def test_a_loss_term_is_one_file(add: Add, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shrink"):
         resolve(leco_score_config(), {"objective": ["score", "shrink"]})
     add(TERMS, "library.objectives.terms", TERM)
-    first, _ = trained(tmp_path, objective=["score", "shrink"], shrink_weight=3.0)
+    first, _ = trained(tmp_path, objective=["score", "shrink"], objective_weights=["shrink=3"], shrink_power=1.0)
     score, shrink, loss = (first[name] or 0.0 for name in ("score/loss", "shrink/loss", "loss"))
     assert shrink > 0 and loss == pytest.approx(score + 3 * shrink, rel=1e-5)
 

@@ -77,7 +77,6 @@ def test_every_estimator_can_be_looked_at(estimator: str) -> None:
     "settings",
     [
         {"reward_loss": "linear", "preserve_weight": 0.0},  # the frozen model is not asked, so the loss knows of no gain
-        {"reward_loss": "linear", "preserve_weight": 0.0, "normalize_gradient": False},
         {"prompt": PromptSpec(prompt="a red circle", direction=-1.0, num_steps=3)},
     ],
     ids=str,
@@ -109,7 +108,7 @@ def test_a_constant_score_is_flat_and_explained() -> None:
 
 
 def test_a_score_that_is_not_finite_is_explained() -> None:
-    report, unchanged = check(BrokenScorer, normalize_gradient=False)
+    report, unchanged = check(BrokenScorer)
     assert not report.passed and unchanged and "not finite" in report.faults[0]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.objectives import score
 from library.objectives.reward_shapes import SHAPES, hinge, linear, softplus, target
 from library.types import PromptSpec
 from tests.helpers.objective import make_stage
@@ -70,25 +71,28 @@ def pushed(shape: str, gain: float, *, prompts: list[PromptSpec] | None = None, 
 
 
 def test_the_margin_is_a_steps_part_of_the_whole_trajectorys() -> None:
-    assert [pushed("hinge", gain, hinge_margin=3.0) for gain in (0.49, 0.51)] == [1, 0]
-    assert [pushed("hinge", gain, hinge_margin=3.0, multiplier=-2.0) for gain in (0.99, 1.01)] == [1, 0]
+    """5 standard deviations for the hinge, 3 for the target, over 6 steps."""
+    assert [pushed("hinge", gain) for gain in (0.83, 0.84)] == [1, 0]
+    assert [pushed("hinge", gain, multiplier=-2.0) for gain in (1.66, 1.67)] == [1, 0]
     long = [PromptSpec(prompt="a red circle", num_steps=60)]
-    assert [pushed("hinge", gain, hinge_margin=3.0, prompts=long) for gain in (0.049, 0.051)] == [1, 0]
-    assert pushed("target", 0.5, reward_target=3.0, hinge_margin=9.0) == 0
-    assert pushed("target", 0.6, reward_target=3.0) < 0
-    assert pushed("softplus", 0.5, hinge_margin=3.0) == 0.5
+    assert [pushed("hinge", gain, prompts=long) for gain in (0.083, 0.084)] == [1, 0]
+    assert pushed("target", 0.5) == 0
+    assert pushed("target", 0.6) < 0
+    assert pushed("softplus", 5 / 6) == pytest.approx(0.5)
     assert pushed("linear", 99.0) == 1
 
 
-def test_a_sample_that_is_far_enough_rests_and_one_beyond_its_target_is_pushed_back() -> None:
+def test_a_sample_that_is_far_enough_rests_and_one_beyond_its_target_is_pushed_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "HINGE_MARGIN", 1e-6)
+    monkeypatch.setattr(score, "TARGET", 1e-6)
     settings = {"strength": 0.5, "preserve_weight": 1e-9, **CALM}  # not 0: losses count from the frozen model
-    resting = make_stage(reward_loss="hinge", hinge_margin=1e-6, **settings)
+    resting = make_stage(reward_loss="hinge", **settings)
     batch = resting.rollout.next_batch()
     turned = replace(batch, prompts=[replace(batch.prompts[0], direction=-1.0), *batch.prompts[1:]])
     pushed = [metrics["pushed"] for metrics in (resting.loss(batch).metrics, resting.loss(turned).metrics)]
     assert abs(pushed[0] - pushed[1]) == pytest.approx(1 / 3)  # the first sample went the right way, or the wrong one
     onward = make_stage(reward_loss="linear", **settings)
-    back = make_stage(reward_loss="target", reward_target=1e-6, **settings)
+    back = make_stage(reward_loss="target", **settings)
     resting_rows = resting.loss(turned).sample_losses.abs() < 1e-6
     assert resting_rows.any() and not resting_rows.all()
     assert torch.allclose(back.loss(turned).sample_losses, onward.loss(turned).sample_losses * torch.where(resting_rows, -1, 1), rtol=1e-3)

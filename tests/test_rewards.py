@@ -1,6 +1,5 @@
 """Goals and what they are made from: limits, weights, ensembles, pessimism."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,7 +94,6 @@ def test_a_word_that_is_no_limit_is_refused(word: str) -> None:
         ({"scorer": ("a",), "scorer_weights": (0.0,)}, "no score is to rise or fall"),
         ({"scorer": ("a", "b"), "scorer_ensemble": True, "scorer_weights": (1.0, 1.0)}, "for the one score of an ensemble"),
         ({"scorer": ("a",), "scorer_limits": ("hold=0",)}, "must be above 0"),
-        ({"scorer": ("a",), "scorer_pessimism": -1.0}, "scorer_pessimism"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict, complaint: str) -> None:
@@ -133,13 +131,9 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("head", "states"), HEADS, ids=[head.readout + str(head.members) for head, _ in HEADS])
-def test_pessimism_is_for_scorers_that_say_how_sure_they_are(tmp_path: Path, head: HeadSpec, states: bool, caplog) -> None:
+def test_pessimism_is_for_scorers_that_say_how_sure_they_are(tmp_path: Path, head: HeadSpec, states: bool) -> None:
     path = saved(tmp_path, "scorer", head=head)
     assert load(path).goals[0].pessimism == states
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        assert load(path, scorer_pessimism=2.0).goals[0].pessimism == 2.0 * states
-    assert ("no scorer states how sure it is" in caplog.text) is not states
     assert states_uncertainty(load(path).scorers[0]) is states
 
 
@@ -148,14 +142,14 @@ def test_pessimism_is_for_scorers_that_say_how_sure_they_are(tmp_path: Path, hea
 def test_a_score_is_taken_for_worse_than_it_says_whichever_way_it_is_to_go(
     tmp_path: Path, head: HeadSpec, states: bool, weight: float
 ) -> None:
-    reward = load(saved(tmp_path, "scorer", head=head), scorer_pessimism=2.0, scorer_weights=(weight,))
+    reward = load(saved(tmp_path, "scorer", head=head), scorer_weights=(weight,))
     latents, sigmas, ascent = some_latents().requires_grad_(), torch.zeros(2), torch.tensor([1.0, -1.0])
     goal = reward.goals[0]
     mean, uncertainty = goal.scorer.score_and_uncertainty(latents, sigmas)
     pessimistic = reward(latents, sigmas, None, PROMPTS, ascent).terms["scorer"]
     believed = reward(latents, sigmas, None, PROMPTS).terms["scorer"]
     assert torch.equal(believed, mean)
-    assert torch.allclose(pessimistic, mean - 2 * weight * ascent * uncertainty)
+    assert torch.allclose(pessimistic, mean - weight * ascent * uncertainty)
     worse = weight * ascent * (believed - pessimistic)
     assert (worse > 0).all() if states else (worse == 0).all()
     (gradient,) = torch.autograd.grad(pessimistic.sum(), latents)

@@ -85,10 +85,9 @@ def test_steps_outside_the_timestep_range_are_not_trained() -> None:
     assert outside.any() and not outside.all()
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_the_units_of_the_score_do_not_matter(normalize: bool) -> None:
+def test_the_units_of_the_score_do_not_matter() -> None:
     """A scorer whose numbers and standard deviation are a thousand times as large is the same opinion."""
-    found = [make_stage(std=std, normalize_gradient=normalize).gradient() for std in (1.0, 1000.0)]
+    found = [make_stage(std=std).gradient() for std in (1.0, 1000.0)]
     assert torch.allclose(*found, rtol=1e-3, atol=1e-6 * float(found[0].abs().max()))
 
 
@@ -99,17 +98,15 @@ class LoudScorer(ChannelScorer):
         return 1000 * super().standardised(latents, sigmas, cond, prompts)
 
 
-def test_with_normalised_gradients_the_scale_of_the_score_does_not_matter() -> None:
+def test_the_scale_of_the_score_does_not_matter() -> None:
     settings = {"reward_loss": "linear", "preserve_weight": 0.0}
     quiet, loud = (make_stage(scorer=kind, **settings).gradient() for kind in (ChannelScorer, LoudScorer))
     assert torch.allclose(quiet, loud, rtol=1e-3, atol=1e-6 * float(quiet.abs().max()))
-    plain, loud = (make_stage(scorer=kind, normalize_gradient=False, **settings).gradient() for kind in (ChannelScorer, LoudScorer))
-    assert torch.allclose(1000 * plain, loud, rtol=1e-3, atol=1e-6 * float(loud.abs().max()))
 
 
 def test_preservation_alone_pulls_back() -> None:
     """The loss is preserve_weight times the mean squared distance from the frozen model's prediction, and training shortens it."""
-    stage = make_stage(reward_weight=0.0, preserve_weight=2.0, guidance=1.0)
+    stage = make_stage(scorer=CutScorer, preserve_weight=2.0, guidance=1.0)
     batch = stage.rollout.next_batch()
     out = stage.loss(batch)
     with torch.no_grad(), stage.network.disabled():

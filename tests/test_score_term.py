@@ -16,6 +16,7 @@ from library.objectives.estimator import ESTIMATORS
 from library.objectives.rewards import Goal, Reward
 from library.objectives.terms.score import ScoreTerm
 from library.rollouts.base import ROLLOUTS
+from library.rollouts.noised import NUM_RENOISINGS
 from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from tests.helpers.context import assert_resumes, evaluations_of, make_context, part_settings
@@ -48,8 +49,8 @@ def test_evaluations_are_the_rows_that_the_unet_saw(estimator: str, guidance: fl
         rows += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
 
     context.model.unet.register_forward_pre_hook(count)
-    term = make_term(context, score_estimator=estimator, num_renoisings=2)
-    for _ in range(3):
+    term = make_term(context, score_estimator=estimator)
+    for _ in range(NUM_RENOISINGS + 1):
         term()
     assert context.model.num_unet_evaluations == rows
 
@@ -71,9 +72,7 @@ def test_a_restored_term_goes_on(sampler: str) -> None:
 
 @pytest.mark.parametrize("rollout", list(ROLLOUTS))
 def test_a_restored_term_of_every_rollout_goes_on(rollout: str) -> None:
-    assert_resumes(
-        lambda context: make_term(context, num_renoisings=3, score_estimator="x0"), lambda **seed: make_context(rollout=rollout, **seed)
-    )
+    assert_resumes(lambda context: make_term(context, score_estimator="x0"), lambda **seed: make_context(rollout=rollout, **seed))
 
 
 def test_an_estimator_that_needs_another_rollout_than_the_one_that_is_set_is_refused() -> None:
@@ -130,7 +129,7 @@ def fresh_accelerate() -> None:
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_training_runs(estimator: str, workplace: Path, tmp_path: Path) -> None:
     """Two steps of the script: finite numbers, a slider that moved."""
-    path = run(workplace, tmp_path, score_estimator=estimator, num_views=2)
+    path = run(workplace, tmp_path, score_estimator=estimator)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert path.exists() and len(records) == 2
     numbers = {

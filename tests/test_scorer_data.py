@@ -191,6 +191,12 @@ def test_without_buckets_there_is_one_size() -> None:
     assert choose_bucket(4000, 1000, BucketConfig(resolution="512,768", enable_bucket=False)) == (512, 768)
 
 
+@pytest.mark.parametrize("resolution", ["64", "128", "2048,1024"])
+def test_limits_that_nobody_set_follow_the_resolution(resolution: str) -> None:
+    config = BucketConfig(resolution=resolution, bucket_reso_steps=8)
+    assert {min(side for size in bucket_sizes(config) for side in size)} == {config.shortest} == {min(config.width, config.height) // 2}
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [

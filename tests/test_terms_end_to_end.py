@@ -94,8 +94,7 @@ def test_every_term_in_one_run(workplace: Path, tmp_path: Path) -> None:
         image_pairs=str(workplace / "pairs"),
         images_dir=str(workplace / "pictures"),
         anchor_prompts_file=str(workplace / "anchors.txt"),
-        images_weight=0.5,
-        leco_weight=2.0,
+        objective_weights=["images=0.5", "leco=2"],
         resolution=[64],
     )
     assert trained(path) > 0

@@ -92,7 +92,7 @@ def test_a_disabled_tracker_does_nothing(tmp_path: Path, capsys: pytest.CaptureF
 def test_tensorboard(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = LoggingConfig(logging_dir=tmp_path / "logs", log_prefix="try-", log_tracker_name="slider")
+    config = LoggingConfig(logging_dir=tmp_path / "logs", log_args=("log_prefix=try-", "log_tracker_name=slider"))
     Image.new("RGB", (8, 4), "red").save(tmp_path / "red.png")
     with Tracker(config, tmp_path) as tracker:
         tracker.log({"loss": torch.tensor(0.5)}, 3)
@@ -133,7 +133,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         Image=lambda image: ("image", image.size),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = LoggingConfig(log_with="wandb", wandb_run_name="first", wandb_api_key="hunter2")
+    config = LoggingConfig(log_with="wandb", log_args=("wandb_run_name=first", "wandb_api_key=hunter2"))
     with Tracker(config, tmp_path, settings={"seed": 3}) as tracker:
         tracker.log({"loss": 0.5}, 2)
         tracker.image("sample", Image.new("RGB", (8, 4)), 2)

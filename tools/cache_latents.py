@@ -42,14 +42,10 @@ class PicturesConfig(DataConfig):
     verify_cache: bool = option(False, help="Read all that is cached and encode again what is damaged.")
 
     def __post_init__(self) -> None:
-        if self.has_ratings or self.picture_folder is None:
+        if self.train_data_file is not None or self.picture_folder is None:
             super().__post_init__()
         if self.picture_folder is not None and not self.picture_folder.is_dir():
             raise UserError(f"picture_folder {self.picture_folder} is not a folder")
-
-    @property
-    def has_ratings(self) -> bool:
-        return self.train_data_file is not None or self.dataset_config is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ class CacheLatentsConfig(LatentScorerConfig):
 def pictures(config: CacheLatentsConfig) -> Iterator[Picture]:
     """Every picture that training would look at, and those of picture_folder. Raises UserError if a source cannot be read."""
     data = config.data
-    rated = (*(data.datasets() if data.has_ratings else ()), *config.pretraining.datasets())
+    rated = (*(data.datasets() if data.train_data_file is not None else ()), *config.pretraining.datasets())
     yield from pictures_of(collect(dataset, data.validation_split) for dataset in rated)
     if data.picture_folder is not None:
         for name in pictures_below(data.picture_folder, SkipReport()):

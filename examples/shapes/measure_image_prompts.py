@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--clip_model", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
     parser.add_argument("--per_kind", type=int, default=2, help="drawings of each shape in each colour")
-    parser.add_argument("--centers", nargs="+", choices=("adapter", "none"), default=["adapter"], help="as image_prompt_center")
     parser.add_argument("--seed", type=int, default=11)
     args = parser.parse_args()
 
@@ -71,11 +70,9 @@ def main() -> None:
     for path in args.adapters:
         adapter = load_adapter(path)
         check_adapter_fits(adapter, text_encoder_fingerprint(model), clip.fingerprint())
-        for center in args.centers:
-            mean: Tensor | None = torch.zeros_like(adapter.image_mean) if center == "none" else None
-            names = [f"image:{row}" for row in range(len(scenes))]
-            points = dict(zip(names, adapter.of_pictures(embeddings, mean), strict=True))
-            report(f"{path.stem}, center {center}", ImagePromptEncoder(model, None, adapter, points), names)
+        names = [f"image:{row}" for row in range(len(scenes))]
+        points = dict(zip(names, adapter.of_pictures(embeddings), strict=True))
+        report(path.stem, ImagePromptEncoder(model, None, adapter, points), names)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _gaming(record: EvaluationRecord, score: Response) -> list[SliderWarning]:
                 weights = [f"weight {record.multipliers[one]:+g}" for one in (other, place)]
                 text = (
                     f"The training score{named} moves by {strong:.1f} standard deviations at {weights[0]} and not at {weights[1]} "
-                    f"({gain.value:+.1f}, above 0 would be right): both signs are trained alike, so the score itself has no room there."
+                    f"({gain.value:+.1f}, above 0 would be right): the slider works on one side only."
                 )
                 found[weights[1]] = SliderWarning("one-sided", f"{named} {record.multipliers[place]:+g}".strip(), text)
     return list(found.values())

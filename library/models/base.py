@@ -128,7 +128,6 @@ class DiffusionModel(ABC):
         unet, vae: diffusers modules.
         text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
-        prompt_weighting: whether brackets and BREAK in prompts mean what they mean in A1111, or are characters.
         embedded_guidance: the guidance scale that a U-Net is told which takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
         num_unet_evaluations: rows that the U-Net has predicted so far; one with gradient counts 3, for its backward pass is about two.
@@ -155,7 +154,6 @@ class DiffusionModel(ABC):
         self.tokenizers = list(tokenizers)
         self.clip_skip: int | None = None
         self.embedded_guidance = 8.0  # of the published latent consistency models
-        self.prompt_weighting = True
         self.prompt_chunks = 1
         self.num_unet_evaluations = 0
 
@@ -168,7 +166,7 @@ class DiffusionModel(ABC):
         that of the first chunk.
 
         Args:
-            prompts: of any length, with A1111's weights (`library.models.prompt_syntax`) unless `prompt_weighting` is off.
+            prompts: of any length, with A1111's weights (`library.models.prompt_syntax`).
             size, time_ids: see `time_ids`.
         """
         assert self.text_encoders, "the text encoders were freed"
@@ -321,4 +319,4 @@ class DiffusionModel(ABC):
     def _tokenize(self, prompts: Sequence[str], tokenizer: Any, text_encoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """Token ids and their weights, both [N, B, 77], on the CPU."""
         length = text_encoder.config.max_position_embeddings
-        return tokenize(prompts, tokenizer, length, weighting=self.prompt_weighting, min_chunks=self.prompt_chunks)
+        return tokenize(prompts, tokenizer, length, min_chunks=self.prompt_chunks)

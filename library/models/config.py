@@ -18,7 +18,6 @@ class ModelConfig:
 
     pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or hub id.")
     model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; auto reads it from the weights.", expert=True)
-    v2: bool = option(False, help="The model is Stable Diffusion 2.x: the same as model_family = sd2.", expert=True)
     v_parameterization: bool | None = option(
         None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.", expert=True
     )
@@ -30,20 +29,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise UserError("pretrained_model_name_or_path is not set; give a checkpoint file, a diffusers folder or a hub id")
-        if self.v2 and self.model_family not in ("auto", "sd2"):
-            raise UserError(f"v2 is set and model_family is {self.model_family}; leave one of the two out")
         check_at_least(self, 1, "clip_skip")
-
-    @property
-    def family(self) -> str:
-        """ "auto" or a name in `FAMILIES`: what `model_family` and `v2` say together."""
-        return "sd2" if self.v2 else self.model_family
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiffusionModel:
         """The model, frozen and in eval mode; see `library.models.loading.load_model`."""
         return load_model(
             self.pretrained_model_name_or_path,
-            family=self.family,
+            family=self.model_family,
             v_parameterization=self.v_parameterization,
             vae=self.vae,
             clip_skip=self.clip_skip,

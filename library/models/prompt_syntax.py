@@ -89,17 +89,16 @@ def escape(text: str) -> str:
     return re.sub(r"[()\[\]\\]", r"\\\g<0>", text)
 
 
-def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, *, weighting: bool, min_chunks: int = 1) -> tuple[Tensor, Tensor]:
+def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, min_chunks: int = 1) -> tuple[Tensor, Tensor]:
     """Token ids and weights of B prompts, both [N, B, length]: N chunks each, as many as the longest needs and at least `min_chunks`.
 
     Shorter prompts end in empty chunks, as in A1111. A chunk is full after length - 2 tokens, and ends at BREAK.
 
     Args:
         length: the text encoder's number of positions, 77.
-        weighting: whether brackets and BREAK mean what they mean in A1111, or are characters.
     """
     room = length - 2
-    rows = [_chunks(prompt, tokenizer, room, weighting) for prompt in prompts]
+    rows = [_chunks(prompt, tokenizer, room) for prompt in prompts]
     count = max([min_chunks, *map(len, rows)])
     rows = [row + [[]] * (count - len(row)) for row in rows]
     ids = torch.full((count, len(rows), length), tokenizer.pad_token_id)
@@ -112,9 +111,9 @@ def tokenize(prompts: Sequence[str], tokenizer: Any, length: int, *, weighting: 
     return ids, weights
 
 
-def _chunks(prompt: str, tokenizer: Any, room: int, weighting: bool) -> list[Chunk]:
+def _chunks(prompt: str, tokenizer: Any, room: int) -> list[Chunk]:
     chunks = []
-    for section in parse_weights(prompt) if weighting else [[(prompt, 1.0)]]:
+    for section in parse_weights(prompt):
         # `verbose` would warn of more than 77 tokens
         pieces = [(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, weight) for text, weight in section]
         tokens = [(token, weight) for ids, weight in pieces for token in ids]

@@ -27,7 +27,7 @@ class TrainingContext:
     Attributes:
         encoder: holds the conditioning of texts.
         generator: a generator of random draws by name; the same name gives the same draws, on every process others.
-        rollout: batch size and multipliers that terms share.
+        rollout: the batch size that terms share.
         sampling: how trajectories are sampled, and how large pictures are.
         reward: what is scored; without goals if no scorer is given.
         prompts: to train on.
@@ -53,7 +53,7 @@ class TrainingContext:
             batch_size: None is that of the rollout.
         """
         sampling = self.sampling if batch_size is None else replace(self.sampling, batch_size=batch_size)
-        return Trajectories(self.model, self.network, prompts, self.encoder, sampling, self.rollout.train_multipliers, generator)
+        return Trajectories(self.model, self.network, prompts, self.encoder, sampling, generator)
 
 
 class Term(ABC):
@@ -61,7 +61,7 @@ class Term(ABC):
 
     Attributes:
         config_class: its settings, a dataclass of options; None if it has none.
-        weight: of its loss in the sum.
+        weight: of its loss in the sum; from objective_weights.
     """
 
     config_class: ClassVar[type | None] = None

@@ -81,12 +81,8 @@ def draw_alike(latents: Sequence[Tensor], count: int, generator: torch.Generator
 def buckets_around(resolution: Size) -> BucketConfig:
     """Sizes of about the area of (height, width), with sides in multiples of 64 pixels: from half to twice as long."""
     height, width = (max(side // SIDE_STEP, 1) * SIDE_STEP for side in resolution)
-    return BucketConfig(
-        resolution=f"{width},{height}",
-        min_bucket_reso=max(min(width, height) // 2, SIDE_STEP),
-        max_bucket_reso=2 * max(width, height),
-        bucket_reso_steps=SIDE_STEP,
-    )
+    shortest = max(min(width, height) // 2, SIDE_STEP)
+    return BucketConfig(resolution=f"{width},{height}", min_bucket_reso=shortest, bucket_reso_steps=SIDE_STEP)
 
 
 @torch.no_grad()

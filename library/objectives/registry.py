@@ -1,11 +1,12 @@
 """Which terms a training is made of, and how they are put together."""
 
+import math
 from dataclasses import dataclass
 
 from library.errors import UserError
 from library.objectives.base import TERMS, Term, TrainingContext
 from library.prompts.leco_files import is_leco_file
-from library.settings.options import option
+from library.settings.options import key_value_pairs, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,23 @@ class ObjectiveConfig:
         "pictures; images, pictures; anchors, prompts that must not change. Default: score if a scorer is given, else leco if prompts_file "
         "is one of sd-scripts' LECO files; anchors come with anchor_prompts_file.",
     )
+    objective_weights: tuple[str, ...] = option(
+        (), help='Weights of the terms in the loss, "term=weight" each, such as leco=4; 1 for those that are not named.'
+    )
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"objective_weights has {name}={weight:g}, but a weight must be above 0; leave the term out of objective")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        try:
+            return {name: float(text) for name, text in key_value_pairs("objective_weights", self.objective_weights).items()}
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"objective_weights is {' '.join(self.objective_weights)}, but each weight must be a number: leco=4") from None
 
 
 def build_terms(context: TrainingContext, config: ObjectiveConfig) -> dict[str, Term]:
@@ -32,7 +50,12 @@ def build_terms(context: TrainingContext, config: ObjectiveConfig) -> dict[str, 
         raise UserError(f"a scorer is given, but objective is {', '.join(names)}; add score to it, or leave the scorer out")
     if context.settings["anchors"].anchor_prompts_file and "anchors" not in names:
         names.append("anchors")
-    return {name: TERMS[name].build(context, context.settings.get(name)) for name in names}
+    if lacking := config.weights.keys() - set(names):
+        raise UserError(f"objective_weights has {', '.join(sorted(lacking))}, but objective is {', '.join(names)}; weigh one of these")
+    terms = {name: TERMS[name].build(context, context.settings.get(name)) for name in names}
+    for name, weight in config.weights.items():
+        terms[name].weight = weight
+    return terms
 
 
 def _default_objective(context: TrainingContext) -> list[str]:

@@ -14,7 +14,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.heads import READOUTS
 from library.scorers.io import check_scorer_fits, load_scorer
-from library.settings.options import check_at_least, option
+from library.settings.options import option
 from library.types import Conditioning, PromptSpec, RewardOutput
 
 logger = logging.getLogger(__name__)
@@ -65,16 +65,9 @@ class RewardConfig:
     scorer_ensemble: bool = option(
         False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.", expert=True
     )
-    scorer_pessimism: float | None = option(
-        None,
-        help="Take a score for this many of its own standard deviations of uncertainty worse than it says, for scorers that state one; "
-        "default 1. 0 believes the mean.",
-        expert=True,
-    )
     force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.", expert=True)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "scorer_pessimism")
         count = self.num_scores
         counted = "the one score of an ensemble" if self.scorer_ensemble else f"{count} scorers"
         if len(self.scorer_weights) not in (0, count):
@@ -262,16 +255,9 @@ def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware:
         _check_distinct([str(Path(path).resolve()) for path in config.scorer])
         scorers = [ScorerEnsemble(scorers)]
     _check_distinct([scorer.name for scorer in scorers])
-    if config.scorer_pessimism and not any(map(states_uncertainty, scorers)):
-        logger.warning(
-            "scorer_pessimism is %g, but no scorer states how sure it is; train with head_members, or give several files of one "
-            "opinion and set scorer_ensemble",
-            config.scorer_pessimism,
-        )
-    pessimism = 1.0 if config.scorer_pessimism is None else config.scorer_pessimism
     return Reward(
         [
-            Goal(scorer=scorer.requires_grad_(False).eval(), weight=weight, limit=limit, pessimism=pessimism * states_uncertainty(scorer))
+            Goal(scorer=scorer.requires_grad_(False).eval(), weight=weight, limit=limit, pessimism=float(states_uncertainty(scorer)))
             for scorer, weight, limit in zip(scorers, config.weights, config.limits, strict=True)
         ]
     )

@@ -22,8 +22,12 @@ from library.objectives.predictions import predict_plain
 from library.objectives.regression import squared_errors
 from library.objectives.reward_shapes import SHAPES
 from library.rollouts.sample import guide
-from library.settings.options import check_above, check_at_least, option
+from library.settings.options import check_at_least, option
 from library.types import Conditioning, LossOutput, RolloutBatch
+
+# Gains over the frozen model over a whole trajectory, in the score's standard deviations, at multiplier 1.
+HINGE_MARGIN = 5.0  # where hinge and softplus stop
+TARGET = 3.0  # of reward_loss target, if every step's gain lasted; a third of it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +44,20 @@ class ScoreConfig:
     reward_loss: str = option(
         "hinge",
         choices=SHAPES,
-        help="hinge stops pushing a sample that is hinge_margin above the frozen model, softplus fades out there; target pushes back "
-        "beyond reward_target; linear never stops.",
+        help="hinge stops pushing a sample that is far enough above the frozen model, softplus fades out there; target pushes back "
+        "beyond its target; linear never stops.",
         only_with="scorer",
-    )
-    hinge_margin: float = option(
-        5.0,
-        help="Gain over the frozen model at which hinge and softplus stop, over a whole trajectory, in the score's standard deviations.",
-        expert=True,
-        only_with={"reward_loss": ("hinge", "softplus")},
-    )
-    reward_target: float = option(
-        3.0,
-        help="With reward_loss target: the gain at multiplier 1, in the same unit, if every step's gain lasted; a third of it does.",
-        expert=True,
-        only_with={"reward_loss": ("target",)},
-    )
-    reward_weight: float = option(
-        1.0, help="Weight of the score in the loss; 0 trains the other terms alone.", expert=True, only_with="scorer"
     )
     preserve_weight: float = option(
         3.0,
-        help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about reward_weight / 2w.",
+        help="Weight of staying near the frozen model's prediction; with w, the prediction moves by about 1 / 2w.",
         only_with="scorer",
-    )
-    normalize_gradient: bool = option(
-        True, help="Scale the score's gradient to RMS 1 per sample, so that all noise levels count alike.", expert=True, only_with="scorer"
     )
     min_timestep: int = option(0, help="Train only on steps at or above this timestep (0 to 1000).", expert=True, only_with="scorer")
     max_timestep: int = option(1000, help="Train only on steps below this timestep (0 to 1000).", expert=True, only_with="scorer")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "hinge_margin", "reward_weight", "preserve_weight", "min_timestep")
-        check_above(self, 0, "reward_target")
+        check_at_least(self, 0, "preserve_weight", "min_timestep")
         if not self.min_timestep < self.max_timestep <= 1000:
             raise UserError(
                 f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep} leave no step to train; use 0 <= min < max <= 1000"
@@ -82,8 +67,8 @@ class ScoreConfig:
 class ScoreObjective:
     """Loss of one batch.
 
-    Minimising `-reward_weight <g, eps - eps_frozen> + preserve_weight |eps - eps_frozen|^2`, with g the score's gradient at RMS 1,
-    moves eps by `reward_weight / (2 preserve_weight)` RMS along g at most: the trained slider has a strength by construction.
+    Minimising `-<g, eps - eps_frozen> + preserve_weight |eps - eps_frozen|^2`, with g the score's gradient at RMS 1,
+    moves eps by `1 / (2 preserve_weight)` RMS along g at most: the trained slider has a strength by construction.
     """
 
     def __init__(self, context: TrainingContext, config: ScoreConfig) -> None:
@@ -94,8 +79,6 @@ class ScoreObjective:
         self.solver = get_solver(context.sampling.sampler)
         self.schedule = self.solver.schedule(self.model.schedule)
         self.needs_frozen = config.reward_loss != "linear" or self.reward.needs_frozen or config.preserve_weight > 0
-        if not config.normalize_gradient and any(goal.limit is not None for goal in self.reward.goals):
-            raise UserError("scorer_limits weighs gradients against each other, which needs normalize_gradient; set it, or give no limits")
 
     def __call__(self, batch: RolloutBatch, generator: torch.Generator | None = None) -> tuple[LossOutput, Tensor]:
         """The loss, and the guided prediction along which the trajectories go on [B, C, h, w], without gradient.
@@ -119,7 +102,7 @@ class ScoreObjective:
         direction, reward, gain = self._ascent(batch, asked_for, predicted, base, noise)
 
         trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
-        losses = -self.config.reward_weight * self._move(direction, predicted, base, batch)
+        losses = -self._move(direction, predicted, base, batch)
         metrics: dict[str, float | Tensor] = {
             "reward": reward.mean(),
             "gain_per_step": gain.mean(),
@@ -192,10 +175,6 @@ class ScoreObjective:
         reward = self._total(values)
         gain = torch.full_like(reward, torch.nan) if base_values is None else directions * (reward - self._total(base_values))
         push = self._push(batch, predicted)
-        if not self.config.normalize_gradient:  # the gradient of the mean reward: `losses` averages over elements, the reward does not
-            shape = directions.view(-1, 1, 1, 1) * batch.latents[0].numel()
-            steepest = torch.stack([goal.weight * gradients[goal.name] for goal in self.reward.goals if goal.sign]).sum(0)
-            return shape * steepest * push(gain).view(-1, 1, 1, 1), reward, gain
         fraction = self.step_fraction(batch, predicted)
         return ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, fraction), reward, gain
 
@@ -204,16 +183,13 @@ class ScoreObjective:
 
     def _push(self, batch: RolloutBatch, predicted: PredictedLatents) -> Callable[[Tensor], Tensor]:
         """How much a sample is pushed, by its gain [B] over the frozen model in the wanted direction."""
-        config, shape = self.config, SHAPES[self.config.reward_loss]
-        wanted = config.reward_target if config.reward_loss == "target" else config.hinge_margin
+        shape = SHAPES[self.config.reward_loss]
+        wanted = TARGET if self.config.reward_loss == "target" else HINGE_MARGIN
         margin = wanted * batch.multipliers.abs() * self.step_fraction(batch, predicted)
         return lambda gain: shape(gain, margin)
 
     def _move(self, direction: Tensor, predicted: PredictedLatents, base: PredictedLatents | None, batch: RolloutBatch) -> Tensor:
         """How far the prediction has moved along the direction [B], with gradient: RMS of eps, from the frozen model's prediction."""
         moved = predicted.latents - (predicted.latents if base is None else base.latents).detach()
-        along = (direction * moved).mean((1, 2, 3))
-        if not self.config.normalize_gradient:
-            return along
         # a schedule may end with a step that moves nothing
-        return along / (predicted.sensitivity * batch.guidance_scales).abs().clamp_min(1e-12)
+        return (direction * moved).mean((1, 2, 3)) / (predicted.sensitivity * batch.guidance_scales).abs().clamp_min(1e-12)

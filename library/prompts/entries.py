@@ -4,7 +4,7 @@ import csv
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,21 +75,13 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     return values
 
 
-def from_tsv(text: str, path: Path, categories: Sequence[str] | None) -> list[PromptSpec]:
-    """PartiPrompts: column Prompt, and column Category to choose by."""
+def from_tsv(text: str, path: Path) -> list[PromptSpec]:
+    """PartiPrompts: column Prompt."""
     # Parti's prompts hold unpaired quotes, so quoting is off.
     rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
     if rows and "Prompt" not in rows[0]:
         raise UserError(f"prompts file {path} has the columns {', '.join(rows[0])}; a .tsv needs a column Prompt")
-    known = sorted({row.get("Category") or "" for row in rows})
-    for category in categories or ():
-        if category not in known:
-            raise UserError(f"prompt_categories: {path} has no category {category!r}; it has {', '.join(known)}")
-    return [
-        PromptSpec(prompt=prompt)
-        for row in rows
-        if (prompt := (row["Prompt"] or "").strip()) and (not categories or row["Category"] in categories)
-    ]
+    return [PromptSpec(prompt=prompt) for row in rows if (prompt := (row["Prompt"] or "").strip())]
 
 
 def from_toml(content: dict[str, Any], path: Path) -> list[Entry]:

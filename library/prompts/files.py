@@ -15,6 +15,8 @@ from library.settings.options import check_at_least, option
 from library.settings.toml_files import read_toml
 from library.types import PromptSpec
 
+TAG_VARIANTS = 4  # prompts made of each line of tags that are shuffled or dropped
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
@@ -41,29 +43,14 @@ class PromptOptions:
         expert=True,
         only_with={"prompt_format": ("danbooru",)},
     )
-    num_tag_variants: int = option(
-        4, help="Prompts made of each line of tags that are shuffled or dropped.", expert=True, only_with={"prompt_format": ("danbooru",)}
-    )
     wildcards_dir: Path | None = option(None, help="Folder of lists for __name__ in prompts: name.txt, one entry a line.", expert=True)
     max_prompt_variants: int = option(
         64, help="A prompt with more choices than that becomes so many prompts at random, else all of them.", expert=True
     )
-    prompt_weighting: bool = option(
-        True, help="(word:1.2), (word), [word], BREAK mean in prompts what they mean in A1111; when off, they are text.", expert=True
-    )
     enable_bucket: bool = option(False, help="Spread prompts that have no size of their own over pictures of other aspect ratios.")
-    min_bucket_reso: int | None = option(
-        None, help="Shortest side of a bucket in pixels; not set: 3/4 of the resolution.", expert=True, only_with="enable_bucket"
-    )
-    max_bucket_reso: int | None = option(
-        None, help="Longest side of a bucket in pixels; not set: 4/3 of the resolution.", expert=True, only_with="enable_bucket"
-    )
-    bucket_reso_steps: int = option(
-        64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True, only_with="enable_bucket"
-    )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_tag_variants", "max_prompt_variants")
+        check_at_least(self, 1, "max_prompt_variants")
         check_at_least(self, 0, "keep_tokens")
         if not 0 <= self.caption_tag_dropout_rate < 1:
             raise UserError(f"caption_tag_dropout_rate is {self.caption_tag_dropout_rate}; it must be from 0 to below 1")
@@ -75,12 +62,7 @@ class PromptOptions:
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0
 
 
-def load_prompts(
-    path: str | Path,
-    categories: Sequence[str] | None = None,
-    options: PromptOptions | None = None,
-    generator: torch.Generator | None = None,
-) -> list[PromptSpec]:
+def load_prompts(path: str | Path, options: PromptOptions | None = None, generator: torch.Generator | None = None) -> list[PromptSpec]:
     """Read a prompt list; its kind is told by the file's ending.
 
     `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
@@ -89,7 +71,6 @@ def load_prompts(
     (`library.prompts.wildcards`) becomes several, which share its weight.
 
     Args:
-        categories: of a TSV, keep only rows of these (column `Category`).
         options: None is the defaults.
         generator: of choices and tags that are drawn; None is one with seed 0.
 
@@ -100,15 +81,13 @@ def load_prompts(
     generator = generator or torch.Generator().manual_seed(0)
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
-    if categories and path.suffix != ".tsv":
-        raise UserError(f"prompt_categories choose rows of a PartiPrompts .tsv, but the prompts file is {path}; leave them out")
     if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
         raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
     match path.suffix:
         case ".toml":
             prompts = _written_out(from_toml(read_toml(path, "prompts file"), path), options, generator)
         case ".tsv":
-            prompts = [_literal(spec, options) for spec in from_tsv(_text(path), path, categories)]
+            prompts = [replace(spec, prompt=escape(spec.prompt)) for spec in from_tsv(_text(path), path)]
         case _ if options.prompt_format == "danbooru":
             prompts = _of_tags(from_lines(_text(path).splitlines(), path), options, generator)
         case _:
@@ -137,7 +116,7 @@ def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: to
 
 
 def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
-    count = options.num_tag_variants if options.varies_tags else 1
+    count = TAG_VARIANTS if options.varies_tags else 1
     prompts = []
     for _, spec in entries:
         tags = split_tags(spec.prompt)
@@ -149,12 +128,8 @@ def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.
                 dropout=options.caption_tag_dropout_rate,
                 generator=generator,
             )
-            prompts.append(replace(spec, prompt=tag_prompt(varied, weighting=options.prompt_weighting), weight=spec.weight / count))
+            prompts.append(replace(spec, prompt=tag_prompt(varied), weight=spec.weight / count))
     return prompts
-
-
-def _literal(spec: PromptSpec, options: PromptOptions) -> PromptSpec:
-    return replace(spec, prompt=escape(spec.prompt)) if options.prompt_weighting else spec
 
 
 def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:

@@ -19,10 +19,9 @@ def in_words(tag: str) -> str:
     return tag.replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag
 
 
-def tag_prompt(tags: Sequence[str], *, weighting: bool) -> str:
-    """A prompt of these tags. `weighting`: brackets of a tag are escaped, as they would be read as weights."""
-    text = ", ".join(map(in_words, tags))
-    return escape(text) if weighting else text
+def tag_prompt(tags: Sequence[str]) -> str:
+    """A prompt of these tags, their brackets escaped, which would be read as weights."""
+    return escape(", ".join(map(in_words, tags)))
 
 
 def vary(tags: Sequence[str], *, shuffle: bool, keep: int, dropout: float, generator: torch.Generator) -> list[str]:

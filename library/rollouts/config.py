@@ -16,7 +16,6 @@ class RolloutConfig:
     """How training pictures come about. What is not set (None) is decided by the model: `library.rollouts.few_step.resolve_sampling`."""
 
     prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
-    prompt_categories: tuple[str, ...] = option((), help="Of a PartiPrompts .tsv, take only these categories.", expert=True)
     rollout: str | None = option(
         None,
         choices=ROLLOUTS,
@@ -44,7 +43,6 @@ class RolloutConfig:
     )
     zero_terminal_snr: bool = option(False, help="Rescale the noise schedule of a v-prediction model to end in pure noise.", expert=True)
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
-    train_multipliers: tuple[float, ...] = option((1.0, -1.0), help="LoRA multipliers that trajectories take in turn.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "train_batch_size", "max_denoising_steps")
@@ -53,8 +51,6 @@ class RolloutConfig:
             raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
             raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
-        if not self.train_multipliers or 0 in self.train_multipliers:
-            raise UserError("train_multipliers must hold at least one number and no 0 (at 0 the LoRA is off and learns nothing)")
 
     def size(self, native: int) -> Size:
         """(height, width) in pixels."""

@@ -4,7 +4,7 @@ A picture that cost a whole trajectory is used several times; a picture from a f
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,40 +13,21 @@ from torch import Tensor
 from library.diffusion.noise_schedule import per_sample
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.trajectories import Pool, Trajectories
-from library.settings.options import check_at_least, option
 from library.types import PromptSpec, RolloutBatch
 
-
-@dataclass(frozen=True, kw_only=True)
-class NoisedConfig:
-    """Training on finished pictures."""
-
-    num_renoisings: int = option(
-        4,
-        help="With rollout noised: how often a finished picture is noised anew and trained on.",
-        expert=True,
-        only_with=({"rollout": ("noised",)}, {"score_estimator": ("direct_align",)}),
-    )
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_renoisings")
+NUM_RENOISINGS = 4  # how often a finished picture is noised anew and trained on
 
 
 @ROLLOUTS.register("noised")
 class NoisedRollout(Rollout):
-    """Finished pictures, each noised `num_renoisings` times to random places of the schedule.
+    """Finished pictures, each noised NUM_RENOISINGS times to random places of the schedule.
 
     Args:
         pictures: clean latents [B, C, h, w] of the prompts that a pool has just started; None: those that the sampler finishes.
     """
 
-    config_class = NoisedConfig
-
-    def __init__(
-        self, trajectories: Trajectories, settings: NoisedConfig | None = None, pictures: Callable[[Pool], Tensor] | None = None
-    ) -> None:
+    def __init__(self, trajectories: Trajectories, settings: None = None, pictures: Callable[[Pool], Tensor] | None = None) -> None:
         super().__init__(trajectories, settings)
-        self._num_renoisings = (settings or NoisedConfig()).num_renoisings
         self._pictures = pictures or self._finish
         self._pool = trajectories.pools[0]
         self._clean: Tensor | None = None  # [B, C, h, w], the pictures in use
@@ -55,7 +36,7 @@ class NoisedRollout(Rollout):
     def next_batch(self) -> RolloutBatch:
         """The pictures in use, noised anew."""
         own = self.trajectories
-        if self._clean is None or self._uses == self._num_renoisings:
+        if self._clean is None or self._uses == NUM_RENOISINGS:
             self._pool = own.next_pool()
             own.start_all(self._pool)
             self._clean, self._uses = self._pictures(self._pool), 0

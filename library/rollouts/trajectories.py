@@ -15,6 +15,8 @@ from library.rollouts.sample import SamplingConfig, guidance_scales, model_autoc
 from library.types import History, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 
+MULTIPLIERS = (1.0, -1.0)  # of the network, that trajectories take in turn
+
 
 @dataclass(eq=False)
 class Pool:
@@ -41,7 +43,6 @@ class Trajectories:
         encoder: holds the prompts' conditioning, so that the text encoders can be freed; encodes them anew, with gradient, at every
             batch of a network with text encoder modules.
         sampling: of prompts that bring no size, steps or guidance of their own.
-        multipliers: of the network, that trajectories take in turn.
         generator: the source of every random draw.
 
     Attributes:
@@ -55,11 +56,10 @@ class Trajectories:
         prompts: Sequence[PromptSpec],
         encoder: PromptEncoder,
         sampling: SamplingConfig,
-        multipliers: Sequence[float],
         generator: torch.Generator,
     ) -> None:
         self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
-        self.sampling, self.multipliers = sampling, multipliers
+        self.sampling = sampling
         self.skip: tuple[int, float] = (1, 0.0)
         self.solver = get_solver(sampling.sampler)
         self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
@@ -141,7 +141,7 @@ class Trajectories:
         pool.steps[place] = 0
         pool.turns[place] += 1
         sign, share = self.skip
-        if self.multipliers[pool.turns[place] % len(self.multipliers)] * sign > 0 and share > 0:
+        if MULTIPLIERS[pool.turns[place] % len(MULTIPLIERS)] * sign > 0 and share > 0:
             pool.turns[place] += int(torch.rand((), generator=self.generator) < share)
         if pool.history is not None:
             pool.history.abar[place] = 0
@@ -180,7 +180,7 @@ class Trajectories:
         steps = torch.tensor(pool.steps, device=device)
         timesteps, next_timesteps = pool.timesteps[steps], pool.timesteps[(steps + 1).clamp(max=pool.num_steps)]
         prompts = [pool.prompts[index] for index in pool.chosen]
-        in_turn = [self.multipliers[turn % len(self.multipliers)] for turn in pool.turns]
+        in_turn = [MULTIPLIERS[turn % len(MULTIPLIERS)] for turn in pool.turns]
         multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
         strengths = torch.tensor(multipliers, device=device)
         noise = torch.randn(pool.latents.shape, generator=self.generator).to(device) if self.solver.needs_noise else None

@@ -21,8 +21,12 @@ class BucketConfig:
 
     resolution: str = option("512", help='Size, "512" or "width,height"; with buckets, the area that every size keeps below.')
     enable_bucket: bool = option(True, help="Give other aspect ratios sizes of their own; when off, crop to the resolution.")
-    min_bucket_reso: int = option(256, help="Shortest side of a bucket.", expert=True, only_with="enable_bucket")
-    max_bucket_reso: int = option(1024, help="Longest side of a bucket.", expert=True, only_with="enable_bucket")
+    min_bucket_reso: int | None = option(
+        None, help="Shortest side of a bucket; not set: half of the resolution.", expert=True, only_with="enable_bucket"
+    )
+    max_bucket_reso: int | None = option(
+        None, help="Longest side of a bucket; not set: twice the resolution.", expert=True, only_with="enable_bucket"
+    )
     bucket_reso_steps: int = option(
         64, help="Sides of buckets are multiples of this, which is a multiple of 8.", expert=True, only_with="enable_bucket"
     )
@@ -45,10 +49,20 @@ class BucketConfig:
                 reason = "bucket_no_upscale is on" if self.enable_bucket else "enable_bucket is off"
                 logger.warning("%s does nothing: %s", name, reason)
         if self.enable_bucket and not self.bucket_no_upscale:
-            if self.min_bucket_reso > min(self.width, self.height):
+            if self.shortest > min(self.width, self.height):
                 raise UserError(f"min_bucket_reso is {self.min_bucket_reso}, but it must be at most the resolution ({self.resolution})")
-            if self.max_bucket_reso < max(self.width, self.height):
+            if self.longest < max(self.width, self.height):
                 raise UserError(f"max_bucket_reso is {self.max_bucket_reso}, but it must be at least the resolution ({self.resolution})")
+
+    @property
+    def shortest(self) -> int:
+        """Side of a bucket."""
+        return min(self.width, self.height) // 2 if self.min_bucket_reso is None else self.min_bucket_reso
+
+    @property
+    def longest(self) -> int:
+        """Side of a bucket."""
+        return 2 * max(self.width, self.height) if self.max_bucket_reso is None else self.max_bucket_reso
 
     @property
     def width(self) -> int:
@@ -71,10 +85,10 @@ def bucket_sizes(config: BucketConfig) -> list[tuple[int, int]]:
     """Every (width, height) of at most the resolution's area, with each side the longest that the other allows."""
     area, step = config.width * config.height, config.bucket_reso_steps
     sizes = {(config.width, config.height)}
-    first = math.ceil(config.min_bucket_reso / step) * step
-    for side in range(first, config.max_bucket_reso + 1, step):
-        other = min(area // side, config.max_bucket_reso) // step * step
-        if other >= config.min_bucket_reso:
+    first = math.ceil(config.shortest / step) * step
+    for side in range(first, config.longest + 1, step):
+        other = min(area // side, config.longest) // step * step
+        if other >= config.shortest:
             sizes |= {(side, other), (other, side)}
     return sorted(sizes)
 

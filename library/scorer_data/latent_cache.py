@@ -199,7 +199,8 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
     Raises:
         UserError: it cannot be written to.
     """
-    sizing = {name: value for name, value in asdict(buckets).items() if name != "max_crop"}  # which pictures, not how they are sized
+    sizing = {**asdict(buckets), "min_bucket_reso": buckets.shortest, "max_bucket_reso": buckets.longest}
+    del sizing["max_crop"]  # which pictures, not how they are sized
     text = json.dumps({"format": FORMAT, "vae": vae.to_dict(), "buckets": sizing}, indent=1)
     for description in cache_dir.glob(f"*/{DESCRIPTION_NAME}"):
         if b'"format"' not in description.read_bytes():

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from library.errors import UserError
 from library.scorer_data.pictures import cover
-from library.settings.options import check_at_least, check_not_set, option
+from library.settings.options import check_at_least, option
 
 PLAIN = ""
 FLIPPED = "flip"
+MIN_AREA = 0.8  # of a picture, that a random cut keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,14 @@ class PixelAugmentation:
     crop_variants: int = option(
         0, help="Random cuts of each picture to train on too; only if the score is not about composition.", expert=True
     )
-    crop_min_area: float | None = option(None, help="Smallest share of a picture that a random cut keeps; not set: 0.8.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "crop_variants")
-        if not self.crop_variants:
-            check_not_set(self, "crop_variants is 0", "crop_min_area")
-        if self.crop_min_area is not None and not 0 < self.crop_min_area <= 1:
-            raise UserError(f"crop_min_area is {self.crop_min_area}, but it must be above 0 and at most 1, such as 0.8")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the variants, the picture as it is first. Where pictures are mirrored, so is every second crop."""
-        crops = (f"crop:{number}@{self.crop_min_area or 0.8:g}" for number in range(1, self.crop_variants + 1))
+        crops = (f"crop:{number}@{MIN_AREA:g}" for number in range(1, self.crop_variants + 1))
         if not self.flip_aug:
             return PLAIN, *crops
         return PLAIN, FLIPPED, *(f"{crop}+{FLIPPED}" if number % 2 else crop for number, crop in enumerate(crops))

@@ -14,22 +14,16 @@ from library.training.optimizers import create_optimizer, create_scheduler
 from library.training.runtime import all_reduce_grads
 
 
-def parameter_groups(
-    scorer: BackboneScorer, heads: Sequence[str], learning_rate: float, layer_lr_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Groups for an optimizer: a backbone's n layers at `layer_lr_decay`^n ... `layer_lr_decay`^1 of the rate, the heads at the rate.
-
-    Biases and the scales of norms, which are all vectors, do not decay. After Bao et al., arXiv 2106.08254.
-    """
+def parameter_groups(scorer: BackboneScorer, heads: Sequence[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer, of the backbone and these heads. Biases and the scales of norms, which are all vectors, do not decay."""
     layers = [*scorer.backbone.layers(), [parameter for name in heads for parameter in scorer.heads[name].parameters()]]
     groups = []
-    for depth, layer in enumerate(layers):
-        rate = learning_rate * layer_lr_decay ** (len(layers) - 1 - depth)
+    for layer in layers:
         trainable = [parameter for parameter in layer if parameter.requires_grad]
         for decays in (True, False):
             chosen = [parameter for parameter in trainable if (parameter.ndim > 1) is decays]
             if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay if decays else 0.0})
+                groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0})
     return groups
 
 
@@ -47,7 +41,7 @@ class Balance:
         self.optimizers: list[Any] = []
         self._parts: list[tuple[list[str], list[Parameter], Any]] = []  # names of the tasks, what they move, schedule of its rate
         for own in [names] if is_sum else [[name] for name in names]:
-            groups = parameter_groups(scorer, own, stage.optimizer.learning_rate, settings.layer_lr_decay, settings.weight_decay)
+            groups = parameter_groups(scorer, own, settings.weight_decay)
             optimizer = create_optimizer(stage.optimizer, groups)
             parameters = [parameter for group in groups for parameter in group["params"]]
             self._parts.append((own, parameters, create_scheduler(stage.optimizer, optimizer, stage.steps)))

@@ -9,7 +9,6 @@ from library.errors import UserError
 from library.models.registry import FAMILIES
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pixel_augmentation import PixelAugmentation
-from library.scorer_training.augmentation import LatentAugmentation
 from library.scorer_training.dataset_config import DataConfig, PretrainingConfig
 from library.scorers.base import SCORER_KINDS
 from library.settings.options import check_above, check_at_least, key_value_pairs, option
@@ -48,11 +47,9 @@ class ScorerConfig:
     scorer_args: tuple[str, ...] = option((), help='Settings of the kind, "key=value" each, e.g. dropout=0.1 or tuning=lora.')
     backbone_weights: Path | None = option(None, help="Backbone or scorer file to start from; the heads start anew.")
     head_members: int = option(1, help="Heads side by side, each trained on its own reweighting of the pictures, for uncertainty.")
-    head_hidden: int = option(0, help="Width of a hidden layer in each head; 0 for a linear one.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "head_members")
-        check_at_least(self, 0, "head_hidden")
         key_value_pairs("scorer_args", self.scorer_args)
 
     @property
@@ -77,21 +74,13 @@ class ScorerTrainingConfig:
     learning_rate: float | None = option(None, help="Highest learning rate; not set: 1e-3, or 1e-4 where balancing is independent.")
     lr_scheduler: str = option("cosine", help="Schedule of the learning rate after its warmup.")
     lr_warmup_steps: float = option(100, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.")
-    layer_lr_decay: float = option(
-        1.0, help="Factor of the learning rate from each layer of the backbone to the one before it; try 0.7.", expert=True
-    )
-    freeze_backbone_steps: int = option(0, help="Train only the heads for this many steps first.", expert=True)
     weight_decay: float = option(0.05, help="Weight decay, for optimizers that have one; norms and biases have none.", expert=True)
     max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.", expert=True)
     ema_decay: float = option(0.999, help="The scorer is this exponential average of the weights over the steps.", expert=True)
     clean_fraction: float = option(
         0.25, help="Share of clean latents; the others are at uniform timesteps. 1: a noise-blind scorer.", expert=True
     )
-    mixup_alpha: float = option(
-        0.0, help="Mix pictures and their targets by Beta(alpha, alpha), where the criterion allows; 0 does not.", expert=True
-    )
     validate_every_n_steps: int = option(200, help="How often the average is validated; the best one is kept.")
-    max_validation_pictures: int = option(5000, help="Most pictures of a dataset to validate with, chosen at random.", expert=True)
     gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time; for the large kinds.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the scorer computes in; no is float32.")
     seed: int = option(0, help="Seed of every random draw of the run.")
@@ -99,21 +88,20 @@ class ScorerTrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_train_steps", "train_batch_size", "validate_every_n_steps", "num_threads")
-        check_at_least(self, 2, "max_validation_pictures")
-        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm", "seed", "freeze_backbone_steps", "mixup_alpha")
-        check_above(self, 0, "learning_rate", "layer_lr_decay")
-        for name in ("ema_decay", "clean_fraction", "layer_lr_decay"):
+        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm", "seed")
+        check_above(self, 0, "learning_rate")
+        for name in ("ema_decay", "clean_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but it must be between 0 and 1")
 
-    def optimizer_config(self, learning_rate: float | None = None) -> OptimizerConfig:
+    def optimizer_config(self) -> OptimizerConfig:
         """For `library.training.optimizers`. Raises UserError for settings that no optimizer can have."""
         independent = self.balancing == "independent"
         default = INDEPENDENT_LEARNING_RATE if independent else SUMMED_LEARNING_RATE
         return OptimizerConfig(
             optimizer_type=self.optimizer_type or (INDEPENDENT_OPTIMIZER if independent else SUMMED_OPTIMIZER),
             optimizer_args=self.optimizer_args,
-            learning_rate=learning_rate or self.learning_rate or default,
+            learning_rate=self.learning_rate or default,
             lr_scheduler=self.lr_scheduler,
             lr_warmup_steps=self.lr_warmup_steps,
         )
@@ -141,7 +129,6 @@ class LatentScorerConfig:
     data: DataConfig
     buckets: BucketConfig
     variants: PixelAugmentation
-    augmentation: LatentAugmentation
     scorer: ScorerConfig
     pretraining: PretrainingConfig
     training: ScorerTrainingConfig

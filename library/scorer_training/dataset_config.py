@@ -28,7 +28,7 @@ from typing import Any
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS
 from library.scorer_training.criteria.base import CRITERIA
-from library.settings.options import check_above, check_at_least, check_not_set, nearest, option
+from library.settings.options import check_at_least, check_not_set, nearest, option
 from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000
@@ -81,77 +81,63 @@ class Dataset:
 class DataConfig:
     """The rated pictures: one file or folder, or a mixture."""
 
-    train_data_file: Path | None = option(None, help="Rated pictures: a table with path and score, or any source of docs/datasets.md.")
+    train_data_file: Path | None = option(
+        None,
+        help="Rated pictures: a table with path and score, any source of docs/datasets.md, or a dataset.toml that mixes several sources "
+        "and criteria, of which the first is the score.",
+    )
     data_reader: str | None = option(None, choices=READERS, help="Reader of train_data_file; not set: by what it looks like.")
     image_dir: Path | None = option(None, help="What the paths in the file are relative to; not set: the file's own folder.")
     criterion: str | None = option(None, choices=CRITERIA, help="What is learned from train_data_file, and how; not set: mse.")
     score_column: str | None = option(None, help="Column to take as the score, such as year; not set: score.")
     target_class: str | None = option(None, help="Class or tag whose log odds are the score; not set: the first.")
-    dataset_config: Path | None = option(None, help="A dataset.toml that mixes several sources and criteria, in place of train_data_file.")
-    score_head: str | None = option(None, help="Name of the dataset whose head is the score; not set: the first.", expert=True)
     validation_split: float = option(0.1, help="Share of the pictures kept for validation, chosen by a hash of their path.")
     cache_dir: Path | None = option(None, help="Folder of the latent cache; not set: output_dir/latent_cache.")
-    vae_batch_size: int = option(8, help="Pictures encoded at a time.", expert=True)
-    use_npz_caches: bool = option(True, help="Take latents from sd-scripts' .npz files beside the pictures where they fit.", expert=True)
 
     def __post_init__(self) -> None:
-        if (self.train_data_file is None) == (self.dataset_config is None):
-            raise UserError(
-                "train_data_file and dataset_config are both set; leave one out"
-                if self.train_data_file
-                else "train_data_file is not set; give a table with the columns path and score, or a mixture by dataset_config"
-            )
-        if self.dataset_config is not None:
+        if self.train_data_file is None:
+            raise UserError("train_data_file is not set; give a table with the columns path and score, or a mixture as a dataset.toml")
+        if _is_mixture(self.train_data_file):
             of_one = ("data_reader", "image_dir", "criterion", "score_column", "target_class")
-            check_not_set(self, "the mixture of dataset_config says it for each dataset", *of_one)
-        else:
-            check_not_set(self, "train_data_file is the only dataset", "score_head")
+            check_not_set(self, "the mixture of train_data_file says it for each dataset", *of_one)
         if self.criterion is not None and not CRITERIA[self.criterion].gives_score:
             raise UserError(f"criterion {self.criterion} gives no score; it is for pretrain_criterion")
         if not 0 < self.validation_split < 1:
             raise UserError(f"validation_split is {self.validation_split}, but it must be above 0 and below 1, such as 0.1")
-        check_at_least(self, 1, "vae_batch_size")
 
     def datasets(self) -> tuple[Dataset, ...]:
-        """What is to be learned, the score's own first. Raises UserError when dataset_config is not as it must be."""
-        if self.dataset_config is None:
-            assert self.train_data_file is not None
+        """What is to be learned, the score's own first. Raises UserError when a mixture is not as it must be."""
+        assert self.train_data_file is not None
+        if not _is_mixture(self.train_data_file):
             options = {"score_column": self.score_column} if self.score_column else {}
             reader = self.data_reader or "auto"
             subset = Subset(path=self.train_data_file, reader=reader, image_dir=self.image_dir, reader_options=options)
             return (Dataset(name="score", criterion=self.criterion or "mse", subsets=(subset,), target_class=self.target_class),)
-        datasets = read_dataset_config(self.dataset_config)
+        datasets = read_dataset_config(self.train_data_file)
         for dataset in datasets:
             if not CRITERIA[dataset.criterion].gives_score:
-                raise UserError(f"dataset {dataset.name}: criterion {dataset.criterion} gives no score; it is for pretrain_dataset_config")
-        names = [dataset.name for dataset in datasets]
-        if self.score_head is not None and self.score_head not in names:
-            raise UserError(f"score_head is {self.score_head!r}, but {self.dataset_config} has {', '.join(names)}")
-        first = self.score_head or names[0]
-        return tuple(sorted(datasets, key=lambda dataset: dataset.name != first))
+                raise UserError(f"dataset {dataset.name}: criterion {dataset.criterion} gives no score; it is for pretrain_data_file")
+        return datasets
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
     """Teaching the backbone something else first, for which there are many pictures; then the score, for which there are few ratings."""
 
-    pretrain_data_file: Path | None = option(None, help="Pictures to pretrain on: as train_data_file; labels are learned by default.")
+    pretrain_data_file: Path | None = option(
+        None, help="Pictures to pretrain on: as train_data_file, a dataset.toml too; labels are learned by default."
+    )
     pretrain_criterion: str | None = option(
         None, choices=CRITERIA, help="What pretrain_data_file teaches, masked without ratings; not set: classification."
     )
-    pretrain_dataset_config: Path | None = option(None, help="A dataset.toml to pretrain on, in place of pretrain_data_file.", expert=True)
     pretrain_steps: int | None = option(None, help="Steps of pretraining; not set: 2000.")
-    pretrain_learning_rate: float | None = option(None, help="Its learning rate; not set: that of the training.", expert=True)
 
     def __post_init__(self) -> None:
-        if self.pretrain_data_file is not None and self.pretrain_dataset_config is not None:
-            raise UserError("pretrain_data_file and pretrain_dataset_config are both set; leave one out")
         if self.pretrain_data_file is None:
-            check_not_set(self, "pretrain_data_file is not, whose criterion it is", "pretrain_criterion")
-            if self.pretrain_dataset_config is None:
-                check_not_set(self, "nothing is pretrained on; give pretrain_data_file", "pretrain_steps", "pretrain_learning_rate")
+            check_not_set(self, "nothing is pretrained on; give pretrain_data_file", "pretrain_criterion", "pretrain_steps")
+        elif _is_mixture(self.pretrain_data_file):
+            check_not_set(self, "the mixture of pretrain_data_file says it for each dataset", "pretrain_criterion")
         check_at_least(self, 1, "pretrain_steps")
-        check_above(self, 0, "pretrain_learning_rate")
 
     @property
     def steps(self) -> int:
@@ -159,12 +145,16 @@ class PretrainingConfig:
 
     def datasets(self) -> tuple[Dataset, ...]:
         """What is learned first; nothing if there is no pretraining."""
-        if self.pretrain_dataset_config is not None:
-            return read_dataset_config(self.pretrain_dataset_config)
         if self.pretrain_data_file is None:
             return ()
+        if _is_mixture(self.pretrain_data_file):
+            return read_dataset_config(self.pretrain_data_file)
         criterion = self.pretrain_criterion or "classification"
         return (Dataset(name="pretraining", criterion=criterion, subsets=(Subset(path=self.pretrain_data_file),)),)
+
+
+def _is_mixture(path: Path) -> bool:
+    return path.suffix == ".toml"
 
 
 def read_dataset_config(path: Path) -> tuple[Dataset, ...]:

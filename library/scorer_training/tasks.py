@@ -21,7 +21,7 @@ from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_of
 from library.scorer_training.config import LatentScorerConfig, ScorerTrainingConfig
-from library.scorer_training.criteria.base import CRITERIA, Criterion, get_criterion
+from library.scorer_training.criteria.base import Criterion, get_criterion
 from library.scorer_training.dataset_config import MAX_TAGS, Dataset, Subset
 from library.scorers.base import ModelSource
 from library.scorers.heads import HeadSpec
@@ -30,6 +30,8 @@ from library.settings.shared import OptimizerConfig
 logger = logging.getLogger(__name__)
 
 MIN_TAG_COUNT = 5  # a tag on fewer training pictures teaches nothing
+ENCODED_AT_A_TIME = 8  # pictures
+MOST_VALIDATED = 5000  # pictures of a dataset, chosen at random
 HEAD_SAMPLE = 100_000  # targets that a head's scale and levels are taken from
 
 
@@ -141,7 +143,7 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     usable = (found[..., 0] >= 0).all(1)
     is_train = torch.tensor(rows.is_train, dtype=torch.bool)
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
-    validation = validation[: config.training.max_validation_pictures]
+    validation = validation[:MOST_VALIDATED]
     for name, indices in (("training", train), ("validation", validation)):
         if len(indices) < 2:
             raise UserError(
@@ -149,7 +151,7 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
                 "rate more pictures, or change validation_split or their split" + (f" ({rows.complaint})" if rows.complaint else "")
             )
     classes, targets = _encode_targets(dataset, criterion.target, rows, train, usable)
-    options = {"target_class": dataset.target_class, "members": config.scorer.head_members, "hidden": config.scorer.head_hidden}
+    options = {"target_class": dataset.target_class, "members": config.scorer.head_members}
     head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, options)
 
     def part(indices: Tensor, *, vary: bool) -> LatentDataset:
@@ -193,12 +195,6 @@ def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Acc
 
 def check_settings(training: ScorerTrainingConfig, datasets: Sequence[Dataset]) -> None:
     """Raises UserError for a setting that does nothing with these datasets."""
-    criteria = dict.fromkeys(dataset.criterion for dataset in datasets)
-    if training.mixup_alpha > 0 and not any(get_criterion(name).mixes for name in criteria):
-        mixing = ", ".join(name for name, criterion in CRITERIA.items() if criterion.mixes)
-        raise UserError(
-            f"mixup_alpha is {training.mixup_alpha:g}, but {', '.join(criteria)} cannot learn from mixtures, as {mixing} can; leave it out"
-        )
     for dataset in datasets:
         if dataset.weight != 1 and training.balancing == "independent":
             raise UserError(
@@ -215,8 +211,7 @@ def fill_cache(config: LatentScorerConfig, vae: AutoencoderKL, accelerator: Acce
         lambda pixels: encode_images(vae, pixels.to(accelerator.device)),
         config.buckets,
         variants=config.variants.names,
-        batch_size=config.data.vae_batch_size,
-        read_npz=config.data.use_npz_caches,
+        batch_size=ENCODED_AT_A_TIME,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     ):

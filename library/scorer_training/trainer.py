@@ -11,7 +11,6 @@ from torch import Tensor
 from library.diffusion.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
 from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
-from library.scorer_training.augmentation import LatentAugmentation, augment, mixup
 from library.scorer_training.balancing import Balance
 from library.scorer_training.config import ScorerTrainingConfig
 from library.scorer_training.criteria.base import get_criterion
@@ -85,11 +84,10 @@ class ScorerTrainer:
         self,
         accelerator: Accelerator,
         settings: ScorerTrainingConfig,
-        augmentation: LatentAugmentation,
         tracker: Tracker,
         encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.accelerator, self.settings, self.augmentation, self.tracker = accelerator, settings, augmentation, tracker
+        self.accelerator, self.settings, self.tracker = accelerator, settings, tracker
         self.encode_prompts = encode_prompts
         self.schedule = standard_schedule()
 
@@ -99,7 +97,6 @@ class ScorerTrainer:
         scorer.to(device).train()
         rng = generator(settings.seed, stage.name, self.accelerator.process_index)
         balance = Balance(self.accelerator, scorer, stage, settings)
-        backbone = [parameter for parameter in scorer.backbone.parameters() if parameter.requires_grad]
         average = AveragedWeights(scorer, settings.ema_decay)
         best = BestState(scorer, average)
         sizes = share_out(settings.train_batch_size, [task.dataset.proportion for task in stage.tasks])
@@ -108,8 +105,6 @@ class ScorerTrainer:
         shown = (*(f"loss/{task.name}" for task in stage.tasks), "best")
         progress = self.tracker.progress(stage.steps, 0, stage.name, shown[-3:])
         for step in range(stage.steps):
-            for parameter in backbone:
-                parameter.requires_grad_(step >= settings.freeze_backbone_steps)
             losses = {
                 task.name: self._loss(scorer, task, next(source).to(device), size, rng)
                 for task, source, size in zip(stage.tasks, batches, sizes, strict=True)
@@ -127,8 +122,6 @@ class ScorerTrainer:
             self.tracker.log(metrics, stage.first_step + step)
             progress.update()
         progress.close()
-        for parameter in backbone:
-            parameter.requires_grad_(True)
         best.restore()
         self.accelerator.print(best.describe([task.name for task in stage.tasks]))
         return {
@@ -179,16 +172,13 @@ class ScorerTrainer:
         """A function that computes the mean loss of a task's part of the batch: `size` pictures, or fewer at a bucket's end."""
 
         def compute() -> Tensor:
-            varied = augment(batch, self.augmentation, rng)
-            if self.settings.mixup_alpha > 0 and task.criterion.mixes:
-                varied = mixup(varied, self.settings.mixup_alpha, task.head, rng)
             sigmas = draw_sigmas(len(batch), self.settings.clean_fraction, self.schedule, rng).to(batch.latents.device)
-            outputs = self._outputs(scorer, task, varied, sigmas, rng)
+            outputs = self._outputs(scorer, task, batch, sigmas, rng)
             weights = None
             if task.head.members > 1:
                 pictures = task.train_pictures[batch.indices.cpu()]
                 weights = bootstrap_weights(task.head.members, pictures, self.settings.seed).to(outputs.device)
-            losses = member_losses(task.criterion, outputs.float(), varied.targets, task.head, weights)
+            losses = member_losses(task.criterion, outputs.float(), batch.targets, task.head, weights)
             return (losses * batch.weights).sum() / size  # a picture counts the same in a bucket's small last batch
 
         return compute

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.settings.options import Option, construct, nearest, options, resolve
-from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+from library.settings.removed import REMOVED
+from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
 from library.settings.toml_files import read_toml
 
 ConfigT = TypeVar("ConfigT")
@@ -52,7 +53,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None,
     on_command_line |= _unknown_to_argparse(rest, table)
 
     in_file = read_config_file(config_file, table) if config_file is not None else {}
-    given = in_file | on_command_line
+    given = translate(in_file | on_command_line, table)
     resolved = resolve(config_class, given)
     if output_config is not None:
         write_config_file(output_config, table, resolved)
@@ -204,7 +205,7 @@ def _unknown_to_argparse(words: Sequence[str], table: Mapping[str, Option]) -> d
             name = flag[2:]
             if name in table:
                 raise UserError(f"{flag} has no form on the command line; write it in the config file as [[{name}]]")
-            if name not in UNUSED and name not in REPLACEMENTS:
+            if name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
                 match = nearest(name, [*table, "help", "help_all", "config_file", "output_config", "dry_run"])
                 did_you_mean = "" if match is None else f" (did you mean --{match}?)"
                 raise UserError(f"unknown option {flag}{did_you_mean}; --help lists the options")

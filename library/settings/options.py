@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from library.errors import UserError
-from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
+from library.settings.removed import REMOVED
+from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
 
 logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
@@ -141,6 +142,7 @@ def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     Raises:
         UserError: an unknown name, a value of the wrong type or outside its choices, or a concern's own check.
     """
+    values = translate(values, options(config_class))
     return construct(config_class, resolve(config_class, values), values)
 
 
@@ -150,6 +152,8 @@ def resolve(config_class: type, values: Mapping[str, object]) -> dict[str, Any]:
     Options of sd-scripts that are not ours are left out, with one warning that names them all.
     """
     table = options(config_class)
+    if gone := [f"{name} ({REMOVED[name]})" for name in values if name in REMOVED and name not in table]:
+        raise UserError(f"these settings are gone: {', '.join(gone)}; leave them out")
     ignored = []
     for name in values:
         if name not in table:

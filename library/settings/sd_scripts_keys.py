@@ -1,10 +1,15 @@
 """The options of sd-scripts (its argument groups of version 0.10 and 0.11, and the keys that kohya_ss's LECO tab writes).
 
 A config file written for sd-scripts should run here. A key that this project declares is simply used; the others are named
-in one warning (`library.settings.options.resolve`), so that nobody believes in a setting that does nothing.
+in one warning (`library.settings.options.resolve`), so that nobody believes in a setting that does nothing. Those that say in other
+words what a setting here says are translated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+from library.errors import UserError
+
+LOG_ARGS = ("log_prefix", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 
 REPLACEMENTS: Mapping[str, str] = {
     "max_train_epochs": "use max_train_steps",
@@ -18,10 +23,14 @@ REPLACEMENTS: Mapping[str, str] = {
     "lr_scheduler_timescale": 'use lr_scheduler_args = ["timescale=..."]',
     "lr_scheduler_min_lr_ratio": 'use lr_scheduler_args = ["min_lr_rate=..."], or min_lr_ratio for warmup_stable_decay',
     "network_train_text_encoder_only": "use network_train_unet_only = false to train both",
-    "mem_eff_attn": "use sdpa or xformers",
+    "mem_eff_attn": "use xformers",
     "full_fp16": 'use mixed_precision = "fp16"; the weights of the LoRA stay in float32',
     "full_bf16": 'use mixed_precision = "bf16"; the weights of the LoRA stay in float32',
     "zero_terminal_snr": "it is read from the model",
+    "sdpa": "it is always used, unless xformers is",
+    "save_model_as": "it is always safetensors",
+    "lr_scheduler_num_cycles": "only cosine_with_restarts and cosine_with_min_lr have cycles",
+    "lr_scheduler_power": "only polynomial has a power",
 }
 """Keys that mean something else here, each with what to do."""
 
@@ -56,8 +65,54 @@ enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscal
 flip_aug color_aug random_crop face_crop_aug_range dataset_repeats debug_dataset alpha_mask conditioning_data_dir
 token_warmup_min token_warmup_step cache_info
 
+v2 log_prefix log_tracker_name wandb_run_name wandb_api_key
 log_tracker_config log_config console_log_level console_log_file console_log_simple
 """
 
 UNUSED: frozenset[str] = frozenset(_UNUSED.split())
 """Keys that do nothing here (unless a script declares an option of that name, which then is the one that is used)."""
+
+
+def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+    """`values` with sd-scripts' words for what the settings `known` say in others; what is the same here anyway is left out.
+
+    Raises:
+        UserError: v2 beside another model_family.
+    """
+    result = dict(values)
+
+    def take(name: str) -> str:
+        value = result.pop(name)
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    for name, usual in (("sdpa", ("", "true")), ("save_model_as", ("safetensors",))):
+        if name in result and name not in known and (text := take(name)).lower() not in usual:
+            result[name] = text
+    if "v2" in result and "model_family" in known and take("v2").lower() in ("", "true"):
+        if result.setdefault("model_family", "sd2") not in ("auto", "sd2"):
+            raise UserError(f"v2 is set and model_family is {result['model_family']}; leave one of the two out")
+        result["model_family"] = "sd2"
+    if "train_data_file" in known and "dataset_config" in result and (text := take("dataset_config")):
+        if result.get("train_data_file") not in (None, ""):
+            raise UserError("train_data_file and dataset_config are both set; leave one out")
+        result["train_data_file"] = text
+    schedule = str(result.get("lr_scheduler", "")).lower()
+    if "lr_scheduler_num_cycles" in result and schedule in ("cosine_with_restarts", "cosine_with_min_lr"):
+        cycles = take("lr_scheduler_num_cycles")
+        if not cycles.isdecimal() or cycles == "0":
+            raise UserError(f"lr_scheduler_num_cycles is {cycles}, but it must be a whole number above 0")
+        waves = cycles if schedule == "cosine_with_restarts" else int(cycles) / 2  # cosine_with_min_lr counts down and up again as one
+        _put_before(result, "lr_scheduler_args", f"num_cycles={waves}")
+    if "lr_scheduler_power" in result and schedule == "polynomial":
+        _put_before(result, "lr_scheduler_args", f"power={take('lr_scheduler_power')}")
+    if "log_args" in known:
+        for name in [name for name in LOG_ARGS if name in result]:
+            if text := take(name):
+                _put_before(result, "log_args", f"{name}={text}")
+    return result
+
+
+def _put_before(values: dict[str, object], name: str, word: str) -> None:
+    """Put a word before those of a setting of several, which then have the last say."""
+    given = values.get(name, ())
+    values[name] = [word, *(given if isinstance(given, (list, tuple)) else [given])]

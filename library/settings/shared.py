@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.settings.options import check_above, check_at_least, key_value_pairs, option
+from library.settings.sd_scripts_keys import LOG_ARGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +62,13 @@ class OptimizerConfig:
         help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, "
         "warmup_stable_decay, adafactor, or pkg.module.Class.",
     )
-    lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. min_lr_rate=0.1.', expert=True)
+    lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. num_cycles=2.', expert=True)
     lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.", expert=True)
-    lr_scheduler_num_cycles: int = option(
-        1,
-        help="Number of cycles of cosine_with_restarts and cosine_with_min_lr.",
-        only_with={"lr_scheduler": ("cosine_with_restarts", "cosine_with_min_lr")},
-        expert=True,
-    )
-    lr_scheduler_power: float = option(
-        1.0, help="Power of the polynomial schedule.", only_with={"lr_scheduler": ("polynomial",)}, expert=True
-    )
     max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.", expert=True)
 
     def __post_init__(self) -> None:
         check_above(self, 0, "learning_rate")
         check_at_least(self, 0, "unet_lr", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
-        check_at_least(self, 1, "lr_scheduler_num_cycles")
         if self.lr_warmup_steps > 1 and not float(self.lr_warmup_steps).is_integer():
             raise UserError(f"lr_warmup_steps is {self.lr_warmup_steps}, but it must be a whole number of steps, or a share below 1")
         key_value_pairs("optimizer_args", self.optimizer_args)
@@ -92,8 +83,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = option(1, help="Batches whose gradients are averaged for one optimizer step.", expert=True)
     gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the models compute in; no is float32.")
-    sdpa: bool = option(True, help="Use torch's scaled dot product attention.", expert=True)
-    xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of sdpa.")
+    xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of torch's own.")
     torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.", expert=True)
     seed: int = option(0, help="Seed of every random draw of the run.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.", expert=True)
@@ -101,13 +91,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_train_steps", "gradient_accumulation_steps", "num_threads")
         check_at_least(self, 0, "seed")
-        if not (self.sdpa or self.xformers):
-            raise UserError("sdpa and xformers are both off; turn one of them on")
-
-    @property
-    def attention(self) -> str:
-        """ "xformers" or "sdpa", as `DiffusionModel.set_attention` takes it."""
-        return "xformers" if self.xformers else "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +99,6 @@ class SavingConfig:
 
     output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
     output_name: str = option("slider", help="File name of the result, without its extension.")
-    save_model_as: str = option("safetensors", choices=("safetensors",), help="File format.", expert=True)
     save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.", expert=True)
     save_every_n_steps: int | None = option(None, help="Save every so many steps too; not set: at the end only.")
     save_last_n_steps: int | None = option(
@@ -144,19 +126,23 @@ class LoggingConfig:
         None, help="Folder for TensorBoard and wandb; not set: output_dir/logs. Setting it turns TensorBoard on."
     )
     log_with: str | None = option(None, choices=("tensorboard", "wandb", "all"), help="Trackers to write to.")
-    log_prefix: str | None = option(
-        None,
-        help="Start of the name of the run's folder in logging_dir; a time follows.",
+    log_args: tuple[str, ...] = option(
+        (),
+        secret=True,
+        help='Details of the trackers, "key=value" each; never printed or written. wandb: wandb_run_name, wandb_api_key, and '
+        "log_tracker_name for the project; TensorBoard: log_prefix begins the folder's name, log_tracker_name is a folder in it.",
         only_with=("log_with", "logging_dir"),
         expert=True,
     )
-    log_tracker_name: str | None = option(
-        None, help="Name of the project in wandb, of the folder in TensorBoard.", only_with=("log_with", "logging_dir"), expert=True
-    )
-    wandb_run_name: str | None = option(None, help="Name of the run in wandb.", only_with={"log_with": ("wandb", "all")}, expert=True)
-    wandb_api_key: str | None = option(
-        None, secret=True, help="wandb's API key. Never printed or written.", only_with={"log_with": ("wandb", "all")}, expert=True
-    )
+
+    def __post_init__(self) -> None:
+        for pair in self.log_args:
+            if pair.partition("=")[0] not in LOG_ARGS or "=" not in pair:  # not shown: it may be the API key
+                raise UserError(f'log_args has an entry that is not "key=value" with a key of {", ".join(LOG_ARGS)}')
+
+    @property
+    def details(self) -> dict[str, str]:
+        return key_value_pairs("log_args", self.log_args)
 
     @property
     def trackers(self) -> frozenset[str]:

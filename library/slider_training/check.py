@@ -173,17 +173,14 @@ def _faults(probes: Sequence[Probe], gains: Sequence[float], drift: float, score
     if blind:
         found.append(f"the score has no gradient at sigma {', '.join(f'{sigma:.3g}' for sigma in blind)}: it was not trained on such noise")
     if not math.isnan(drift) and drift > EXPLODING_DRIFT:
-        found.append(
-            f"one step moves the prediction by {drift:.3g} (RMS), which is as much as it is: lower learning_rate"
-            + ("" if score.normalize_gradient else ", or set normalize_gradient, without which a steep score is a large step")
-        )
+        found.append(f"one step moves the prediction by {drift:.3g} (RMS), which is as much as it is: lower learning_rate")
     for gain, sign in zip(gains, ("+1", "-1"), strict=True):
         if gain < -ROUNDING:
             found.append(f"a step lowers the score at {sign}, against what is wanted: learning_rate is too high for its gradient to hold")
     if not found and max(map(abs, gains)) < ROUNDING:
         found.append(
-            "the run would gain next to nothing: raise learning_rate, max_train_steps, reward_weight or network_alpha (the network's "
-            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where hinge_margin lets it rest"
+            "the run would gain next to nothing: raise learning_rate, max_train_steps or network_alpha (the network's "
+            f"output is multiplied with alpha / dim = {lora.alpha.item() / lora.rank:.3g}); or the score is where reward_loss lets it rest"
         )
     return found
 

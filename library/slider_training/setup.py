@@ -85,19 +85,12 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     """Load and build everything, in the order in which a user's mistake costs least. Raises UserError."""
     seed = config.training.seed
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
-    prompts = load_prompts(file, config.rollout.prompt_categories, config.prompts, generator(seed, "prompts")) if file else []
-    eval_prompts = load_prompts(eval_file, None, config.prompts) if eval_file else prompts
+    prompts = load_prompts(file, config.prompts, generator(seed, "prompts")) if file else []
+    eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
     model = config.model.load(dtype=weight_dtype(config.training.mixed_precision), device=accelerator.device)
-    model.prompt_weighting = config.prompts.prompt_weighting
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
-        prompts = with_aspect_buckets(
-            prompts,
-            sampling.size,
-            min_side=config.prompts.min_bucket_reso,
-            max_side=config.prompts.max_bucket_reso,
-            step=config.prompts.bucket_reso_steps,
-        )
+        prompts = with_aspect_buckets(prompts, sampling.size)
     reward = load_reward(
         config.reward,
         model.vae_fingerprint(),
@@ -107,15 +100,13 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
     check_writable(config.saving.output_dir)
 
-    model.set_attention(config.training.attention)
+    model.set_attention("xformers" if config.training.xformers else "sdpa")
     network = build_network(
         config.network, model, generator(seed, "network"), gradient_checkpointing=config.training.gradient_checkpointing
     )
     if config.training.torch_compile:
         model.unet.compile()
-    encoder, train_prompts = encoder_and_prompts(
-        config.text_free, model, network, reward.scorers, prompts, generator(seed, "image_prompts")
-    )
+    encoder, train_prompts = encoder_and_prompts(config.text_free, model, network, reward.scorers, prompts)
     eval_prompts = eval_prompts or train_prompts
     context = TrainingContext(
         model=model,

@@ -93,9 +93,9 @@ class ImagePromptAdapter(nn.Module):
         """Embeddings of texts [B, P] as points: unit vectors from the texts' mean."""
         return F.normalize(embeddings - self.text_mean, dim=-1)
 
-    def of_pictures(self, embeddings: Tensor, mean: Tensor | None = None) -> Tensor:
-        """Embeddings of pictures [B, P] as points: unit vectors from the mean of pictures, the adapter's own unless `mean` [P] is given."""
-        return F.normalize(embeddings - (self.image_mean if mean is None else mean.to(embeddings)), dim=-1)
+    def of_pictures(self, embeddings: Tensor) -> Tensor:
+        """Embeddings of pictures [B, P] as points: unit vectors from the mean of pictures."""
+        return F.normalize(embeddings - self.image_mean, dim=-1)
 
     @property
     def knows_pictures(self) -> bool:

@@ -12,8 +12,8 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import PromptEncoder, Size
 from library.scorers.base import Scorer
-from library.settings.options import check_at_least, option
-from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb
+from library.settings.options import option
+from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter
 from library.text_free.clip_pair import ClipPair, find_pictures
 from library.text_free.fingerprint import text_encoder_fingerprint
 from library.types import Conditioning, PromptSpec
@@ -21,6 +21,7 @@ from networks.lora import LoRANetwork
 
 logger = logging.getLogger(__name__)
 PREFIX = "image:"
+MOST_PICTURES = 1000  # of image_prompts, evenly over the folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,35 +35,8 @@ class TextFreeConfig:
         None, help="Adapter that tools/train_image_prompt_adapter.py made for this model.", only_with="image_prompts"
     )
     clip_model: Path | None = option(None, help="Folder of the CLIP that the adapter was trained with.", only_with="image_prompts")
-    image_prompt_share: float = option(
-        1.0,
-        help="Share of the trajectories that begin from pictures; the others from prompts_file.",
-        expert=True,
-        only_with="image_prompts",
-    )
-    image_prompt_limit: int = option(1000, help="At most so many pictures, evenly over the folder.", expert=True, only_with="image_prompts")
-    image_prompt_copies: int = option(
-        1, help="Entries of each picture, each with noise of its own.", expert=True, only_with="image_prompts"
-    )
-    image_prompt_noise: float = option(
-        0.0,
-        help="How far embeddings are pushed at random; 0.25 is what CLIP-VQDiffusion trained with.",
-        expert=True,
-        only_with="image_prompts",
-    )
-    image_prompt_center: str = option(
-        "adapter",
-        choices=("adapter", "pictures", "none"),
-        help="Mean that is taken from the pictures' embeddings: the adapter's (pictures of all kinds), these pictures' own, or none.",
-        expert=True,
-        only_with="image_prompts",
-    )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "image_prompt_limit", "image_prompt_copies")
-        check_at_least(self, 0, "image_prompt_noise")
-        if not 0 < self.image_prompt_share <= 1:
-            raise UserError(f"image_prompt_share is {self.image_prompt_share}; it must be above 0 and at most 1")
         if self.image_prompts is not None and (self.image_prompt_adapter is None or self.clip_model is None):
             raise UserError(
                 "image_prompts needs image_prompt_adapter and clip_model: the adapter that tools/train_image_prompt_adapter.py made, "
@@ -121,41 +95,29 @@ def encoder_and_prompts(
     network: LoRANetwork,
     scorers: Sequence[Scorer],
     prompts: Sequence[PromptSpec],
-    generator: torch.Generator,
 ) -> tuple[PromptEncoder, list[PromptSpec]]:
-    """The run's encoder, and what its trajectories begin from: `prompts`, or pictures, or both, as the settings say.
+    """The run's encoder, and what its trajectories begin from: `prompts`, or pictures in their place.
 
     Call it while the text encoders are there, and with the network already built.
-
-    Args:
-        generator: of the noise on the pictures' embeddings.
 
     Raises:
         UserError: no pictures, an adapter for another model or CLIP, or parts of the run that cannot do without texts.
     """
     if config.image_prompts is None:
         return PromptEncoder(model, network), list(prompts)
-    share = config.image_prompt_share
-    if share < 1 and not prompts:
-        raise UserError(f"image_prompt_share is {share} and there is no prompts_file for the others; give one, or set the share to 1")
     _check_nothing_needs_text(network, scorers)
     assert config.image_prompt_adapter is not None and config.clip_model is not None
     adapter, clip = load_adapter(config.image_prompt_adapter), ClipPair.load(config.clip_model).to(model.device)
     check_adapter_fits(adapter, text_encoder_fingerprint(model), clip.fingerprint())
-    found = dict(clip.embed_pictures(find_pictures(config.image_prompts, config.image_prompt_limit)))
+    found = dict(clip.embed_pictures(find_pictures(config.image_prompts, MOST_PICTURES)))
     if not found:
         raise UserError(f"none of the pictures in {config.image_prompts} can be read; give others")
-    embeddings = torch.stack(list(found.values()))
-    points = adapter.of_pictures(embeddings, _center(config.image_prompt_center, adapter, embeddings))
-    named = {
-        f"{PREFIX}{picture.key}#{copy}": point
-        for copy in range(config.image_prompt_copies)
-        for picture, point in zip(found, perturb(points, config.image_prompt_noise, generator), strict=True)
-    }
-    weight = 1.0 if share == 1 else sum(prompt.weight for prompt in prompts) * share / (1 - share) / len(named)
-    shown = [PromptSpec(prompt=name, weight=weight) for name in named]
-    logger.info("trajectories begin from %d pictures of %s (share %g)", len(found), config.image_prompts, share)
-    return ImagePromptEncoder(model, network, adapter, named), shown + ([] if share == 1 else list(prompts))
+    if not adapter.knows_pictures:
+        raise UserError("this image_prompt_adapter was trained without pictures, so it does not know their mean; train it with --pictures")
+    points = adapter.of_pictures(torch.stack(list(found.values())))
+    named = {f"{PREFIX}{picture.key}": point for picture, point in zip(found, points, strict=True)}
+    logger.info("trajectories begin from %d pictures of %s", len(found), config.image_prompts)
+    return ImagePromptEncoder(model, network, adapter, named), [PromptSpec(prompt=name) for name in named]
 
 
 def _check_nothing_needs_text(network: LoRANetwork, scorers: Sequence[Scorer]) -> None:
@@ -166,19 +128,3 @@ def _check_nothing_needs_text(network: LoRANetwork, scorers: Sequence[Scorer]) -
     for scorer in scorers:
         if scorer.spec.uses_prompt and scorer.spec.kind == "pixel":
             raise UserError(f"scorer {scorer.name} reads the prompt's text, and image_prompts have none; use one that does not")
-
-
-def _center(choice: str, adapter: ImagePromptAdapter, embeddings: Tensor) -> Tensor:
-    """What is taken from the pictures' embeddings [N, P]: [P]."""
-    if choice == "none":
-        return torch.zeros_like(adapter.image_mean)
-    if choice == "pictures":
-        if len(embeddings) < 2:
-            raise UserError("image_prompt_center pictures needs at least two pictures: nothing is left of one without its mean")
-        return embeddings.mean(0)
-    if not adapter.knows_pictures:
-        raise UserError(
-            "this image_prompt_adapter was trained without pictures, so it does not know their mean; train it with --pictures, or set "
-            "image_prompt_center to pictures (what these pictures have in common is then lost) or none"
-        )
-    return adapter.image_mean

@@ -80,45 +80,20 @@ OPTIMIZERS.register("SGDScheduleFree")(OptimizerRow(path="schedulefree.SGDSchedu
 OPTIMIZERS.register("RAdamScheduleFree")(OptimizerRow(path="schedulefree.RAdamScheduleFree", package="schedulefree"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleRow:
-    """One schedule: a function of an optimizer that returns an LRScheduler.
-
-    Attributes:
-        path: package.module.function.
-        arguments: what it takes from the config, by argument name; lr_scheduler_args may override it.
-    """
-
-    path: str
-    arguments: Callable[[OptimizerConfig], Mapping[str, object]] = lambda config: {}
-
-
-SCHEDULES: Registry[ScheduleRow] = Registry("lr_scheduler")
-SCHEDULES.register("constant")(ScheduleRow(path="transformers.get_constant_schedule"))
-SCHEDULES.register("constant_with_warmup")(ScheduleRow(path="transformers.get_constant_schedule_with_warmup"))
-SCHEDULES.register("linear")(ScheduleRow(path="transformers.get_linear_schedule_with_warmup"))
-SCHEDULES.register("cosine")(ScheduleRow(path="transformers.get_cosine_schedule_with_warmup"))
-SCHEDULES.register("cosine_with_restarts")(
-    ScheduleRow(
-        path="transformers.get_cosine_with_hard_restarts_schedule_with_warmup",
-        arguments=lambda config: {"num_cycles": config.lr_scheduler_num_cycles},
-    )
-)
-SCHEDULES.register("polynomial")(
-    ScheduleRow(
-        path="transformers.get_polynomial_decay_schedule_with_warmup",
-        arguments=lambda config: {"power": config.lr_scheduler_power},
-    )
-)
-SCHEDULES.register("inverse_sqrt")(ScheduleRow(path="transformers.get_inverse_sqrt_schedule"))
-SCHEDULES.register("cosine_with_min_lr")(
-    ScheduleRow(
-        path="transformers.get_cosine_with_min_lr_schedule_with_warmup",
-        arguments=lambda config: {"num_cycles": config.lr_scheduler_num_cycles / 2},  # it counts whole waves, down and up again
-    )
-)
-SCHEDULES.register("warmup_stable_decay")(ScheduleRow(path="transformers.get_wsd_schedule"))
-SCHEDULES.register("adafactor")(ScheduleRow(path="transformers.optimization.AdafactorSchedule"))
+SCHEDULES: Registry[str] = Registry("lr_scheduler")  # package.module.function of an optimizer that returns an LRScheduler
+for _name, _path in {
+    "constant": "transformers.get_constant_schedule",
+    "constant_with_warmup": "transformers.get_constant_schedule_with_warmup",
+    "linear": "transformers.get_linear_schedule_with_warmup",
+    "cosine": "transformers.get_cosine_schedule_with_warmup",
+    "cosine_with_restarts": "transformers.get_cosine_with_hard_restarts_schedule_with_warmup",
+    "polynomial": "transformers.get_polynomial_decay_schedule_with_warmup",
+    "inverse_sqrt": "transformers.get_inverse_sqrt_schedule",
+    "cosine_with_min_lr": "transformers.get_cosine_with_min_lr_schedule_with_warmup",
+    "warmup_stable_decay": "transformers.get_wsd_schedule",
+    "adafactor": "transformers.optimization.AdafactorSchedule",
+}.items():
+    SCHEDULES.register(_name)(_path)
 
 
 def create_optimizer(config: OptimizerConfig, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Optimizer:
@@ -171,19 +146,19 @@ def create_scheduler(config: OptimizerConfig, optimizer: Optimizer, num_training
             logger.warning("%s keeps its own schedule; lr_scheduler and lr_warmup_steps do nothing", config.optimizer_type)
         name = "adafactor" if relative_step else "constant"
         arguments = {"initial_lr": config.learning_rate} if relative_step else {}
-        return _import_object(SCHEDULES[name].path, f"lr_scheduler {name}", "transformers")(optimizer, **arguments)
+        return _import_object(SCHEDULES[name], f"lr_scheduler {name}", "transformers")(optimizer, **arguments)
 
-    name, row = _schedule_row(config.lr_scheduler)
+    name, path = _schedule_path(config.lr_scheduler)
     if name == "adafactor":
         raise UserError("lr_scheduler adafactor only reports the rate that Adafactor's relative step chooses; use another lr_scheduler")
-    make = _import_object(row.path, f"lr_scheduler {name}", row.path.partition(".")[0])
+    make = _import_object(path, f"lr_scheduler {name}", path.partition(".")[0])
     accepted = inspect.signature(make).parameters
     if num_warmup_steps and "num_warmup_steps" not in accepted:
         raise UserError(f"lr_warmup_steps is {config.lr_warmup_steps}, but lr_scheduler {name} has no warmup; try constant_with_warmup")
     given = _parse_arguments("lr_scheduler_args", config.lr_scheduler_args)
     _check_arguments("lr_scheduler_args", given, f"lr_scheduler {name}", make)
     kwargs = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
-    kwargs = {key: value for key, value in kwargs.items() if key in accepted} | dict(row.arguments(config)) | given
+    kwargs = {key: value for key, value in kwargs.items() if key in accepted} | given
     try:
         scheduler = make(optimizer, **kwargs)
     except (TypeError, ValueError) as error:
@@ -241,12 +216,12 @@ def _optimizer_row(given: str) -> tuple[str, OptimizerRow]:
     raise UserError(_unknown("optimizer_type", given, OPTIMIZERS))
 
 
-def _schedule_row(given: str) -> tuple[str, ScheduleRow]:
+def _schedule_path(given: str) -> tuple[str, str]:
     name = given.lower()
     if name in SCHEDULES:
         return name, SCHEDULES[name]
     if "." in given:
-        return given, ScheduleRow(path=given)
+        return given, given
     raise UserError(_unknown("lr_scheduler", given, SCHEDULES))
 
 

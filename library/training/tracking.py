@@ -65,8 +65,8 @@ class Tracker:
             return
         folder = config.logging_dir or output_dir / "logs"
         if "tensorboard" in config.trackers:
-            run = (config.log_prefix or "") + time.strftime("%Y%m%d%H%M%S")
-            self._sinks.append(TensorBoardSink(folder / run / (config.log_tracker_name or "")))
+            run = config.details.get("log_prefix", "") + time.strftime("%Y%m%d%H%M%S")
+            self._sinks.append(TensorBoardSink(folder / run / config.details.get("log_tracker_name", "")))
         if "wandb" in config.trackers:
             self._sinks.append(WandbSink(config, folder, settings or {}))
         self._sinks.append(JsonLinesSink(output_dir / METRICS_FILE, first_step))
@@ -160,13 +160,13 @@ class WandbSink:
             import wandb  # type: ignore[import-not-found]
         except ImportError as error:
             raise UserError(f"log_with = wandb needs a package ({error}); try: pip install wandb") from error
-        if config.wandb_api_key is not None:
-            wandb.login(key=config.wandb_api_key)
+        if "wandb_api_key" in config.details:
+            wandb.login(key=config.details["wandb_api_key"])
         folder.mkdir(parents=True, exist_ok=True)
         self._make_image = wandb.Image
         self._run = wandb.init(
-            project=config.log_tracker_name or "leco_score",
-            name=config.wandb_run_name,
+            project=config.details.get("log_tracker_name", "leco_score"),
+            name=config.details.get("wandb_run_name"),
             config=dict(settings),
             dir=str(folder),
         )

@@ -30,12 +30,8 @@ PREV = COMMON | {
     "leco_denoise_guidance_scale": 4.0,
     "score_estimator": "prev",
     "reward_loss": "hinge",
-    "hinge_margin": 2.0,
-    "reward_weight": 1.0,
     "preserve_weight": 10.0,
-    "normalize_gradient": True,
     "max_grad_norm": 1.0,
-    "train_multipliers": [1.0, -1.0],
 }
 DEFAULTS = COMMON | {"max_train_steps": 10}  # of 8 trajectories each
 RUNS = {"leco_score_sd1": (run, PREV), "leco_score_defaults_sd1": (run_with_defaults, DEFAULTS)}

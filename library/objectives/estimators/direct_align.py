@@ -1,7 +1,5 @@
 """Direct-Align: a finished picture at any noise, recovered sharply because its noise is known."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -9,19 +7,6 @@ from torch import Tensor
 
 from library.diffusion.noise_schedule import abar_to_sigma, per_sample
 from library.objectives.estimator import ESTIMATORS, Estimator, PredictedLatents, StepState
-from library.settings.options import option
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectAlignConfig:
-    """The pictures of score_estimator direct_align."""
-
-    score_pictures: Path | None = option(
-        None,
-        help="With score_estimator direct_align: folder of pictures (NAME.txt is a picture's prompt) to train on; none are sampled.",
-        expert=True,
-        only_with={"score_estimator": ("direct_align",)},
-    )
 
 
 @ESTIMATORS.register("direct_align")
@@ -29,11 +14,10 @@ class DirectAlign(Estimator):
     """x0 = x_t / sqrt(abar) - (sigma - next_sigma) eps - next_sigma n, with n the noise that was added; SRPO (arXiv 2509.06942, eq. 7).
 
     The prediction answers for one step's move, the known noise for the rest, so the picture is sharp at every noise level and
-    any scorer can judge it. Pictures are the run's own, each noised several times, or come from a folder (score_pictures), and
+    any scorer can judge it. Pictures are the run's own, each noised several times, or come from images_dir, and
     then no trajectory is sampled at all.
     """
 
-    config_class: ClassVar[type | None] = DirectAlignConfig
     rollout: ClassVar[str | None] = "noised"
 
     def predict_latents(self, state: StepState, eps: Tensor) -> PredictedLatents:

@@ -11,8 +11,10 @@ from library.objectives.regression import as_output, min_snr_weights, squared_er
 from library.prompts.files import load_prompts
 from library.rollouts.belt import Belt
 from library.rollouts.sample import guide
-from library.settings.options import check_above, check_at_least, option
+from library.settings.options import option
 from library.types import LossOutput, PromptSpec
+
+BATCH_SIZE = 2  # trajectories of anchor prompts; each costs about as much as one of train_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +22,11 @@ class AnchorConfig:
     """What must not move."""
 
     anchor_prompts_file: str = option("", help="Prompts whose pictures must not change, in any format of prompts_file. Turns anchors on.")
-    anchor_weight: float = option(1.0, help="Weight of the anchors in the loss.", expert=True, only_with="anchor_prompts_file")
-    anchor_batch_size: int = option(
-        2,
-        help="Trajectories of anchor prompts; each costs about as much as one of train_batch_size.",
-        expert=True,
-        only_with="anchor_prompts_file",
-    )
-
-    def __post_init__(self) -> None:
-        check_above(self, 0, "anchor_weight")
-        check_at_least(self, 1, "anchor_batch_size")
 
 
 @TERMS.register("anchors")
 class AnchorsTerm(Term):
-    """Squared distance of the U-Net's output with the LoRA, at each of train_multipliers in turn, from that of the frozen model.
+    """Squared distance of the U-Net's output with the LoRA, at +1 and -1 in turn, from that of the frozen model.
 
     On a belt of its own, so that it is measured where the slider leads pictures of the anchor prompts: a trajectory takes 3
     evaluations to train on, 1 for the frozen model and 1 for the unconditional branch that moves it on, where guided. The latents of
@@ -48,12 +39,12 @@ class AnchorsTerm(Term):
     def build(cls, context: TrainingContext, settings: AnchorConfig) -> "AnchorsTerm":
         if not settings.anchor_prompts_file:
             raise UserError("anchors have no prompts: set anchor_prompts_file to a file of prompts that must not change")
-        return cls(context, load_prompts(settings.anchor_prompts_file), settings)
+        return cls(context, load_prompts(settings.anchor_prompts_file))
 
-    def __init__(self, context: TrainingContext, prompts: Sequence[PromptSpec], config: AnchorConfig) -> None:
-        self.context, self.weight = context, config.anchor_weight
+    def __init__(self, context: TrainingContext, prompts: Sequence[PromptSpec]) -> None:
+        self.context = context
         context.encoder.encode_ahead(prompts, context.sampling.size)
-        self.belt = Belt(context.trajectories(prompts, context.generator("anchors"), config.anchor_batch_size))
+        self.belt = Belt(context.trajectories(prompts, context.generator("anchors"), BATCH_SIZE))
 
     def __call__(self) -> LossOutput:
         model, network = self.context.model, self.context.network

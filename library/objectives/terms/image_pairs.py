@@ -25,7 +25,7 @@ from library.scorer_data.readers.base import BadValue
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, source_files
 from library.scorer_data.readers.rows import read_rows
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
-from library.settings.options import check_above, option
+from library.settings.options import option
 from library.types import LossOutput, PromptSpec
 
 
@@ -39,21 +39,6 @@ class ImagePairsConfig:
         "columns positive, negative and prompt, paths relative to it.",
         only_with={"objective": ("image_pairs",)},
     )
-    image_pairs_prompt: str = option(
-        "", help="Prompt of the pairs that have none of their own.", expert=True, only_with={"objective": ("image_pairs",)}
-    )
-    image_pairs_multiplier: float = option(
-        1.0,
-        help="The LoRA learns the positive picture at this multiplier, the negative at minus it.",
-        expert=True,
-        only_with={"objective": ("image_pairs",)},
-    )
-    image_pairs_weight: float = option(
-        1.0, help="Weight of image_pairs in the loss.", expert=True, only_with={"objective": ("image_pairs",)}
-    )
-
-    def __post_init__(self) -> None:
-        check_above(self, 0, "image_pairs_multiplier", "image_pairs_weight")
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ class EncodedPair:
 
 @TERMS.register("image_pairs")
 class ImagePairsTerm(Term):
-    """Both pictures of a pair under the same noise at the same timestep: the LoRA at +m is to know the one, at -m the other.
+    """Both pictures of a pair under the same noise at the same timestep: the LoRA at +1 is to know the one, at -1 the other.
 
     What the pictures share pulls the LoRA the same way at both signs, which cancels; what they differ in is left for the slider. A batch
     is half as many pairs as train_batch_size; 3 U-Net evaluations a picture.
@@ -91,7 +76,7 @@ class ImagePairsTerm(Term):
         if settings.image_pairs is None:
             raise UserError("image_pairs has no pictures: set image_pairs to a folder with positive/ and negative/, or to a table of pairs")
         skipped, buckets, pairs = SkipReport(), buckets_around(context.sampling.size), []
-        for found in find_pairs(settings.image_pairs, settings.image_pairs_prompt):
+        for found in find_pairs(settings.image_pairs, context.settings["images"].images_prompt):
             encoded = found if isinstance(found, Skipped) else encode_at_one_size(context.model, [found.positive, found.negative], buckets)
             if isinstance(encoded, Skipped):
                 skipped.add(encoded)
@@ -101,11 +86,10 @@ class ImagePairsTerm(Term):
         skipped.log(logger)
         if not pairs:
             raise UserError(f"image_pairs {settings.image_pairs}: no pair can be used; {skipped.first() or 'it holds none'}")
-        return cls(context, pairs, settings)
+        return cls(context, pairs)
 
-    def __init__(self, context: TrainingContext, pairs: list[EncodedPair], config: ImagePairsConfig) -> None:
-        self.context, self.pairs, self.config = context, pairs, config
-        self.weight = config.image_pairs_weight
+    def __init__(self, context: TrainingContext, pairs: list[EncodedPair]) -> None:
+        self.context, self.pairs = context, pairs
         self.generator = context.generator("image_pairs")
         prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(pair.prompt for pair in pairs)]
         context.encoder.encode_ahead(prompts, context.sampling.size)
@@ -114,7 +98,7 @@ class ImagePairsTerm(Term):
         model, count = self.context.model, max(self.context.rollout.train_batch_size // 2, 1)
         chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
         clean = torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]).to(model.device)
-        multipliers = torch.full((count,), self.config.image_pairs_multiplier, device=model.device)
+        multipliers = torch.ones(count, device=model.device)
         batch = NoisedPictures(
             clean=clean,
             noise=draw_noise(clean[:count], self.generator).repeat(2, 1, 1, 1),

@@ -23,7 +23,7 @@ from library.objectives.known_noise import (
 )
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
-from library.settings.options import check_above, option
+from library.settings.options import option
 from library.types import LossOutput, PromptSpec
 
 
@@ -32,18 +32,17 @@ class ImagesConfig:
     """Learning from pictures as they are."""
 
     images_dir: Path | None = option(
-        None, help="Folder of pictures to learn from; NAME.txt beside a picture is its prompt.", only_with={"objective": ("images",)}
+        None,
+        help="Folder of pictures to learn from; NAME.txt beside a picture is its prompt. With score_estimator direct_align the score is "
+        "trained on them, too, and none are sampled.",
+        only_with=({"objective": ("images",)}, {"score_estimator": ("direct_align",)}),
     )
-    images_prompt: str = option("", help="Prompt of the pictures that have no .txt.", expert=True, only_with={"objective": ("images",)})
-    images_multiplier: float = option(
-        1.0, help="Multiplier of the LoRA at which the pictures are learned.", expert=True, only_with={"objective": ("images",)}
+    images_prompt: str = option(
+        "",
+        help="Prompt of the pictures, or of the pairs of image_pairs, that have none of their own.",
+        expert=True,
+        only_with=({"objective": ("images", "image_pairs")}, {"score_estimator": ("direct_align",)}),
     )
-    images_weight: float = option(1.0, help="Weight of images in the loss.", expert=True, only_with={"objective": ("images",)})
-
-    def __post_init__(self) -> None:
-        check_above(self, 0, "images_weight")
-        if self.images_multiplier == 0:
-            raise UserError("images_multiplier is 0, at which the LoRA is off and learns nothing; give another, such as 1")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class EncodedPicture:
 
 @TERMS.register("images")
 class ImagesTerm(Term):
-    """The noise in noised pictures, predicted at one multiplier: 3 U-Net evaluations a sample."""
+    """The noise in noised pictures, predicted at multiplier 1: 3 U-Net evaluations a sample."""
 
     config_class: ClassVar[type | None] = ImagesConfig
 
@@ -66,11 +65,10 @@ class ImagesTerm(Term):
         """The term, its pictures encoded by the model's VAE. Raises UserError if there are none that can be used."""
         if settings.images_dir is None:
             raise UserError("images has no pictures: set images_dir to a folder of pictures, with their prompts in .txt files beside them")
-        return cls(context, encode_folder(context, settings.images_dir, settings.images_prompt), settings)
+        return cls(context, encode_folder(context, settings.images_dir, settings.images_prompt))
 
-    def __init__(self, context: TrainingContext, pictures: list[EncodedPicture], config: ImagesConfig) -> None:
-        self.context, self.pictures, self.config = context, pictures, config
-        self.weight = config.images_weight
+    def __init__(self, context: TrainingContext, pictures: list[EncodedPicture]) -> None:
+        self.context, self.pictures = context, pictures
         self.generator = context.generator("images")
         prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(picture.prompt for picture in pictures)]
         context.encoder.encode_ahead(prompts, context.sampling.size)
@@ -84,7 +82,7 @@ class ImagesTerm(Term):
             clean=clean,
             noise=draw_noise(clean, self.generator),
             timesteps=draw_timesteps(model, count, self.generator),
-            multipliers=torch.full((count,), self.config.images_multiplier, device=model.device),
+            multipliers=torch.ones(count, device=model.device),
             prompts=[picture.prompt for picture in chosen],
         )
         losses, errors = known_noise_errors(self.context, batch)

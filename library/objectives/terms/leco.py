@@ -23,7 +23,7 @@ from library.prompts.leco_files import LecoSetting, load_leco_settings
 from library.rollouts.belt import Belt
 from library.rollouts.prompt_encoder import Size
 from library.rollouts.sample import guide
-from library.settings.options import check_above, option
+from library.settings.options import option
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -40,18 +40,12 @@ class LecoConfig:
         help="Prompt file of sd-scripts' train_leco.py ([[prompts]] with target, or [[targets]]). Default: prompts_file.",
         only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
-    leco_weight: float = option(
-        1.0, help="Weight of leco in the loss.", only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()})
-    )
     leco_keep_norm: bool = option(
         False,
         help="Give leco's target the mean and standard deviation of its neutral prediction, against saturated colours.",
         expert=True,
         only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
-
-    def __post_init__(self) -> None:
-        check_above(self, 0, "leco_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +83,6 @@ class LecoTerm(Term):
 
     def __init__(self, context: TrainingContext, settings: Sequence[LecoSetting], config: LecoConfig) -> None:
         self.context, self.settings, self.config = context, settings, config
-        self.weight = config.leco_weight
         self.generator = context.generator("leco")
         native = context.sampling.size
         self._sizes = [possible_sizes(setting, native) for setting in settings]

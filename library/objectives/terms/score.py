@@ -1,7 +1,6 @@
 """The score as a term of training: a rollout, and the objective on what it hands out."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from library.errors import UserError
@@ -16,7 +15,7 @@ from library.types import Finished, LossOutput, PromptSpec, RolloutBatch
 
 @TERMS.register("score")
 class ScoreTerm(Term):
-    """Latents of the context's prompts, or of pictures from a folder; reward_weight and preserve_weight are in the objective.
+    """Latents of the context's prompts, or of pictures from a folder.
 
     Attributes:
         watch: is shown every batch, what came of it, and the trajectories that it finished.
@@ -64,12 +63,13 @@ def score_rollout(context: TrainingContext, config: ScoreConfig) -> Rollout:
     """Where the latents come from that are scored. Raises UserError if there are neither prompts nor pictures."""
     name, generator = rollout_name(context, config), context.generator("rollout")
     settings = context.settings.get(name)
-    folder: Path | None = getattr(context.settings.get(config.score_estimator), "score_pictures", None)
-    if folder is not None:
-        own = [(picture.latents, PromptSpec(prompt=picture.prompt)) for picture in encode_folder(context, folder, "")]
+    images = context.settings.get("images")
+    if config.score_estimator == "direct_align" and images is not None and images.images_dir is not None:
+        pictures = encode_folder(context, images.images_dir, images.images_prompt)
+        own = [(picture.latents, PromptSpec(prompt=picture.prompt)) for picture in pictures]
         context.encoder.encode_ahead([prompt for _, prompt in own], context.sampling.size)
-        prompts, pictures = given_pictures(own, context.model.spec.vae_scale_factor)
-        return NoisedRollout(context.trajectories(prompts, generator), settings, pictures)
+        prompts, chosen = given_pictures(own, context.model.spec.vae_scale_factor)
+        return NoisedRollout(context.trajectories(prompts, generator), settings, chosen)
     if not context.prompts:
         raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
     context.encoder.encode_ahead(context.prompts, context.sampling.size)

@@ -21,13 +21,11 @@ class Criterion(ABC):
         name: how a user calls it, its name in CRITERIA.
         target: the column it learns: "score", "label", "votes", "tags" or "pair"; "picture" for one that needs no ratings.
         selection: the metric that chooses the best checkpoint; higher is better.
-        mixes: whether a mixture of two pictures has the mixture of their targets, so that mixup (arXiv 1710.09412) may be used.
         gives_score: whether a score comes of it; if not, it is for pretraining.
     """
 
     target: ClassVar[str]
     selection: ClassVar[str]
-    mixes: ClassVar[bool] = False
     gives_score: ClassVar[bool] = True
 
     def __init__(self, name: str) -> None:
@@ -39,7 +37,7 @@ class Criterion(ABC):
 
         Args:
             targets: of the training pictures. classes: names of labels or tags, in the order of their numbers.
-            options: `target_class`, `members`, `hidden` of the HeadSpec.
+            options: `target_class`, `members` of the HeadSpec.
 
         Raises:
             UserError: nothing can be learned from them (a constant score, one class only, an unknown target_class).
@@ -51,16 +49,12 @@ class Criterion(ABC):
 
         Args:
             outputs: float32 [B, K], one member's; for pairs [B, 2, K], the first's and the second's.
-            targets: [B, ...]; labels as [B, K] probabilities too, when mixup made them.
+            targets: [B, ...]; labels as [B].
         """
 
     @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> dict[str, float]:
         """Numbers by name over a whole validation set: outputs [N, K] (pairs [N, 2, K]) and targets [N, ...], on the CPU."""
-
-    def mixable(self, targets: Tensor, head: HeadSpec) -> Tensor:
-        """The targets [B, ...] in a form whose weighted means are targets too; `losses` takes it. For criteria that mix."""
-        return targets
 
     def _head(self, name: str, options: Mapping[str, Any], **fields: Any) -> HeadSpec:
         """A HeadSpec with these fields and the options that every criterion has.
@@ -72,7 +66,7 @@ class Criterion(ABC):
             raise UserError(
                 f"dataset {name} has the target_class {options['target_class']!r}, but {self.name} learns no classes; leave it out"
             )
-        return HeadSpec(name=name, criterion=self.name, members=options.get("members", 1), hidden=options.get("hidden", 0), **fields)
+        return HeadSpec(name=name, criterion=self.name, members=options.get("members", 1), **fields)
 
 
 CRITERIA: Registry[type[Criterion]] = Registry("criterion", "library.scorer_training.criteria")

@@ -42,7 +42,6 @@ class Classification(Criterion):
 
     target = "label"
     selection = "top1"
-    mixes = True
 
     def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
         if len(classes) < 2 or len(targets.unique()) < 2:
@@ -61,9 +60,6 @@ class Classification(Criterion):
             "balanced": balanced_accuracy(outputs, targets),
         }
 
-    def mixable(self, targets: Tensor, head: HeadSpec) -> Tensor:
-        return F.one_hot(targets, head.outputs).float()
-
 
 @CRITERIA.register("multilabel")
 class Multilabel(Criterion):
@@ -74,7 +70,6 @@ class Multilabel(Criterion):
 
     target = "tags"
     selection = "map"
-    mixes = True
 
     def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
         if not classes:

@@ -34,7 +34,6 @@ class EarthMovers(Criterion):
 
     target = "votes"
     selection = "srcc"
-    mixes = True
 
     def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
         if not targets.isfinite().all() or (targets < 0).any() or (targets.sum(1) <= 0).any():
@@ -60,6 +59,3 @@ class EarthMovers(Criterion):
             "srcc_std": spearman(stds, true_stds),
             "emd": cumulative_difference(outputs.softmax(-1), shares).abs().mean().item(),
         }
-
-    def mixable(self, targets: Tensor, head: HeadSpec) -> Tensor:
-        return vote_shares(targets)  # a picture with many votes must not outweigh one with few

@@ -58,8 +58,6 @@ class ScoreRegression(Criterion):
 class SquaredError(ScoreRegression):
     """(output - target)^2 in standard deviations. On noisy latents its minimum is the mean score of the pictures that they can become."""
 
-    mixes = True
-
     def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
         return (outputs[:, 0] - standardised(targets, head)).square()
 
@@ -67,8 +65,6 @@ class SquaredError(ScoreRegression):
 @CRITERIA.register("huber")
 class HuberError(ScoreRegression):
     """Half the squared error up to one standard deviation and linear beyond (Huber 1964): an outlier pulls no harder than that."""
-
-    mixes = True
 
     def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
         return F.huber_loss(outputs[:, 0], standardised(targets, head), reduction="none")
@@ -80,8 +76,7 @@ class GaussianLikelihood(ScoreRegression):
 
     v^beta ((output - target)^2 / v + log v) / 2 with the variance v in the first factor taken as a constant: the beta-NLL (Seitzer et
     al., arXiv 2203.09168). Plain likelihood (beta 0) divides the error of a picture by its variance, so that what looks hard early is
-    never learned; with beta 1 the mean learns as under the squared error; 0.5 lies between. It does not mix: a mixture of two ratings
-    is less noisy than they are, so the stated variance would be too low.
+    never learned; with beta 1 the mean learns as under the squared error; 0.5 lies between.
 
     Metrics: also `nll`, the plain negative log likelihood in standardised units (1.42 for a constant).
     """
