@@ -91,8 +91,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for program, title in PROGRAMS.items():
-        parser.add_argument(f"--{program}", type=Path, help=f"folder of {title}")
+    parser.add_argument("--leco", type=Path, help="folder of p1atdev/LECO")
+    parser.add_argument("--sd_scripts", type=Path, help="folder of sd-scripts")
+    parser.add_argument("--ai_toolkit", type=Path, help="folder of ai-toolkit")
     parser.add_argument("--published_width", action="store_true", help="a U-Net of SD1.5's width")
     parser.add_argument("--scorer_size", default="tiny", help="of our untrained scorer, whose FLOPs count")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "compare")
