@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +33,13 @@ PROGRAMS = {"leco": "p1atdev/LECO", "sd_scripts": "sd-scripts train_leco", "ai_t
 LATENT = 8
 
 
+def count_flops() -> FlopCounterMode:
+    """torch's counter without its record of modules, which cannot follow the scorer's autograd.grad."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = MagicMock(parents={"Global"})
+    return counter
+
+
 def ours(scorer_size: str, published_width: bool) -> tuple[Step, dict[str, Any]]:
     """The step at the trainer's defaults, and what it costs."""
     words = ["--random_weights", "sd1", "--scorer_size", scorer_size, *["--tiny"] * (not published_width)]
@@ -39,7 +47,7 @@ def ours(scorer_size: str, published_width: bool) -> tuple[Step, dict[str, Any]]
     step()  # the first update moves nothing but sets up what later ones reuse
     meter = Meter("step")
     hook = meter.count_unet(step.model.unet)
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         step()
     hook.remove()
     rows = {"forward": meter.current.unet_rows, "with_gradient": meter.current.unet_rows_with_gradient}
@@ -62,7 +70,7 @@ def forward_flops(step: Step) -> int:
     """Of one row through the U-Net without a LoRA."""
     model = step.model
     width = model.unet.config["cross_attention_dim"]
-    with step.network.disabled(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with step.network.disabled(), torch.no_grad(), count_flops() as counter:
         model.unet(torch.randn(1, 4, LATENT, LATENT), torch.tensor([500]), torch.randn(1, 77, width))
     return counter.get_total_flops()
 
@@ -92,8 +100,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leco", type=Path, help="folder of p1atdev/LECO")
-    parser.add_argument("--sd_scripts", type=Path, help="folder of sd-scripts")
-    parser.add_argument("--ai_toolkit", type=Path, help="folder of ai-toolkit")
+    parser.add_argument("--sd_scripts", type=Path, help="folder of kohya-ss/sd-scripts")
+    parser.add_argument("--ai_toolkit", type=Path, help="folder of ostris/ai-toolkit")
     parser.add_argument("--published_width", action="store_true", help="a U-Net of SD1.5's width")
     parser.add_argument("--scorer_size", default="tiny", help="of our untrained scorer, whose FLOPs count")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "compare")

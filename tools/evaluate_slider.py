@@ -57,6 +57,8 @@ ORIGIN = {
     "ss_optimizer": "optimizer",
     "ss_seed": "training seed",
     "modelspec.usage_hint": "what it promises",
+    "ss_leco_verdict": "what its training found",
+    "ss_leco_scorer_worth": "what its scorer is worth",
     "ss_training_comment": "comment",
 }
 

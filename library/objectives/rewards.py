@@ -14,6 +14,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec
 from library.scorers.heads import READOUTS
 from library.scorers.io import check_scorer_fits, load_scorer
+from library.scorers.worth import Worth, worth_of
 from library.settings.options import option
 from library.types import Conditioning, PromptSpec, RewardOutput
 
@@ -202,6 +203,12 @@ class Reward:
         return [goal.scorer for goal in self.goals]
 
     @property
+    def worth(self) -> list[Worth]:
+        """Of the scorers whose files say it."""
+        found = [worth_of(scorer.spec, scorer.name) for goal in self.goals for scorer in _members(goal.scorer)]
+        return [worth for worth in found if worth is not None]
+
+    @property
     def needs_frozen(self) -> bool:
         """Whether a goal cannot be judged without the frozen model's score."""
         return any(goal.held for goal in self.goals)
@@ -226,6 +233,12 @@ class Reward:
         terms = {goal.name: goal.value(latents, sigmas, cond, prompts, ascent) for goal in self.goals}
         total = torch.stack([goal.weight * terms[goal.name] for goal in self.goals if goal.sign]).sum(0)
         return RewardOutput(total, terms)
+
+
+def _members(scorer: Scorer) -> list[Scorer]:
+    if not isinstance(scorer, ScorerEnsemble):
+        return [scorer]
+    return [member for member in scorer.scorers if isinstance(member, Scorer)]
 
 
 def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware: bool, gradient_checkpointing: bool = False) -> Reward:

@@ -13,6 +13,7 @@ from library.objectives.gradients import rms, score_gradients
 from library.objectives.score import ScoreConfig
 from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import model_autocast
+from library.scorers.worth import Worth
 from library.settings.options import option
 from library.settings.shared import OptimizerConfig
 from library.training.optimizers import create_optimizer
@@ -54,6 +55,7 @@ class RewardCheck:
         gain_up, gain_down: of one optimizer step, on the same latents, in the wanted direction, in standard deviations of the score, at
             multiplier 1 and -1; a step of the sampler, not a whole picture.
         drift: RMS that eps moved in that step.
+        worth: of the scorers, where their files say it.
         faults: what is wrong, in words.
     """
 
@@ -63,6 +65,7 @@ class RewardCheck:
     gain_up: float
     gain_down: float
     drift: float
+    worth: Sequence[Worth]
     faults: Sequence[str]
 
     @property
@@ -80,6 +83,7 @@ class RewardCheck:
             f"one optimizer step, on the same latents: the score gains {self.gain_up:+.4f} standard deviations at +1 and "
             f"{self.gain_down:+.4f} at -1 in the wanted direction; the prediction moves by {self.drift:.3g} (RMS)",
         ]
+        lines += map(str, self.worth)
         verdict = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
         return "\n".join([*lines, "", *verdict])
 
@@ -137,7 +141,8 @@ def check_reward(
         gain_up=gains[0],
         gain_down=gains[1],
         drift=drift,
-        faults=faults,
+        worth=context.reward.worth,
+        faults=faults + [str(worth) for worth in context.reward.worth if worth.interval[0] <= 0],
     )
 
 

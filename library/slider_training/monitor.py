@@ -329,7 +329,7 @@ class Monitor:
 
         An error in a measurement does not cost the slider: it becomes a warning, and the network stays as trained.
         """
-        outcome = Outcome(step=step, stop=self.stop)
+        outcome = Outcome(step=step, stop=self.stop, worth=self.reward.worth)
         if not self.measures:
             return outcome
         try:

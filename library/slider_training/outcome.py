@@ -1,10 +1,12 @@
 """What a run came to, in the words that its log, card and metadata share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.measuring.calibration import Calibration
 from library.measuring.record import EvaluationRecord
 from library.measuring.warnings import SliderWarning
+from library.scorers.worth import Worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class Outcome:
         warnings: of that record.
         stop: why the training ended before its last step, or None.
         error: why the last measurement was lost, or None.
+        worth: of the scorers that were followed.
     """
 
     step: int
@@ -26,6 +29,7 @@ class Outcome:
     warnings: tuple[SliderWarning, ...] = ()
     stop: str | None = None
     error: str | None = None
+    worth: Sequence[Worth] = ()
 
     @property
     def verdict(self) -> str:
@@ -48,7 +52,8 @@ class Outcome:
         parts = [self.calibration.note if self.calibration is not None else ""]
         if self.stop is not None:
             parts.append(f"Training stopped, because {self.stop}.")
-        return " ".join(part for part in [*parts, self.verdict] if part)
+        worth = [f"{str(worth)[0].upper()}{str(worth)[1:]}." for worth in self.worth]
+        return " ".join(part for part in [*parts, self.verdict, *worth] if part)
 
     def metadata(self) -> dict[str, object]:
         """`ss_leco_` entries of the LoRA's metadata."""
@@ -57,4 +62,5 @@ class Outcome:
             "leco_verdict": self.verdict,
             "leco_warnings": [warning.key for warning in self.warnings] or None,
             "leco_stopped": self.stop,
+            "leco_scorer_worth": [str(worth) for worth in self.worth] or None,
         }

@@ -1,5 +1,6 @@
 """A slider's training from its settings to everything that the loop moves."""
 
+import logging
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.runtime import any_process, check_writable, generator, weight_dtype
 from networks.lora import LoRANetwork
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         needs_noise_aware=ESTIMATORS[config.parts["score"].score_estimator].noisy,
         gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
+    for worth in reward.worth:
+        logger.log(logging.WARNING if worth.doubtful else logging.INFO, "%s", worth)
     judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
     check_writable(config.saving.output_dir)
 

@@ -1,0 +1,51 @@
+"""What a scorer is worth: how well it ranked pictures that it never saw, and how sure that is."""
+
+import math
+from dataclasses import dataclass
+
+from library.scorers.base import ScorerSpec
+
+DOUBTFUL = 0.3  # a rank correlation that may be lower says next to nothing
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Spearman's rank correlation with the validation set's ratings, on clean latents, and its 95 % interval.
+
+    Attributes:
+        name: the scorer's.
+        num_pictures: of the validation set.
+    """
+
+    name: str
+    correlation: float
+    num_pictures: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """By Fisher's z with the standard error of ranks (Bonett and Wright 2000, doi 10.1007/BF02294183); -1 to 1 below 5 pictures."""
+        if self.num_pictures < 5:
+            return -1.0, 1.0
+        z = math.atanh(max(-0.999999, min(0.999999, self.correlation)))
+        spread = 1.96 * math.sqrt((1 + self.correlation**2 / 2) / (self.num_pictures - 3))
+        return math.tanh(z - spread), math.tanh(z + spread)
+
+    @property
+    def doubtful(self) -> bool:
+        return self.interval[0] < DOUBTFUL
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        text = f"scorer {self.name}: rank correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}) on {self.num_pictures} pictures"
+        return f"{text} that it never saw" + (": what it says is in doubt, rate more pictures" if self.doubtful else "")
+
+
+def worth_of(spec: ScorerSpec, name: str) -> Worth | None:
+    """From what the scorer's file says of its validation; None where it says nothing (made from ready-made weights, or not by ratings)."""
+    table, tasks = spec.training.get("validation"), spec.training.get("tasks")
+    try:
+        clean = next(row for row in table or [] if row["sigma"] == 0)
+        own = (tasks or {})[spec.score_head]["pictures"]["validation"]
+        return Worth(name, float(clean["srcc"]), int(own))
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return None
