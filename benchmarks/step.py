@@ -62,7 +62,7 @@ class Step:
         self.batch_size = config.rollout.train_batch_size
         made = prepare(config, accelerator)
         self.model, self.network, self.terms = made.model, made.network, made.terms
-        check_attention(self.model, config.training.attention)
+        check_attention(self.model, "xformers" if config.training.xformers else "sdpa")
         optimizer = config.optimizer
         groups, _ = self.network.prepare_optimizer_params(optimizer.text_encoder_lr, optimizer.unet_lr, optimizer.learning_rate)
         self.optimizer = accelerator.prepare(create_optimizer(optimizer, groups))

@@ -197,9 +197,11 @@ class _Lines:
 
 def progress_bar(**settings: Any) -> tqdm:
     """tqdm's bar; where nobody watches (a file, CI), a line every `QUIET_SECONDS` in place of a stream of redrawn bars."""
+    settings = {"dynamic_ncols": True} | settings
     if not sys.stderr.isatty():
         settings |= {"file": _Lines(sys.stderr), "mininterval": QUIET_SECONDS, "maxinterval": QUIET_SECONDS, "ncols": 100, "leave": False}
-    return tqdm(**({"dynamic_ncols": True} | settings))
+    bar: Any = tqdm(**settings)
+    return bar
 
 
 def to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
