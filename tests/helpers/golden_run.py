@@ -15,12 +15,12 @@ from tests.helpers.tiny_leco_run import make_workplace, run, run_with_defaults
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMON: dict[str, Any] = {
+    "max_train_steps": 20,
     "seed": 1,
     "resolution": [128],  # at 64 the tiny U-Net's deepest norms have two values a group, and jump with the last bit
 }
 # Every setting that decides a loss is named here or in tiny_leco_run, so that another default does not change the golden numbers.
 PREV = COMMON | {
-    "max_train_steps": 20,
     "learning_rate": 1e-3,
     "optimizer_type": "AdamW",
     "sampler": "ddim",
@@ -33,8 +33,7 @@ PREV = COMMON | {
     "preserve_weight": 10.0,
     "max_grad_norm": 1.0,
 }
-DEFAULTS = COMMON | {"max_train_steps": 10}  # of 8 trajectories each
-RUNS = {"leco_score_sd1": (run, PREV), "leco_score_defaults_sd1": (run_with_defaults, DEFAULTS)}
+RUNS = {"leco_score_sd1": (run, PREV), "leco_score_defaults_sd1": (run_with_defaults, COMMON)}
 
 
 def golden_file(name: str) -> list[float]:
