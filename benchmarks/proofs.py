@@ -1,9 +1,11 @@
 """Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
 
-    python -m benchmarks.proofs calibration hard_calibration hacking opposites two_scores leco early_stop text_free
+    python -m benchmarks.proofs calibration running_gain elsewhere hacking opposites two_scores leco early_stop text_free
 
-calibration  three scores: what the file promises of weight +1 against the true gain on prompts that training never saw
+calibration  three scores, three seeds: what the file promises of +1 and -1, the true gain on prompts that training never saw
 hard_calibration  the same of two that a scorer learns less well
+running_gain  what those runs' running gain said before each observation, and what that measured
+elsewhere    one of them at other guidance scales, samplers and numbers of steps
 hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
@@ -19,11 +21,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from benchmarks import ROOT
 from benchmarks.shapes_runs import MODEL, drawn_pictures, independent_judge, learned_from_few, learned_scorer, written_prompts
@@ -63,25 +66,43 @@ def slider(name: str, **changes: Any) -> Path:
     return path
 
 
-def measure(
-    path: Path, judges: Sequence[str], prompts_file: Path, multipliers: Sequence[float] = (-1.0, 1.0), count: int = 16, seeds: int = 4
-) -> EvaluationRecord:
-    """What a slider does on `count` prompts with so many seeds each, by judges; kept beside it."""
-    kept = path.with_name(f"measured_{prompts_file.stem}.json")
-    if kept.is_file():
-        return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
-    model = load_model(str(MODEL)).freeze()
-    network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)
-    network.apply_to(model.text_encoders, model.unet)
+@cache
+def measurer(
+    judges: tuple[str, ...], prompts_file: Path, count: int, seeds: int, guidance: float = 3.0, sampler: str = "ddim", num_steps: int = 20
+) -> Measurer:
+    """One for all sliders that are measured alike, so that the base model's pictures are made once."""
     found = spread(load_prompts(prompts_file), count)
-    measurer = Measurer(
-        model=model,
+    return Measurer(
+        model=load_model(str(MODEL)).freeze(),
         raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in judges})),
         prompts=found,
         seeds=seed_table(found, seeds, first=50_000),
-        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64)),
+        sampling=SamplingConfig(num_steps=num_steps, guidance_scale=guidance, size=(64, 64), sampler=sampler),
     )
-    record = measurer.measure(network, multipliers)
+
+
+def measure(
+    path: Path,
+    judges: Sequence[str],
+    prompts_file: Path,
+    multipliers: Sequence[float] = (-1.0, 1.0),
+    count: int = 16,
+    seeds: int = 4,
+    **sampling: Any,
+) -> EvaluationRecord:
+    """What a slider does on `count` prompts with so many seeds each, by judges; kept beside it."""
+    name = "_".join([prompts_file.stem, *map(str, sampling.values())])
+    kept = path.with_name(f"measured_{name}.json")
+    if kept.is_file():
+        return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    used = measurer(tuple(judges), prompts_file, count, seeds, **sampling)
+    model = used.model
+    network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)
+    network.apply_to(model.text_encoders, model.unet)
+    try:
+        record = used.measure(network, multipliers)
+    finally:
+        network.remove()
     kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
     return record
 
@@ -97,16 +118,48 @@ def share(record: EvaluationRecord, multiplier: float) -> float:
     return record.responses["caption_obeyed"].means[record.multipliers.index(multiplier)].value
 
 
-def calibration(scores: Sequence[str] = ("brightness", "size", "warmth")) -> list[Row]:
+def calibration(scores: Sequence[str] = ("brightness", "size", "warmth"), seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """What the file promises of +1 and -1, and what the true score says on prompts that training never saw."""
     rows = []
     for score in scores:
-        path = slider(f"calibration_{score}", scorer=[str(scorer(score))])
-        with path.with_suffix(".json").open(encoding="utf-8") as file:
-            card = json.load(file)
-        measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=128, seeds=3)
-        rows.append(
-            {"run": score, "promised": 1.0, **ends(measured, score), "r2": measured.responses[score].r2, "card": card["description"]}
-        )
+        for seed in seeds:
+            path = slider(f"calibration_{score}_{seed}", scorer=[str(scorer(score))], seed=seed, calibrate="visible")
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=48, seeds=2)
+            promised = {f"promised {end}": json.loads(metadata[f"ss_leco_gain_{name}"]) for end, name in (("-1", "down"), ("+1", "up"))}
+            seen = [measured.visible_share(place) for place in (0, 2)]
+            rows.append(
+                {"run": f"{score}, seed {seed}", **promised, **ends(measured, score), "told apart": seen, "steps": metadata["ss_steps"]}
+            )
+    return rows
+
+
+def running_gain() -> list[Row]:
+    """The running gain just before each observation of those runs, and what the observation then measured; and a plot of both."""
+    rows = []
+    for folder in sorted(OUTPUT.glob("calibration_*_*")):
+        before: Mapping[str, Any] = {}
+        for entry in read_metrics(folder / "metrics.jsonl"):
+            for end in ("+1", "-1"):
+                low, high = before.get(f"running_gain_at_{end}_low"), before.get(f"running_gain_at_{end}_high")
+                if f"gain_at_{end}" in entry and low is not None and high is not None:
+                    gain = entry[f"gain_at_{end}"]
+                    running = [before[f"running_gain_at_{end}"], low, high]
+                    rows.append({"run": folder.name, "step": int(entry["step"] or 0) + 1, "end": end, "running": running, "measured": gain})
+            before = entry if entry.get("running_gain_at_+1") is not None else before
+    return rows
+
+
+def elsewhere() -> list[Row]:
+    """A slider at other guidance scales, samplers and numbers of steps than it was trained and calibrated with."""
+    path = slider("calibration_brightness_0", scorer=[str(scorer("brightness"))], seed=0, calibrate="visible")
+    others: list[dict[str, Any]] = [{"guidance": scale} for scale in (1.0, 3.0, 5.0, 8.0)]
+    others += [{"sampler": "dpmpp_2m", "num_steps": 10}, {"sampler": "euler_a", "num_steps": 30}, {"sampler": "ddim", "num_steps": 50}]
+    rows = []
+    for sampling in others:
+        measured = measure(path, [judge_name("brightness"), CAPTIONS], prompts()[1], count=16, seeds=2, **sampling)
+        rows.append({"run": ", ".join(f"{name} {value}" for name, value in sampling.items()), **ends(measured, "brightness")})
     return rows
 
 
@@ -275,7 +328,9 @@ def _sized(text: str, word: str) -> str:
 
 PROOFS: dict[str, Callable[[], list[Row]]] = {
     "calibration": calibration,
-    "hard_calibration": lambda: calibration(("contrast", "centredness")),
+    "hard_calibration": lambda: calibration(("contrast", "centredness"), (0,)),
+    "running_gain": running_gain,
+    "elsewhere": elsewhere,
     "hacking": hacking,
     "opposites": opposites,
     "two_scores": two_scores,
@@ -285,16 +340,32 @@ PROOFS: dict[str, Callable[[], list[Row]]] = {
 }
 
 
+COLUMNS = {"promised -1": "promised at -1", "true -1": "true gain at -1", "promised +1": "promised at +1", "true +1": "true gain at +1"}
+COLUMNS |= {"other -1": "other score at -1", "other +1": "at +1", "running": "running gain", "measured": "measured", "step": "step"}
+COLUMNS |= {"captions": "captions at -1 / 0 / +1", "told apart": "told from base at -1 / +1"}
+
+
 def markdown(proof: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of one proof."""
-    has_other = any("other +1" in row for row in rows)
-    head = ["run", "true gain at -1", "at +1", *(["other score at -1", "at +1"] if has_other else []), "captions at -1 / 0 / +1"]
-    lines = [f"### {proof}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+
+    def cell(name: str, value: Any) -> str:
+        if name in ("captions", "told apart"):
+            return " / ".join(f"{share:.0%}" for share in value)
+        return (
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*value)
+            if isinstance(value, list)
+            else f"{value:+.2f}"
+            if isinstance(value, float)
+            else f"{value}"
+        )
+
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [f"### {proof}", "", f"| run | {' | '.join(COLUMNS[name] for name in shown)} |", "|" + "---|" * (1 + len(shown))]
     for row in rows:
-        spans = ["true -1", "true +1", *(["other -1", "other +1"] if has_other else [])]
-        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in spans]
-        captions = " / ".join(f"{value:.0%}" for value in row["captions"]) if "captions" in row else ""
-        lines.append(f"| {' | '.join([row['run'], *cells, captions])} |")
+        lines.append(f"| {row['run']} | {' | '.join(cell(name, row[name]) if name in row else '' for name in shown)} |")
+    if proof == "running_gain":
+        held = sum(row["running"][1] <= row["measured"] <= row["running"][2] for row in rows)
+        lines.append(f"\nThe interval held what was measured {held} times of {len(rows)}.")
     return "\n".join(lines)
 
 
