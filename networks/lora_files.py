@@ -160,14 +160,14 @@ def read_lora(file: str | Path) -> LoRAFile:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         config = path.with_name("adapter_config.json")  # PEFT's own files have their alpha there
-        peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        peft = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
         if not peft and path.stem == "adapter_model" and config.is_file():
-            peft = {f"unet.{key}": value for key, value in json.loads(config.read_text(encoding="utf-8")).items()}
-    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            peft = {f"unet.{key}": value for key, value in dict(json.loads(config.read_text(encoding="utf-8"))).items()}
+    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} could not be read as a LoRA ({reason}); give a .safetensors file, or a .pt of plain tensors") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-    return parse_lora(tensors, str(file), peft)
+    return parse_lora(tensors if isinstance(tensors, dict) else {}, str(file), peft)
 
 
 def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Mapping[str, Any] | None = None) -> LoRAFile:
@@ -196,7 +196,7 @@ def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Map
         down, up = part["down"], part["up"]
         if not 0 < len(down) == up.shape[1] or up.shape[2:].numel() != 1:
             raise UserError(f"{source}: the factors of {name} do not fit, down has shape {tuple(down.shape)} and up {tuple(up.shape)}")
-        alpha = part["alpha"].item() if "alpha" in part else _peft_alpha(peft or {}, dotted[name], len(down))
+        alpha = part["alpha"].item() if "alpha" in part else _peft_alpha(peft or {}, dotted[name], len(down), source)
         branches[name] = Branch(down.float(), up.float(), float(alpha))
     return LoRAFile(source, branches, incomplete)
 
@@ -234,13 +234,16 @@ def _checked(tensor: Any, what: str, *, is_alpha: bool) -> Tensor:
     return tensor
 
 
-def _peft_alpha(peft: Mapping[str, Any], path: str, rank: int) -> float:
+def _peft_alpha(peft: Mapping[str, Any], path: str, rank: int, source: str) -> float:
     part, _, inside = path.partition(".")
     if f"{part}.lora_alpha" not in peft:
         part, inside = "unet", path
     if peft.get(f"{part}.use_dora"):
-        raise UserError("the file's adapter settings name DoRA, which is another function than a LoRA's")
-    patterns = peft.get(f"{part}.alpha_pattern") or {}
-    own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", inside))
-    alpha = next(own, peft.get(f"{part}.lora_alpha", rank))
+        raise UserError(f"{source} is DoRA (see use_dora in its settings of PEFT), which is another function than a LoRA's")
+    try:
+        patterns = peft.get(f"{part}.alpha_pattern") or {}
+        own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", inside))
+        alpha = float(next(own, peft.get(f"{part}.lora_alpha", rank)))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise UserError(f"{source}: its settings of PEFT give no alpha for {path} ({error}); give a file that is whole") from error
     return alpha * rank**0.5 if peft.get(f"{part}.use_rslora") else alpha

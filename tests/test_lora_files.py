@@ -114,6 +114,9 @@ def test_peft_settings_give_alpha() -> None:
     assert alphas(lora_alpha=2, use_rslora=True) == [4, 4]  # alpha / sqrt(rank)
     with pytest.raises(UserError, match="DoRA"):
         alphas(lora_alpha=2, use_dora=True)
+    for bad in ({"lora_alpha": "x"}, {"lora_alpha": None}, {"alpha_pattern": [1]}, {"lora_alpha": 2, "alpha_pattern": {"(": 1}}):
+        with pytest.raises(UserError, match="give no alpha"):
+            alphas(**bad)
 
 
 def test_adapter_config_beside_pefts_own_file(tmp_path: Path) -> None:

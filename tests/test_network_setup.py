@@ -71,6 +71,7 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
     [
         ({"network_dropout": 0.1, "network_args": ("dropout=0.2",)}, "two names of one setting"),
         ({"network_args": ("neuron_dropout=0.1",)}, "neuron_dropout is not an option"),
+        ({"network_args": ("weights_sd=a",)}, "weights_sd is not an option"),
         ({"network_module": "networks.nothing"}, "cannot be imported"),
         ({"network_module": "json"}, "no per-sample multipliers"),
         ({"network_module": "lycoris.kohya"}, "one multiplier for a whole batch"),
@@ -90,6 +91,18 @@ def test_text_encoders_alone() -> None:
     assert network.text_encoder_loras and not network.unet_loras
     groups, names = network.prepare_optimizer_params(None, None, 1e-4)
     assert names == ["textencoder"] and len(groups[0]["params"]) == 2 * len(network.text_encoder_loras)
+
+
+@pytest.mark.parametrize("dim_from_weights", [False, True])
+def test_a_file_for_text_encoders_alone(dim_from_weights: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = built(network_train_unet_only=False)
+    start.save_weights(tmp_path / "a.safetensors")
+    options = {"network_weights": tmp_path / "a.safetensors", "dim_from_weights": dim_from_weights}
+    network = built(network_train_text_encoder_only=True, seed=5, **options)
+    assert network.state_dict().keys() == {key for key in start.state_dict() if key.startswith("lora_te_")}
+    assert all(torch.equal(value, start.state_dict()[key]) for key, value in network.state_dict().items())
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{len(start.unet_loras)} modules" in warning
 
 
 def test_base_weights_are_merged_at_their_multipliers(tmp_path: Path) -> None:

@@ -34,8 +34,10 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     _merge_base_weights(config, model)
     if config.network_weights is not None and not config.network_weights.is_file():
         raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
-    for name in config.network_kwargs:  # a name of create_network's own arguments would be a TypeError
-        if name in inspect.signature(module.create_network).parameters or name == "generator":
+    makers = module.create_network, module.create_network_from_weights
+    taken = {"generator"}.union(*(inspect.signature(maker).parameters for maker in makers))
+    for name in config.network_kwargs:  # a name of their own arguments would be a TypeError
+        if name in taken:
             raise UserError(f"network_args: {name} is not an option of {config.network_module}; dropout is network_dropout")
     settings: dict[str, Any] = {"neuron_dropout": config.network_dropout, **config.network_kwargs}
     if config.dim_from_weights:
@@ -43,9 +45,13 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     else:
         rank, alpha = config.network_dim, config.network_alpha
         network = module.create_network(1.0, rank, alpha, model.vae, text_encoders, model.unet, generator=generator, **settings)
-        if config.network_weights is not None:
-            network.load_weights(config.network_weights)
+    if config.network_train_text_encoder_only and config.dim_from_weights and network.unet_loras:
+        logger.warning(
+            "%s: its %d modules of the U-Net are left out, which is not trained", config.network_weights, len(network.unet_loras)
+        )
     network.apply_to(text_encoders, model.unet, apply_unet=not config.network_train_text_encoder_only)
+    if config.network_weights is not None and not config.dim_from_weights:
+        network.load_weights(config.network_weights)
     model.freeze()
     network.prepare_grad_etc(text_encoders, model.unet)
     network.to(model.device)
