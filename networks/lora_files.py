@@ -96,6 +96,7 @@ class LoRAFile:
                 f"{self.source} has no module of this network, but for example {next(iter(self.branches), 'none at all')}: it was made for "
                 "another family of models, or for parts that are not trained here; give a LoRA of this model's U-Net"
             )
+        found = {place.name: found[place.name] for place in places if place.name in found}  # in our order, not the file's
         return PlacedBranches(self, found, [place.name for place in places if place.name not in found], set(by_name))
 
     def _fitted(self, branch: Branch, name: str, weight_shape: Sequence[int]) -> Branch:

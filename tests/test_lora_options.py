@@ -78,8 +78,8 @@ def test_learning_rates_of_blocks_and_lora_plus() -> None:
     options = {"down_lr_weight": down, "mid_lr_weight": "2", "block_lr_zero_threshold": "0.1", "loraplus_unet_lr_ratio": "16"}
     network = network_of(text=True, loraplus_lr_ratio="4", **options)
     groups, names = network.prepare_optimizer_params(1e-5, 1e-3, 1e-4)
-    assert names == ["unet x0.5", "unet x8", "unet x2", "unet x32", "unet", "unet x16", "textencoder", "textencoder x4"]
-    assert [group["lr"] for group in groups] == pytest.approx([5e-4, 8e-3, 2e-3, 32e-3, 1e-3, 16e-3, 1e-5, 4e-5])
+    assert names == ["unet x0.5", "unet x8", "unet", "unet x16", "unet x2", "unet x32", "textencoder", "textencoder x4"]
+    assert [group["lr"] for group in groups] == pytest.approx([5e-4, 8e-3, 1e-3, 16e-3, 2e-3, 32e-3, 1e-5, 4e-5])
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     ups = {id(lora.lora_up.weight) for lora in network.loras}
     assert [all(id(parameter) in ups for parameter in group["params"]) for group in groups] == [False, True] * 4
