@@ -1,232 +1,17 @@
-"""LoRA beside the Linear and Conv2d layers of a U-Net and its text encoders, with the interface of sd-scripts' networks.lora.
+"""The functions by which sd-scripts makes a network: a fresh one, and the one that is in a file."""
 
-    y = W x + multiplier * alpha / rank * up(down(x))        (Hu et al. 2021, arXiv 2106.09685)
-
-The multiplier may be a tensor, one value per sample: +m, -m and 0, the frozen model, then share one batch.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
-from networks.lora_keys import diffusers_unet_key, fit_weight, read_weights, rename_weights
-from networks.lora_metadata import hash_metadata
+from networks.lora_files import parse_lora, read_lora
 from networks.lora_module import LoRAModule, Strength
-from networks.lora_options import Dropouts, network_args, rank_option
-from networks.lora_targets import TextEncoders, find_targets, parts_of
-
-_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # of blocks in diffusers and layers in transformers
-
-
-class LoRANetwork(nn.Module):
-    """All branches of one LoRA file. Its state dict is the file: keys, shapes and all.
-
-    It does nothing until `apply_to`; then every call of the U-Net has it in, at `multiplier`, but inside `disabled()`.
-    """
-
-    def __init__(self, loras: Sequence[LoRAModule], strength: Strength) -> None:
-        super().__init__()
-        self._strength = strength
-        self._applied = False
-        self._replaced_checkpoints: list[tuple[nn.Module, Any]] = []
-        for lora in loras:
-            assert lora.name not in self._modules, f"two modules named {lora.name}"
-            self.add_module(lora.name, lora)
-
-    @property
-    def loras(self) -> list[LoRAModule]:
-        return [module for module in self.children() if isinstance(module, LoRAModule)]
-
-    @property
-    def unet_loras(self) -> list[LoRAModule]:
-        return [lora for lora in self.loras if lora.part == "unet"]
-
-    @property
-    def text_encoder_loras(self) -> list[LoRAModule]:
-        return [lora for lora in self.loras if lora.part != "unet"]
-
-    # --- Strength ---
-
-    @property
-    def multiplier(self) -> float | Tensor:
-        return self._strength.multiplier
-
-    def set_multiplier(self, multiplier: float | Tensor) -> None:
-        """A float, or one value per sample [B]; calls on k*B rows (cond and uncond stacked) repeat it k times.
-
-        The float 0 leaves the branches out: the output is the plain model's to the last bit, at no cost.
-        """
-        if isinstance(multiplier, torch.Tensor):
-            assert multiplier.ndim <= 1, f"one multiplier per sample, not a tensor of shape {tuple(multiplier.shape)}"
-            device = next((parameter.device for parameter in self.parameters()), multiplier.device)
-            # A copy: written to later in place, the caller's tensor would change a forward that backward() has yet to repeat.
-            multiplier = multiplier.detach().to(device=device, dtype=torch.float32, copy=True).reshape(-1)
-        self._strength.multiplier = multiplier
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """`with network.disabled():` the plain model. Nests; the one switch there is."""
-        return self._strength.disabled()
-
-    # --- Attaching ---
-
-    def apply_to(self, text_encoder: TextEncoders, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
-        """Attach to these models; the branches of a part that is not applied are dropped, from the file too."""
-        assert not self._applied, "already applied"
-        for lora in self.loras:
-            if not (apply_unet if lora.part == "unet" else apply_text_encoder):
-                delattr(self, lora.name)
-        for lora, base in self._pairs(text_encoder, unet):
-            lora.attach(base)
-        self._parts = parts_of(text_encoder, unet)
-        self._applied = True
-
-    def remove(self) -> None:
-        """Undo apply_to."""
-        assert self._applied, "not applied"
-        for lora in self.loras:
-            lora.detach()
-        while self._replaced_checkpoints:
-            block, function = self._replaced_checkpoints.pop()
-            setattr(block, _CHECKPOINT_FUNCTION, function)
-        self._applied = False
-
-    def enable_gradient_checkpointing(self) -> None:
-        """To be called after apply_to and after the model's own: what is recomputed in backward() gets the multiplier of its forward."""
-        assert self._applied, "apply_to comes first"
-        for part in self._parts.values():
-            for block in part.modules():
-                checkpoint = getattr(block, _CHECKPOINT_FUNCTION, None)
-                if checkpoint is not None:
-                    self._replaced_checkpoints.append((block, checkpoint))
-                    setattr(block, _CHECKPOINT_FUNCTION, self._capturing(checkpoint))
-
-    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """torch.utils.checkpoint for a function that calls the models: recomputed with the multiplier of now."""
-        return self._capturing(torch.utils.checkpoint.checkpoint)(function, *args, use_reentrant=False)
-
-    def _capturing(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda function, *args, **kwargs: checkpoint(self._strength.capture(function), *args, **kwargs)
-
-    def _pairs(self, text_encoder: TextEncoders, unet: nn.Module) -> Iterator[tuple[LoRAModule, nn.Module]]:
-        parts = parts_of(text_encoder, unet)
-        for lora in self.loras:
-            yield lora, parts[lora.part].get_submodule(lora.path)
-
-    # --- Training ---
-
-    def prepare_optimizer_params(
-        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups, one per model, and their names for the log.
-
-        None takes default_lr; 0 freezes the model's branches and leaves the group out. text_encoder_lr may be one per text encoder.
-        """
-        text_encoder_lrs = text_encoder_lr if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
-        rates = {"unet": unet_lr, "text_encoder": text_encoder_lrs[0], "text_encoder_2": text_encoder_lrs[-1]}
-        groups, descriptions = [], []
-        for part, rate in rates.items():
-            rate = default_lr if rate is None else rate
-            parameters = [parameter for lora in self.loras if lora.part == part for parameter in lora.parameters()]
-            for parameter in parameters:
-                parameter.requires_grad_(rate != 0)
-            if parameters and rate != 0:
-                groups.append({"params": parameters, "lr": rate})
-                descriptions.append(part.replace("text_encoder", "textencoder").replace("_", " "))
-        if not groups:
-            raise UserError("nothing is left to train: every learning rate is 0 or its model has no LoRA modules; set unet_lr above 0")
-        return groups, descriptions
-
-    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module) -> None:
-        """Freeze the models; the branches train but for those that prepare_optimizer_params froze."""
-        for part in parts_of(text_encoder, unet).values():
-            part.requires_grad_(False)
-
-    def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module) -> None:
-        self.train()
-
-    def get_trainable_params(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    @torch.no_grad()
-    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | str | None = None) -> tuple[int, float, float]:
-        """Shrink every branch whose delta has a Frobenius norm above max_norm to it -> (how many, mean norm, largest norm).
-
-        sd-scripts' --scale_weight_norms; down and up share the factor. `device`: where the norms are computed.
-        """
-        norms = torch.stack([lora.delta().to(device).norm() for lora in self.loras])
-        factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for lora, factor in zip(self.loras, factors.sqrt(), strict=True):
-            lora.lora_down.weight.mul_(factor.to(lora.alpha.device))
-            lora.lora_up.weight.mul_(factor.to(lora.alpha.device))
-        norms = norms * factors
-        return int((factors < 1).sum()), norms.mean().item(), norms.max().item()
-
-    @torch.no_grad()
-    def scale_alpha(self, factor: float) -> None:
-        """Fold a multiplier into the network: from now on multiplier 1 does what `factor` did."""
-        for lora in self.loras:
-            lora.alpha.mul_(factor)
-
-    # --- Files ---
-
-    def save_weights(self, file: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> None:
-        """Write a .safetensors file in `dtype` (None: float32), whole or not at all, with metadata and the hashes of its tensors."""
-        if Path(file).suffix != ".safetensors":
-            raise UserError(f"{file}: LoRA files are written as .safetensors; give a name that ends so")
-        tensors = {key: value.detach().to("cpu", dtype or torch.float32).contiguous() for key, value in self.state_dict().items()}
-        metadata = dict(metadata or {})
-        atomic_save_safetensors(tensors, file, metadata | hash_metadata(tensors, metadata))
-
-    def load_weights(self, file: str | Path) -> Any:
-        """Copy a file's weights into these modules, in float32 -> load_state_dict's missing and unexpected keys.
-
-        Diffusers' style of SDXL names is understood. Raises UserError if no module of the file is here, or a shape differs.
-        """
-        names = {diffusers_unet_key(lora.path): lora.name for lora in self.unet_loras}
-        weights = rename_weights(read_weights(file), names)
-        own = self.state_dict()
-        if not own.keys() & weights.keys():
-            raise UserError(f"{file} has no module of this network: it was made for another family of models, or is not a kohya LoRA")
-        for key in own.keys() & weights.keys():
-            weights[key] = fit_weight(weights[key], own[key].shape, key, file)
-        return self.load_state_dict(weights, strict=False)
-
-    def is_mergeable(self) -> bool:
-        return True
-
-    @torch.no_grad()
-    def merge_to(
-        self,
-        text_encoder: TextEncoders,
-        unet: nn.Module,
-        weights_sd: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Add multiplier * delta to the models' own weights, for good. Not for a network that is applied.
-
-        Args:
-            weights_sd: loaded first; None merges what the network holds.
-            dtype: the sum is rounded to it before it is stored in the model's own; the sum itself is made in float32.
-            device: where the sum is made; None is the model's.
-        """
-        assert not self._applied, "merged and applied, the LoRA would count twice: remove() it first"
-        assert not isinstance(self.multiplier, Tensor), "a weight has one multiplier, not one per sample"
-        if weights_sd is not None:
-            self.load_state_dict(weights_sd)
-        for lora, base in self._pairs(text_encoder, unet):
-            weight = base.weight
-            assert isinstance(weight, Tensor)
-            where = weight.device if device is None else torch.device(device)
-            merged = weight.to(where, torch.float32) + self.multiplier * lora.delta().to(where)
-            weight.copy_(merged.to(dtype or weight.dtype))
+from networks.lora_network import LoRANetwork
+from networks.lora_options import NetworkOptions
+from networks.lora_targets import TextEncoders, find_targets
 
 
 def create_network(
@@ -248,24 +33,22 @@ def create_network(
         network_dim, network_alpha: rank and alpha; None is 4 and 1.
         vae: not used; sd-scripts passes it.
         text_encoder: one, a list (SDXL), or None.
-        **kwargs: --network_args, strings or numbers: conv_dim and conv_alpha (rank and alpha of the convolutions that are larger than
-            1x1; alpha 1), rank_dropout, module_dropout, dropout (sd-scripts' other name of neuron_dropout); and `generator`, a
-            torch.Generator on the CPU for the initial values.
+        **kwargs: --network_args by the names of `networks.lora_options`; and `generator`, a torch.Generator on the CPU for the initial
+            values.
     """
     generator = kwargs.pop("generator", None)
-    numbers = network_args(kwargs)
-    dropouts = Dropouts.of(numbers, neuron_dropout)
-    conv_dim, conv_alpha = numbers.get("conv_dim"), numbers.get("conv_alpha", 1.0)
-    if conv_dim is None and "conv_alpha" in numbers:
-        raise UserError("conv_alpha is given without conv_dim: it is the alpha of convolutions, which conv_dim adds; give both or neither")
-    rank, alpha = rank_option("network_dim", 4 if network_dim is None else network_dim), 1.0 if network_alpha is None else network_alpha
-    conv_rank = None if conv_dim is None else rank_option("conv_dim", conv_dim)
+    options = NetworkOptions.of(kwargs, neuron_dropout, dim=network_dim, alpha=network_alpha, unet=unet)
     strength = Strength(1.0)
     loras = []
-    for target in find_targets(text_encoder, unet, with_convs=conv_rank is not None):
-        own_rank, own_alpha = (conv_rank, conv_alpha) if target.is_large_conv else (rank, alpha)
-        if own_rank is not None:
-            loras.append(LoRAModule(target, strength, rank=own_rank, alpha=own_alpha, dropouts=dropouts, generator=generator))
+    for target in find_targets(text_encoder, unet, with_convs=options.has_convs):
+        rank, alpha = options.rank_and_alpha(target)
+        if rank:
+            factors = options.lr_factors(target)
+            loras.append(
+                LoRAModule(target, strength, rank=rank, alpha=alpha, dropouts=options.dropouts, lr_factors=factors, generator=generator)
+            )
+    if not loras:
+        raise UserError("network_args leave no module to train: every rank or learning rate is 0, or everything is excluded")
     network = LoRANetwork(loras, strength)
     network.set_multiplier(multiplier)
     return network
@@ -284,38 +67,25 @@ def create_network_from_weights(
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
     """The network that is in a file (or in weights_sd), its modules, ranks and alphas -> it and its weights under our names.
 
-    Keys of a text encoder are passed over when text_encoder is None. for_inference: no gradients, no dropout.
-    Raises UserError for keys that are no LoRA of these models.
+    Modules that these models do not have, and those of a text encoder when text_encoder is None, are named in one warning.
+    for_inference: no gradients, no dropout. Of --network_args those that do not speak of ranks. Raises UserError for keys that are no LoRA.
     """
     kwargs.pop("generator", None)  # every value comes from the file
-    numbers = network_args(kwargs)
-    if numbers.keys() & {"conv_dim", "conv_alpha"}:
-        raise UserError("conv_dim and conv_alpha come from the file when a network is made from weights; leave them out of network_args")
-    dropouts = Dropouts.of(numbers, neuron_dropout)
-    if weights_sd is None:
-        assert file is not None, "file or weights_sd"
-        weights_sd = read_weights(file)
+    options = NetworkOptions.of(kwargs, neuron_dropout, unet=unet, from_file=True)
+    assert weights_sd is not None or file is not None, "file or weights_sd"
+    lora_file = parse_lora(weights_sd) if weights_sd is not None else read_lora(str(file))
     targets = {target.name: target for target in find_targets(text_encoder, unet, with_convs=True)}
-    names = {diffusers_unet_key(target.path): name for name, target in targets.items() if target.part == "unet"}
-    weights = rename_weights(weights_sd, names)
-    if text_encoder is None:
-        weights = {key: value for key, value in weights.items() if not key.startswith("lora_te")}
+    placed = lora_file.place(targets.values())
+    placed.warn_of_the_rest(missing_begin_at_zero=False)
     strength = Strength(1.0)
     loras = []
-    for key in [key for key in weights if key.endswith(".lora_down.weight")]:
-        name = key.removesuffix(".lora_down.weight")
-        if name not in targets:
-            raise UserError(f"{file or 'weights_sd'}: {name} is not in this model; the file was made for another family of models")
-        rank, alpha = weights[key].shape[0], weights[f"{name}.alpha"].item()
-        loras.append(LoRAModule(targets[name], strength, rank=rank, alpha=alpha, dropouts=dropouts))
+    for name, branch in placed.branches.items():
+        factors = options.lr_factors(targets[name])
+        rank, alpha = len(branch.down), branch.alpha
+        loras.append(LoRAModule(targets[name], strength, rank=rank, alpha=alpha, dropouts=options.dropouts, lr_factors=factors))
     network = LoRANetwork(loras, strength)
     network.set_multiplier(multiplier)
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    if not shapes or shapes.keys() != weights.keys():
-        odd = sorted(shapes.keys() ^ weights.keys())[:1]
-        raise UserError(f"{file or 'weights_sd'} is not a plain LoRA (lora_down, lora_up and alpha per module): see {odd or 'no modules'}")
-    weights = {key: fit_weight(value, shapes[key], key, file) for key, value in weights.items()}
-    network.load_state_dict(weights)
+    network.load_state_dict(placed.state)
     if for_inference:
         network.requires_grad_(False).eval()
-    return network, weights
+    return network, placed.state

@@ -1,4 +1,4 @@
-"""Module path <-> name in a LoRA file, per model family, and the weights that a file has under these names.
+"""Module path <-> name in a LoRA file, per model family, and the block of the U-Net that it is in.
 
 SD1 and SD2 files use Diffusers' paths, SDXL files the paths of Stability's original code ("sgm"): the one style per family
 that A1111, Forge, ComfyUI, Diffusers and sd-scripts all read whole.
@@ -6,13 +6,7 @@ that A1111, Forge, ComfyUI, Diffusers and sd-scripts all read whole.
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from library.errors import UserError
 
@@ -32,9 +26,9 @@ def unet_key(path: str, config: Mapping[str, Any]) -> str:
     return _underscored("lora_unet", sgm_path(path, config) if unet_family(config) == "sdxl" else path)
 
 
-def diffusers_unet_key(path: str) -> str:
-    """The name in Diffusers' style, which some SDXL files have too."""
-    return _underscored("lora_unet", path)
+def unet_aliases(path: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in both styles: some SDXL files have Diffusers', and some SD1 files the original ones."""
+    return _underscored("lora_unet", path), _underscored("lora_unet", sgm_path(path, config))
 
 
 def text_encoder_key(path: str, family: str, index: int) -> str:
@@ -44,6 +38,12 @@ def text_encoder_key(path: str, family: str, index: int) -> str:
     """
     prefix = f"lora_te{index + 1}" if family == "sdxl" else "lora_te"
     return _underscored(prefix, path if path.startswith("text_model.") else f"text_model.{path}")
+
+
+def text_encoder_aliases(key: str) -> tuple[str, ...]:
+    """A text encoder's name as others write it: the first of two where there is one, and without the level `text_model`."""
+    names = {key, key.replace("lora_te_", "lora_te1_", 1)}
+    return (*names, *(name.replace("_text_model_", "_", 1) for name in names))
 
 
 def sgm_path(path: str, config: Mapping[str, Any]) -> str:
@@ -83,28 +83,16 @@ def _underscored(prefix: str, path: str) -> str:
     return f"{prefix}_{path.replace('.', '_')}"
 
 
-def read_weights(file: str | Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} could not be read as a .safetensors LoRA ({error}); check the path") from error
+def num_blocks(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """sd-scripts' count of blocks (down, mid, up) in one direction of the U-Net: SD1 12, 1, 12; SDXL 9, 3, 9."""
+    slots = (_layers_per_block(config) + 1) * len(config["down_block_types"])
+    return slots, 3 if unet_family(config) == "sdxl" else 1, slots
 
 
-def rename_weights(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Weights under our names, with alpha = rank where the file has none, as every client reads it."""
-    renamed = {}
-    for key, value in weights.items():
-        module, _, suffix = key.partition(".")
-        renamed[f"{names.get(module, module)}.{suffix}"] = value
-    for key in [key for key in renamed if key.endswith(".lora_down.weight")]:
-        renamed.setdefault(key.replace(".lora_down.weight", ".alpha"), torch.tensor(float(renamed[key].shape[0])))
-    return renamed
-
-
-def fit_weight(value: Tensor, shape: torch.Size, key: str, file: str | Path | None) -> Tensor:
-    # (r, in) and (r, in, 1, 1) are one matrix: SD2's proj_in and proj_out are found in both shapes.
-    if list(value.shape) + [1] * (len(shape) - value.ndim) != list(shape) + [1] * (value.ndim - len(shape)):
-        raise UserError(
-            f"{file or 'weights_sd'}: {key} has shape {tuple(value.shape)}, this network {tuple(shape)}; make the network from the file"
-        )
-    return value.reshape(shape).float()
+def block_index(path: str, config: Mapping[str, Any]) -> int:
+    """sd-scripts' number of the U-Net's block that a module is in: SD1 0..24; SDXL 0..22, of which 0 and 22 have no LoRA."""
+    side, number, *_ = sgm_path(path, config).split(".")
+    down, mid, _ = num_blocks(config)
+    before = 1 if unet_family(config) == "sdxl" else 0
+    start = {"input_blocks": before, "middle_block": before + down, "output_blocks": before + down + mid}
+    return start[side] + (0 if side == "middle_block" and mid == 1 else int(number))

@@ -69,6 +69,7 @@ class LoRAModule(nn.Module):
         target: which module; its shape is copied, and it is neither held nor changed before `attach`.
         alpha: 0 stands for rank, that is scale 1.
         dropouts: they draw from torch's global generator, the only one that gradient checkpointing rewinds.
+        lr_factors: what the learning rate is multiplied with, for down and for up.
         generator: for the initial values, on the CPU; None is torch's global one.
     """
 
@@ -82,11 +83,13 @@ class LoRAModule(nn.Module):
         rank: int,
         alpha: float,
         dropouts: Dropouts,
+        lr_factors: tuple[float, float] = (1.0, 1.0),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.part, self.path = target.name, target.part, target.path
+        self.name, self.aliases, self.part, self.path = target.name, target.aliases, target.part, target.path
         self.rank = rank
+        self.lr_factors = lr_factors
         self.dropouts = dropouts
         self._strength = strength
         self._base: tuple[nn.Module, Any] | None = None  # in a tuple, so that it does not become a submodule
@@ -119,6 +122,11 @@ class LoRAModule(nn.Module):
         else:
             base.forward = overridden
         self._base = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the base module's weight."""
+        return len(self.lora_up.weight), *self.lora_down.weight.shape[1:]
 
     def delta(self) -> Tensor:
         """What the branch adds to the base module's weight at multiplier 1, in that weight's shape."""

@@ -1,36 +1,35 @@
-"""--network_args of networks.lora, and the dropouts among them."""
+"""--network_args, by the names that sd-scripts gave them: which modules get a branch, its rank and alpha, dropouts, learning rates."""
 
+import ast
 import difflib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from library.errors import UserError
+from networks.lora_keys import block_index, num_blocks
+from networks.lora_targets import Target
 
-NETWORK_ARGS = ("conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout")
-
-
-def rank_option(option: str, value: float) -> int:
-    if value < 1 or value != int(value):
-        raise UserError(f"{option} is {value}: it is a rank, a whole number from 1 up")
-    return int(value)
-
-
-def network_args(kwargs: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in --network_args, whose values are strings. Raises UserError for an unknown name, with the nearest known one."""
-    numbers = {}
-    for key, value in kwargs.items():
-        if key not in NETWORK_ARGS:
-            nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
-            raise UserError(f"network_args: {key} is not an option of networks.lora; {hint}")
-        if value is None:
-            continue
-        try:
-            numbers[key] = float(value)
-        except ValueError:
-            raise UserError(f"network_args: {key}={value} is not a number; write for example {key}=4") from None
-    return numbers
+_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+_RATES = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_lr_zero_threshold")
+_SIDES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")  # a number for each block of one direction, or the name of a curve
+_BLOCKS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")  # a number for each block
+_PATTERNS = ("exclude_patterns", "include_patterns")  # regular expressions that a module's whole path matches
+NETWORK_ARGS = ("conv_dim", "conv_alpha", *_DROPOUTS, *_RATES, *_SIDES, *_BLOCKS, *_PATTERNS)
+_NOT_FROM_FILE = ("conv_dim", "conv_alpha", *_BLOCKS, *_PATTERNS)
+_ELSEWHERE = {"network_reg_dims": "use block_dims", "network_reg_lrs": "use down_lr_weight, mid_lr_weight and up_lr_weight"}
+_ELSEWHERE |= dict.fromkeys(("algo", "preset", "factor", "dora_wd"), "it is LyCORIS', whose LoCon is conv_dim here; leave it out")
+_CURVES = {
+    "sine": lambda share: math.sin(math.pi * share / 2),
+    "cosine": lambda share: math.sin(math.pi * (1 - share) / 2),
+    "linear": lambda share: share,
+    "reverse_linear": lambda share: 1 - share,
+    "zeros": lambda share: 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,121 @@ class Dropouts:
     rank: float | None = None
     module: float | None = None
 
-    @classmethod
-    def of(cls, numbers: Mapping[str, float], neuron_dropout: float | None) -> "Dropouts":
-        """From --network_args and --network_dropout. Raises UserError where both name the neurons' dropout."""
-        if neuron_dropout is not None and "dropout" in numbers:
-            raise UserError("network_dropout and dropout in network_args are two names of one setting; leave one of them out")
-        neuron = numbers.get("dropout") if neuron_dropout is None else neuron_dropout
-        return cls(neuron, numbers.get("rank_dropout"), numbers.get("module_dropout"))
-
     def __post_init__(self) -> None:
         for name, probability in vars(self).items():
             if probability is not None and not 0 <= probability < 1:
                 raise UserError(f"{name}_dropout is {probability}: it is a probability, from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What --network_args say of each module. `values` are those given, as numbers, lists of numbers and patterns."""
+
+    values: Mapping[str, Any]
+    dim: int
+    alpha: float
+    dropouts: Dropouts
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        kwargs: Mapping[str, Any],
+        neuron_dropout: float | None,
+        *,
+        unet: nn.Module,
+        dim: int | None = None,
+        alpha: float | None = None,
+        from_file: bool = False,
+    ) -> "NetworkOptions":
+        """From --network_args, whose values are strings. Raises UserError for an unknown name, a bad value, or two that contradict."""
+        config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
+        values = {key: _parsed(key, value, config) for key, value in kwargs.items() if value is not None}
+        if from_file and (given := [key for key in _NOT_FROM_FILE if key in values]):
+            raise UserError(
+                f"network_args: {given[0]} is given, but modules and ranks come from the file with dim_from_weights; leave it out"
+            )
+        if neuron_dropout is not None and "dropout" in values:
+            raise UserError("network_dropout and dropout in network_args are two names of one setting; leave one of them out")
+        for alphas, dims in (("conv_alpha", ("conv_dim", "conv_block_dims")), ("conv_block_alphas", ("conv_dim", "conv_block_dims"))):
+            if alphas in values and not values.keys() & set(dims):
+                raise UserError(
+                    f"network_args: {alphas} is given without conv_dim: it is of convolutions, which conv_dim adds; give both or neither"
+                )
+        neuron = values.get("dropout", neuron_dropout)
+        dropouts = Dropouts(neuron, values.get("rank_dropout"), values.get("module_dropout"))
+        return cls(values, _rank("network_dim", 4 if dim is None else dim), 1.0 if alpha is None else alpha, dropouts, config)
+
+    @property
+    def has_convs(self) -> bool:
+        return bool(self.values.keys() & {"conv_dim", "conv_block_dims"})
+
+    def rank_and_alpha(self, target: Target) -> tuple[int, float]:
+        """Rank 0: the module gets no branch."""
+        excluded, included = (any(pattern.fullmatch(target.path) for pattern in self.values.get(name, ())) for name in _PATTERNS)
+        if (excluded and not included) or self.lr_factors(target)[0] == 0:
+            return 0, 0.0
+        rank, alpha, prefix = self.dim, self.alpha, ""
+        if target.is_large_conv:
+            rank, alpha, prefix = self.values.get("conv_dim", 0), self.values.get("conv_alpha", 1.0), "conv_"
+        if target.part == "unet":
+            block = block_index(target.path, self.config)
+            rank = self.values[f"{prefix}block_dims"][block] if f"{prefix}block_dims" in self.values else rank
+            alpha = self.values[f"{prefix}block_alphas"][block] if f"{prefix}block_alphas" in self.values else alpha
+        return int(rank), alpha
+
+    def lr_factors(self, target: Target) -> tuple[float, float]:
+        """What the learning rate is multiplied with, for down and for up: weights of the blocks, and LoRA+ (arXiv 2402.12354)."""
+        weight = 1.0
+        if target.part == "unet" and self.values.keys() & set(_SIDES):
+            sides = [self.values.get(name, [1.0] * length) for name, length in zip(_SIDES, num_blocks(self.config), strict=True)]
+            ahead = 1 if len(sides[1]) == 3 else 0  # SDXL counts a block before the first
+            weight = [1.0] * ahead + [weight for side in sides for weight in side]
+            weight = weight[block_index(target.path, self.config)]
+            weight = weight if weight > self.values.get("block_lr_zero_threshold", 0.0) else 0.0
+        own = f"loraplus_{'unet' if target.part == 'unet' else 'text_encoder'}_lr_ratio"
+        return weight, weight * self.values.get(own, self.values.get("loraplus_lr_ratio", 1.0))
+
+
+def _parsed(key: str, value: Any, config: Mapping[str, Any]) -> Any:
+    if key not in NETWORK_ARGS:
+        nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
+        raise UserError(f"network_args: {key} is not an option of networks.lora; {_ELSEWHERE.get(key, hint)}")
+    if key in _PATTERNS:
+        return _patterns(key, str(value))
+    sizes: dict[str, int] = dict(zip(_SIDES, num_blocks(config), strict=True))
+    if key in sizes and (str(value).partition("+")[0] in _CURVES):
+        name, _, base = str(value).partition("+")
+        last = max(sizes[key] - 1, 1)
+        return [_CURVES[name](index / last) + float(base or 0) for index in range(sizes[key])]
+    try:
+        numbers = [float(part) for part in str(value).split(",")]
+    except ValueError:
+        curves = f", or one of {', '.join(_CURVES)}" if key in sizes else ""
+        raise UserError(f"network_args: {key}={value} is not a number; write for example {key}=4{curves}") from None
+    if key not in (*_SIDES, *_BLOCKS):
+        if len(numbers) > 1:
+            raise UserError(f"network_args: {key}={value} is a list; it is one number for all blocks")
+        return _rank(key, numbers[0]) if key == "conv_dim" else numbers[0]
+    length = sizes.get(key, sum(sizes.values()) + (2 if sizes["mid_lr_weight"] == 3 else 0))
+    if len(numbers) != length:
+        raise UserError(f"network_args: {key} has {len(numbers)} values; this model takes {length}, one for each block")
+    return [_rank(key, number, least=0) for number in numbers] if key.endswith("dims") else numbers
+
+
+def _patterns(key: str, value: str) -> Sequence[re.Pattern[str]]:
+    try:
+        given = ast.literal_eval(value)  # sd-scripts' form, ['.*attn1.*', ...]
+    except (ValueError, SyntaxError):
+        given = value
+    try:
+        return [re.compile(pattern) for pattern in ([given] if isinstance(given, str) else given)]
+    except (re.error, TypeError) as error:
+        raise UserError(f"network_args: {key}={value} is no list of regular expressions ({error}); write {key}=['.*attn1.*']") from error
+
+
+def _rank(option: str, value: float, least: int = 1) -> int:
+    if value < least or value != int(value):
+        raise UserError(f"{option} is {value}: it is a rank, a whole number from {least} up")
+    return int(value)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from networks.lora_keys import text_encoder_key, unet_family, unet_key
+from networks.lora_keys import text_encoder_aliases, text_encoder_key, unet_aliases, unet_family, unet_key
 
 UNET_BLOCKS = ("Transformer2DModel",)
 UNET_CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -19,15 +20,22 @@ class Target(NamedTuple):
 
     Attributes:
         name: what the file calls it.
+        aliases: what files of other programs call it.
         part: "unet", "text_encoder" or "text_encoder_2".
         path: of the base module within that part.
         base: the Linear or Conv2d.
     """
 
     name: str
+    aliases: tuple[str, ...]
     part: str
     path: str
     base: nn.Module
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        assert isinstance(self.base.weight, torch.Tensor)
+        return self.base.weight.shape
 
     @property
     def is_large_conv(self) -> bool:
@@ -41,10 +49,11 @@ def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) 
         if part == "unet":
             blocks = UNET_BLOCKS + (UNET_CONV_BLOCKS if with_convs else ())
             for path, base in layers_inside(model, blocks):
-                yield Target(unet_key(path, config), part, path, base)
+                yield Target(unet_key(path, config), unet_aliases(path, config), part, path, base)
         else:
             for path, base in layers_inside(model, TEXT_ENCODER_BLOCKS):
-                yield Target(text_encoder_key(path, unet_family(config), int(part == "text_encoder_2")), part, path, base)
+                key = text_encoder_key(path, unet_family(config), int(part == "text_encoder_2"))
+                yield Target(key, text_encoder_aliases(key), part, path, base)
 
 
 def layers_inside(model: nn.Module, class_names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

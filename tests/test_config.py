@@ -166,7 +166,7 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     "values, unread",
     [
-        ({"text_encoder_lr": 1e-5}, "text_encoder_lr (not with network_train_unet_only)"),
+        ({"text_encoder_lr": 1e-5}, "text_encoder_lr (not with network_train_unet_only or only with network_train_text_encoder_only)"),
         ({"text_encoder_lr": 1e-5, "network_train_unet_only": False}, None),
         (
             {"network_dim": 8, "network_alpha": 1, "dim_from_weights": True, "network_weights": "l.safetensors"},

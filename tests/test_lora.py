@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from networks.lora import LoRANetwork, create_network, create_network_from_weights
-from networks.lora_keys import diffusers_unet_key
+from networks.lora_keys import unet_aliases
 from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model
 
 
@@ -338,7 +338,12 @@ def test_ranks_alphas_and_initial_values() -> None:
     ("options", "message"),
     [
         ({"conv_dimm": "4"}, "conv_dimm is not an option of networks.lora; did you mean conv_dim?"),
-        ({"block_dims": "4,4"}, "block_dims is not an option"),
+        ({"block_dims": "4,4"}, "block_dims has 2 values; this model takes 25"),
+        ({"down_lr_weight": "steep"}, "down_lr_weight=steep is not a number"),
+        ({"network_reg_dims": "a=4"}, "network_reg_dims is not an option of networks.lora; use block_dims"),
+        ({"algo": "loha"}, "algo is not an option of networks.lora; it is LyCORIS'"),
+        ({"exclude_patterns": "['(']"}, "is no list of regular expressions"),
+        ({"exclude_patterns": ".*"}, "leave no module to train"),
         ({"conv_dim": "four"}, "conv_dim=four is not a number"),
         ({"conv_dim": "1.5"}, "conv_dim is 1.5"),
         ({"conv_alpha": "1"}, "conv_alpha is given without conv_dim"),
@@ -491,7 +496,7 @@ def test_scale_alpha_folds_the_multiplier(factor: float, tmp_path: Path) -> None
 def test_sdxl_files_in_diffusers_style_are_read(tmp_path: Path) -> None:
     model = tiny_model("sdxl")
     network = _network(model, apply=False, conv_dim="2")
-    names = {lora.name: diffusers_unet_key(lora.path) for lora in network.loras}
+    names = {lora.name: unet_aliases(lora.path, model.unet.config)[0] for lora in network.loras}
     assert all(old != new for old, new in names.items())
     weights = {f"{names[key.partition('.')[0]]}.{key.partition('.')[2]}": value for key, value in network.state_dict().items()}
     save_file(weights, tmp_path / "a.safetensors")
@@ -538,20 +543,20 @@ def test_wrong_files_are_user_errors(tmp_path: Path) -> None:
     _network(other, apply=False).save_weights(tmp_path / "sdxl.safetensors")
     with pytest.raises(UserError, match="another family"):
         network.load_weights(tmp_path / "sdxl.safetensors")
-    with pytest.raises(UserError, match="is not in this model"):
+    with pytest.raises(UserError, match="another family"):
         create_network_from_weights(1.0, tmp_path / "sdxl.safetensors", None, None, model.unet)
     create_network(1.0, 8, 1.0, None, None, model.unet).save_weights(tmp_path / "rank8.safetensors")
-    with pytest.raises(UserError, match="has shape"):
+    with pytest.raises(UserError, match="has rank 8 where this network has 4; set dim_from_weights"):
         network.load_weights(tmp_path / "rank8.safetensors")
     weights = network.state_dict()
     weights["lora_unet_mid_block_attentions_0_proj_in.dora_scale"] = torch.ones(1)
-    with pytest.raises(UserError, match="not a plain LoRA"):
+    with pytest.raises(UserError, match="weights_sd is DoRA"):
         create_network_from_weights(1.0, None, None, None, model.unet, weights_sd=weights)
     (tmp_path / "text.safetensors").write_text("not a LoRA")
     for bad in ("text.safetensors", "missing.safetensors"):
         with pytest.raises(UserError, match="could not be read"):
             network.load_weights(tmp_path / bad)
-    with pytest.raises(UserError, match="come from the file"):
+    with pytest.raises(UserError, match="ranks come from the file"):
         create_network_from_weights(1.0, tmp_path / "rank8.safetensors", None, None, model.unet, conv_dim="4")
 
 

@@ -62,7 +62,7 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
     assert {lora.dropouts for lora in from_file("rank_dropout=0.5", "module_dropout=0.125").loras} == {Dropouts(0.25, 0.5, 0.125)}
     with pytest.raises(UserError, match="nonsense is not an option of networks.lora"):
         from_file("nonsense=1")
-    with pytest.raises(UserError, match="conv_dim and conv_alpha come from the file"):
+    with pytest.raises(UserError, match="conv_dim is given, but modules and ranks come from the file"):
         from_file("conv_dim=2")
 
 
@@ -71,8 +71,12 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
     [
         ({"network_dropout": 0.1, "network_args": ("dropout=0.2",)}, "two names of one setting"),
         ({"network_args": ("neuron_dropout=0.1",)}, "neuron_dropout is not an option"),
+        ({"network_args": ("weights_sd=a",)}, "weights_sd is not an option"),
         ({"network_module": "networks.nothing"}, "cannot be imported"),
         ({"network_module": "json"}, "no per-sample multipliers"),
+        ({"network_module": "lycoris.kohya"}, "one multiplier for a whole batch"),
+        ({"base_weights": (Path("none.safetensors"),)}, "base_weights none.safetensors does not exist"),
+        ({"base_weights": (Path("none"),), "base_weights_multiplier": (1.0, 2.0)}, "2 values for 1 files"),
         ({"network_weights": Path("none.safetensors")}, "does not exist"),
     ],
 )
@@ -80,6 +84,47 @@ def test_bad_settings(values: dict, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         built(**values)
     assert "\n" not in str(caught.value)
+
+
+def test_text_encoders_alone() -> None:
+    network = built(network_train_text_encoder_only=True)
+    assert network.text_encoder_loras and not network.unet_loras
+    groups, names = network.prepare_optimizer_params(None, None, 1e-4)
+    assert names == ["textencoder"] and len(groups[0]["params"]) == 2 * len(network.text_encoder_loras)
+
+
+@pytest.mark.parametrize("dim_from_weights", [False, True])
+def test_a_file_for_text_encoders_alone(dim_from_weights: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = built(network_train_unet_only=False)
+    start.save_weights(tmp_path / "a.safetensors")
+    options = {"network_weights": tmp_path / "a.safetensors", "dim_from_weights": dim_from_weights}
+    network = built(network_train_text_encoder_only=True, seed=5, **options)
+    assert network.state_dict().keys() == {key for key in start.state_dict() if key.startswith("lora_te_")}
+    assert all(torch.equal(value, start.state_dict()[key]) for key, value in network.state_dict().items())
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{len(start.unet_loras)} modules" in warning
+
+
+def test_base_weights_are_merged_at_their_multipliers(tmp_path: Path) -> None:
+    """Two files: the first at its multiplier, the second at 1. What is trained on top is not in them."""
+    paths, deltas = [], {}
+    for seed, multiplier in ((1, -0.5), (2, 1.0)):
+        network = built(network_train_unet_only=False)
+        for lora in network.loras:
+            torch.nn.init.normal_(lora.lora_up.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+            key = lora.part, lora.path
+            deltas[key] = deltas.get(key, 0) + multiplier * lora.delta().detach()
+        paths.append(tmp_path / f"{seed}.safetensors")
+        network.save_weights(paths[-1])
+    model, plain = tiny_model(), tiny_model()
+    config = NetworkConfig(network_dim=2, base_weights=tuple(paths), base_weights_multiplier=(-0.5,))
+    network = build_network(config, model, torch.Generator().manual_seed(0), gradient_checkpointing=False)
+    assert not any(lora.lora_up.weight.any() for lora in network.loras)
+    parts = {"unet": (model.unet, plain.unet), "text_encoder": (model.text_encoders[0], plain.text_encoders[0])}
+    for (part, path), delta in deltas.items():
+        merged, before = (whole.get_submodule(path).weight for whole in parts[part])
+        assert delta.abs().max() > 0
+        torch.testing.assert_close(merged, before + delta, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dim_from_weights", [False, True])

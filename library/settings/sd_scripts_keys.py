@@ -22,7 +22,6 @@ REPLACEMENTS: Mapping[str, str] = {
     "lr_decay_steps": 'use lr_scheduler_args = ["num_decay_steps=..."]',
     "lr_scheduler_timescale": 'use lr_scheduler_args = ["timescale=..."]',
     "lr_scheduler_min_lr_ratio": 'use lr_scheduler_args = ["min_lr_rate=..."], or min_lr_ratio for warmup_stable_decay',
-    "network_train_text_encoder_only": "use network_train_unet_only = false to train both",
     "mem_eff_attn": "use xformers",
     "full_fp16": 'use mixed_precision = "fp16"; the weights of the LoRA stay in float32',
     "full_bf16": 'use mixed_precision = "bf16"; the weights of the LoRA stay in float32',
@@ -37,7 +36,7 @@ REPLACEMENTS: Mapping[str, str] = {
 # models and optimizers, saving, training, sampling and LECO, data sets, logging
 _UNUSED = """
 tokenizer_cache_dir fused_backward_pass optimizer_schedulefree_wrapper optimizer_schedulefree_wrapper_args schedulefree_wrapper_args
-base_weights base_weights_multiplier fp8_base fp8_base_unet no_half_vae disable_mmap_load_safetensors max_token_length
+fp8_base fp8_base_unet no_half_vae disable_mmap_load_safetensors max_token_length
 cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
 
 huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token huggingface_repo_visibility

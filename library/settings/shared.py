@@ -15,7 +15,9 @@ from library.settings.sd_scripts_keys import LOG_ARGS
 class NetworkConfig:
     """The LoRA."""
 
-    network_module: str = option("networks.lora", help="Python module of the network, e.g. networks.lora or lycoris.kohya.", expert=True)
+    network_module: str = option(
+        "networks.lora", help="Python module of the network: networks.lora, or one of your own that extends it.", expert=True
+    )
     network_dim: int = option(8, help="Rank of the LoRA.", only_with={"dim_from_weights": (False,)})
     network_alpha: float = option(
         8.0, help="The LoRA's output is scaled with alpha / rank; 0 stands for the rank.", only_with={"dim_from_weights": (False,)}
@@ -25,6 +27,13 @@ class NetworkConfig:
     network_weights: Path | None = option(None, help="LoRA file to start from.")
     dim_from_weights: bool = option(False, help="Take rank and alpha of each layer from network_weights.", expert=True)
     network_train_unet_only: bool = option(True, help="Train the U-Net only; when off, the text encoders get a LoRA too.", expert=True)
+    network_train_text_encoder_only: bool = option(
+        False, help="Train the text encoders only; network_train_unet_only, which is on by default, is then off.", expert=True
+    )
+    base_weights: tuple[Path, ...] = option((), help="LoRA files that are merged into the model before training.", expert=True)
+    base_weights_multiplier: tuple[float, ...] = option(
+        (), help="Strength of each of base_weights; 1 where it is not given.", only_with="base_weights", expert=True
+    )
     scale_weight_norms: float | None = option(None, help="Scale each LoRA weight down to this norm after every step; try 1.0.", expert=True)
 
     def __post_init__(self) -> None:
@@ -35,7 +44,22 @@ class NetworkConfig:
             raise UserError(f"network_dropout is {self.network_dropout}, but it must be below 1")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("dim_from_weights is set without network_weights; name the LoRA file that the ranks are taken from")
+        if self.base_weights and len(self.base_weights_multiplier) > len(self.base_weights):
+            raise UserError(
+                f"base_weights_multiplier has {len(self.base_weights_multiplier)} values for {len(self.base_weights)} files in "
+                "base_weights; give one for each file"
+            )
         key_value_pairs("network_args", self.network_args)
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        return self.network_train_text_encoder_only or not self.network_train_unet_only
+
+    @property
+    def base_loras(self) -> list[tuple[Path, float]]:
+        """base_weights with their multipliers."""
+        missing = len(self.base_weights) - len(self.base_weights_multiplier)
+        return list(zip(self.base_weights, self.base_weights_multiplier + (1.0,) * missing, strict=False))
 
     @property
     def network_kwargs(self) -> dict[str, str]:
@@ -54,7 +78,7 @@ class OptimizerConfig:
     text_encoder_lr: float | None = option(
         None,
         help="Learning rate of the text encoders' LoRA, if not learning_rate.",
-        only_with={"network_train_unet_only": (False,)},
+        only_with=({"network_train_unet_only": (False,)}, "network_train_text_encoder_only"),
         expert=True,
     )
     lr_scheduler: str = option(

@@ -115,7 +115,7 @@ class SliderFiles:
         small = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() == 1]
         large = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() > 1]
         convs = {"conv_dim": f"{large[0].rank}", "conv_alpha": f"{large[0].alpha.item():g}"} if large else {}
-        return small[0].rank, small[0].alpha.item(), {**self.network.network_kwargs, **convs}
+        return (small or large)[0].rank, (small or large)[0].alpha.item(), {**self.network.network_kwargs, **convs}
 
 
 def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:

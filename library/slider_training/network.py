@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.settings.shared import NetworkConfig
 from library.training.optimizers import evaluating
-from networks.lora import LoRANetwork
+from networks.lora import LoRANetwork, create_network_from_weights
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,17 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
         gradient_checkpointing: turn it on in the U-Net, in a way that keeps per-sample multipliers right.
 
     Raises:
-        UserError: no such module, or weights that do not fit the model.
+        UserError: no such module or argument, or weights that do not fit the model.
     """
     module = _network_module(config.network_module)
-    text_encoders = [] if config.network_train_unet_only else model.text_encoders
+    text_encoders = model.text_encoders if config.trains_text_encoders else []
+    _merge_base_weights(config, model)
     if config.network_weights is not None and not config.network_weights.is_file():
         raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
-    for name in config.network_kwargs:  # a name of create_network's own arguments would be a TypeError
-        if name in inspect.signature(module.create_network).parameters or name == "generator":
+    makers = module.create_network, module.create_network_from_weights
+    taken = {"generator"}.union(*(inspect.signature(maker).parameters for maker in makers))
+    for name in config.network_kwargs:  # a name of their own arguments would be a TypeError
+        if name in taken:
             raise UserError(f"network_args: {name} is not an option of {config.network_module}; dropout is network_dropout")
     settings: dict[str, Any] = {"neuron_dropout": config.network_dropout, **config.network_kwargs}
     if config.dim_from_weights:
@@ -42,9 +45,13 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     else:
         rank, alpha = config.network_dim, config.network_alpha
         network = module.create_network(1.0, rank, alpha, model.vae, text_encoders, model.unet, generator=generator, **settings)
-        if config.network_weights is not None:
-            network.load_weights(config.network_weights)
-    network.apply_to(text_encoders, model.unet, apply_text_encoder=bool(text_encoders), apply_unet=True)
+    if config.network_train_text_encoder_only and config.dim_from_weights and network.unet_loras:
+        logger.warning(
+            "%s: its %d modules of the U-Net are left out, which is not trained", config.network_weights, len(network.unet_loras)
+        )
+    network.apply_to(text_encoders, model.unet, apply_unet=not config.network_train_text_encoder_only)
+    if config.network_weights is not None and not config.dim_from_weights:
+        network.load_weights(config.network_weights)
     model.freeze()
     network.prepare_grad_etc(text_encoders, model.unet)
     network.to(model.device)
@@ -68,7 +75,21 @@ def in_use(network: LoRANetwork, optimizer: object) -> Iterator[None]:
         network.train()
 
 
+def _merge_base_weights(config: NetworkConfig, model: DiffusionModel) -> None:
+    for file, multiplier in config.base_loras:
+        if not file.is_file():
+            raise UserError(f"base_weights {file} does not exist; give LoRA files that are merged into the model")
+        network, _ = create_network_from_weights(multiplier, file, model.vae, model.text_encoders, model.unet, for_inference=True)
+        network.merge_to(model.text_encoders, model.unet)
+        logger.info("merged %s at %g into the model: %d modules", file.name, multiplier, len(network.loras))
+
+
 def _network_module(name: str) -> ModuleType:
+    if name.startswith("lycoris"):
+        raise UserError(
+            f"network_module {name} has one multiplier for a whole batch, and a slider is trained with one for each sample; use "
+            "networks.lora, with conv_dim in network_args for LoCon"
+        )
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -127,7 +127,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     )
     terms = build_terms(context, config.objective)
     encoder.encode_ahead(eval_prompts, sampling.size)
-    if config.network.network_train_unet_only:
+    if not config.network.trains_text_encoders:
         model.free_text_encoders()
     monitor = Monitor(
         model,
@@ -159,6 +159,7 @@ def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:
         "seed": config.training.seed,
         "mixed_precision": config.training.mixed_precision,
         "clip_skip": config.model.clip_skip,
+        "base_weights": [f"{file.name} {multiplier:g}" for file, multiplier in config.network.base_loras] or None,
         "leco_scorer": [Path(path).name for path in config.reward.scorer],
         "leco_score_estimator": score.score_estimator,
         "leco_preserve_weight": score.preserve_weight,
