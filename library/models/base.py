@@ -72,6 +72,18 @@ class TextEncoderSlot:
     open_clip: bool
     pad_token: str
 
+    @staticmethod
+    def of_clip(prefix: str) -> "TextEncoderSlot":
+        """OpenAI's CLIP, a model's first text encoder."""
+        return TextEncoderSlot(
+            folder="text_encoder",
+            tokenizer_folder="tokenizer",
+            class_name="CLIPTextModel",
+            prefix=prefix,
+            open_clip=False,
+            pad_token="<|endoftext|>",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -83,6 +95,7 @@ class Family:
         config_file: the published configs (JSON) by component: unet, vae, text_encoder, (text_encoder_2,) scheduler.
         pipeline_class: _class_name in a diffusers folder's model_index.json.
         linear_projection: use_linear_projection of its U-Net; tells SD2 from SD1 in a diffusers folder.
+        has_turbo: whether Stability published a Turbo checkpoint of it, distilled at 512 pixels.
         heads_per_level: whether every level has this many attention heads (SD1: 8), or None when heads are 64 channels wide.
         text_encoders: its text encoders, in the order in which the U-Net expects them.
         versions: (ss_base_model_version, modelspec.architecture) of its LoRAs by prediction type.
@@ -95,6 +108,7 @@ class Family:
     config_file: Path
     pipeline_class: str
     linear_projection: bool
+    has_turbo: bool
     heads_per_level: int | None
     text_encoders: tuple[TextEncoderSlot, ...]
     versions: Mapping[PredictionType, tuple[str, str]]

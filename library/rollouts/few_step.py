@@ -13,6 +13,7 @@ from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.models.registry import FAMILIES
 from library.rollouts.config import RolloutConfig
 from library.rollouts.sample import SamplingConfig
 
@@ -117,7 +118,7 @@ def detect(model: DiffusionModel) -> FewStepBase | None:
         spec.scheduler in _EULER
         and schedule.timestep_spacing == "trailing"
         and spec.prediction_type == "epsilon"
-        and spec.family != "sd1"
+        and FAMILIES[spec.family].has_turbo
         and spec.resolution == _TURBO_RESOLUTION
     ):
         return replace(TURBO, note=f"its scheduler is {spec.scheduler} with trailing steps, and it draws {spec.resolution} pixels")
@@ -186,7 +187,7 @@ def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingCo
     """How the rollout samples this model: what the user set, what suits a few-step base, or else 20 steps of ddim at guidance 5.
 
     A few-step base is named in the log, and so is every setting that does not fit it. The model takes zero terminal SNR, and the
-    guidance scale of a U-Net that is told it.
+    guidance scale of a U-Net that has it as an input.
 
     Raises:
         UserError: zero terminal SNR for a model that cannot have it; a base that cannot be sampled.
