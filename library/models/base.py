@@ -22,7 +22,7 @@ from library.types import Conditioning
 logger = logging.getLogger(__name__)
 
 TimeIds = tuple[int, int, int, int, int, int]
-"""What SDXL is told of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
+"""What SDXL is given of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +135,14 @@ class Family:
 
 
 class DiffusionModel(ABC):
-    """A latent diffusion model with a U-Net. A family subclasses it and says how prompts are encoded and what else the U-Net is told.
+    """A latent diffusion model with a U-Net. A family subclasses it and says how prompts are encoded and what else the U-Net is given.
 
     Attributes:
         spec, schedule: what the model is; what its timesteps mean.
         unet, vae: diffusers modules.
         text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
-        embedded_guidance: the guidance scale that a U-Net is told which takes it as an input (`embeds_guidance`); 1 is none.
+        embedded_guidance: the guidance scale of a U-Net that takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
         num_unet_evaluations: rows that the U-Net has predicted so far; one with gradient counts 3, for its backward pass is about two.
         told_size: whether the U-Net is told the picture's size and crop.
@@ -207,11 +207,11 @@ class DiffusionModel(ABC):
         own: Sequence[TimeIds] | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor | None:
-        """`Conditioning.time_ids` [count, 6], or None for a family that is not told sizes.
+        """`Conditioning.time_ids` [count, 6], or None for a family without size conditioning.
 
         Args:
-            size: (height, width) in pixels of the pictures to be made, told as whole pictures; None is the native size.
-            own: what is told of each picture, in place of that.
+            size: (height, width) in pixels of the pictures to be made, whole ones; None is the native size.
+            own: each picture's row, in place of that.
         """
         return None
 
@@ -270,8 +270,8 @@ class DiffusionModel(ABC):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the U-Net was distilled together with guidance and is told the scale (`embedded_guidance`): then guidance by two branches
-        comes on top, where nothing expects it."""
+        """Whether the U-Net was distilled together with guidance and takes the scale as an input (`embedded_guidance`): then guidance by
+        two branches comes on top, where nothing expects it."""
         return self.unet.config["time_cond_proj_dim"] is not None
 
     def _guidance_embedding(self, rows: int) -> Tensor | None:

@@ -63,7 +63,7 @@ class PromptOptions:
 
 
 def load_prompts(path: str | Path, options: PromptOptions | None = None, generator: torch.Generator | None = None) -> list[PromptSpec]:
-    """Read a prompt list; its kind is told by the file's ending.
+    """Read a prompt list; the file's ending says of which kind.
 
     `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
     top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a

@@ -1,7 +1,7 @@
-"""From a point in CLIP's space to what a diffusion model is told by a prompt: learned from text alone, used with pictures.
+"""From a point in CLIP's space to what a diffusion model is given for a prompt: learned from text alone, used with pictures.
 
 arXiv 2403.14944 (CLIP-VQDiffusion), after Lafite (arXiv 2111.13792), trains a generator on CLIP embeddings of pictures and uses it
-with those of texts. A diffusion model that was trained on token encodings cannot be told an embedding, so an adapter is put
+with those of texts. A diffusion model that was trained on token encodings cannot take an embedding, so an adapter is put
 between, trained the other way round: on embeddings of texts, whose token encodings are known, and used with those of pictures.
 Either way text and picture must lie together in the space. They do not quite (arXiv 2203.02053, the modality gap); what helps is
 to take each modality's mean away and to train with noise (arXiv 2401.08567).

@@ -1,4 +1,4 @@
-"""Which text encoder and which CLIP an adapter belongs to, told by what they make of one prompt."""
+"""Which text encoder and which CLIP an adapter belongs to: what they make of one prompt."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a U-Net that is told the pooled prompt and the picture's size and crop."""
+"""Stable Diffusion XL: two text encoders, and a U-Net that is given the pooled prompt and the picture's size and crop."""
 
 from collections.abc import Sequence
 from pathlib import Path
