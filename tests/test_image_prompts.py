@@ -19,7 +19,15 @@ from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
 from library.settings.options import build
-from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter
+from library.text_free.adapter import (
+    Fingerprint,
+    ImagePromptAdapter,
+    check_adapter_fits,
+    load_adapter,
+    perturb,
+    save_adapter,
+    text_encoder_fingerprint,
+)
 from library.text_free.adapter_training import (
     AdapterRecipe,
     encode_first_chunk,
@@ -30,7 +38,6 @@ from library.text_free.adapter_training import (
     validate,
 )
 from library.text_free.clip_pair import ClipPair, find_pictures
-from library.text_free.fingerprint import Fingerprint, text_encoder_fingerprint
 from library.text_free.image_prompts import ImagePromptEncoder, TextFreeConfig, encoder_and_prompts
 from library.types import PromptSpec
 from networks.lora import create_network

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.measuring.warnings import FLAT_GAIN
 from library.objectives.base import Term, TrainingContext
-from library.objectives.gradients import rms, score_gradients
+from library.objectives.rewards import rms, score_gradients
 from library.objectives.score import ScoreConfig
 from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import model_autocast

@@ -13,9 +13,8 @@ from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import Size
 from library.rollouts.sample import model_autocast
 from library.settings.options import check_above, check_at_least, option
-from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb
+from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb, text_encoder_fingerprint
 from library.text_free.clip_pair import ClipPair
-from library.text_free.fingerprint import text_encoder_fingerprint
 from library.types import Conditioning
 
 NOISY_COPIES = 8  # of each prompt's point in the least-squares fit
