@@ -126,6 +126,18 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind,size", [(kind, size) for kind in (LatentResNet, TransformersCnn) for size in kind.presets])
+def test_layers_hold_every_parameter_once_from_input_to_output(kind: type[Backbone], size: str, source: ModelSource) -> None:
+    with torch.device("meta"):
+        backbone = kind(**kind.architecture_for(size, source))
+    layers = backbone.layers()
+    numbers = [id(parameter) for layer in layers for parameter in layer]
+    assert sorted(numbers) == sorted(id(parameter) for parameter in backbone.parameters())
+    first = next(module for name, module in backbone.named_modules() if "stem" in name and isinstance(module, nn.Conv2d))
+    assert any(parameter is first.weight for parameter in layers[0])
+    assert len(layers) > 3 and all(layers)
+
+
 @pytest.mark.parametrize("name", ["latent_resnet", "convnextv2"])
 def test_stochastic_depth_is_for_training(name: str) -> None:
     backbone, latents, sigmas = make(name, drop_path=0.5), noise(8, 4, 8, 8), torch.zeros(8)

@@ -220,8 +220,26 @@ def test_tuning_says_what_gets_a_gradient(kind: str, tuning: str) -> None:
     parts = {name.split(".")[1] for name in found if name.startswith("backbone.")}
     assert parts == {"frozen": {"readout"}, "lora": {"readout", "lora"}, "full": {"readout", "unet"}}[tuning]
     assert encoder_of(scorer).unet.training is (tuning == "full") and encoder_of(scorer).readout.training
-    trained = {name.split(".")[0] for name, parameter in scorer.backbone.named_parameters() if parameter.requires_grad}
-    assert trained == parts
+    # The layers hold what is trained, once each, and none of what is not.
+    layers = [parameter for layer in scorer.backbone.layers() for parameter in layer]
+    assert len({id(parameter) for parameter in layers}) == len(layers)
+    assert {id(parameter) for parameter in layers} == {
+        id(parameter) for parameter in scorer.backbone.parameters() if parameter.requires_grad
+    }
+
+
+def test_layers_run_from_the_input_to_the_output() -> None:
+    encoder = encoder_of(make_scorer(tuning="full"))
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    prefixes = [{".".join(names[id(parameter)].split(".")[:3]) for parameter in layer} for layer in encoder.layers()]
+    assert len(prefixes) == 7
+    assert "unet.conv_in.weight" in prefixes[0] and {"unet.time_embedding.linear_1"} < prefixes[0]
+    assert prefixes[1:5] == [{f"unet.down_blocks.{index}"} for index in range(4)]
+    assert all(name.startswith("unet.mid_block") for name in prefixes[5]) and all(name.startswith("readout") for name in prefixes[6])
+    lora = encoder_of(make_scorer(tuning="lora"))
+    paths = {id(parameter): branch.path for branch in lora.lora.loras for parameter in branch.parameters()}
+    assert [{paths[id(parameter)].split(".")[1] for parameter in layer} for layer in lora.layers()[:3]] == [{"0"}, {"1"}, {"2"}]
+    assert len(lora.layers()) == 5
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -16,10 +16,15 @@ from library.training.runtime import all_reduce_grads
 
 def parameter_groups(scorer: BackboneScorer, heads: Sequence[str], weight_decay: float) -> list[dict[str, Any]]:
     """Groups for an optimizer, of the backbone and these heads. Biases and the scales of norms, which are all vectors, do not decay."""
-    modules = [scorer.backbone, *(scorer.heads[name] for name in heads)]
-    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    groups = [([one for one in trained if one.ndim > 1], weight_decay), ([one for one in trained if one.ndim <= 1], 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    layers = [*scorer.backbone.layers(), [parameter for name in heads for parameter in scorer.heads[name].parameters()]]
+    groups = []
+    for layer in layers:
+        trainable = [parameter for parameter in layer if parameter.requires_grad]
+        for decays in (True, False):
+            chosen = [parameter for parameter in trainable if (parameter.ndim > 1) is decays]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0})
+    return groups
 
 
 class Balance:

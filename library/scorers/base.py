@@ -119,6 +119,10 @@ class Backbone(nn.Module):
     def initialise(self, source: ModelSource) -> None:
         """Take weights from the diffusion model, its VAE or a library's pretrained files. Most kinds start from random weights."""
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The trainable parameters from the input to the output: the order in which they are summed. Every one stands in it once."""
+        return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]
+
     def saved_state(self) -> dict[str, Tensor]:
         """What its file holds: the state dict, each tensor in the dtype that it is stored in. `load_state_dict` takes it back."""
         return self.state_dict()

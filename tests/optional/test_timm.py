@@ -86,6 +86,16 @@ def test_films_that_do_nothing_leave_the_model_as_it_is() -> None:
     torch.testing.assert_close(backbone(latents, torch.ones(2)), backbone.norm(backbone.model(latents)))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_hold_every_parameter_once(name: str) -> None:
+    backbone = make(name)
+    numbers = [id(parameter) for layer in backbone.layers() for parameter in layer]
+    assert sorted(numbers) == sorted(id(parameter) for parameter in backbone.parameters())
+    first = next(module for module in backbone.model.modules() if isinstance(module, nn.Conv2d))
+    assert any(parameter is first.weight for parameter in backbone.layers()[0])
+    assert len(backbone.layers()) > 3 and all(backbone.layers())
+
+
 def test_a_file_brings_it_back(tmp_path: Any, source: ModelSource) -> None:
     architecture = TimmBackbone.architecture_for("test_resnet", source, dropout=0.1)
     scorer = build_scorer(ScorerSpec(kind="timm", architecture=architecture, vae=VaeFingerprint(1.0, (0.5,))))

@@ -105,5 +105,10 @@ class LatentResNet(Backbone):
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        stages = [[self.stages[0]], *([down, stage] for down, stage in zip(self.downsamplers, self.stages[1:], strict=True))]
+        groups = [[self.sigma_embedding, self.stem], *stages, [self.norm]]
+        return [[parameter for module in group for parameter in module.parameters()] for group in groups]
+
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

@@ -178,6 +178,10 @@ class TransformersCnn(Backbone):
         self.stem.load_state_dict(stem.state_dict())
         self.stages.load_state_dict(stages.state_dict())
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        parts = [(self.sigma_embedding, self.stem, self.films[0]), *zip(self.stages, self.films[1:], strict=True), (self.norm,)]
+        return [[parameter for module in group for parameter in module.parameters()] for group in parts]
+
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
 

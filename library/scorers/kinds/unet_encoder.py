@@ -137,6 +137,18 @@ class UNetEncoder(Backbone):
             self.unet.eval()
         return self
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        trained: list[tuple[str, nn.Parameter]] = []
+        if self.tuning == "full":
+            trained = list(self.unet.named_parameters())
+        elif self.tuning == "lora":
+            trained = [(lora.path, parameter) for lora in self.lora.loras for parameter in lora.parameters()]
+        blocks = [*(f"down_blocks.{index}" for index in range(len(self.unet.down_blocks))), MID_BLOCK]
+        layers: dict[str, list[nn.Parameter]] = {name: [] for name in ("stem", *blocks)}
+        for path, parameter in trained:
+            layers[next((block for block in blocks if path.startswith(f"{block}.")), "stem")].append(parameter)
+        return [*(parameters for parameters in layers.values() if parameters), list(self.readout.parameters())]
+
     def saved_state(self) -> dict[str, Tensor]:
         """Frozen weights in fp16, in which checkpoints come; trained ones and buffers as they are."""
         state = self.state_dict()
