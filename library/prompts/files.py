@@ -122,13 +122,7 @@ def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.
     for _, spec in entries:
         tags = _split_tags(spec.prompt)
         for _ in range(count):
-            varied = _vary(
-                tags,
-                shuffle=options.shuffle_caption,
-                keep=options.keep_tokens,
-                dropout=options.caption_tag_dropout_rate,
-                generator=generator,
-            )
+            varied = _vary(tags, options, generator)
             prompts.append(replace(spec, prompt=_tag_prompt(varied), weight=spec.weight / count))
     return prompts
 
@@ -181,11 +175,12 @@ def _tag_prompt(tags: Sequence[str]) -> str:
     return escape(", ".join(map(_in_words, tags)))
 
 
-def _vary(tags: Sequence[str], *, shuffle: bool, keep: int, dropout: float, generator: torch.Generator) -> list[str]:
-    """The tags with all but the first `keep` shuffled, and each of those left out with probability `dropout`."""
-    kept, others = list(tags[:keep]), list(tags[keep:])
-    if dropout > 0:
-        others = [tag for tag, draw in zip(others, torch.rand(len(others), generator=generator).tolist(), strict=True) if draw >= dropout]
-    if shuffle:
+def _vary(tags: Sequence[str], options: PromptOptions, generator: torch.Generator) -> list[str]:
+    """The tags but the first `keep_tokens` shuffled, and each of those left out with probability `caption_tag_dropout_rate`."""
+    kept, others = list(tags[: options.keep_tokens]), list(tags[options.keep_tokens :])
+    if options.caption_tag_dropout_rate > 0:
+        draws = torch.rand(len(others), generator=generator).tolist()
+        others = [tag for tag, draw in zip(others, draws, strict=True) if draw >= options.caption_tag_dropout_rate]
+    if options.shuffle_caption:
         others = [others[place] for place in torch.randperm(len(others), generator=generator).tolist()]
     return kept + others

@@ -45,6 +45,8 @@ class OptimizerRow:
 
 OPTIMIZERS: Registry[OptimizerRow] = Registry("optimizer_type")
 OPTIMIZERS.register("AdamW")(OptimizerRow(path="torch.optim.AdamW", package="torch"))
+for _name in ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Adam8bit", "Lion8bit", "PagedLion8bit"):
+    OPTIMIZERS.register(_name)(OptimizerRow(path=f"bitsandbytes.optim.{_name}", package="bitsandbytes"))
 OPTIMIZERS.register("Lion")(OptimizerRow(path="lion_pytorch.Lion", package="lion-pytorch"))
 OPTIMIZERS.register("SGDNesterov")(OptimizerRow(path="torch.optim.SGD", package="torch", defaults={"momentum": 0.9, "nesterov": True}))
 OPTIMIZERS.register("Prodigy")(OptimizerRow(path="prodigyopt.Prodigy", package="prodigyopt", finds_learning_rate=True))
@@ -54,8 +56,6 @@ OPTIMIZERS.register("Adafactor")(
 OPTIMIZERS.register("SGDNesterov8bit")(
     OptimizerRow(path="bitsandbytes.optim.SGD8bit", package="bitsandbytes", defaults={"momentum": 0.9, "nesterov": True})
 )
-for _name in ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Adam8bit", "Lion8bit", "PagedLion8bit"):
-    OPTIMIZERS.register(_name)(OptimizerRow(path=f"bitsandbytes.optim.{_name}", package="bitsandbytes"))
 for _name in ("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"):
     OPTIMIZERS.register(_name)(OptimizerRow(path=f"schedulefree.{_name}", package="schedulefree"))
 for _name in ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"):
@@ -66,6 +66,7 @@ for _name, _class in {
     "DAdaptAdanIP": "DAdaptAdanIP",
 }.items():
     OPTIMIZERS.register(_name)(OptimizerRow(path=f"dadaptation.experimental.{_class}", package="dadaptation", finds_learning_rate=True))
+
 SCHEDULES: Registry[str] = Registry("lr_scheduler")  # package.module.function of an optimizer that returns an LRScheduler
 for _name, _path in {
     "constant": "transformers.get_constant_schedule",
