@@ -163,23 +163,17 @@ def recommended(
     Returns:
         The values, with a warning for each that was set and does not fit the base.
     """
-    if base is None:
-        return SamplingChoice(
-            num_steps=ordinary.num_steps if num_steps is None else num_steps,
-            guidance_scale=ordinary.guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=ordinary.sampler if sampler is None else sampler,
-            spacing=ordinary.spacing if spacing is None else spacing,
-        )
-    embedded_guidance = base.embedded_guidance
+    best = ordinary if base is None else base
+    embedded_guidance = best.embedded_guidance
     if embedded_guidance is not None and guidance_scale is not None:
         embedded_guidance, guidance_scale = guidance_scale, None
     return SamplingChoice(
-        num_steps=base.num_steps if num_steps is None else num_steps,
-        guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
-        sampler=base.sampler if sampler is None else sampler,
-        spacing=base.spacing if spacing is None else spacing,
+        num_steps=best.num_steps if num_steps is None else num_steps,
+        guidance_scale=best.guidance_scale if guidance_scale is None else guidance_scale,
+        sampler=best.sampler if sampler is None else sampler,
+        spacing=best.spacing if spacing is None else spacing,
         embedded_guidance=embedded_guidance,
-        warnings=tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
+        warnings=() if base is None else tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
     )
 
 
@@ -204,14 +198,8 @@ def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingCo
         ordinary=ORDINARY,
     )
     if base is not None:
-        logger.info(
-            "few-step base %s (%s): sampled in %d steps by %s, guidance scale %g",
-            base.name,
-            base.note,
-            choice.num_steps,
-            choice.sampler,
-            choice.guidance_scale,
-        )
+        how = f"sampled in {choice.num_steps} steps by {choice.sampler}, guidance scale {choice.guidance_scale:g}"
+        logger.info("few-step base %s (%s): %s", base.name, base.note, how)
     for warning in choice.warnings:
         logger.warning("%s", warning)
     if choice.embedded_guidance is not None:
