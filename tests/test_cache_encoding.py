@@ -141,8 +141,8 @@ def test_crops_are_parts_of_the_picture_and_the_same_every_time(cache: LatentCac
     assert encoder.pictures == 36 and fill(cache, pictures, augmentation.names)[1].pictures == 0
     crops, plain = ([read(filled, picture, variant) for picture in pictures] for variant in ("crop:1@0.8", ""))
     assert sum(not torch.allclose(crop, whole, atol=0.05) for crop, whole in zip(crops, plain, strict=True)) >= 6
-    # other settings cost their own variants only
-    assert fill(cache, pictures, PixelAugmentation(flip_aug=True, crop_variants=2).names)[1].pictures == 18
+    # more variants cost no more than themselves
+    assert fill(cache, pictures, PixelAugmentation(flip_aug=True, crop_variants=3).names)[1].pictures == 9
 
 
 def test_a_crop_keeps_area_and_proportions() -> None:

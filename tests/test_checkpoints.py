@@ -15,13 +15,10 @@ import safetensors.torch
 import torch
 
 from library import atomic_files
+from library.atomic_files import atomic_open, atomic_save_safetensors, atomic_write_bytes, atomic_write_text
 from library.errors import UserError
 from library.training.checkpoints import (
     STATE_FILE,
-    atomic_open,
-    atomic_save_safetensors,
-    atomic_write_bytes,
-    atomic_write_text,
     load_state,
     prune_steps,
     restore_rng_state,

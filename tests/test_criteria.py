@@ -63,8 +63,8 @@ def test_extreme_outputs_have_finite_losses_and_gradients(name: str, size: float
 
 @pytest.mark.parametrize("name", WITH_SCORES)
 def test_a_head_says_what_it_was_made_from(name: str) -> None:
-    criterion, _, _, _, spec = toy(name, members=3, hidden=7)
-    assert (spec.name, spec.criterion, spec.members, spec.hidden) == ("toy", name, 3, 7)
+    criterion, _, _, _, spec = toy(name, members=3)
+    assert (spec.name, spec.criterion, spec.members) == ("toy", name, 3)
     assert criterion.name == name
     assert {"label": "good", "tags": "sharp"}.get(criterion.target, "") == spec.target_class
     assert spec.values == () or spec.values == tuple(sorted(spec.values))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from library.objectives.goals import BEYOND_BOUND, ascent_direction
-from library.objectives.gradients import rms, score_gradients, unit_rms
-from library.objectives.rewards import Goal, Limit, Reward
+from library.objectives.rewards import Goal, Limit, Reward, rms, score_gradients, unit_rms
 from library.scorers.base import Scorer, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
 from library.settings.options import build
-from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, perturb, save_adapter
+from library.text_free.adapter import (
+    Fingerprint,
+    ImagePromptAdapter,
+    check_adapter_fits,
+    load_adapter,
+    perturb,
+    save_adapter,
+    text_encoder_fingerprint,
+)
 from library.text_free.adapter_training import (
     AdapterRecipe,
     encode_first_chunk,
@@ -29,7 +38,6 @@ from library.text_free.adapter_training import (
     validate,
 )
 from library.text_free.clip_pair import ClipPair, find_pictures
-from library.text_free.fingerprint import Fingerprint, text_encoder_fingerprint
 from library.text_free.image_prompts import ImagePromptEncoder, TextFreeConfig, encoder_and_prompts
 from library.types import PromptSpec
 from networks.lora import create_network
@@ -40,7 +48,15 @@ from tools.train_image_prompt_adapter import AdapterConfig, TrainImagePromptAdap
 
 COLOURS, SHAPES, PLACES = ("red", "blue", "green", "black"), ("circle", "square", "star"), ("left", "right")
 PROMPTS = [f"a {colour} {shape} on the {place}" for colour in COLOURS for shape in SHAPES for place in PLACES]
-RECIPE = AdapterRecipe(width=32, steps=12, batch_size=3, text_batch_size=8, learning_rate=3e-3, noise=0.5, num_steps=3, guidance_scale=3.0)
+RECIPE = AdapterRecipe(
+    adapter_width=32,
+    max_train_steps=12,
+    train_batch_size=3,
+    text_batch_size=8,
+    learning_rate=3e-3,
+    max_denoising_steps=3,
+    guidance_scale=3.0,
+)
 SIZE = (64, 64)
 
 
@@ -80,7 +96,7 @@ def test_an_adapter_answers_in_the_shape_of_the_text_encoders(kind: str) -> None
 
 
 def test_the_fit_without_noise_is_the_least_squares_answer() -> None:
-    adapter, model, clip = fitted(noise=0.0)
+    adapter, model, clip = fitted(adapter_noise=0.0)
     points = adapter.of_texts(clip.embed_texts(PROMPTS))
     wanted = encode_first_chunk(model, PROMPTS).text.flatten(1)
     inputs = torch.cat([points, torch.ones(len(points), 1)], dim=1).double()
@@ -97,7 +113,7 @@ def test_the_u_net_learns_to_obey_the_adapter() -> None:
         torch.nn.init.zeros_(parameter)  # as bad as can be
     before = validate(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
     seen = []
-    recipe = replace(RECIPE, steps=30, learning_rate=1e-2)
+    recipe = replace(RECIPE, max_train_steps=30, learning_rate=1e-2)
     train_adapter(adapter, model, clip, PROMPTS, recipe, torch.Generator().manual_seed(2), SIZE, lambda step, errors: seen.append(step))
     after = validate(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
     assert seen == list(range(1, 31))
@@ -109,8 +125,8 @@ def test_the_u_net_learns_to_obey_the_adapter() -> None:
 def test_trajectories_are_the_samplers(kind: str) -> None:
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(0)
-    recipe = replace(RECIPE, batch_size=1)
-    batches = [batch for _, batch in zip(range(recipe.num_steps + 1), trajectories(model, PROMPTS, recipe, generator, SIZE), strict=False)]
+    recipe = replace(RECIPE, train_batch_size=1)
+    batches = list(islice(trajectories(model, PROMPTS, recipe, generator, SIZE), recipe.max_denoising_steps + 1))
     expected = sample(
         model,
         None,
@@ -287,7 +303,7 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
 
 
 def test_hidden_error_is_nothing_for_the_encodings_themselves() -> None:
-    adapter, model, clip = fitted(noise=0.0)
+    adapter, model, clip = fitted(adapter_noise=0.0)
     average = encode_first_chunk(model, PROMPTS).text.mean(0)
     torch.nn.init.zeros_(adapter.decode.weight)
     adapter.decode.bias.data.copy_(average.flatten())

@@ -12,8 +12,7 @@ from torch import Tensor
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
-from library.objectives.gradients import score_gradients
-from library.objectives.rewards import Goal, Reward
+from library.objectives.rewards import Goal, Reward, score_gradients
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig
 from library.scorers.base import Scorer

@@ -7,8 +7,7 @@ import torch
 
 from library.errors import UserError
 from library.models.prompt_syntax import escape, parse_weights, plain_text
-from library.prompts.buckets import with_aspect_buckets
-from library.prompts.files import PromptOptions, load_prompts, spread
+from library.prompts.files import PromptOptions, load_prompts, spread, with_aspect_buckets
 from library.types import PromptSpec
 
 

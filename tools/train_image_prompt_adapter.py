@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.models.config import ModelConfig
 from library.prompts.files import load_prompts
 from library.settings.cli import parse_config, run_main, setup_logging
-from library.settings.options import check_above, check_at_least, option
+from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures
@@ -34,22 +34,13 @@ HELD_OUT = 10  # every so many prompts, one is not trained on
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Prompts, CLIP, and how the adapter is trained."""
+    """Prompts, CLIP, pictures, and the machine."""
 
     prompts_file: Path | None = option(None, help="Prompts like those that pictures will stand in for; thousands, of many kinds.")
     clip_model: Path | None = option(None, help="Folder of a CLIPModel, such as openai/clip-vit-large-patch14.")
     pictures: Path | None = option(None, help="Folder or table of pictures of all kinds, without captions, to learn where pictures lie.")
     num_pictures: int = option(2000, help="At most so many of them.")
     output: Path = option(Path("image_prompt_adapter.safetensors"), help="The file to write.")
-    adapter_width: int = option(1024, help="Width of the network that corrects points.")
-    adapter_noise: float = option(0.5, help="How far the prompts' embeddings are pushed at random; see docs/text_free.md.")
-    max_train_steps: int = option(5000, help="Updates after the least-squares fit; 0 for the fit alone, which takes a minute.")
-    train_batch_size: int = option(8, help="Trajectories on which the U-Net's outputs are compared.")
-    text_batch_size: int = option(32, help="Prompts whose encodings are compared in the same update.")
-    hidden_weight: float = option(1.0, help="Weight of the encodings' error beside the U-Net's.")
-    learning_rate: float = option(3e-4, help="Learning rate of AdamW.")
-    max_denoising_steps: int = option(20, help="Steps of the sampler that makes the trajectories.")
-    guidance_scale: float = option(5.0, help="Its classifier-free guidance.")
     resolution: int | None = option(None, help="Side in pixels of what it samples, a multiple of 8; default the model's own.")
     mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision of the diffusion model; the adapter is float32.")
     gradient_checkpointing: bool = option(False, help="Recompute the U-Net's activations in the backward pass: less memory, slower.")
@@ -61,32 +52,16 @@ class AdapterConfig:
             raise UserError("prompts_file and clip_model must both be set: prompts to train on, and the folder of a CLIPModel")
         if self.output.suffix != ".safetensors":
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
-        check_at_least(self, 1, "num_pictures", "adapter_width", "train_batch_size", "text_batch_size", "num_threads")
-        check_at_least(self, 1, "max_denoising_steps")
-        check_at_least(self, 0, "adapter_noise", "hidden_weight", "max_train_steps")
-        check_above(self, 0, "learning_rate", "guidance_scale")
+        check_at_least(self, 1, "num_pictures", "num_threads")
         if self.resolution is not None and (self.resolution <= 0 or self.resolution % 8):
             raise UserError(f"resolution is {self.resolution}; it must be a positive multiple of 8")
-
-    @property
-    def recipe(self) -> AdapterRecipe:
-        return AdapterRecipe(
-            width=self.adapter_width,
-            steps=self.max_train_steps,
-            batch_size=self.train_batch_size,
-            text_batch_size=self.text_batch_size,
-            learning_rate=self.learning_rate,
-            hidden_weight=self.hidden_weight,
-            noise=self.adapter_noise,
-            num_steps=self.max_denoising_steps,
-            guidance_scale=self.guidance_scale,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainImagePromptAdapterConfig:
     model: ModelConfig
     adapter: AdapterConfig
+    recipe: AdapterRecipe
 
 
 def main() -> None:
@@ -96,7 +71,7 @@ def main() -> None:
 
 def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     """Train and write the adapter. Raises UserError for bad input."""
-    settings = config.adapter
+    settings, recipe = config.adapter, config.recipe
     assert settings.prompts_file is not None and settings.clip_model is not None
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # the adapter's initial weights
@@ -109,7 +84,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     if len(prompts) < 2 * HELD_OUT:
         raise UserError(f"{settings.prompts_file} holds {len(prompts)} different prompts; give at least {2 * HELD_OUT}, best thousands")
     held_out, seen = prompts[::HELD_OUT], [prompt for index, prompt in enumerate(prompts) if index % HELD_OUT]
-    adapter = new_adapter(model, clip, seen, settings.recipe, generator(settings.seed, "fit"))
+    adapter = new_adapter(model, clip, seen, recipe, generator(settings.seed, "fit"))
     if settings.pictures is not None:
         found = find_pictures(settings.pictures, settings.num_pictures)
         embeddings = [embedding for _, embedding in tqdm(clip.embed_pictures(found), total=len(found), desc="pictures")]
@@ -120,12 +95,12 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
         logger.info("the means of pictures and texts are %.2f apart (all embeddings have length 1)", gap)
     side = settings.resolution or model.spec.resolution
     size = (side, side)
-    with tqdm(total=settings.max_train_steps, desc="adapter") as bar:
+    with tqdm(total=recipe.max_train_steps, desc="adapter") as bar:
         train_adapter(
-            *(adapter, model, clip, seen, settings.recipe, generator(settings.seed, "adapter"), size),
+            *(adapter, model, clip, seen, recipe, generator(settings.seed, "adapter"), size),
             log=lambda step, errors: _show(bar, step, errors),
         )
-    errors = validate(adapter, model, clip, held_out, settings.recipe, generator(settings.seed, "held out"), size)
+    errors = validate(adapter, model, clip, held_out, recipe, generator(settings.seed, "held out"), size)
     logger.info("on %d prompts held out: the U-Net's error is %.3f of what a prompt changes", len(held_out), float(errors.eps))
     logger.info("and the encodings' error is %.3f of their variance (0 is the prompt itself)", float(errors.hidden))
     adapter.spec.training.update(eps_error=float(errors.eps), hidden_error=float(errors.hidden))

@@ -19,9 +19,8 @@ from examples.shapes.world import COLOURS, SHAPES, caption, draw, random_scene
 from library.models.loading import load_model
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
-from library.text_free.adapter import check_adapter_fits, load_adapter
+from library.text_free.adapter import check_adapter_fits, load_adapter, text_encoder_fingerprint
 from library.text_free.clip_pair import ClipPair
-from library.text_free.fingerprint import text_encoder_fingerprint
 from library.text_free.image_prompts import ImagePromptEncoder
 from library.types import PromptSpec
 

@@ -22,7 +22,7 @@ from library.types import Conditioning
 logger = logging.getLogger(__name__)
 
 TimeIds = tuple[int, int, int, int, int, int]
-"""What SDXL is told of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
+"""What SDXL is given of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,18 @@ class TextEncoderSlot:
     open_clip: bool
     pad_token: str
 
+    @staticmethod
+    def of_clip(prefix: str) -> "TextEncoderSlot":
+        """OpenAI's CLIP, a model's first text encoder."""
+        return TextEncoderSlot(
+            folder="text_encoder",
+            tokenizer_folder="tokenizer",
+            class_name="CLIPTextModel",
+            prefix=prefix,
+            open_clip=False,
+            pad_token="<|endoftext|>",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -83,6 +95,7 @@ class Family:
         config_file: the published configs (JSON) by component: unet, vae, text_encoder, (text_encoder_2,) scheduler.
         pipeline_class: _class_name in a diffusers folder's model_index.json.
         linear_projection: use_linear_projection of its U-Net; tells SD2 from SD1 in a diffusers folder.
+        has_turbo: whether Stability published a Turbo checkpoint of it, distilled at 512 pixels.
         heads_per_level: whether every level has this many attention heads (SD1: 8), or None when heads are 64 channels wide.
         text_encoders: its text encoders, in the order in which the U-Net expects them.
         versions: (ss_base_model_version, modelspec.architecture) of its LoRAs by prediction type.
@@ -95,6 +108,7 @@ class Family:
     config_file: Path
     pipeline_class: str
     linear_projection: bool
+    has_turbo: bool
     heads_per_level: int | None
     text_encoders: tuple[TextEncoderSlot, ...]
     versions: Mapping[PredictionType, tuple[str, str]]
@@ -121,14 +135,14 @@ class Family:
 
 
 class DiffusionModel(ABC):
-    """A latent diffusion model with a U-Net. A family subclasses it and says how prompts are encoded and what else the U-Net is told.
+    """A latent diffusion model with a U-Net. A family subclasses it and says how prompts are encoded and what else the U-Net is given.
 
     Attributes:
         spec, schedule: what the model is; what its timesteps mean.
         unet, vae: diffusers modules.
         text_encoders, tokenizers: lists, in the order in which the U-Net expects them; empty after `free_text_encoders`.
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
-        embedded_guidance: the guidance scale that a U-Net is told which takes it as an input (`embeds_guidance`); 1 is none.
+        embedded_guidance: the guidance scale of a U-Net that takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
         num_unet_evaluations: rows that the U-Net has predicted so far; one with gradient counts 3, for its backward pass is about two.
         told_size: whether the U-Net is told the picture's size and crop.
@@ -193,11 +207,11 @@ class DiffusionModel(ABC):
         own: Sequence[TimeIds] | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor | None:
-        """`Conditioning.time_ids` [count, 6], or None for a family that is not told sizes.
+        """`Conditioning.time_ids` [count, 6], or None for a family without size conditioning.
 
         Args:
-            size: (height, width) in pixels of the pictures to be made, told as whole pictures; None is the native size.
-            own: what is told of each picture, in place of that.
+            size: (height, width) in pixels of the pictures to be made, whole ones; None is the native size.
+            own: each picture's row, in place of that.
         """
         return None
 
@@ -256,8 +270,8 @@ class DiffusionModel(ABC):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the U-Net was distilled together with guidance and is told the scale (`embedded_guidance`): then guidance by two branches
-        comes on top, where nothing expects it."""
+        """Whether the U-Net was distilled together with guidance and takes the scale as an input (`embedded_guidance`): then guidance by
+        two branches comes on top, where nothing expects it."""
         return self.unet.config["time_cond_proj_dim"] is not None
 
     def _guidance_embedding(self, rows: int) -> Tensor | None:

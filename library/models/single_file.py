@@ -117,11 +117,12 @@ def unet_config(tensors: StateDict, family: Family) -> dict[str, Any]:
 
 
 def vae_config(tensors: StateDict, family: str) -> dict[str, Any]:
-    """The config of the VAE whose tensors these are (LDM names, no prefix)."""
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    """The config of the VAE whose tensors these are, under LDM's names or diffusers', without a prefix."""
+    down, block = ("down_blocks", "resnets") if "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors else ("down", "block")
+    levels = _count(tensors, rf"encoder\.{down}\.(\d+)\.")
     return bundled_config(family)["vae"] | {
-        "block_out_channels": [tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)],
-        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "block_out_channels": [tensors[f"encoder.{down}.{level}.{block}.0.conv2.weight"].shape[0] for level in range(levels)],
+        "layers_per_block": _count(tensors, rf"encoder\.{down}\.0\.{block}\.(\d+)\."),
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -210,28 +211,14 @@ def build_vae(tensors: StateDict, family: str, path: Path) -> AutoencoderKL:
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
         raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in own:
-        config = _diffusers_vae_config(own, family)
-    else:
-        config = vae_config(own, family)
+    config = vae_config(own, family)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in own:
         own = convert_ldm_vae_checkpoint(own, config)
     with init_empty_weights():
         vae = AutoencoderKL.from_config(config)
     assert isinstance(vae, AutoencoderKL)
     _fill(vae, own, torch.float32, path, "VAE")
     return vae
-
-
-def _diffusers_vae_config(tensors: StateDict, family: str) -> dict[str, Any]:
-    """As `vae_config`, from diffusers' names."""
-    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
-    return bundled_config(family)["vae"] | {
-        "block_out_channels": [tensors[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in range(levels)],
-        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
 
 
 def build_text_encoder(

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from library.objectives.gradients import rms, unit_rms
-from library.objectives.rewards import Goal
+from library.objectives.rewards import Goal, rms, unit_rms
 
 BEYOND_BOUND = 0.2  # standard deviations beyond a max or min at which the score is pushed back with full strength
 MOST_AMPLIFIED = 10.0  # goals that contradict each other leave next to nothing, which must not be blown up to full strength

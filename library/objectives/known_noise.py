@@ -1,16 +1,17 @@
 """Learning from pictures: they are encoded once, noised anew for every batch, and the noise is known."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.objectives.base import TrainingContext
+from library.objectives.base import Term, TrainingContext
 from library.objectives.regression import as_output, min_snr_weights, squared_errors
 from library.rollouts.prompt_encoder import Size
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
@@ -38,6 +39,25 @@ class NoisedPictures:
     timesteps: Tensor
     multipliers: Tensor
     prompts: Sequence[str]
+
+
+class KnownNoiseTerm(Term):
+    """What the terms share that learn from pictures: their prompts, encoded ahead, and a generator.
+
+    Args:
+        name: the term's own.
+        prompts: what its pictures show.
+    """
+
+    def __init__(self, context: TrainingContext, name: str, prompts: Iterable[str]) -> None:
+        self.context, self.generator = context, context.generator(name)
+        context.encoder.encode_ahead([PromptSpec(prompt=prompt) for prompt in dict.fromkeys(prompts)], context.sampling.size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
 
 
 def known_noise_errors(context: TrainingContext, batch: NoisedPictures) -> tuple[Tensor, Tensor]:

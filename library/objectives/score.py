@@ -17,10 +17,10 @@ from library.errors import UserError
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS, PredictedLatents, StepState
 from library.objectives.goals import ascent_direction
-from library.objectives.gradients import score_gradients
 from library.objectives.predictions import predict_plain
 from library.objectives.regression import squared_errors
 from library.objectives.reward_shapes import SHAPES
+from library.objectives.rewards import score_gradients
 from library.rollouts.sample import guide
 from library.settings.options import check_at_least, option
 from library.types import Conditioning, LossOutput, RolloutBatch

@@ -1,5 +1,6 @@
 """Prompt lists from files, with their choices written out: docs/prompts.md shows every format."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from library.errors import UserError
 from library.models.prompt_syntax import escape
 from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
-from library.prompts.tags import split_tags, tag_prompt, vary
 from library.prompts.wildcards import Wildcards
+from library.scorer_data.buckets import BucketConfig, bucket_sizes
 from library.settings.options import check_at_least, option
 from library.settings.toml_files import read_toml
 from library.types import PromptSpec
@@ -63,7 +64,7 @@ class PromptOptions:
 
 
 def load_prompts(path: str | Path, options: PromptOptions | None = None, generator: torch.Generator | None = None) -> list[PromptSpec]:
-    """Read a prompt list; its kind is told by the file's ending.
+    """Read a prompt list; the file's ending says of which kind.
 
     `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
     top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a
@@ -119,16 +120,10 @@ def _of_tags(entries: Iterable[Entry], options: PromptOptions, generator: torch.
     count = TAG_VARIANTS if options.varies_tags else 1
     prompts = []
     for _, spec in entries:
-        tags = split_tags(spec.prompt)
+        tags = _split_tags(spec.prompt)
         for _ in range(count):
-            varied = vary(
-                tags,
-                shuffle=options.shuffle_caption,
-                keep=options.keep_tokens,
-                dropout=options.caption_tag_dropout_rate,
-                generator=generator,
-            )
-            prompts.append(replace(spec, prompt=tag_prompt(varied), weight=spec.weight / count))
+            varied = _vary(tags, options, generator)
+            prompts.append(replace(spec, prompt=_tag_prompt(varied), weight=spec.weight / count))
     return prompts
 
 
@@ -137,3 +132,55 @@ def spread(prompts: Sequence[PromptSpec], count: int) -> list[PromptSpec]:
     count = min(count, len(prompts))
     chosen = [prompts[index * len(prompts) // count] for index in range(count)]
     return sorted(chosen, key=lambda prompt: (prompt.height or 0, prompt.width or 0))
+
+
+def with_aspect_buckets(prompts: Sequence[PromptSpec], resolution: tuple[int, int]) -> list[PromptSpec]:
+    """Every prompt without a size of its own once for each bucket of sd-scripts, which share its weight; the others as they are.
+
+    Args:
+        resolution: (height, width) in pixels; no bucket is larger in area. Sides go from 3/4 to 4/3 of it, which is 9 : 16 to 16 : 9, in
+            steps of 64, or of an eighth of a small resolution.
+    """
+    height, width = resolution
+    config = BucketConfig(
+        resolution=f"{width},{height}",
+        min_bucket_reso=min(height, width) * 3 // 4,
+        max_bucket_reso=max(height, width) * 4 // 3,
+        bucket_reso_steps=max(8, min(64, min(height, width) // 64 * 8)),
+    )
+    sizes = bucket_sizes(config)
+    result: list[PromptSpec] = []
+    for prompt in prompts:
+        if prompt.width is not None or prompt.height is not None:
+            result.append(prompt)
+        else:
+            share = prompt.weight / len(sizes)
+            result += [replace(prompt, width=own_width, height=own_height, weight=share) for own_width, own_height in sizes]
+    return result
+
+
+def _split_tags(line: str) -> list[str]:
+    """The tags of a picture: parted by commas when the line has ", " or no space at all, else by spaces, as in danbooru's tag_string."""
+    by_commas = ", " in line or " " not in line.strip()
+    return [tag.strip() for tag in (line.split(",") if by_commas else line.split()) if tag.strip()]
+
+
+def _in_words(tag: str) -> str:
+    """Underscores to spaces, but for emoticons such as ^_^ and x_x: tags without two letters in a row."""
+    return tag.replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag
+
+
+def _tag_prompt(tags: Sequence[str]) -> str:
+    """A prompt of these tags, their brackets escaped, which would be read as weights."""
+    return escape(", ".join(map(_in_words, tags)))
+
+
+def _vary(tags: Sequence[str], options: PromptOptions, generator: torch.Generator) -> list[str]:
+    """The tags but the first `keep_tokens` shuffled, and each of those left out with probability `caption_tag_dropout_rate`."""
+    kept, others = list(tags[: options.keep_tokens]), list(tags[options.keep_tokens :])
+    if options.caption_tag_dropout_rate > 0:
+        draws = torch.rand(len(others), generator=generator).tolist()
+        others = [tag for tag, draw in zip(others, draws, strict=True) if draw >= options.caption_tag_dropout_rate]
+    if options.shuffle_caption:
+        others = [others[place] for place in torch.randperm(len(others), generator=generator).tolist()]
+    return kept + others

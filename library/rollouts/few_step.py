@@ -13,6 +13,7 @@ from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.models.registry import FAMILIES
 from library.rollouts.config import RolloutConfig
 from library.rollouts.sample import SamplingConfig
 
@@ -117,7 +118,7 @@ def detect(model: DiffusionModel) -> FewStepBase | None:
         spec.scheduler in _EULER
         and schedule.timestep_spacing == "trailing"
         and spec.prediction_type == "epsilon"
-        and spec.family != "sd1"
+        and FAMILIES[spec.family].has_turbo
         and spec.resolution == _TURBO_RESOLUTION
     ):
         return replace(TURBO, note=f"its scheduler is {spec.scheduler} with trailing steps, and it draws {spec.resolution} pixels")
@@ -162,23 +163,17 @@ def recommended(
     Returns:
         The values, with a warning for each that was set and does not fit the base.
     """
-    if base is None:
-        return SamplingChoice(
-            num_steps=ordinary.num_steps if num_steps is None else num_steps,
-            guidance_scale=ordinary.guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=ordinary.sampler if sampler is None else sampler,
-            spacing=ordinary.spacing if spacing is None else spacing,
-        )
-    embedded_guidance = base.embedded_guidance
+    best = ordinary if base is None else base
+    embedded_guidance = best.embedded_guidance
     if embedded_guidance is not None and guidance_scale is not None:
         embedded_guidance, guidance_scale = guidance_scale, None
     return SamplingChoice(
-        num_steps=base.num_steps if num_steps is None else num_steps,
-        guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
-        sampler=base.sampler if sampler is None else sampler,
-        spacing=base.spacing if spacing is None else spacing,
+        num_steps=best.num_steps if num_steps is None else num_steps,
+        guidance_scale=best.guidance_scale if guidance_scale is None else guidance_scale,
+        sampler=best.sampler if sampler is None else sampler,
+        spacing=best.spacing if spacing is None else spacing,
         embedded_guidance=embedded_guidance,
-        warnings=tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
+        warnings=() if base is None else tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
     )
 
 
@@ -186,7 +181,7 @@ def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingCo
     """How the rollout samples this model: what the user set, what suits a few-step base, or else 20 steps of ddim at guidance 5.
 
     A few-step base is named in the log, and so is every setting that does not fit it. The model takes zero terminal SNR, and the
-    guidance scale of a U-Net that is told it.
+    guidance scale of a U-Net that has it as an input.
 
     Raises:
         UserError: zero terminal SNR for a model that cannot have it; a base that cannot be sampled.
@@ -203,14 +198,8 @@ def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingCo
         ordinary=ORDINARY,
     )
     if base is not None:
-        logger.info(
-            "few-step base %s (%s): sampled in %d steps by %s, guidance scale %g",
-            base.name,
-            base.note,
-            choice.num_steps,
-            choice.sampler,
-            choice.guidance_scale,
-        )
+        how = f"sampled in {choice.num_steps} steps by {choice.sampler}, guidance scale {choice.guidance_scale:g}"
+        logger.info("few-step base %s (%s): %s", base.name, base.note, how)
     for warning in choice.warnings:
         logger.warning("%s", warning)
     if choice.embedded_guidance is not None:

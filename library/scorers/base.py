@@ -120,7 +120,7 @@ class Backbone(nn.Module):
         """Take weights from the diffusion model, its VAE or a library's pretrained files. Most kinds start from random weights."""
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """The trainable parameters from the input to the output, for learning rates that fall with depth. Every one stands in it once."""
+        """The trainable parameters from the input to the output: the order in which they are summed. Every one stands in it once."""
         return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]
 
     def saved_state(self) -> dict[str, Tensor]:

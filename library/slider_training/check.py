@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.objectives.base import Term, TrainingContext
-from library.objectives.gradients import rms, score_gradients
+from library.objectives.rewards import rms, score_gradients
 from library.objectives.score import ScoreConfig
 from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import model_autocast

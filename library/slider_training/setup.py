@@ -16,8 +16,7 @@ from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
 from library.objectives.rewards import RewardConfig, load_reward
 from library.objectives.terms.score import ScoreTerm
-from library.prompts.buckets import with_aspect_buckets
-from library.prompts.files import PromptOptions, load_prompts
+from library.prompts.files import PromptOptions, load_prompts, with_aspect_buckets
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from library.diffusion.solvers import ddim_step
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import Size
 from library.rollouts.sample import model_autocast
-from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb
+from library.settings.options import check_above, check_at_least, option
+from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb, text_encoder_fingerprint
 from library.text_free.clip_pair import ClipPair
-from library.text_free.fingerprint import text_encoder_fingerprint
 from library.types import Conditioning
 
 NOISY_COPIES = 8  # of each prompt's point in the least-squares fit
@@ -21,26 +22,22 @@ NOISY_COPIES = 8  # of each prompt's point in the least-squares fit
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecipe:
-    """How an adapter is built and trained.
+    """How an adapter is built and trained. The learning rate rises in the first twentieth of the steps and falls to 0 along a cosine."""
 
-    Attributes:
-        width: see `AdapterSpec`.
-        steps: updates after the fit, 0 for none; the learning rate rises to its value in the first twentieth and falls to 0 along a cosine.
-        batch_size: trajectories on which the U-Net is compared. text_batch_size: prompts whose encodings are compared.
-        hidden_weight: of the encodings' error, beside the U-Net's.
-        noise: how far the embeddings are pushed, `perturb`'s amount.
-        num_steps, guidance_scale: of the sampler that makes the trajectories.
-    """
+    adapter_width: int = option(1024, help="Width of the network that corrects points.")
+    adapter_noise: float = option(0.5, help="How far the prompts' embeddings are pushed at random; see docs/text_free.md.")
+    max_train_steps: int = option(5000, help="Updates after the least-squares fit; 0 for the fit alone, which takes a minute.")
+    train_batch_size: int = option(8, help="Trajectories on which the U-Net's outputs are compared.")
+    text_batch_size: int = option(32, help="Prompts whose encodings are compared in the same update.")
+    hidden_weight: float = option(1.0, help="Weight of the encodings' error beside the U-Net's.")
+    learning_rate: float = option(3e-4, help="Learning rate of AdamW.")
+    max_denoising_steps: int = option(20, help="Steps of the sampler that makes the trajectories.")
+    guidance_scale: float = option(5.0, help="Its classifier-free guidance.")
 
-    width: int = 1024
-    steps: int = 5000
-    batch_size: int = 8
-    text_batch_size: int = 32
-    learning_rate: float = 3e-4
-    hidden_weight: float = 1.0
-    noise: float = 0.5
-    num_steps: int = 20
-    guidance_scale: float = 5.0
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "adapter_width", "train_batch_size", "text_batch_size", "max_denoising_steps")
+        check_at_least(self, 0, "adapter_noise", "hidden_weight", "max_train_steps")
+        check_above(self, 0, "learning_rate", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,10 @@ def new_adapter(
         num_tokens=example.text.shape[1],
         token_dim=example.text.shape[2],
         pooled_dim=0 if example.pooled is None else example.pooled.shape[1],
-        width=recipe.width,
+        width=recipe.adapter_width,
         text_encoder=text_encoder_fingerprint(model),
         clip=clip.fingerprint(),
-        training={"prompts": len(prompts), "steps": recipe.steps, "noise": recipe.noise},
+        training={"prompts": len(prompts), "steps": recipe.max_train_steps, "noise": recipe.adapter_noise},
     )
     adapter = ImagePromptAdapter(spec).to(model.device)
     embeddings = torch.cat([clip.embed_texts(batch) for batch in _chunks(prompts, 64)])
@@ -99,7 +96,7 @@ def new_adapter(
         targets = _flat(encode_first_chunk(model, batch)) - origin
         target_sum += targets.sum(0)
         for _ in range(NOISY_COPIES):
-            pushed = perturb(points[start : start + 64], recipe.noise, generator)
+            pushed = perturb(points[start : start + 64], recipe.adapter_noise, generator)
             gram += pushed.T @ pushed
             cross += pushed.T @ targets
             point_sum += pushed.sum(0)
@@ -141,16 +138,16 @@ def train_adapter(
     itself (so that it is measured where it will be used), plus the error of the encodings, which is cheap and sees more prompts.
     """
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.max_train_steps // 20, recipe.max_train_steps)
     effects: list[float] = []  # so far: a batch of nearly finished pictures, which prompts hardly change, must not weigh more
     adapter.train()
     teacher = trajectories(model, prompts, recipe, generator, size)
-    for step, batch in zip(range(1, recipe.steps + 1), teacher, strict=False):
-        error, effect = eps_error(adapter, model, clip, batch, recipe.noise, generator)
+    for step, batch in zip(range(1, recipe.max_train_steps + 1), teacher, strict=False):
+        error, effect = eps_error(adapter, model, clip, batch, recipe.adapter_noise, generator)
         effects.append(float(effect))
         errors = Errors(
             eps=error * len(effects) / max(sum(effects), 1e-12),
-            hidden=hidden_error(adapter, model, clip, _drawn(prompts, recipe.text_batch_size, generator), recipe.noise, generator),
+            hidden=hidden_error(adapter, model, clip, _drawn(prompts, recipe.text_batch_size, generator), recipe.adapter_noise, generator),
         )
         optimizer.zero_grad()
         (errors.eps + recipe.hidden_weight * errors.hidden).backward()
@@ -173,7 +170,7 @@ def validate(
 ) -> Errors:
     """Errors on prompts that were not trained on, without noise, over as many batches as a trajectory has steps."""
     teacher = trajectories(model, prompts, recipe, generator, size)
-    pairs = [eps_error(adapter, model, clip, batch, 0.0, generator) for _, batch in zip(range(recipe.num_steps), teacher, strict=False)]
+    pairs = [eps_error(adapter, model, clip, batch, 0.0, generator) for batch in islice(teacher, recipe.max_denoising_steps)]
     error, effect = torch.tensor(pairs).sum(0)
     return Errors(error / effect.clamp_min(1e-12), hidden_error(adapter, model, clip, prompts[:256], 0.0, generator))
 
@@ -215,14 +212,14 @@ def trajectories(
 
     A finished trajectory makes room for another prompt. The first ones end early, which spreads the places over the schedule.
     """
-    count, scale = recipe.batch_size, model.spec.vae_scale_factor
+    count, scale = recipe.train_batch_size, model.spec.vae_scale_factor
     shape = (model.spec.latent_channels, size[0] // scale, size[1] // scale)
-    grid = model.schedule.inference_timesteps(recipe.num_steps).to(model.device)
+    grid = model.schedule.inference_timesteps(recipe.max_denoising_steps).to(model.device)
     uncond = encode_first_chunk(model, [""], size)
     latents = torch.randn(count, *shape, generator=generator).to(model.device)
     texts = _drawn(prompts, count, generator)
     conds = list(_rows(encode_first_chunk(model, texts, size)))
-    steps, ends = [0] * count, [max(1, (place + 1) * recipe.num_steps // count) for place in range(count)]
+    steps, ends = [0] * count, [max(1, (place + 1) * recipe.max_denoising_steps // count) for place in range(count)]
     while True:
         at = torch.tensor(steps, device=model.device)
         now, after = grid[at], grid[at + 1]
@@ -239,7 +236,7 @@ def trajectories(
                 [texts[place]] = _drawn(prompts, 1, generator)
                 conds[place] = encode_first_chunk(model, [texts[place]], size)
                 latents[place] = torch.randn(shape, generator=generator).to(model.device)
-                steps[place], ends[place] = 0, recipe.num_steps
+                steps[place], ends[place] = 0, recipe.max_denoising_steps
 
 
 def _drawn(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:

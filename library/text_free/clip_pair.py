@@ -20,7 +20,7 @@ from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import FilePicture, Picture, RatedImage, Skipped, SkipReport
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from library.scorers.image_models.weight_files import folder_preprocessing, load_transformers
-from library.text_free.fingerprint import PROBE_PROMPT, Fingerprint
+from library.text_free.adapter import PROBE_PROMPT, Fingerprint
 
 logger = logging.getLogger(__name__)
 

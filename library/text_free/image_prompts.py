@@ -13,9 +13,8 @@ from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import PromptEncoder, Size
 from library.scorers.base import Scorer
 from library.settings.options import option
-from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter
+from library.text_free.adapter import ImagePromptAdapter, check_adapter_fits, load_adapter, text_encoder_fingerprint
 from library.text_free.clip_pair import ClipPair, find_pictures
-from library.text_free.fingerprint import text_encoder_fingerprint
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork
 

@@ -15,22 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_open, atomic_save_safetensors, atomic_write_bytes, atomic_write_text
+from library.atomic_files import atomic_open
 from library.errors import UserError
-
-__all__ = [
-    "atomic_open",
-    "atomic_save_safetensors",
-    "atomic_write_bytes",
-    "atomic_write_text",
-    "load_state",
-    "prune_steps",
-    "restore_rng_state",
-    "rng_state",
-    "save_state",
-    "state_path",
-    "weights_path",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -43,42 +43,29 @@ class OptimizerRow:
     finds_learning_rate: bool = False
 
 
-def _bitsandbytes(name: str, **defaults: object) -> OptimizerRow:
-    return OptimizerRow(path=f"bitsandbytes.optim.{name}", package="bitsandbytes", defaults=defaults)
-
-
-def _dadaptation(path: str) -> OptimizerRow:
-    return OptimizerRow(path=f"dadaptation.{path}", package="dadaptation", finds_learning_rate=True)
-
-
 OPTIMIZERS: Registry[OptimizerRow] = Registry("optimizer_type")
 OPTIMIZERS.register("AdamW")(OptimizerRow(path="torch.optim.AdamW", package="torch"))
-OPTIMIZERS.register("AdamW8bit")(_bitsandbytes("AdamW8bit"))
-OPTIMIZERS.register("PagedAdamW")(_bitsandbytes("PagedAdamW"))
-OPTIMIZERS.register("PagedAdamW8bit")(_bitsandbytes("PagedAdamW8bit"))
-OPTIMIZERS.register("PagedAdamW32bit")(_bitsandbytes("PagedAdamW32bit"))
-OPTIMIZERS.register("Adam8bit")(_bitsandbytes("Adam8bit"))
+for _name in ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Adam8bit", "Lion8bit", "PagedLion8bit"):
+    OPTIMIZERS.register(_name)(OptimizerRow(path=f"bitsandbytes.optim.{_name}", package="bitsandbytes"))
 OPTIMIZERS.register("Lion")(OptimizerRow(path="lion_pytorch.Lion", package="lion-pytorch"))
-OPTIMIZERS.register("Lion8bit")(_bitsandbytes("Lion8bit"))
-OPTIMIZERS.register("PagedLion8bit")(_bitsandbytes("PagedLion8bit"))
 OPTIMIZERS.register("SGDNesterov")(OptimizerRow(path="torch.optim.SGD", package="torch", defaults={"momentum": 0.9, "nesterov": True}))
-OPTIMIZERS.register("SGDNesterov8bit")(_bitsandbytes("SGD8bit", momentum=0.9, nesterov=True))
-OPTIMIZERS.register("DAdaptation")(_dadaptation("experimental.DAdaptAdamPreprint"))
-OPTIMIZERS.register("DAdaptAdamPreprint")(_dadaptation("experimental.DAdaptAdamPreprint"))
-OPTIMIZERS.register("DAdaptAdaGrad")(_dadaptation("DAdaptAdaGrad"))
-OPTIMIZERS.register("DAdaptAdam")(_dadaptation("DAdaptAdam"))
-OPTIMIZERS.register("DAdaptAdan")(_dadaptation("DAdaptAdan"))
-OPTIMIZERS.register("DAdaptAdanIP")(_dadaptation("experimental.DAdaptAdanIP"))
-OPTIMIZERS.register("DAdaptLion")(_dadaptation("DAdaptLion"))
-OPTIMIZERS.register("DAdaptSGD")(_dadaptation("DAdaptSGD"))
 OPTIMIZERS.register("Prodigy")(OptimizerRow(path="prodigyopt.Prodigy", package="prodigyopt", finds_learning_rate=True))
 OPTIMIZERS.register("Adafactor")(
     OptimizerRow(path="transformers.optimization.Adafactor", package="transformers", defaults={"relative_step": True})
 )
-OPTIMIZERS.register("AdamWScheduleFree")(OptimizerRow(path="schedulefree.AdamWScheduleFree", package="schedulefree"))
-OPTIMIZERS.register("SGDScheduleFree")(OptimizerRow(path="schedulefree.SGDScheduleFree", package="schedulefree"))
-OPTIMIZERS.register("RAdamScheduleFree")(OptimizerRow(path="schedulefree.RAdamScheduleFree", package="schedulefree"))
-
+OPTIMIZERS.register("SGDNesterov8bit")(
+    OptimizerRow(path="bitsandbytes.optim.SGD8bit", package="bitsandbytes", defaults={"momentum": 0.9, "nesterov": True})
+)
+for _name in ("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"):
+    OPTIMIZERS.register(_name)(OptimizerRow(path=f"schedulefree.{_name}", package="schedulefree"))
+for _name in ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"):
+    OPTIMIZERS.register(_name)(OptimizerRow(path=f"dadaptation.{_name}", package="dadaptation", finds_learning_rate=True))
+for _name, _class in {
+    "DAdaptation": "DAdaptAdamPreprint",
+    "DAdaptAdamPreprint": "DAdaptAdamPreprint",
+    "DAdaptAdanIP": "DAdaptAdanIP",
+}.items():
+    OPTIMIZERS.register(_name)(OptimizerRow(path=f"dadaptation.experimental.{_class}", package="dadaptation", finds_learning_rate=True))
 
 SCHEDULES: Registry[str] = Registry("lr_scheduler")  # package.module.function of an optimizer that returns an LRScheduler
 for _name, _path in {

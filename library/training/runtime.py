@@ -21,7 +21,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 def create_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's view of this process. Gradient accumulation is the loop's own business, so it is not told of it.
+    """accelerate's view of this process. Gradient accumulation is the loop's own business, so accelerate does not know of it.
 
     Raises:
         UserError: the device cannot compute in the precision asked for.

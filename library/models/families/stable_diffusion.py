@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, nothing added to the U-Net's inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,9 @@ SD1 = Family(
     config_file=Path(__file__).with_name("sd1.json"),
     pipeline_class="StableDiffusionPipeline",
     linear_projection=False,
+    has_turbo=False,
     heads_per_level=8,
-    text_encoders=(
-        TextEncoderSlot(
-            folder="text_encoder",
-            tokenizer_folder="tokenizer",
-            class_name="CLIPTextModel",
-            prefix="cond_stage_model.transformer.",
-            open_clip=False,
-            pad_token="<|endoftext|>",
-        ),
-    ),
+    text_encoders=(TextEncoderSlot.of_clip("cond_stage_model.transformer."),),
     versions={
         "epsilon": ("sd_v1", "stable-diffusion-v1/lora"),
         "v_prediction": ("sd_v1_v", "stable-diffusion-v1/lora"),
@@ -50,28 +43,18 @@ SD1 = Family(
 )
 FAMILIES.register(SD1.name)(SD1)
 
-SD2 = Family(
+SD2 = replace(
+    SD1,
     name="sd2",
     title="Stable Diffusion 2.x",
-    model_class=StableDiffusion,
     config_file=Path(__file__).with_name("sd2.json"),
-    pipeline_class="StableDiffusionPipeline",
     linear_projection=True,
+    has_turbo=True,
     heads_per_level=None,
-    text_encoders=(
-        TextEncoderSlot(
-            folder="text_encoder",
-            tokenizer_folder="tokenizer",
-            class_name="CLIPTextModel",
-            prefix="cond_stage_model.model.",
-            open_clip=True,
-            pad_token="!",
-        ),
-    ),
+    text_encoders=(replace(SD1.text_encoders[0], prefix="cond_stage_model.model.", open_clip=True, pad_token="!"),),
     versions={
         "epsilon": ("sd_v2", "stable-diffusion-v2-512/lora"),
         "v_prediction": ("sd_v2_v", "stable-diffusion-v2-768-v/lora"),
     },
-    implementation="diffusers",
 )
 FAMILIES.register(SD2.name)(SD2)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a U-Net that is told the pooled prompt and the picture's size and crop."""
+"""Stable Diffusion XL: two text encoders, and a U-Net that is given the pooled prompt and the picture's size and crop."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,16 +55,10 @@ SDXL_BASE = Family(
     config_file=Path(__file__).with_name("sdxl.json"),
     pipeline_class="StableDiffusionXLPipeline",
     linear_projection=True,
+    has_turbo=True,
     heads_per_level=None,
     text_encoders=(
-        TextEncoderSlot(
-            folder="text_encoder",
-            tokenizer_folder="tokenizer",
-            class_name="CLIPTextModel",
-            prefix="conditioner.embedders.0.transformer.",
-            open_clip=False,
-            pad_token="<|endoftext|>",
-        ),
+        TextEncoderSlot.of_clip("conditioner.embedders.0.transformer."),
         TextEncoderSlot(
             folder="text_encoder_2",
             tokenizer_folder="tokenizer_2",

@@ -1,16 +1,17 @@
 """Sliders from pairs of pictures that differ in one thing (Concept Sliders, arXiv 2311.12092, section 4.2)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.base import TERMS, Term, TrainingContext
+from library.objectives.base import TERMS, TrainingContext
 from library.objectives.known_noise import (
+    KnownNoiseTerm,
     NoisedPictures,
     buckets_around,
     caption_of,
@@ -26,7 +27,7 @@ from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, so
 from library.scorer_data.readers.rows import read_rows
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
-from library.types import LossOutput, PromptSpec
+from library.types import LossOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class EncodedPair:
 
 
 @TERMS.register("image_pairs")
-class ImagePairsTerm(Term):
+class ImagePairsTerm(KnownNoiseTerm):
     """Both pictures of a pair under the same noise at the same timestep: the LoRA at +1 is to know the one, at -1 the other.
 
     What the pictures share pulls the LoRA the same way at both signs, which cancels; what they differ in is left for the slider. A batch
@@ -89,10 +90,8 @@ class ImagePairsTerm(Term):
         return cls(context, pairs)
 
     def __init__(self, context: TrainingContext, pairs: list[EncodedPair]) -> None:
-        self.context, self.pairs = context, pairs
-        self.generator = context.generator("image_pairs")
-        prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(pair.prompt for pair in pairs)]
-        context.encoder.encode_ahead(prompts, context.sampling.size)
+        super().__init__(context, "image_pairs", [pair.prompt for pair in pairs])
+        self.pairs = pairs
 
     def __call__(self) -> LossOutput:
         model, count = self.context.model, max(self.context.rollout.train_batch_size // 2, 1)
@@ -114,12 +113,6 @@ class ImagePairsTerm(Term):
             samples=[f"{name} at timestep {int(timestep)}" for name, timestep in zip(names, batch.timesteps, strict=True)],
             metrics={"mse_positive": errors[:count].mean(), "mse_negative": errors[count:].mean()},
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
 
 
 def find_pairs(source: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:

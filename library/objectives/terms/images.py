@@ -1,16 +1,16 @@
 """A plain LoRA on pictures: alone, or beside a score to hold the slider to them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.base import TERMS, Term, TrainingContext
+from library.objectives.base import TERMS, TrainingContext
 from library.objectives.known_noise import (
+    KnownNoiseTerm,
     NoisedPictures,
     buckets_around,
     caption_of,
@@ -24,7 +24,7 @@ from library.objectives.known_noise import (
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
-from library.types import LossOutput, PromptSpec
+from library.types import LossOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class EncodedPicture:
 
 
 @TERMS.register("images")
-class ImagesTerm(Term):
+class ImagesTerm(KnownNoiseTerm):
     """The noise in noised pictures, predicted at multiplier 1: 3 U-Net evaluations a sample."""
 
     config_class: ClassVar[type | None] = ImagesConfig
@@ -68,10 +68,8 @@ class ImagesTerm(Term):
         return cls(context, encode_folder(context, settings.images_dir, settings.images_prompt))
 
     def __init__(self, context: TrainingContext, pictures: list[EncodedPicture]) -> None:
-        self.context, self.pictures = context, pictures
-        self.generator = context.generator("images")
-        prompts = [PromptSpec(prompt=prompt) for prompt in dict.fromkeys(picture.prompt for picture in pictures)]
-        context.encoder.encode_ahead(prompts, context.sampling.size)
+        super().__init__(context, "images", [picture.prompt for picture in pictures])
+        self.pictures = pictures
 
     def __call__(self) -> LossOutput:
         model, count = self.context.model, self.context.rollout.train_batch_size
@@ -92,12 +90,6 @@ class ImagesTerm(Term):
             samples=[f"picture {own.name} at timestep {int(timestep)}" for own, timestep in zip(chosen, batch.timesteps, strict=True)],
             metrics={"mse": errors.mean()},
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
 
 
 def encode_folder(context: TrainingContext, folder: Path, prompt: str) -> list[EncodedPicture]:

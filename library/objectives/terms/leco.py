@@ -200,7 +200,7 @@ class LecoTerm(Term):
         if any(setting.dynamic_resolution and len(sizes) == 1 for setting, sizes in zip(self.settings, self._sizes, strict=True)):
             logger.warning("dynamic_resolution is for squares of 128 pixels and more; other settings keep their resolution")
         if any(setting.dynamic_crops for setting in self.settings) and self.context.model.spec.family != "sdxl":
-            logger.warning("dynamic_crops does nothing here: only SDXL is told of crops")
+            logger.warning("dynamic_crops does nothing here: only SDXL knows of crops")
 
 
 def possible_sizes(setting: LecoSetting, default: Size) -> list[Size]:
