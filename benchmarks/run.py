@@ -181,8 +181,7 @@ def tiny_case(name: str, family: str) -> Case:
     prompts.write_text("".join(f"{prompt}, number {number}\n" for number in range(8) for prompt in PROMPTS), encoding="utf-8")
     files = ("--pretrained_model_name_or_path", str(folder / "model"), "--scorer", str(folder / "scorer.safetensors"))
     here = ("--resolution", "64", "64", "--mixed_precision", "no", "--optimizer_type", "AdamW")
-    quicker = ("--sample_batch_size", "48")  # of a size that changes no count
-    words = ("--config_file", f"examples/{name}_slider.toml", *files, "--prompts_file", str(prompts), *here, *quicker)
+    words = ("--config_file", f"examples/{name}_slider.toml", *files, "--prompts_file", str(prompts), *here)
     return Case(name, words, counts_only=True)
 
 

@@ -143,21 +143,21 @@ def test_a_whole_run_is_counted_by_part(tmp_path: Path) -> None:
     here = tiny_leco_run.make_workplace(tmp_path / "run")
     words = ["--pretrained_model_name_or_path", str(here / "model"), "--scorer", str(here / "scorer.safetensors")]
     words += ["--prompts_file", str(here / "prompts.txt"), "--train_batch_size", "2", "--max_denoising_steps", "3", "--resolution", "64"]
-    words += ["--max_train_steps", "2", "--evaluate_every_n_steps", "2", "--num_eval_prompts", "1", "--eval_seeds_per_prompt", "2"]
-    words += ["--calibrate", "", "--sample_every_n_steps", "2", "--num_sample_prompts", "1", "--num_threads", "1"]
+    words += ["--max_train_steps", "2", "--evaluate_every_n_steps", "2", "--early_stop_gain", ""]
+    words += ["--calibrate", "off", "--sample_every_n_steps", "2", "--num_threads", "1"]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         row = pool.submit(run.measure, run.Case("tiny", tuple(words))).result()
     parts = row["parts"]
     assert list(parts) == list(run.PARTS) and (row["updates"], row["graded_samples"]) == (2, 4)
     assert parts[run.LOAD]["evaluations"] == parts[run.SAVE]["evaluations"] == 0
-    assert parts[run.PREVIEW]["evaluations"] == 3 * 3 * 2 and parts[run.PREVIEW]["decoded"] == 3  # weights x steps x branches
+    assert parts[run.PREVIEW]["evaluations"] == 2 * 3 * 3 * 2 and parts[run.PREVIEW]["decoded"] == 6  # prompts x weights x steps x branches
     assert parts[run.TRAIN]["unet_rows_with_gradient"] == 4 and parts[run.TRAIN]["decoded"] == 0
     assert parts[run.TRAIN]["evaluations"] >= 4 * 5 and parts[run.TRAIN]["scored"] >= 4
     assert parts[run.OBSERVE]["evaluations"] > 0 and parts[run.OBSERVE]["unet_rows_with_gradient"] == 0
     assert row["evaluations"] == sum(part["evaluations"] for part in parts.values())
     assert row["evaluations_a_sample"] == row["evaluations"] / 4
     assert all(part["peak_resident"] > 2**20 for name, part in parts.items() if part["seconds"] > 0)
-    assert f"| {run.PREVIEW} | 18 |" in run.table([row])
+    assert f"| {run.PREVIEW} | 36 |" in run.table([row])
 
 
 @pytest.mark.parametrize(("name", "family"), [("sd15", "sd1"), ("sdxl", "sdxl")])
@@ -166,7 +166,7 @@ def test_the_examples_counts_are_of_their_own_settings(name: str, family: str, t
     config = parse_config(leco_score_config(), list(run.tiny_case(name, family).words))
     example = read_config_file(ROOT / "examples" / f"{name}_slider.toml", options(leco_score_config()))
     assert config.training.max_train_steps == example["max_train_steps"] and config.rollout.train_batch_size == example["train_batch_size"]
-    assert config.monitor.num_eval_prompts == example["num_eval_prompts"] and config.rollout.resolution == (64, 64)
+    assert config.monitor.sample_every_n_steps == example["sample_every_n_steps"] and config.rollout.resolution == (64, 64)
     assert config.model.load().spec.family == family
 
 

@@ -30,6 +30,7 @@ def test_a_healthy_slider_is_not_warned_of() -> None:
         ({"score": (2.0, 2.0), "judges": {"taste": (0.5, 2.0)}}, "unconfirmed", "gained 2.0 standard deviations and the judges only 0.5"),
         ({"score": (2.0, 0.0)}, "one-sided -1", "moves by 2.0 standard deviations at weight +1 and not at weight -1"),
         ({"shares": {"obeyed": (1.0, 1.0, 0.75)}}, "share obeyed", "At weight +1 obeyed holds for 25% of the pictures less"),
+        ({"num_prompts": 2}, "few pairs", "Only 8 pairs of prompt and seed were measured: units and gains are uncertain"),
         ({"statistics": {"clipped": 0.2}}, "clipping", "20% of the pixel values are clipped to black or white (1% without the slider)"),
         ({"statistics": {"saturation": (1.0, 1.8)}}, "saturation", "At weight +1 the colours are 1.8 times as strong"),
         ({"statistics": {"nyquist": (3.0, 1.0)}}, "nyquist pixels", "At weight -1 the finest detail in the pixels is 3.0 times"),
@@ -76,7 +77,6 @@ def test_without_pixels_there_are_still_warnings() -> None:
     [
         ({"score": (1.2, 0.0)}, "At weight -1 the training score bright does not clearly move"),
         ({"judges": {"taste": (0.6, -0.5)}}, "taste does not rise from every weight to the next"),
-        ({"num_prompts": 2}, "Only 8 pairs of prompt and seed were measured"),
     ],
 )
 def test_what_only_a_finished_slider_is_warned_of(settings: dict[str, Any], words: str) -> None:

@@ -237,13 +237,17 @@ class Measurer:
     def state_dict(self) -> dict[str, Any]:
         """The base model's pictures, for a run that goes on."""
         base = self._base
-        kept = None if base is None else {"scores": dict(base.scores), "looks": list(base.looks), "latents": list(base.latents)}
-        return {"of": self._identity(), "base": kept, "shown": [] if base is None else list(base.shown)}
+        if base is None:
+            return {"of": self._identity(), "base": None}
+        scores = {name: torch.from_numpy(table) for name, table in base.scores.items()}
+        parts = {"scores": scores, "looks": [dict(own) for own in base.looks], "latents": list(base.latents), "shown": list(base.shown)}
+        return {"of": self._identity(), "base": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the base model's pictures over, if they are of the same prompts, seeds, sampling and raters."""
         if state["base"] is not None and state["of"] == self._identity():
-            self._base = BasePictures(**state["base"], shown=state["shown"])
+            scores = {name: table.numpy() for name, table in state["base"]["scores"].items()}
+            self._base = BasePictures(**{**state["base"], "scores": scores})
 
     def _identity(self) -> str:
         return repr((self.prompts, self.seeds, self.sampling, self.pixels, *self.raters.names))
