@@ -71,6 +71,7 @@ class EvaluationConfig:
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote; the first is the one trained on.")
     judges: tuple[str, ...] = option((), help="Functions of pixels, package.module:function or file.py:function, that training never saw.")
     judge_scorers: tuple[Path, ...] = option((), help="More judges: scorer files that training did not follow.")
+    allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
     prompts_file: Path | None = option(None, help="Prompts (.txt, .toml or PartiPrompts .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")
@@ -130,8 +131,9 @@ def main() -> None:
     prompts = spread(load_prompts(settings.prompts_file), settings.num_prompts)
     files = expand(settings.network_weights)
     names = slider_names(files)
-    scorers = {scorer.name: scorer for scorer in map(load_scorer, settings.scorer)}
-    judges = name_judges([load_judge(name) for name in settings.judges], [load_scorer(path) for path in settings.judge_scorers], scorers)
+    scorers = {scorer.name: scorer for scorer in (load_scorer(path, settings.allow_code) for path in settings.scorer)}
+    others = [load_scorer(path, settings.allow_code) for path in settings.judge_scorers]
+    judges = name_judges([load_judge(name) for name in settings.judges], others, scorers)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)

@@ -23,7 +23,14 @@ class Judges:
         return (*self.functions, *self.scorers)
 
 
-def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, training_files: Sequence[str], model: DiffusionModel) -> Judges:
+def load_judges(
+    functions: Sequence[str],
+    scorer_files: Sequence[str],
+    *,
+    training_files: Sequence[str],
+    model: DiffusionModel,
+    allow_code: Sequence[str] = (),
+) -> Judges:
     """Find the functions and load the scorers.
 
     Args:
@@ -31,6 +38,7 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
         scorer_files: scorer files of any kind. They are called by the name of the file.
         training_files: the scorers that the training follows.
         model: whose latents the scorers read, on whose device.
+        allow_code: what scorer files may run, see `library.scorers.io.load_scorer`.
 
     Raises:
         UserError: a judge that is none, or reads another VAE's latents, or is a scorer of the training; two judges of one name.
@@ -43,7 +51,7 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
                 "ratings or with another backbone, or a function of pixels in judges"
             )
     named: dict[str, Judge | Scorer] = {}
-    for name, judge in [*((name.rpartition(":")[2], load_judge(name)) for name in functions), *_scorers(scorer_files, model)]:
+    for name, judge in [*((name.rpartition(":")[2], load_judge(name)) for name in functions), *_scorers(scorer_files, model, allow_code)]:
         if name in named or name in {Path(path).stem for path in training_files}:
             raise UserError(f"a judge is called {name!r} as another judge or a training score is; give each a name of its own")
         named[name] = judge
@@ -53,8 +61,8 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
     )
 
 
-def _scorers(files: Sequence[str], model: DiffusionModel) -> list[tuple[str, Scorer]]:
-    scorers = [load_scorer(path) for path in files]
+def _scorers(files: Sequence[str], model: DiffusionModel, allow_code: Sequence[str]) -> list[tuple[str, Scorer]]:
+    scorers = [load_scorer(path, allow_code) for path in files]
     for scorer in scorers:
         check_scorer_fits(scorer, model.vae_fingerprint())
     return [(scorer.name, scorer.to(model.device)) for scorer in scorers]

@@ -103,7 +103,13 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         needs_noise_aware=ESTIMATORS[config.parts["score"].score_estimator].noisy,
         gradient_checkpointing=config.training.gradient_checkpointing,
     ).to(accelerator.device)
-    judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
+    judges = load_judges(
+        config.monitor.judges,
+        config.monitor.judge_scorers,
+        training_files=config.reward.scorer,
+        model=model,
+        allow_code=config.reward.allow_code,
+    )
     check_writable(config.saving.output_dir)
 
     model.set_attention(config.training.attention)
