@@ -194,3 +194,33 @@ def test_a_folder_or_a_pattern_of_tables(folder: Path) -> None:
     for path in (folder / "lists", folder / "lists" / "*.csv"):
         images, skipped = read(path, "table", image_dir=folder)
         assert [image.score for image in images] == [1, 2] and counts(skipped) == {"picture is listed twice": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ("path;score\na.png;7,5\nb.png;-0,25\n", [7.5, -0.25]),
+        ("sep=;\npath;score\na.png;7\n", [7.0]),
+        ("path\tscore\na.png\t7.5\n", [7.5]),
+        ("path,score\ra.png,1\rb.png,2\r", [1.0, 2.0]),
+    ],
+)
+def test_what_spreadsheets_write(folder: Path, text: str, scores: list[float]) -> None:
+    images, skipped = read(write(folder / "x.csv", text))
+    assert [image.score for image in images] == scores and skipped == []
+
+
+def test_a_quote_that_never_closes_is_named_by_the_line_that_opens_it(folder: Path) -> None:
+    images, (skipped,) = read(write(folder / "x.csv", 'path,score,prompt\na.png,1,x\nb.png,2,"open\n' + "c.png,3,x\n" * 9))
+    assert len(images) == 1 and "line 3 to 12" in skipped.reason and skipped.count == 10
+
+
+def test_a_broken_header_is_one_sentence(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1.*no names of columns"):
+        read(write(folder / "x.csv", '"path"x,score\na.png,1\n'))
+
+
+@pytest.mark.parametrize("name", ["../a.png", "sub dir/../../a.png", "x\\u0000.png", "\\ud800.png"])
+def test_a_relative_path_stays_in_image_dir(folder: Path, name: str) -> None:
+    images, skipped = read(write(folder / "sub dir" / "x.jsonl", f'{{"path": "{name}", "score": 1}}\n' + '{"a":' * 9000 + "\n"))
+    assert images == [] and len(skipped) == 2

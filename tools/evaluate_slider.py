@@ -77,6 +77,7 @@ class EvaluationConfig:
         "with =stay one that should not move, with =share a yes or no that must not fall.",
     )
     judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training did not follow.")
+    allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
     prompts_file: Path | None = option(None, help="Prompts (.txt, .toml or PartiPrompts .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")
@@ -136,9 +137,10 @@ def main() -> None:
     prompts = spread(load_prompts(settings.prompts_file), settings.num_prompts)
     files = expand(settings.network_weights)
     names = slider_names(files)
-    scorers = {scorer.name: scorer for scorer in map(load_scorer, settings.scorer)}
+    scorers = {scorer.name: scorer for scorer in (load_scorer(path, settings.allow_code) for path in settings.scorer)}
     functions, judge_files = ([split_role(word) for word in words] for words in (settings.judges, settings.judge_scorers))
-    judges = name_judges([load_judge(name) for name, _ in functions], [load_scorer(path) for path, _ in judge_files], scorers)
+    others = [load_scorer(path, settings.allow_code) for path, _ in judge_files]
+    judges = name_judges([load_judge(name) for name, _ in functions], others, scorers)
     roles = zip(judges.names, [role for _, role in (*functions, *judge_files)], strict=True)
     judges = replace(judges, roles={name: role for name, role in roles if role is not None})
 

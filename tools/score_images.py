@@ -58,6 +58,7 @@ class ScoringConfig:
     reader: str | None = option(None, help="Reader of a rated source, such as webdataset; its own scores are compared with.")
     image_dir: Path | None = option(None, help="What the paths in a table are relative to; not set: its own folder.")
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote.")
+    allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
     judge: tuple[str, ...] = option((), help="Functions of pixels in 0..1: package.module:function or file.py:function.")
     image_model: tuple[str, ...] = option(
         (), help="Ready-made image scorers, such as laion_v2:FILE or pyiqa:musiq (docs/pixel_scorers.md)."
@@ -168,7 +169,7 @@ def find_pictures(source: Path, reader: str | None, image_dir: Path | None) -> I
 def make_raters(settings: ScoringConfig, buckets: BucketConfig, device: torch.device) -> list[Rater]:
     """Everything that scores, with names of their own. Raises UserError for a scorer of another VAE, and for what cannot be loaded."""
     raters: list[Rater] = []
-    scorers = [load_scorer(path).to(device) for path in settings.scorer]
+    scorers = [load_scorer(path, settings.allow_code).to(device) for path in settings.scorer]
     if scorers:
         encode_prompts = None
         if any(scorer.spec.uses_prompt for scorer in scorers):

@@ -27,7 +27,14 @@ class Judges:
         return (*self.functions, *self.scorers)
 
 
-def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, training_files: Sequence[str], model: DiffusionModel) -> Judges:
+def load_judges(
+    functions: Sequence[str],
+    scorer_files: Sequence[str],
+    *,
+    training_files: Sequence[str],
+    model: DiffusionModel,
+    allow_code: Sequence[str] = (),
+) -> Judges:
     """Find the functions and load the scorers.
 
     Args:
@@ -36,6 +43,7 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
             fall with the weight, "=stay" is not to move, "=share" answers yes or no and must not fall.
         training_files: the scorers that the training follows.
         model: whose latents the scorers read, on whose device.
+        allow_code: what scorer files may run, see `library.scorers.io.load_scorer`.
 
     Raises:
         UserError: a judge that is none, or reads another VAE's latents, or is a scorer of the training; two judges of one name.
@@ -50,7 +58,7 @@ def load_judges(functions: Sequence[str], scorer_files: Sequence[str], *, traini
                 f"judge_scorers has {source}, which training follows (scorer): it cannot judge itself; give one that was trained on other "
                 "ratings or with another backbone, or a function of pixels in judges"
             )
-        judge = load_judge(source) if number < len(functions) else _scorer(source, model)
+        judge = load_judge(source) if number < len(functions) else _scorer(source, model, allow_code)
         name = source.rpartition(":")[2] if isinstance(judge, Judge) else judge.name
         if name in named or name in {Path(path).stem for path in training_files}:
             raise UserError(f"a judge is called {name!r} as another judge or a training score is; give each a name of its own")
@@ -74,7 +82,7 @@ def split_role(word: str) -> tuple[str, Role | None]:
     return source, ROLES[role]
 
 
-def _scorer(path: str, model: DiffusionModel) -> Scorer:
-    scorer = load_scorer(path)
+def _scorer(path: str, model: DiffusionModel, allow_code: Sequence[str]) -> Scorer:
+    scorer = load_scorer(path, allow_code)
     check_scorer_fits(scorer, model.vae_fingerprint())
     return scorer.to(model.device)

@@ -67,6 +67,9 @@ class RewardConfig:
         False, help="The scorers are of one opinion: take their mean, and their disagreement as uncertainty.", expert=True
     )
     force_scorer: bool = option(False, help="Use a scorer that never saw noise on noisy latents all the same.", expert=True)
+    allow_code: tuple[str, ...] = option(
+        (), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score; also for judge_scorers.", expert=True
+    )
 
     def __post_init__(self) -> None:
         count = self.num_scores
@@ -293,7 +296,7 @@ def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware:
     """
     scorers = []
     for path in config.scorer:
-        scorer = load_scorer(path)
+        scorer = load_scorer(path, config.allow_code)
         check_scorer_fits(scorer, vae)
         if needs_noise_aware and not scorer.spec.noise_aware:
             advice = f"scorer {path} was trained on clean latents only, and this score_estimator scores noisy ones"

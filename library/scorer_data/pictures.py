@@ -13,6 +13,8 @@ from library.errors import UserError
 from library.scorer_data.records import Picture
 
 EXIF_ORIENTATION = 0x0112
+MOST_PIXELS = 1 << 26  # 8192 x 8192, 200 MB as RGB: a file of 20 kB can claim more than any training shows of it
+DRAFT = (4096, 4096)  # a JPEG beyond MOST_PIXELS is decoded at an 8th, a quarter or half of its size, but not below this
 _UNGUARDED = nullcontext()
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -27,12 +29,16 @@ def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUA
         opening: entered while its bytes are fetched, such as a lock.
 
     Raises:
-        UserError: if it is not a whole picture, or has more pixels than Pillow thinks safe (179 million).
+        UserError: if it is not a whole picture, or has more than MOST_PIXELS (a JPEG is reduced first).
     """
     try:
         with opening:
             stream = picture.open()
         with stream, Image.open(stream) as file:
+            if file.width * file.height > MOST_PIXELS:
+                file.draft("RGB", DRAFT)
+            if file.width * file.height > MOST_PIXELS:
+                raise ValueError(f"it has {file.width} x {file.height} pixels; make it no larger than {MOST_PIXELS >> 20} million")
             file.load()
             return _to_rgb(_turned(file))
     except UnidentifiedImageError as error:

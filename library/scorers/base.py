@@ -55,13 +55,6 @@ class ScorerSpec:
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "vae": self.vae.to_dict()})
 
-    @staticmethod
-    def from_json(text: str) -> "ScorerSpec":
-        """Raises ValueError, KeyError or TypeError when the text is not what `to_json` writes."""
-        values = json.loads(text)
-        heads = tuple(HeadSpec(**{**head, "classes": tuple(head["classes"]), "values": tuple(head["values"])}) for head in values["heads"])
-        return ScorerSpec(**{**values, "vae": VaeFingerprint.from_dict(values["vae"]), "heads": heads})
-
 
 @dataclass(frozen=True)
 class ModelSource:

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from library.atomic_files import atomic_save_safetensors
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
-from library.scorers.base import SCORER_KINDS, Backbone, Scorer, ScorerSpec, build_scorer
+from library.scorers.base import SCORER_KINDS, Backbone, Scorer, ScorerSpec
+from library.scorers.header import BadHeader, build_checked, check_architecture, check_code, parse_spec, wanted_code
 
 FORMAT_KEY = "leco_score.format"
 SCORER_FORMAT, BACKBONE_FORMAT = "scorer/2", "backbone/2"
@@ -31,17 +32,22 @@ def save_scorer(path: str | Path, scorer: Scorer, metadata: Mapping[str, str] | 
     atomic_save_safetensors(scorer.saved_state(), path, header)
 
 
-def load_scorer(path: str | Path) -> Scorer:
+def load_scorer(path: str | Path, allow_code: Sequence[str] = ()) -> Scorer:
     """Read a scorer: on the CPU, in evaluation mode, its weights frozen (gradients still reach the latents).
 
+    Args:
+        allow_code: what a scorer may run or fetch, in the words in which its header asks for it.
+
     Raises:
-        UserError: if the file is missing, damaged, not a scorer, or of a kind that this version does not know.
+        UserError: if the file is missing, damaged, not a scorer, of a kind that this version does not know, or asks for code that is not
+            allowed.
     """
     path = Path(path)
     file_format, spec, tensors = _read(path)
     if file_format != SCORER_FORMAT:
         raise UserError(f"{path} is not a scorer; give a file that train_latent_scorer.py wrote")
-    scorer = build_scorer(spec)
+    check_code(path, spec, allow_code)
+    scorer = build_checked(path, spec, tensors)
     try:
         scorer.load_state_dict(tensors)
     except RuntimeError as error:
@@ -117,9 +123,11 @@ def _read(path: Path) -> tuple[str, ScorerSpec, dict[str, Tensor]]:
             raise UserError(f"{path} was written by an older version ({file_format}; this one reads {SCORER_FORMAT}): train it again")
         raise UserError(f"{path} is not a scorer; give a file that train_latent_scorer.py wrote")
     try:
-        spec = ScorerSpec.from_json(metadata[SPEC_KEY])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the description of the scorer in {path} cannot be read; it may be of another version: train it") from error
+        spec = parse_spec(metadata.get(SPEC_KEY, ""))
+        check_architecture(spec)
+        wanted_code(spec)
+    except BadHeader as error:
+        raise UserError(f"the description of the scorer in {path} cannot be read: {error}; train it again") from error
     if spec.kind not in SCORER_KINDS:
         raise UserError(f"{path} is a scorer of kind {spec.kind!r}, which this version does not know; it knows {', '.join(SCORER_KINDS)}")
     return file_format, spec, tensors

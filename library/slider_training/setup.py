@@ -101,7 +101,13 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     ).to(accelerator.device)
     for worth in reward.worth:
         logger.log(logging.WARNING if worth.doubtful else logging.INFO, "%s", worth)
-    judges = load_judges(config.monitor.judges, config.monitor.judge_scorers, training_files=config.reward.scorer, model=model)
+    judges = load_judges(
+        config.monitor.judges,
+        config.monitor.judge_scorers,
+        training_files=config.reward.scorer,
+        model=model,
+        allow_code=config.reward.allow_code,
+    )
     check_writable(config.saving.output_dir)
 
     model.set_attention("xformers" if config.training.xformers else "sdpa")

@@ -46,7 +46,10 @@ class PictureFiles:
 
     def look(self, name: str) -> FilePicture | None:
         """As `find`, but None if there is none."""
-        path = os.path.normpath(os.path.join(self._root, name.replace("\\", "/")))
+        name = name.replace("\\", "/")
+        path = os.path.normpath(os.path.join(self._root, name))
+        if not os.path.isabs(name) and not path.startswith(os.path.join(self._root, "")):
+            raise BadValue("path leaves image_dir", f"{name} is outside of {self.folder}; give an image_dir that holds all pictures")
         folder, file = os.path.split(path)
         hashes, found = self._listing(folder)
         if not len(hashes):
@@ -64,12 +67,15 @@ class PictureFiles:
 
     def _listing(self, folder: str) -> tuple[np.ndarray, np.ndarray]:
         if folder not in self._listings:
-            real = os.path.realpath(folder)  # a folder that is linked to is the same folder
+            try:
+                real = os.path.realpath(folder)  # a folder that is linked to is the same folder
+            except ValueError:  # a character that no path has
+                return np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
             if real not in self._listings:
                 try:
                     with os.scandir(real) as entries:
                         hashes = np.sort(np.fromiter((_code(entry.name) for entry in entries if entry.is_file()), dtype=np.int64))
-                except OSError:
+                except (OSError, ValueError):
                     hashes = np.empty(0, dtype=np.int64)
                 self._listings[real] = (hashes, np.zeros(len(hashes), dtype=bool))
             self._listings[folder] = self._listings[real]

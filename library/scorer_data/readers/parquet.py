@@ -45,7 +45,7 @@ def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature["names"] for name, feature in features.items() if isinstance(feature, dict) and feature.get("names")}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

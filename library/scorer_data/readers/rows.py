@@ -16,6 +16,8 @@ from library.scorer_data.records import Skipped
 
 _CHUNK = 1 << 20
 _LONGEST_ITEM = 1 << 24  # characters of one object in a JSON list; longer ones are a missing bracket
+_SEPARATOR = re.compile(r"sep=([,;\t])\s*")
+_DECIMAL_COMMA = re.compile(r"\s*([+-]?\d+),(\d+)\s*$")  # where columns are parted by ;
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
@@ -71,22 +73,34 @@ def first_row(path: Path) -> Mapping[str, Any]:
 def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
-        delimiter = "\t" if path.suffix.lower() != ".csv" else ";" if ";" in first and "," not in first else ","
-        file.seek(0)
+        if separator := _SEPARATOR.fullmatch(first):  # a first line for Excel
+            delimiter, skipped = separator[1], 1
+        else:
+            found = [mark for mark in ",;\t" if mark in first]  # a name of a column may hold one of the later
+            delimiter, skipped = "\t" if path.suffix.lower() == ".tsv" else (*found, ",")[0], 0
+            file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = [name.strip().lower() for name in next(reader, [])]
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {1 + skipped}: these are no names of columns ({error}); quote a whole name, or none") from error
+        decimals = {name.lower() for names in needed for name in names} | {"weight"} if delimiter == ";" else set()
+        decimals = [number for number, name in enumerate(header) if name in decimals - {"path", "label", "tags"}]
         if not any(header):
             raise UserError(f"{path} is empty; its first line must name its columns")
         _check_header(path, header, needed)
         while True:
+            opened = reader.line_num + skipped + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Skipped(f"{path}, line {reader.line_num}: this is not a row of {path.suffix} text ({error})", "row cannot be read")
+                lines = reader.line_num + skipped + 1 - opened
+                where = f"{path}, line {opened}" + (f" to {opened + lines - 1}, from a quote in the first" if lines > 1 else "")
+                yield Skipped(f"{where}: this is not a row of {path.suffix} text ({error})", "row cannot be read", max(1, lines))
                 continue
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {reader.line_num + skipped}"
             if not any(cells):
                 continue
             if len(cells) != len(header):
@@ -94,6 +108,8 @@ def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
             elif not all(map(is_utf8, cells)):
                 yield Skipped(f"{where}: this is not text in UTF-8", "row cannot be read")
             else:
+                for number in decimals:
+                    cells[number] = _DECIMAL_COMMA.sub(r"\1.\2", cells[number])
                 yield Row(where, dict(zip(header, cells, strict=True)))
 
 
@@ -121,7 +137,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 yield where, Skipped(f"{where}: this is not JSON ({error}); each line must be one object", "row is no JSON object")
 
 
@@ -140,10 +156,16 @@ def _json_list(path: Path) -> Iterator[tuple[str, object]]:
                     return
                 try:
                     item, start = decoder.raw_decode(text, start)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     more = file.read(_CHUNK)
                     if not more or len(text) - start > _LONGEST_ITEM:
-                        yield "", Skipped(f"{path}: from item {number} on it is not JSON ({error.msg})", "rest of the file cannot be read")
+                        yield (
+                            "",
+                            Skipped(
+                                f"{path}: from item {number} on it is not JSON ({getattr(error, 'msg', error)})",
+                                "rest of the file cannot be read",
+                            ),
+                        )
                         return
                     text, start = text[start:] + more, 0
                 else:
@@ -164,7 +186,16 @@ def _parquet(path: Path, needed: Needed, columns: Collection[str] | None) -> Row
     number = 0
     for group in range(file.num_row_groups):
         row = 0
-        for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=chosen):
+        batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=chosen)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # pyarrow raises OSError, and its own, where bytes are not what the footer says
+                left = file.metadata.num_rows - number
+                yield Skipped(f"{path}: from row {number + 1} on it is damaged ({error})", "rest of the file cannot be read", left)
+                return
+            if batch is None:
+                break
             for values in batch.to_pylist():
                 for name, names in classes.items():
                     values[name] = names[values[name]] if values[name] in range(len(names)) else None

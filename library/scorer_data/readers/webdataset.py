@@ -18,6 +18,7 @@ from library.scorer_data.readers.tables import Columns, rated_image
 from library.scorer_data.records import Records, Skipped, SlicePicture
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_LONGEST_TEXT = 1 << 24  # bytes
 _TEXTS = (".json", ".cls", ".txt")
 Sample = dict[str, tarfile.TarInfo]  # by suffix, from the first dot on
 
@@ -51,7 +52,7 @@ class WebDataset(Reader):
                 with tarfile.open(shard, "r:") as tar:
                     for key, sample in _samples(tar):
                         yield _record(shard, tar, key, sample, columns, options)
-            except tarfile.ReadError as error:
+            except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
                 advice = "unpack it if it is compressed: pictures are read from where they stand in the tar"
                 yield Skipped(f"shard {shard} cannot be read on ({error}); {advice}", "shard cannot be read")
 
@@ -98,6 +99,8 @@ def _record(shard: Path, tar: tarfile.TarFile, key: str, sample: Sample, columns
         member = next((sample[suffix] for suffix in PICTURE_SUFFIXES if suffix in sample), None)
         if member is None:
             raise BadValue("sample has no picture", f"there is no picture; it has {', '.join(sample)}")
+        if member.offset_data + member.size > shard.stat().st_size:
+            raise BadValue("picture is cut off", f"{member.name} is longer than the shard")
         texts = {suffix: _text(tar, sample[suffix]) for suffix in _TEXTS if suffix in sample}
         values = json.loads(texts[".json"]) if ".json" in texts else {}
         if not isinstance(values, dict):
@@ -109,11 +112,13 @@ def _record(shard: Path, tar: tarfile.TarFile, key: str, sample: Sample, columns
         return rated_image(Row(where, values), picture, f"{shard.name}/{member.name}", columns, options)
     except BadValue as error:
         return error.at(where)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Skipped(f"{where}: its .json or .txt cannot be read: {error}", "sample's text cannot be read")
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    if member.size > _LONGEST_TEXT:
+        raise ValueError(f"{member.name} has {member.size:,} bytes")
     file = tar.extractfile(member)
     return "" if file is None else file.read().decode("utf-8-sig")
 

@@ -89,7 +89,7 @@ class TimmModel(ImageModel):
 
     Args:
         name: of the architecture. classes: outputs of the classifier. class_index: which of them.
-        score: one of SCORES, or "features". model_args: more arguments of `timm.create_model`.
+        score: one of SCORES, or "features".
     """
 
     example = "timm:resnet18.a1_in1k?class=281&score=log_odds or timm:resnet18?checkpoint=FILE&classes=2&class=1"
@@ -102,10 +102,9 @@ class TimmModel(ImageModel):
         class_index: int,
         score: str,
         preprocessing: Mapping[str, Any],
-        model_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(preprocessing)
-        self.network = import_timm().create_model(name, pretrained=False, num_classes=classes, **(model_args or {}))
+        self.network = import_timm().create_model(name, pretrained=False, num_classes=classes)
         self.class_index, self.score = class_index, score
         if score == "features":
             self.feature_width = self.network.head_hidden_size

@@ -17,6 +17,7 @@ from library.scorers.image_models.weight_files import read_bytes
 from library.scorers.optional_packages import import_onnx2torch, import_optional
 
 SCORES = ("value", "log_odds")
+EXTERNAL = b"\n\x08location"  # in the bytes that protobuf writes: the key by which a tensor of ONNX names another file
 LAYOUTS = ("nchw", "nhwc")
 
 
@@ -98,7 +99,12 @@ class Onnx(NetworkFile):
     def build(content: bytes) -> nn.Module:
         onnx2torch = import_onnx2torch()
         try:
-            return onnx2torch.convert(import_optional("onnx", "onnx").load_from_string(content))
+            model = import_optional("onnx", "onnx").load_from_string(content)
+            if EXTERNAL in model.SerializeToString():
+                raise UserError("image model: this ONNX file keeps its weights in other files; save it with its weights inside")
+            return onnx2torch.convert(model)
+        except UserError:
+            raise
         except NotImplementedError as error:
             raise UserError(f"image model: onnx2torch does not know an operation of this network ({error})") from error
         except Exception as error:  # protobuf's DecodeError, and whatever onnx makes of a file that is none

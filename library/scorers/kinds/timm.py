@@ -21,6 +21,15 @@ SIGMA_FEATURES, SIGMA_WIDTH = 64, 256
 PROBED_SIDES = (4, 8, 16, 32, 64)  # of square latents, when a model's smallest input is looked for
 STEM_POOLS = ("maxpool", "stem.pool", "stem_pool", "features.pool0")  # where the ResNet and DenseNet families have theirs
 
+# Of `timm.create_model` and the models behind it: shapes and layers. Nothing that opens, fetches or registers is among them.
+MODEL_ARGS = (
+    *("act_layer", "attn_drop_rate", "aa_layer", "block_config", "block_type", "channels", "class_token", "conv_mlp", "depth", "depths"),
+    *("dims", "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "global_pool", "growth_rate", "head_dim"),
+    *("img_size", "init_values", "kernel_sizes", "layers", "ls_init_value", "mlp_ratio", "no_embed_class", "norm_layer", "num_heads"),
+    *("output_stride", "patch_size", "pool_type", "pos_drop_rate", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "stem_type"),
+    *("stem_width", "strict_img_size", "use_grn", "width", "window_size"),
+)
+
 
 @SCORER_KINDS.register("timm")
 class TimmBackbone(Backbone):
@@ -34,7 +43,7 @@ class TimmBackbone(Backbone):
     Args:
         in_channels: latent channels.
         model: its name in timm, without a tag for weights.
-        model_args: keyword arguments of `timm.create_model`, such as drop_path_rate or norm_layer.
+        model_args: keyword arguments of `timm.create_model`, such as drop_path_rate or norm_layer, of MODEL_ARGS.
         stem_stride: of the first convolution; 0 leaves the stem as it is.
         dropout: on the features.
         pretrained: checkpoint file of the model, or True for the weights that timm downloads; only read by `initialise`.
@@ -54,6 +63,8 @@ class TimmBackbone(Backbone):
         pretrained: str | bool = False,
     ) -> None:
         super().__init__()
+        if refused := sorted({*(model_args or {})} - {*MODEL_ARGS}):
+            raise UserError(f"scorer_args: timm's model_args has {', '.join(refused)}; it can have {', '.join(MODEL_ARGS)}")
         self.name, self.in_channels, self.model_args = model, in_channels, dict(model_args or {})
         self.stem_stride, self.pretrained = stem_stride, pretrained
         self.model: Any = self._make_model()
