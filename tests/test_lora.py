@@ -353,7 +353,7 @@ def test_ranks_alphas_and_initial_values() -> None:
 )
 def test_bad_network_args_are_user_errors(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        create_network(1.0, 4, 1.0, None, None, tiny_model().unet, **options)  # type: ignore[arg-type]
+        create_network(1.0, 4, 1.0, None, None, tiny_model(full=True).unet, **options)  # type: ignore[arg-type]
 
 
 def test_dropouts_act_in_training_only_and_keep_the_mean() -> None:

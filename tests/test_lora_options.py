@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import tiny_model
 
 
 def network_of(family: str = "sd1", text: bool = False, **options: Any) -> LoRANetwork:
-    model = tiny_model(family)
+    model = tiny_model(family, full=True)
     return create_network(1.0, 4, 2.0, None, model.text_encoders if text else None, model.unet, **options)
 
 
