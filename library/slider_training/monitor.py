@@ -254,7 +254,7 @@ class Monitor:
         logger.info("step %d: %s", step, record)
         warnings = find_warnings(record, self.reward.goals)
         score = selection_score(record, warnings, self.config.early_stop_gain)
-        stop, flat = self.early_stop.add(step, record, plateau=self._is_plateau(step))
+        stop, flat = self.early_stop.add(step, record, plateau=self.agree(self._is_plateau(step)))
         new = [warning for warning in [*warnings, *flat] if warning.key not in self.given]
         for warning in new:
             logger.warning("step %d: %s", step, warning)
