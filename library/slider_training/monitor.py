@@ -47,6 +47,8 @@ LOOKS, LOOKS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besi
 CHECKS = 100  # times a run that the running gain is looked at
 PLATEAU = 0.1  # within-prompt standard deviations in a fifth of a run: less is no growth
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
+CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
+FEWEST_FRESH = 9  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 PREVIEW_PROMPTS, PREVIEW_WEIGHTS = 4, (-1.0, 0.0, 1.0)
 SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
@@ -187,7 +189,7 @@ class Monitor:
         self.last: tuple[int, float] | None = None  # the step that was measured last, and its selection score
         self.stop: str | None = None
         self.running: RunningGain | None = None
-        self.spent = 0
+        self.spent = self._trained_before = self._spent_before = 0
         self._seen: list[tuple[Tensor, Tensor, Finished | None]] = []  # of updates since the last check, on the model's device
         self._trajectories: Trajectories | None = None
         self._trail: list[tuple[int, float]] = []  # the running gain of both signs, at each check
@@ -195,6 +197,11 @@ class Monitor:
     @property
     def measures(self) -> bool:
         return bool(self.prompts) and self.config.measure != "off"
+
+    @property
+    def trained(self) -> int:
+        """Evaluations of the U-Net for the training itself, those before a resume included."""
+        return self._trained_before + self.model.num_unet_evaluations - (self.spent - self._spent_before)
 
     @property
     def interval(self) -> int:
@@ -362,6 +369,7 @@ class Monitor:
     def calibration(self, target: Target) -> tuple[Calibration, EvaluationRecord]:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
         fresh seeds; and what those say of weight +1 and -1."""
+        before = self.model.num_unet_evaluations
         known = self.best.record or self._measured((-1.0, 1.0), "the strength")
         curve = curve_of(known, REWARD)
         for _ in range(MAX_STRENGTHS):
@@ -373,9 +381,13 @@ class Monitor:
         if not any(abs(scale / strength - 1) < 0.1 for strength in curve.multipliers if strength > 0):
             curve = curve.joined(self._curve(scale))
             scale = choose_scale(curve, target).scale
-        if max(curve.multipliers) < FARTHER * scale:  # for the usable range
+        sampling, seeds = self.pictures.sampling, len(self.pictures.seeds[0])
+        of_a_picture = sampling.num_steps * (1 if sampling.guidance_scale == 1 else 2)
+        left = (CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)) / of_a_picture  # pictures
+        prompts = spread(self.others, max(FEWEST_FRESH, int(left / (3 * seeds))))
+        if max(curve.multipliers) < FARTHER * scale and left > 3 * seeds * len(prompts) + 2 * FIRST_PAIRS:  # for the usable range
             curve = curve.joined(self._curve(2 * scale))
-        fresh = self._measurer(self.others, FRESH_SEEDS)
+        fresh = self._measurer(prompts, FRESH_SEEDS, seeds)
         record = fresh.measure(self.network, (-scale, scale), name="weight 1")
         base = [part.base(self.network).scores[REWARD] for part in (self.pictures, fresh)]
         unit_scores = np.concatenate(base) if base[0].shape[1] == base[1].shape[1] else None
@@ -444,23 +456,26 @@ class Monitor:
             "running": None if self.running is None else self.running.state_dict(),
             "trail": list(self._trail),
             "spent": self.spent,
+            "trained": self.trained,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.early_stop.load_state_dict(state["early_stop"])
         self.given = set(state["given"])
         self.best.load_state_dict(state["best"])
-        self.last, self._trail, self.spent = state["last"], [tuple(entry) for entry in state["trail"]], state["spent"]
+        self.last, self._trail = state["last"], [tuple(entry) for entry in state["trail"]]
+        self._trained_before, self._spent_before = state["trained"] - self.model.num_unet_evaluations, state["spent"]
+        self.spent = state["spent"]
         self.pictures.load_state_dict(state["pictures"])
         if state["running"] is not None:
             self.running = self._new_running()
             self.running.load_state_dict(state["running"])
 
-    def _measurer(self, prompts: Sequence[PromptSpec], seed_offset: int = 0) -> Measurer:
+    def _measurer(self, prompts: Sequence[PromptSpec], seed_offset: int = 0, seeds: int | None = None) -> Measurer:
         sampling = self.sampling
         if self.config.measure == "light" and sampling.num_steps > QUICK_STEPS and detect(self.model) is None:
             sampling = replace(sampling, sampler=QUICK_SAMPLER, num_steps=QUICK_STEPS, spacing=None)
-        seeds = max(3, -(-NUM_PICTURES // max(len(prompts), 1)))
+        seeds = seeds or max(3, -(-NUM_PICTURES // max(len(prompts), 1)))
         return Measurer(
             model=self.model,
             raters=Raters(reward=self.reward, judges=self.judges),
