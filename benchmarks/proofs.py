@@ -121,8 +121,8 @@ def share(record: EvaluationRecord, multiplier: float) -> float:
 def calibration(scores: Sequence[str] = ("brightness", "size", "warmth"), seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
     """What the file promises of +1 and -1, and what the true score says on prompts that training never saw."""
     rows = []
-    for score in scores:
-        for seed in seeds:
+    for seed in seeds:
+        for score in scores:
             path = slider(f"calibration_{score}_{seed}", scorer=[str(scorer(score))], seed=seed, calibrate="visible")
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()

@@ -37,7 +37,7 @@ from library.training.tracking import progress_bar
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
-NOTICEABLE = 16 / 255  # of the pixels' range: as large a change of brightness is plainly seen beside the unchanged picture
+NOTICEABLE = 10 / 255  # of the pixels' range: so much brighter, a picture is told from itself (docs/experiments.md)
 SHARES = ("clipped",)  # kept as they are; the other statistics of pictures alone are divided by the base model's
 
 
@@ -197,7 +197,7 @@ class Measurer:
                     looks[place].append(_looks(made.latents[:, place], decoded))
                     found = compare(made.latents[:, place], decoded)
                     if decoded is not None:
-                        seen.append((found["perceptual_distance"] / compare.noticeable).double().numpy())
+                        seen.append((found["perceptual_distance"] / compare.noticeable).sqrt().double().numpy())
                     distances[place].append({key: value.mean().item() for key, value in found.items()})
                 if made.decoded is not None:
                     visibility.append(np.stack(seen, axis=-1))

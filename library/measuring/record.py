@@ -46,7 +46,7 @@ class EvaluationRecord:
         seed_distance: RMS distance between the latents of two seeds of one prompt without the slider.
         settings: how it was sampled.
         origin: what the slider's file says of how it was made.
-        visibility: perceptual distance of each picture from the base model's, over that of a plainly visible change of brightness
+        visibility: root of each picture's perceptual distance (a square) from the base model's, over that of a visible change of brightness
             (`measure.NOTICEABLE`) [P, S, M]; None where no pixels were decoded. Above 1, a person tells the two apart.
         pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
     """
