@@ -9,11 +9,14 @@ score_estimator x0. docs/pixel_scorers.md lists what there is and how it is writ
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 from PIL import Image
