@@ -10,8 +10,11 @@ can be learned from as well, alone or together with a score: `objective`.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 

@@ -62,3 +62,22 @@ def test_the_order_is_that_of_the_modules_whichever_was_imported_first(package: 
     import registered_parts.beta  # type: ignore[import-not-found]  # noqa: F401
 
     assert package.names == ("a", "b")
+
+
+def test_where_parts_are_named_after_modules_only_the_wanted_one_is_imported(package: Registry[str]) -> None:
+    import registered_parts  # type: ignore[import-not-found]
+
+    folder = Path(registered_parts.__path__[0])
+    for module in ("first", "second"):
+        (folder / f"{module}.py").write_text(f"from registered_parts import KINDS\nKINDS.register({module!r})('a part')\n")
+    for module in ("alpha", "beta"):
+        (folder / f"{module}.py").unlink()
+    kinds: Registry[str] = Registry("kind", "registered_parts", named_after_modules=True)
+    registered_parts.KINDS = kinds
+
+    assert kinds.names == ("first", "second") and "second" in kinds and kinds.get("third") is None
+    assert "registered_parts.second" not in sys.modules
+    assert kinds["second"] == "a part"
+    assert "registered_parts.first" not in sys.modules
+    with pytest.raises(UserError, match="there is no kind 'secnd'; kind is one of first, second"):
+        kinds["secnd"]

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -41,7 +42,7 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch):
     def refuse(**kwargs: object) -> None:
         raise ValueError("bf16 needs a supported device.")
 
-    monkeypatch.setattr(runtime, "Accelerator", refuse)
+    monkeypatch.setattr(accelerate, "Accelerator", refuse)
     with pytest.raises(UserError, match="^mixed_precision bf16 cannot be used here: bf16 needs a supported device.$"):
         create_accelerator(TrainingConfig(mixed_precision="bf16"))
 

@@ -11,11 +11,14 @@ measured on the same prompts and seeds and shown side by side, each with its dif
 
 import glob
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import safetensors
 import torch

@@ -7,13 +7,18 @@ The file holds a decoder and the image scorer, and train_leco_score.py takes it 
 score_estimator x0. docs/pixel_scorers.md lists what there is and how it is written. Prints whether a gradient reaches the latents.
 """
 
+from __future__ import annotations
+
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,11 +35,12 @@ from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.image_models.base import IMAGE_MODELS, read_image_model
 from library.scorers.io import save_scorer
-from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
-from library.scorers.pixel_decoder import load_tiny_autoencoder
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, check_not_set, option
 from library.training.runtime import set_num_threads
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class PixelScorerConfig:
     """What looks at the picture, how it is decoded, and what its scores are measured on."""
 
     image_model: str | None = option(None, help="Image scorer, family:argument?key=value&key=value; see docs/pixel_scorers.md.")
-    decoder: str = option(RUNS_VAE, help="vae, the model's own, or the folder of a tiny autoencoder such as TAESD, which is far faster.")
+    decoder: str = option("vae", help="vae, the model's own, or the folder of a tiny autoencoder such as TAESD, which is far faster.")
     decode_tile: int = option(0, help="Side in latents of the tiles that are decoded; 0 for whole pictures. Bounds memory.")
     decode_batch: int = option(1, help="Tiles or pictures decoded at a time; 0 for all.")
     decode_checkpointing: bool = option(True, help="Decode again in the backward pass rather than to keep activations.")
@@ -85,6 +91,9 @@ def main() -> None:
 
 def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig) -> BackboneScorer:
     """Build, measure and describe the scorer."""
+    from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
+    from library.scorers.pixel_decoder import load_tiny_autoencoder
+
     assert settings.image_model is not None
     image_model = read_image_model(settings.image_model)
     decoder = vae if settings.decoder == RUNS_VAE else load_tiny_autoencoder(settings.decoder)

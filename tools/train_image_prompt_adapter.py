@@ -9,9 +9,12 @@ A tenth of the prompts is held out, and what is measured on them is printed. doc
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 from tqdm import tqdm

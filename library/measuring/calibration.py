@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
-from scipy.optimize import root_scalar
+import scipy
 
 from library.measuring.response_curve import VISIBLE_SHARE, CurveSummary, ResponseCurve, summarise_curve
 from library.measuring.statistics import Interval
@@ -226,7 +225,7 @@ def confirm(curve: ResponseCurve, measured: ResponseCurve, target: Target) -> Ca
     visible = curve.visible
     if visible and measured.visible:
         at = [
-            float(PchipInterpolator(curve.multipliers, visible)(strength))
+            float(scipy.interpolate.PchipInterpolator(curve.multipliers, visible)(strength))
             for strength in (measured.multipliers[0], measured.multipliers[2])
         ]
         low, high = (seen / before if before > 0 else 1.0 for seen, before in zip(measured.visible[::2], at, strict=True))
@@ -261,7 +260,9 @@ def _calibration(curve: ResponseCurve, scale: float, target: Target, reached: bo
         down=down,
         curve=curve,
         line=summarise_curve(curve, target.max_drift),
-        visible=float(PchipInterpolator(curve.multipliers, curve.visible)([-1.0, 1.0]).min()) if curve.visible else math.nan,
+        visible=float(scipy.interpolate.PchipInterpolator(curve.multipliers, curve.visible)([-1.0, 1.0]).min())
+        if curve.visible
+        else math.nan,
         judges={name: (curve.gain_at(1.0, name), curve.gain_at(-1.0, name)) for name in curve.judges},
     )
     return _with_note(chosen)
@@ -292,10 +293,10 @@ def _first_crossing(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.nda
 
     Between two neighbours the cubic is monotone, so that the crossing is bracketed.
     """
-    curve = PchipInterpolator(x, y)
+    curve = scipy.interpolate.PchipInterpolator(x, y)
     for low, high, below, above in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True):
         if low >= 0 and below < level <= above:
-            return float(root_scalar(lambda at: float(curve(at)) - level, bracket=(low, high), method="brentq").root)
+            return float(scipy.optimize.root_scalar(lambda at: float(curve(at)) - level, bracket=(low, high), method="brentq").root)
     return beyond
 
 

@@ -4,13 +4,18 @@ Plain functions, no gradient. B pictures in a batch, S seeds of one prompt; `bas
 the slider. Pixels are in 0..1. What is compared with the base model's own value is divided by the caller (`relative`).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 NYQUIST_BAND = 0.75  # of the Nyquist frequency, where the highest band begins
 FEATURE_SIZE = 512  # pixels; larger pictures are shrunk to this longer side before the VAE's encoder looks at them

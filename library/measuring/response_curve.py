@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
+import scipy
 
 from library.measuring.record import EvaluationRecord
 from library.measuring.statistics import Interval, bootstrap_gains, linear_fit, percentile_interval
@@ -78,7 +78,9 @@ class ResponseCurve:
         value = self.gain_at(multiplier)
         if self.resamples is None or math.isnan(value):
             return Interval(value, math.nan, math.nan)
-        return percentile_interval(value, PchipInterpolator(self.multipliers, self.resamples, axis=1, extrapolate=False)(multiplier))
+        return percentile_interval(
+            value, scipy.interpolate.PchipInterpolator(self.multipliers, self.resamples, axis=1, extrapolate=False)(multiplier)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +184,10 @@ def summarise_curve(curve: ResponseCurve, max_drift: float | None = None) -> Cur
         if not any(weight * sign > 0 for weight in inside):
             inside += [sign, sign * WIDEST]
     weights = np.array(sorted(inside))
-    slope, r2 = linear_fit(weights, PchipInterpolator(curve.multipliers, curve.gains)(weights))
+    slope, r2 = linear_fit(weights, scipy.interpolate.PchipInterpolator(curve.multipliers, curve.gains)(weights))
     interval = Interval(slope, math.nan, math.nan)
     if curve.resamples is not None:
-        resamples = PchipInterpolator(curve.multipliers, curve.resamples, axis=1)(weights)  # [R, weights]
+        resamples = scipy.interpolate.PchipInterpolator(curve.multipliers, curve.resamples, axis=1)(weights)  # [R, weights]
         interval = percentile_interval(slope, resamples @ _slope_weights(weights))
     usable = tuple(_usable_end(curve, end, max_drift) for end in measured)
     return CurveSummary(slope=interval, r2=r2, usable=(usable[0], usable[1]), measured=measured)
@@ -215,4 +217,4 @@ def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> fl
 
 def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
     """Monotone cubic interpolation (Fritsch and Butland 1984, as in SciPy); NaN outside."""
-    return float(PchipInterpolator(x, y, extrapolate=False)(at))
+    return float(scipy.interpolate.PchipInterpolator(x, y, extrapolate=False)(at))

@@ -1,23 +1,26 @@
 """A diffusion model as the rest of the program sees it: prompts -> conditioning, latents -> eps, pictures <-> latents."""
 
+from __future__ import annotations
+
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
 from library.models.prompt_syntax import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.types import Conditioning
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class TextEncoderSlot:
     pad_token: str
 
     @staticmethod
-    def of_clip(prefix: str) -> "TextEncoderSlot":
+    def of_clip(prefix: str) -> TextEncoderSlot:
         """OpenAI's CLIP, a model's first text encoder."""
         return TextEncoderSlot(
             folder="text_encoder",
@@ -104,7 +107,7 @@ class Family:
 
     name: str
     title: str
-    model_class: "type[DiffusionModel]"
+    model_class: type[DiffusionModel]
     config_file: Path
     pipeline_class: str
     linear_projection: bool
@@ -278,6 +281,8 @@ class DiffusionModel(ABC):
         """[rows, D] of `embedded_guidance`, or None; arXiv 2310.04378, section 4.2, scaled as in diffusers' pipelines."""
         if not self.embeds_guidance:
             return None
+        from diffusers.models.embeddings import get_timestep_embedding
+
         scales = torch.full((rows,), self.embedded_guidance - 1, device=self.device)  # the paper's w is 0 without guidance
         return get_timestep_embedding(1000 * scales, self.unet.config["time_cond_proj_dim"]).to(self.dtype)
 
@@ -292,14 +297,14 @@ class DiffusionModel(ABC):
     def vae_fingerprint(self) -> VaeFingerprint:
         return VaeFingerprint.of(self.vae)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DiffusionModel":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DiffusionModel:
         """Move every part, in place; a VAE that is not safe in half precision stays in float32."""
         for module in (self.unet, *self.text_encoders):
             move(module, device, dtype)
         place_vae(self.vae, device, dtype)
         return self
 
-    def freeze(self) -> "DiffusionModel":
+    def freeze(self) -> DiffusionModel:
         """No parameter asks for a gradient, every part is in eval mode."""
         for module in (self.unet, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()

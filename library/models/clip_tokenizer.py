@@ -1,9 +1,13 @@
 """CLIP's tokenizer without the hub, from the byte-pair merges in clip_bpe/ (OpenAI's file as open_clip ships it; MIT)."""
 
+from __future__ import annotations
+
 import gzip
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import CLIPTokenizer
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 BPE_FILE = Path(__file__).with_name("clip_bpe") / "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
@@ -19,6 +23,8 @@ def byte_symbols() -> list[str]:
 
 def build_clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """The tokenizer of SD1, SD2 and SDXL; SD2 and SDXL's second pad with "!"."""
+    from transformers import CLIPTokenizer
+
     symbols = byte_symbols()
     num_merges = VOCAB_SIZE - 2 * len(symbols) - 2
     lines = gzip.decompress(BPE_FILE.read_bytes()).decode("utf-8").split("\n")[1 : 1 + num_merges]  # after the version line

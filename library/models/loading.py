@@ -1,15 +1,15 @@
 """Load a diffusion model, or only its VAE, from a diffusers folder or a single file; never from the network."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
@@ -18,6 +18,9 @@ from library.models.base import DiffusionModel, Family
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.registry import FAMILIES
 from library.models.vae import place_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
     Raises:
         UserError: there is no VAE at the path, or it does not say its scaling factor and `family` is "auto".
     """
+    from diffusers import AutoencoderKL
+
     path = _existing(path)
     _check_family_name(family)
     if path.is_dir():
@@ -117,6 +122,9 @@ def _expect_family(found: Family, wanted: str, path: Path) -> None:
 
 
 def _load_folder(path: Path, wanted_family: str, v_parameterization: bool | None, dtype: torch.dtype) -> DiffusionModel:
+    import transformers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
     index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
     unet_config = _read_json(path / "unet" / "config.json", "the diffusers model is not complete")
     family = _family_of_folder(index, unet_config, path)
@@ -178,6 +186,8 @@ def _component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
+    import transformers
+
     # transformers 5 makes an empty tokenizer of a folder without files, so what came out is checked
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else ()
     if len(tokenizer) != vocab_size:

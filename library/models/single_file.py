@@ -4,24 +4,26 @@ The configs of the published models are bundled beside the families. What tensor
 the shapes, so that checkpoints of another size load too; the bundled config answers the rest.
 """
 
+from __future__ import annotations
+
 import json
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.base import Family, TextEncoderSlot
 from library.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import PreTrainedModel
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -198,6 +200,10 @@ def _fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path,
 
 
 def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, path: Path) -> UNet2DConditionModel:
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(config)
     assert isinstance(unet, UNet2DConditionModel)
@@ -207,6 +213,10 @@ def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, p
 
 def build_vae(tensors: StateDict, family: str, path: Path) -> AutoencoderKL:
     """A VAE in float32 from tensors under LDM names with or without "first_stage_model.", or under diffusers' names."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
     own = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(VAE_PREFIX)} or dict(tensors)
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
@@ -223,7 +233,10 @@ def build_vae(tensors: StateDict, family: str, path: Path) -> AutoencoderKL:
 
 def build_text_encoder(
     tensors: StateDict, slot: TextEncoderSlot, bundled: Mapping[str, Any], dtype: torch.dtype, path: Path
-) -> transformers.PreTrainedModel:
+) -> PreTrainedModel:
+    import transformers
+    from accelerate import init_empty_weights
+
     own = text_encoder_tensors(tensors, slot)
     config = text_encoder_config(own, bundled)
     own = {name: tensor for name, tensor in own.items() if not name.startswith(f"encoder.layers.{config['num_hidden_layers']}.")}

@@ -1,13 +1,17 @@
 """What a VAE does, and how to tell whether two of them share an encoder."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # Relative RMS between the probe latents of one encoder in another precision stays near 0.001 (fp16 weights) and 0.01 (bf16 weights and
 # activations); that of two unrelated encoders is about sqrt(2). See tests/test_models.py.
@@ -60,12 +64,12 @@ class VaeFingerprint:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, vae: AutoencoderKL) -> "VaeFingerprint":
+    def of(cls, vae: AutoencoderKL) -> VaeFingerprint:
         picture = probe_picture().to(vae.device)
         latents = encode_images(vae, picture) / vae.config["scaling_factor"]
         return cls(vae.config["scaling_factor"], tuple(round(value, 4) for value in latents.flatten().tolist()))
 
-    def matches(self, other: "VaeFingerprint") -> bool:
+    def matches(self, other: VaeFingerprint) -> bool:
         """Whether both encode alike: the same scaling factor, and probes within `PROBE_TOLERANCE` (relative RMS)."""
         if len(self.probe) != len(other.probe) or not math.isclose(self.scaling_factor, other.scaling_factor, rel_tol=1e-4):
             return False
@@ -76,5 +80,5 @@ class VaeFingerprint:
         return {"scaling_factor": self.scaling_factor, "probe": list(self.probe)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "VaeFingerprint":
+    def from_dict(cls, data: Mapping[str, Any]) -> VaeFingerprint:
         return cls(float(data["scaling_factor"]), tuple(float(value) for value in data["probe"]))

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from library.reports.plots import COLOURS, INK, MUTED, PAPER, figure_png, font, quiet
@@ -46,6 +45,8 @@ def contact_sheet(sections: Mapping[str, Sequence[CaptionedPicture]]) -> bytes:
 
 def histograms(scores: Mapping[str, Sequence[float]]) -> bytes:
     """How the scores of each rater are spread, side by side, with their mean as a line, PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(0.4 + 4.6 * len(scores), 3.2), dpi=130, facecolor=PAPER, layout="constrained")
     for number, (name, values) in enumerate(scores.items()):
         axes = figure.add_subplot(1, len(scores), number + 1)

@@ -1,17 +1,16 @@
 """Plots of a measurement, as PNG: the score over the multiplier, and the grid of images."""
 
+from __future__ import annotations
+
 import io
 import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,6 +18,10 @@ from library.measuring.calibration import Calibration
 from library.measuring.record import EvaluationRecord
 from library.measuring.response_curve import WIDEST
 from library.measuring.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
@@ -150,6 +153,9 @@ def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
 
 def _figure(width: float, height: float, palette: Palette) -> Figure:
     """An empty figure, inches."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
     return Figure(figsize=(width, height), dpi=130, facecolor=palette.paper, layout=layout)
 
@@ -255,5 +261,7 @@ def _resize(picture: Image.Image) -> Image.Image:
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font that matplotlib brings, so that a grid looks the same on every system."""
+    import matplotlib
+
     file = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", file)), size)

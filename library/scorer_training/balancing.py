@@ -1,9 +1,10 @@
 """How several things to learn share one backbone: by the sum of their losses, or by an optimizer each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from accelerate import Accelerator
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -12,6 +13,9 @@ from library.scorer_training.tasks import Stage
 from library.scorers.base import BackboneScorer
 from library.training.optimizers import create_optimizer, create_scheduler
 from library.training.runtime import all_reduce_grads
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def parameter_groups(scorer: BackboneScorer, heads: Sequence[str], weight_decay: float) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """What a scorer's training starts from: the VAE, a backbone, the text encoders."""
 
+from __future__ import annotations
+
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
@@ -13,6 +13,9 @@ from library.models.loading import load_model, load_vae
 from library.scorer_training.config import ScorerConfig, VaeConfig
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.types import Conditioning
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,14 @@
 """From the datasets of a run to what is trained on: latents, targets and a head for each."""
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from library.errors import UserError
@@ -26,6 +26,10 @@ from library.scorer_training.dataset_config import MAX_TAGS, Dataset, Subset
 from library.scorers.base import ModelSource
 from library.scorers.heads import HeadSpec
 from library.settings.shared import OptimizerConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,12 @@
 """The training of a scorer: its noise, its batches, its loop."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from library.diffusion.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
@@ -23,6 +24,9 @@ from library.training.optimizers import evaluating
 from library.training.runtime import generator
 from library.training.tracking import Tracker
 from library.types import Conditioning
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 REFERENCE_PICTURES = 2048  # the scale of a score is measured on so many training pictures
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from library.scorer_data.batches import LatentBatch, LatentDataset
@@ -61,6 +60,8 @@ class AveragedWeights:
     """The exponential average of a model's trainable weights over the steps."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
         self._model = model
         self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._ema = EMAModel(self._parameters.values(), decay=decay)

@@ -1,14 +1,15 @@
 """What a scorer is: an opinion about latents at any noise level, and the record of what it was trained for."""
 
+from __future__ import annotations
+
 import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from library.errors import UserError
@@ -17,6 +18,9 @@ from library.models.vae import VaeFingerprint
 from library.scorers.heads import Head, HeadSpec, score_and_uncertainty
 from library.settings.registry import Registry
 from library.types import Conditioning
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +129,7 @@ class Backbone(nn.Module):
         logger.warning("gradient_checkpointing does nothing: a %s keeps its activations", type(self).__name__)
 
 
-SCORER_KINDS: Registry[type[Backbone]] = Registry("scorer_kind", "library.scorers.kinds")
+SCORER_KINDS: Registry[type[Backbone]] = Registry("scorer_kind", "library.scorers.kinds", named_after_modules=True)
 
 
 def check_scorer_args(kind: str, options: Iterable[str], known: Sequence[str]) -> None:

@@ -3,6 +3,8 @@
 A rater is given pictures and gives back a rating for each, in their order, or says why not: a picture that cannot be scored ends nothing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import math
@@ -13,10 +15,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +31,9 @@ from library.scorers.base import Scorer
 from library.scorers.judges import Judge
 from library.training.runtime import generator
 from library.types import Conditioning
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 IMAGE_PLACE = "{image}"
 UNREADABLE, NO_SCORE = "picture cannot be read", "picture got no score"

@@ -32,15 +32,18 @@ class Registry(Mapping[str, T], Generic[T]):
         package: the package in whose modules the parts stand. All of them are imported at the first look-up, but those whose name begins
             with an underscore; None: the parts are registered where the table is, or by the modules that it is imported with.
         noun: what a part is called in an error; None: `kind`, with blanks for underscores.
+        named_after_modules: every module of the package holds one part of its own name. Then names cost no import, and a look-up imports
+            one module: for parts that need heavy packages.
     """
 
-    def __init__(self, kind: str, package: str | None = None, noun: str | None = None) -> None:
+    def __init__(self, kind: str, package: str | None = None, noun: str | None = None, *, named_after_modules: bool = False) -> None:
         self.kind = kind
         self._package = package
         self._noun = noun or kind.replace("_", " ")
         self._entries: dict[str, T] = {}
         self._modules: dict[str, str] = {}
-        self._complete = package is None
+        self._named_after_modules = named_after_modules
+        self._complete = package is None or named_after_modules
 
     def register(self, name: str) -> Callable[[EntryT], EntryT]:
         """A decorator that enters a class or a function, or a function to be called with any other object, under `name`."""
@@ -59,10 +62,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self._import_package()
         if self._package is None:
             return tuple(self._entries)
-        return tuple(sorted(self._entries, key=lambda name: self._modules[name]))
+        modules = {name: f"{self._package}.{name}" for name in self._module_names()} if self._named_after_modules else {}
+        modules |= self._modules
+        return tuple(sorted(modules, key=lambda name: modules[name]))
 
     def __getitem__(self, name: str) -> T:
         self._import_package()
+        if self._named_after_modules and name not in self._entries and name in self._module_names():
+            importlib.import_module(f"{self._package}.{name}")
         if name not in self._entries:
             match = nearest(str(name), self.names)
             did_you_mean = "" if match is None else f" (did you mean {match!r}?)"
@@ -70,12 +77,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._entries[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        self._import_package()
-        return self._entries.get(name, default)
+        return self[name] if name in self.names else default
 
     def __contains__(self, name: object) -> bool:
-        self._import_package()
-        return name in self._entries
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -83,14 +88,18 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self.names)
 
+    def _module_names(self) -> list[str]:
+        assert self._package is not None
+        found = pkgutil.iter_modules(importlib.import_module(self._package).__path__)
+        return sorted(module.name for module in found if not module.name.startswith("_"))
+
     def _import_package(self) -> None:
         if self._complete or self._package is None:
             return
         self._complete = True  # a module that looks up a name while it is imported finds those that were registered before it
         try:
-            for module in sorted(pkgutil.iter_modules(importlib.import_module(self._package).__path__), key=lambda module: module.name):
-                if not module.name.startswith("_"):
-                    importlib.import_module(f"{self._package}.{module.name}")
+            for name in self._module_names():
+                importlib.import_module(f"{self._package}.{name}")
         except BaseException:
             self._complete = False
             raise

@@ -1,11 +1,11 @@
 """A slider's training from its settings to everything that the loop moves."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
@@ -28,6 +28,9 @@ from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.runtime import any_process, check_writable, generator, weight_dtype
 from networks.lora import LoRANetwork
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from library.diffusion.solvers import ddim_step
 from library.models.base import DiffusionModel
@@ -137,6 +136,8 @@ def train_adapter(
     The loss is the U-Net's error under the adapter against the same U-Net's under the real encoding, on latents that it sampled
     itself (so that it is measured where it will be used), plus the error of the encodings, which is cheap and sees more prompts.
     """
+    from transformers import get_cosine_schedule_with_warmup
+
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.max_train_steps // 20, recipe.max_train_steps)
     effects: list[float] = []  # so far: a batch of nearly finished pictures, which prompts hardly change, must not weigh more

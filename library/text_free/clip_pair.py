@@ -1,13 +1,14 @@
 """CLIP's two towers: texts and pictures as points of one space."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,9 @@ from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Prep
 from library.scorers.image_models.weight_files import folder_preprocessing, load_transformers
 from library.text_free.adapter import PROBE_PROMPT, Fingerprint
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,21 +36,23 @@ class ClipPair(nn.Module):
     because an adapter learns the way from its embeddings to the diffusion model's own encodings.
     """
 
-    def __init__(self, clip: transformers.CLIPModel, tokenizer: Any, preprocessing: Preprocessing) -> None:
+    def __init__(self, clip: CLIPModel, tokenizer: Any, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.clip, self.tokenizer, self.preprocessing = clip, tokenizer, preprocessing
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ClipPair":
+    def load(cls, folder: str | Path) -> ClipPair:
         """Read a CLIPModel's folder as transformers writes it; without tokenizer files, CLIP's own tokenizer is taken.
 
         Raises:
             UserError: the folder holds no whole CLIPModel.
         """
-        clip: Any = load_transformers(transformers.CLIPModel, str(folder))
+        from transformers import CLIPModel, CLIPTokenizer
+
+        clip: Any = load_transformers(CLIPModel, str(folder))
         has_tokenizer = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else build_clip_tokenizer()
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else build_clip_tokenizer()
         colours = folder_preprocessing(str(folder), Preprocessing(mean=CLIP_MEAN, std=CLIP_STD))
         return cls(clip, tokenizer, Preprocessing(size=clip.config.vision_config.image_size, mean=colours.mean, std=colours.std))
 

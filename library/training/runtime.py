@@ -1,5 +1,7 @@
 """Where a run happens: processes, devices, precision, threads, random numbers, and the folder it writes to."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -7,13 +9,16 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from library.errors import UserError
 from library.settings.shared import TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,6 +31,8 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         UserError: the device cannot compute in the precision asked for.
     """
+    from accelerate import Accelerator
+
     try:
         return Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:

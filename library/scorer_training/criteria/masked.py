@@ -10,7 +10,6 @@ from library.errors import UserError
 from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorers.base import Backbone
 from library.scorers.heads import HeadSpec
-from library.scorers.kinds.latent_vit import LatentViT, TransformerBlock, axial_angles, grid_positions
 
 
 @CRITERIA.register("masked")
@@ -56,6 +55,8 @@ class MaskedLatentPretraining(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, masked_fraction: float = 0.6, decoder_depth: int = 1) -> None:
+        from library.scorers.kinds.latent_vit import LatentViT, TransformerBlock
+
         super().__init__()
         if not isinstance(backbone, LatentViT):
             raise UserError(f"masked pretraining hides tokens, which a {type(backbone).__name__} has not; set scorer_kind to latent_vit")
@@ -78,6 +79,8 @@ class MaskedLatentPretraining(nn.Module):
         Returns:
             Mean squared error over the hidden cells [B].
         """
+        from library.scorers.kinds.latent_vit import axial_angles, grid_positions
+
         backbone, patch = self.backbone, self.backbone.patch
         latents, clean = backbone.fill_patches(latents), backbone.fill_patches(clean)
         rows, columns = latents.shape[2] // patch, latents.shape[3] // patch

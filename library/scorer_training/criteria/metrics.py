@@ -1,8 +1,8 @@
 """Numbers that say how well outputs fit targets, over a whole validation set on the CPU."""
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 
@@ -63,4 +63,4 @@ def micro_f1(outputs: Tensor, tags: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    return torch.from_numpy(stats.rankdata(values.double().numpy()))
+    return torch.from_numpy(scipy.stats.rankdata(values.double().numpy()))

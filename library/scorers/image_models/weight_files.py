@@ -1,19 +1,22 @@
 """Weights and folders of other libraries, from local paths only."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from library.errors import UserError
 from library.scorers.image_models.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def read_bytes(path: str) -> bytes:
@@ -78,7 +81,9 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 def config_from_values(values: Mapping[str, Any]) -> PreTrainedConfig:
     """The inverse of `config_values`."""
-    return transformers.AutoConfig.for_model(**values)
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**values)
 
 
 def folder_preprocessing(folder: str, default: Preprocessing) -> Preprocessing:

@@ -1,0 +1,51 @@
+"""What a script does before it knows its settings: nothing that takes seconds, and nothing against a user's environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [ROOT / "train_leco_score.py", ROOT / "train_latent_scorer.py"]
+SCRIPTS += [file for file in sorted((ROOT / "tools").glob("*.py")) if "run_main" in file.read_text(encoding="utf-8")]
+SLOW_TO_IMPORT = ("accelerate", "diffusers", "matplotlib", "pandas", "scipy.interpolate", "scipy.stats", "torch._dynamo", "transformers")
+READ_ALL_SETTINGS = f"""
+import sys
+from tools.settings_reference import reference
+reference()
+print(*[module for module in {SLOW_TO_IMPORT} if module in sys.modules])
+"""
+STOP_AT_TORCH = """
+import os, runpy, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+sys.meta_path.insert(0, Stop())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def python(code: str, *words: str | Path, **environment: str) -> str:
+    """What a program prints, without the last line's end."""
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.removesuffix("\n")
+
+
+def test_the_settings_of_all_scripts_are_read_without_what_takes_seconds_to_import() -> None:
+    assert python(READ_ALL_SETTINGS) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_threads_that_wait_are_quiet_from_the_start(script: Path) -> None:
+    assert python(STOP_AT_TORCH, script, PYTHONPATH=str(ROOT)) == "passive"
+
+
+def test_a_users_own_choice_about_threads_is_kept() -> None:
+    assert python(STOP_AT_TORCH, SCRIPTS[0], PYTHONPATH=str(ROOT), OMP_WAIT_POLICY="active") == "active"
