@@ -370,3 +370,12 @@ def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
         if seen is not None and seen.stop is not None:
             break
     assert step < 300 and seen is not None and "nothing more to gain" in (seen.stop or "")
+
+
+@pytest.mark.parametrize(("trained", "confirmed"), [(0, 9), (10**6, 12)])
+def test_a_short_training_is_calibrated_by_fewer_pictures(trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(12)]
+    monitor, _, _ = monitor_for(prompts, early_stop_gain=None)
+    monkeypatch.setattr(Monitor, "trained", property(lambda self: trained))
+    _, record = monitor.calibration(Target(gain=0.01))
+    assert len(record.prompts) == confirmed and len(record.seeds[0]) == 4
