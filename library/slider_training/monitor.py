@@ -378,9 +378,6 @@ class Monitor:
                 break
             curve = curve.joined(self._curve(strength))
         scale = choose_scale(curve, target).scale
-        if not any(abs(scale / strength - 1) < 0.1 for strength in curve.multipliers if strength > 0):
-            curve = curve.joined(self._curve(scale))
-            scale = choose_scale(curve, target).scale
         sampling, seeds = self.pictures.sampling, len(self.pictures.seeds[0])
         of_a_picture = sampling.num_steps * (1 if sampling.guidance_scale == 1 else 2)
         left = (CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)) / of_a_picture  # pictures
