@@ -188,6 +188,7 @@ class Monitor:
         self.given: set[str] = set()  # the keys of the warnings that were given
         self.last: tuple[int, float] | None = None  # the step that was measured last, and its selection score
         self.stop: str | None = None
+        self.record: EvaluationRecord | None = None  # what was measured last
         self.running: RunningGain | None = None
         self.spent = self._trained_before = self._spent_before = 0
         self._seen: list[tuple[Tensor, Tensor, Finished | None]] = []  # of updates since the last check, on the model's device
@@ -268,7 +269,7 @@ class Monitor:
         self.given |= {warning.key for warning in new}
         if step > 0:
             self.best.offer(step, score, record, self.network)
-        self.last, self.stop = (step, score), stop
+        self.last, self.stop, self.record = (step, score), stop, record
         return Observation(step=step, record=record, warnings=new, stop=stop)
 
     def running_metrics(self) -> dict[str, float]:
@@ -340,7 +341,7 @@ class Monitor:
         if not self.measures:
             return outcome
         try:
-            outcome = replace(outcome, step=self._restore_best(step), record=self.best.record)
+            outcome = replace(outcome, step=self._restore_best(step), record=self.best.record or self.record)
             if self.config.target is not None and self.reward.goals:
                 with self._spending():
                     calibration, record = self.calibration(self.config.target)
