@@ -47,9 +47,9 @@ def train(config: LecoScoreConfig) -> Path:
     made = prepare(config, accelerator)
     model, network, terms, monitor, files = made.model, made.network, made.terms, made.monitor, made.files
     if config.check.check_reward:
-        if not monitor.prompts:
+        if not monitor.pictures.prompts:
             raise UserError("check_reward looks at one prompt, and there is none; set prompts_file or eval_prompts_file")
-        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, monitor.prompts[0])
+        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, monitor.pictures.prompts[0])
         print(report)
         raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)

@@ -19,7 +19,9 @@ from library.reports.plots import GAP, HEADER, LABEL_WIDTH
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
-from library.slider_training.monitor import Monitor, MonitorConfig, Observation, due
+from library.slider_training.monitor import Monitor, Observation, due
+from library.slider_training.monitor_config import MonitorConfig
+from library.slider_training.pictures import SliderPictures
 from library.slider_training.previews import write_preview
 from library.training.checkpoints import load_state, save_state
 from library.types import PromptSpec
@@ -88,7 +90,8 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
     """The calibrated strength, measured again, is the gain that was promised."""
     monitor, _, network = monitor_for(prompts=PROMPTS[1:], early_stop_gain=None)
     before = gains(monitor)[0]
-    calibration, record = monitor.calibration(Target(gain=1e6))  # out of reach: the end of the range in which the arm keeps rising
+    # out of reach: the end of the range in which the arm keeps rising
+    calibration, record = monitor.pictures.calibration(Target(gain=1e6), monitor.best.record)
     assert not calibration.reached and calibration.note.endswith(".") and record.multipliers == (-1.0, 0.0, 1.0)
     network.scale_alpha(2.0)
     assert gains(monitor)[0] != pytest.approx(before)
@@ -109,15 +112,16 @@ def test_what_a_run_measures_is_counted() -> None:
     before = model.num_unet_evaluations
     monitor.start()
     monitor.observe(50)
-    assert monitor.spent == model.num_unet_evaluations - before == 3 * 2 * (48 + 2 * 16 * 2)  # steps, branches of the guidance, pictures
+    # steps, branches of the guidance, pictures
+    assert monitor.pictures.spent == model.num_unet_evaluations - before == 3 * 2 * (48 + 2 * 16 * 2)
 
 
 def test_full_measures_all_pictures_as_the_training_samples() -> None:
     light, full = monitor_for(num_steps=500)[0], monitor_for(measure="full")[0]
-    sampled = [replace(monitor.sampling, num_steps=20) for monitor in (light, full)]
-    light.sampling, full.sampling = sampled
-    assert [light._measurer(PROMPTS).sampling.sampler, full._measurer(PROMPTS).sampling.sampler] == ["dpmpp_2m", "ddim"]
-    assert [light._measurer(PROMPTS).sampling.num_steps, full._measurer(PROMPTS).sampling.num_steps] == [10, 20]
+    for monitor, sampler, num_steps in ((light, "dpmpp_2m", 10), (full, "ddim", 20)):
+        monitor.pictures.sampling = replace(monitor.pictures.sampling, num_steps=20)
+        sampling = monitor.pictures.measurer_of(PROMPTS).sampling
+        assert (sampling.sampler, sampling.num_steps) == (sampler, num_steps)
     assert full.observe(50).record.num_pairs == 48 and [light.interval, full.interval] == [167, 50]
 
 
@@ -179,7 +183,7 @@ def made_up_monitor(**settings) -> tuple[Monitor, LoRANetwork]:
     model = tiny_model()
     judges = Judges(scorers={"taste": scorer_for(model)})
     monitor, _, network = monitor_for(judges=judges, **{"early_stop_gain": None, "calibrate": "off", **settings})
-    monitor.pictures = MadeUpPictures()  # pyright: ignore[reportAttributeAccessIssue]
+    monitor.pictures.measurer = MadeUpPictures()  # pyright: ignore[reportAttributeAccessIssue]
     return monitor, network
 
 
@@ -283,10 +287,10 @@ def test_an_error_at_the_end_does_not_cost_the_slider(monkeypatch: pytest.Monkey
     observe_all(monitor, network, [0, 20])
     train_to(network, PATH[50])
 
-    def broken(self: Monitor, target: float) -> None:
+    def broken(*_arguments: object) -> None:
         raise np.linalg.LinAlgError("singular")
 
-    monkeypatch.setattr(Monitor, "calibration", broken)
+    monkeypatch.setattr(SliderPictures, "calibration", broken)
     outcome = monitor.finish(50)
     assert outcome.step == 20 and outcome.calibration is None  # the best step was found before
     assert "was lost (LinAlgError: singular)" in outcome.verdict
@@ -323,7 +327,8 @@ def test_scores_that_have_limits_are_watched() -> None:
     monitor, model, _ = monitor_for(PROMPTS[:1])
     held = Goal(scorer=scorer_for(model, WavyScorer), weight=0.0, limit=Limit("hold", 1e-4))
     monitor.reward = Reward([*monitor.reward.goals, held])
-    monitor.pictures = monitor._measurer(monitor.prompts)
+    monitor.pictures.raters = replace(monitor.pictures.raters, reward=monitor.reward)
+    monitor.pictures.measurer = monitor.pictures.measurer_of(PROMPTS[:1])
     assert any("the score WavyScorer, which is to be held within 0.0001" in warning.text for warning in monitor.observe(50).warnings)
 
 
@@ -376,6 +381,6 @@ def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
 def test_a_short_training_is_calibrated_by_fewer_pictures(trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(12)]
     monitor, _, _ = monitor_for(prompts, early_stop_gain=None)
-    monkeypatch.setattr(Monitor, "trained", property(lambda self: trained))
-    _, record = monitor.calibration(Target(gain=0.01))
+    monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
+    _, record = monitor.pictures.calibration(Target(gain=0.01), None)
     assert len(record.prompts) == confirmed and len(record.seeds[0]) == 4

@@ -23,7 +23,7 @@ from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
-from library.slider_training.monitor import Monitor
+from library.slider_training.pictures import SliderPictures
 from library.training.checkpoints import load_state
 from library.training.tracking import read_metrics
 from library.types import PromptSpec
@@ -139,7 +139,7 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
     from library.measuring.calibration import Calibration
 
     half = Calibration(scale=0.5, gain=1.0, reached=True, note="Half.")
-    monkeypatch.setattr(Monitor, "calibration", lambda self, target: (half, record_of()))
+    monkeypatch.setattr(SliderPictures, "calibration", lambda self, target, known: (half, record_of()))
     path = run(workplace, tmp_path, measure="light", early_stop_gain="", save_state_on_train_end=True)
     alphas = {tensor.item() for name, tensor in load_file(path).items() if name.endswith(".alpha")}
     assert (

@@ -23,7 +23,8 @@ from library.rollouts.few_step import resolve_sampling
 from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
 from library.slider_training.files import SliderFiles
-from library.slider_training.monitor import Monitor, MonitorConfig
+from library.slider_training.monitor import Monitor
+from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.runtime import any_process, check_writable, generator, weight_dtype

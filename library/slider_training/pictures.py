@@ -1,0 +1,169 @@
+"""The pictures that a slider is measured on while it trains and after it, and the strength that they give weight 1."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from library.errors import UserError
+from library.measuring.calibration import Calibration, Target, choose_scale, confirm, next_strength
+from library.measuring.measure import Measurer, Part, Raters, seed_table
+from library.measuring.record import REWARD, EvaluationRecord
+from library.measuring.response_curve import ResponseCurve, curve_of
+from library.measuring.statistics import within_prompt_std
+from library.models.base import DiffusionModel
+from library.prompts.files import spread
+from library.rollouts.few_step import detect
+from library.rollouts.prompt_encoder import PromptEncoder, size_of
+from library.rollouts.sample import SamplingConfig
+from library.types import PromptSpec
+from networks.lora import LoRANetwork
+
+FRESH_SEEDS = 1_000_000  # added to the seeds of pictures that check what others have chosen
+NUM_PROMPTS, NUM_PICTURES = 16, 48  # of the base model; with fewer prompts, more seeds of each
+FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
+QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # whose gains agree with those of 20 steps of ddim (docs/experiments.md)
+MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
+CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
+FEWEST_FRESH = 9  # prompts that confirm it all the same
+FARTHER = 1.5  # times weight 1, that the usable range is to be known to
+SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
+
+
+class SliderPictures:
+    """A fixed set of prompts and seeds, of which the base model's pictures are made once.
+
+    Args:
+        raters: the training's reward, and judges.
+        prompts: some are taken, evenly over the list, and others to confirm what those chose.
+        sampling: as the training samples.
+        full: sample so, and measure all pictures every time; else in a few steps, beginning with a part of them.
+
+    Attributes:
+        measurer: of the prompts that are taken.
+        spent: evaluations of the U-Net for measurements.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        network: LoRANetwork,
+        raters: Raters,
+        prompts: Sequence[PromptSpec],
+        encoder: PromptEncoder,
+        sampling: SamplingConfig,
+        *,
+        full: bool = False,
+    ) -> None:
+        self.model, self.network, self.raters, self.encoder, self.full = model, network, raters, encoder, full
+        height, width = (side // model.spec.vae_scale_factor for side in sampling.size)
+        self.sampling = replace(sampling, batch_size=max(1, min(NUM_PICTURES, SAMPLED_LATENTS // (height * width))))
+        self.prompts, self.others = _two_spreads(prompts, NUM_PROMPTS * (2 if full else 1), sampling.size)
+        self.measurer = self.measurer_of(self.prompts)
+        self.spent = self._trained_before = self._spent_before = 0
+
+    @property
+    def trained(self) -> int:
+        """Evaluations of the U-Net for the training itself, those before a resume included."""
+        return self._trained_before + self.model.num_unet_evaluations - (self.spent - self._spent_before)
+
+    def base_scores(self) -> np.ndarray:
+        """The reward of the base model's pictures [P, S]. Raises UserError if it does not vary, so that a gain has no unit."""
+        scores = self.measurer.base(self.network).scores[REWARD]
+        if within_prompt_std(scores) == 0:
+            raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other eval prompts")
+        return scores
+
+    def measured(
+        self, multipliers: Sequence[float], name: str, is_open: Callable[[EvaluationRecord], bool] | None = None
+    ) -> EvaluationRecord:
+        """The slider on a part of the pictures, then on the rest while `is_open`."""
+        record: EvaluationRecord | None = None
+        for part in self._parts():
+            if record is None:
+                record = self.measurer.measure(self.network, multipliers, name=name, part=part)
+            elif is_open is not None and is_open(record):
+                record = record.joined(self.measurer.measure(self.network, multipliers, name=name, part=part))
+        assert record is not None
+        return record
+
+    def _parts(self) -> list[Part]:
+        """The pictures in parts of about `FIRST_PAIRS` and the rest; all at once where everything is measured."""
+        rows, seeds = range(len(self.prompts)), len(self.measurer.seeds[0])
+        if self.full:
+            return [self.measurer.everything]
+        if 2 * len(rows) > FIRST_PAIRS:
+            return [Part(rows[::2], slice(0, 2)), Part(rows[1::2], slice(0, 2))]
+        first = min(seeds, -(-FIRST_PAIRS // len(rows)))
+        return [Part(rows, slice(0, first)), *([Part(rows, slice(first, seeds))] if seeds - first >= 2 else [])]
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """What is evaluated inside the block was spent on measuring."""
+        before = self.model.num_unet_evaluations
+        try:
+            yield
+        finally:
+            self.spent += self.model.num_unet_evaluations - before
+
+    def calibration(self, target: Target, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
+        """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
+        fresh seeds; and what those say of weight +1 and -1."""
+        before = self.model.num_unet_evaluations
+        known = known or self.measured((-1.0, 1.0), "the strength")
+        curve = curve_of(known, REWARD)
+        for _ in range(MAX_STRENGTHS):
+            strength = next_strength(curve, target)
+            if strength is None:
+                break
+            curve = curve.joined(self._curve(strength))
+        scale = choose_scale(curve, target).scale
+        sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
+        of_a_picture = sampling.num_steps * (1 if sampling.guidance_scale == 1 else 2)
+        left = (CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)) / of_a_picture  # pictures
+        prompts = spread(self.others, max(FEWEST_FRESH, int(left / (3 * seeds))))
+        if max(curve.multipliers) < FARTHER * scale and left > 3 * seeds * len(prompts) + 2 * FIRST_PAIRS:  # for the usable range
+            curve = curve.joined(self._curve(2 * scale))
+        fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
+        record = fresh.measure(self.network, (-scale, scale), name="weight 1")
+        base = [part.base(self.network).scores[REWARD] for part in (self.measurer, fresh)]
+        unit_scores = np.concatenate(base) if base[0].shape[1] == base[1].shape[1] else None
+        calibration = confirm(curve, curve_of(record, REWARD, unit_scores), target)
+        return calibration, replace(record, multipliers=tuple(weight / scale for weight in record.multipliers))
+
+    def _curve(self, strength: float) -> ResponseCurve:
+        return curve_of(self.measured((-strength, strength), f"strength {strength:.3g}"), REWARD)
+
+    def measurer_of(self, prompts: Sequence[PromptSpec], seed_offset: int = 0, seeds: int | None = None) -> Measurer:
+        sampling = self.sampling
+        if not self.full and sampling.num_steps > QUICK_STEPS and detect(self.model) is None:
+            sampling = replace(sampling, sampler=QUICK_SAMPLER, num_steps=QUICK_STEPS, spacing=None)
+        seeds = seeds or max(3, -(-NUM_PICTURES // max(len(prompts), 1)))
+        return Measurer(
+            model=self.model,
+            raters=self.raters,
+            prompts=prompts,
+            seeds=seed_table(prompts, seeds, offset=seed_offset),
+            sampling=sampling,
+            encoder=self.encoder,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base model's pictures, and what was spent."""
+        return {"base": self.measurer.state_dict(), "spent": self.spent, "trained": self.trained}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.measurer.load_state_dict(state["base"])
+        self._trained_before, self._spent_before = state["trained"] - self.model.num_unet_evaluations, state["spent"]
+        self.spent = state["spent"]
+
+
+def _two_spreads(prompts: Sequence[PromptSpec], count: int, size: tuple[int, int]) -> tuple[list[PromptSpec], list[PromptSpec]]:
+    """`count` prompts evenly over the list, and as many others, or the same where there are no others. Those that can be sampled together
+    are neighbours."""
+    both = spread(prompts, 2 * count)
+    parts = (both[::2], both[1::2]) if len(both) == 2 * count else (spread(prompts, count),) * 2
+    first, second = (sorted(part, key=lambda prompt: (size_of(prompt, size), prompt.num_steps or 0)) for part in parts)
+    return first, second
