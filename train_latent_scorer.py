@@ -62,7 +62,7 @@ def train(config: LatentScorerConfig) -> Path:
     encode_prompts = make_prompt_encoder(source, accelerator) if spec.uses_prompt else None
     del source  # the rest of the model is not needed
 
-    record: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
+    record: dict[str, Any] = {"settings": dataclasses.asdict(settings) | {"mixed_precision": accelerator.mixed_precision}}
     with Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:
         trainer = ScorerTrainer(accelerator, settings, tracker, encode_prompts)
         first_step = 0

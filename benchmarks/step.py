@@ -166,7 +166,7 @@ def build_step(given: argparse.Namespace, settings: Sequence[str]) -> tuple[Step
         set_num_threads(config.training.num_threads)
         torch.manual_seed(config.training.seed)
         accelerator = create_accelerator(config.training)
-        placed: dict[str, Any] = {"dtype": weight_dtype(config.training.mixed_precision), "device": accelerator.device}
+        placed: dict[str, Any] = {"dtype": weight_dtype(accelerator.mixed_precision), "device": accelerator.device}
         model = random_model(given.random_weights, tiny=given.tiny, **placed) if given.random_weights else config.model.load(**placed)
         save_scorer(folder / "scorer.safetensors", untrained_scorer(model, given.scorer_size))
         with patch.object(ModelConfig, "load", lambda *_, **__: model):

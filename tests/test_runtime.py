@@ -13,6 +13,7 @@ from library.training import runtime
 from library.training.runtime import (
     all_reduce_grads,
     check_writable,
+    choose_precision,
     create_accelerator,
     describe_device,
     free_cores,
@@ -45,6 +46,29 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(accelerate, "Accelerator", refuse)
     with pytest.raises(UserError, match="^mixed_precision bf16 cannot be used here: bf16 needs a supported device.$"):
         create_accelerator(TrainingConfig(mixed_precision="bf16"))
+
+
+def test_a_precision_that_nobody_chose_is_float32_on_a_cpu():
+    assert create_accelerator(TrainingConfig()).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "has_bf16", "expected"),
+    [
+        (None, None, True, "bf16"),
+        (None, "no", True, "bf16"),  # what accelerate launch says without a config
+        (None, None, False, "fp16"),
+        (None, "fp16", True, "fp16"),
+        ("no", "fp16", True, "no"),
+        ("bf16", None, False, "bf16"),
+    ],
+)
+def test_the_precision_on_a_gpu(asked: str | None, launched: str | None, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert choose_precision(asked, torch.device("cuda")) == expected
 
 
 def test_weight_dtype():

@@ -1,5 +1,6 @@
 """Training a scorer: the parts against analytic answers, and the whole script on a handful of pictures."""
 
+import logging
 import random
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from library.scorer_training.config import LatentScorerConfig, ScorerTrainingCon
 from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.dataset_config import Dataset, Subset, read_dataset_config
 from library.scorer_training.tasks import PackedTags, Stage, Task
-from library.scorer_training.trainer import add_noise, check_losses, draw_sigmas, share_out, standard_schedule
+from library.scorer_training.trainer import PATIENCE, add_noise, check_losses, draw_sigmas, share_out, standard_schedule
 from library.scorer_training.validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, validate
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.heads import HeadSpec
@@ -326,6 +327,15 @@ def test_it_learns_and_the_file_says_how_well(
     assert scorer.spec.std == pytest.approx(scorer.spec.head().std, rel=0.3)
     assert format_table(table) in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(40))
+
+
+def test_it_stops_when_validation_no_longer_improves(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = train(workplace, tmp_path, learning_rate=1e-12, max_train_steps=20, validate_every_n_steps=1)  # it learns nothing
+    record = load_scorer(path).spec.training
+    assert (record["best_step"], record["steps"]) == (1, 1 + PATIENCE)
+    assert f"training ends after step {1 + PATIENCE}: {PATIENCE} validations in a row were no better than that of step 1" in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1 + PATIENCE
 
 
 def test_the_golden_run(tmp_path: Path) -> None:

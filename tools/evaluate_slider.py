@@ -44,7 +44,7 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
-from library.training.runtime import check_writable, set_num_threads, weight_dtype
+from library.training.runtime import check_writable, choose_precision, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
 
 ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
@@ -98,7 +98,11 @@ class EvaluationConfig:
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
     batch_size: int = option(8, help="Pictures sampled together.")
     num_grid_prompts: int = option(6, help="Rows of the picture grid.")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the model computes in; no is float32.")
+    mixed_precision: str | None = option(
+        None,
+        choices=("no", "fp16", "bf16"),
+        help="Precision that the model computes in. no: float32. Not set: bf16 on a GPU that has it, else fp16; float32 on a CPU.",
+    )
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
     title: str | None = option(None, help="Heading of the report; not set: the sliders' names.")
     output_dir: Path = option(Path("evaluation"), help="Folder for the results.")
@@ -148,7 +152,7 @@ def main() -> None:
     judges = replace(judges, roles={name: role for name, role in roles if role is not None})
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)
+    model = config.model.load(dtype=weight_dtype(choose_precision(settings.mixed_precision, device)), device=device)
     for scorer in [*scorers.values(), *judges.scorers.values()]:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_writable(settings.output_dir)

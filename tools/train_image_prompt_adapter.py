@@ -29,7 +29,7 @@ from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures
-from library.training.runtime import generator, set_num_threads, weight_dtype
+from library.training.runtime import choose_precision, generator, set_num_threads, weight_dtype
 
 logger = logging.getLogger("train_image_prompt_adapter")
 HELD_OUT = 10  # every so many prompts, one is not trained on
@@ -45,7 +45,12 @@ class AdapterConfig:
     num_pictures: int = option(2000, help="At most so many of them.")
     output: Path = option(Path("image_prompt_adapter.safetensors"), help="The file to write.")
     resolution: int | None = option(None, help="Side in pixels of what it samples, a multiple of 8; default the model's own.")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision of the diffusion model; the adapter is float32.")
+    mixed_precision: str | None = option(
+        None,
+        choices=("no", "fp16", "bf16"),
+        help="Precision of the diffusion model (the adapter is float32). no: float32. "
+        "Not set: bf16 on a GPU that has it, else fp16; float32 on a CPU.",
+    )
     gradient_checkpointing: bool = option(False, help="Recompute the U-Net's activations in the backward pass: less memory, slower.")
     seed: int = option(0, help="Seed of every random draw.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
@@ -79,7 +84,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # the adapter's initial weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = config.model.load(dtype=weight_dtype(settings.mixed_precision), device=device)
+    model = config.model.load(dtype=weight_dtype(choose_precision(settings.mixed_precision, device)), device=device)
     if settings.gradient_checkpointing:
         model.unet.train().enable_gradient_checkpointing()  # diffusers checkpoints in training mode only; this U-Net has no dropout
     clip = ClipPair.load(settings.clip_model).to(device)

@@ -53,6 +53,7 @@ def load_model(
     """
     path = _existing(path)
     _check_family_name(family)
+    logger.info("loading the model %s", path)
     load = _load_folder if path.is_dir() else _load_file
     model = load(path, family, v_parameterization, dtype)
     if clip_skip is not None:
@@ -75,6 +76,7 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
 
     path = _existing(path)
     _check_family_name(family)
+    logger.info("loading the VAE of %s", path)
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         if not (folder / "config.json").is_file():

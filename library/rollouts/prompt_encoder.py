@@ -87,6 +87,8 @@ class PromptEncoder:
         if self._network is not None:  # its encodings change with every step, so there is nothing to do ahead
             return
         texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
+        if new := sum((text, 1.0) not in self._rows for text in texts):
+            logger.info("encoding %d texts of prompts", new)
         for start in range(0, len(texts), batch_size):
             self.encode(texts[start : start + batch_size], resolution)
 

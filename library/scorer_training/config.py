@@ -82,7 +82,11 @@ class ScorerTrainingConfig:
     )
     validate_every_n_steps: int = option(200, help="How often the average is validated; the best one is kept.")
     gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time; for the large kinds.")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the scorer computes in; no is float32.")
+    mixed_precision: str | None = option(
+        None,
+        choices=("no", "fp16", "bf16"),
+        help="Precision that the scorer computes in. no: float32. Not set: bf16 on a GPU that has it, else fp16; float32 on a CPU.",
+    )
     seed: int = option(0, help="Seed of every random draw of the run.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.", expert=True)
 

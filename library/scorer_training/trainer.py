@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,16 @@ from library.scorer_training.tasks import Stage, Task
 from library.scorer_training.validation import AveragedWeights, BestState, SigmaTable, selection_value, validate
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
 from library.training.optimizers import evaluating
-from library.training.runtime import generator
+from library.training.runtime import any_process, generator
 from library.training.tracking import Tracker
 from library.types import Conditioning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5  # validations that are not better than the best before them, after which training stops
 REFERENCE_PICTURES = 2048  # the scale of a score is measured on so many training pictures
 
 
@@ -96,7 +100,10 @@ class ScorerTrainer:
         self.schedule = standard_schedule()
 
     def fit(self, scorer: BackboneScorer, stage: Stage) -> dict[str, Any]:
-        """Train a scorer, leave it with its best averaged weights, and return the record of the stage as JSON values."""
+        """Train a scorer, leave it with its best averaged weights, and return the record of the stage as JSON values.
+
+        It ends before its last step when `PATIENCE` validations in a row were no better than the best before them.
+        """
         settings, device = self.settings, self.accelerator.device
         scorer.to(device).train()
         rng = generator(settings.seed, stage.name, self.accelerator.process_index)
@@ -108,6 +115,7 @@ class ScorerTrainer:
 
         shown = (*(f"loss/{task.name}" for task in stage.tasks), "best")
         progress = self.tracker.progress(stage.steps, 0, stage.name, shown[-3:])
+        done = 0
         for step in range(stage.steps):
             losses = {
                 task.name: self._loss(scorer, task, next(source).to(device), size, rng)
@@ -117,19 +125,30 @@ class ScorerTrainer:
             check_losses(values, step)
             average.step()
 
-            if (step + 1) % settings.validate_every_n_steps == 0 or step + 1 == stage.steps:
+            done = step + 1
+            validated = done % settings.validate_every_n_steps == 0 or done == stage.steps
+            if validated:
                 with contextlib.ExitStack() as stack:
                     for optimizer in balance.optimizers:
                         stack.enter_context(evaluating(optimizer))
-                    best.consider(step + 1, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
+                    best.consider(done, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
             metrics = {f"loss/{name}": value for name, value in values.items()} | {"lr": balance.learning_rate(), "best": best.value}
             self.tracker.log(metrics, stage.first_step + step)
             progress.update()
+            if validated and done < stage.steps and any_process(best.validations_since >= PATIENCE, self.accelerator):
+                logger.info(
+                    "%s ends after step %d: %d validations in a row were no better than that of step %d",
+                    stage.name,
+                    done,
+                    PATIENCE,
+                    best.step,
+                )
+                break
         progress.close()
         best.restore()
         self.accelerator.print(best.describe([task.name for task in stage.tasks]))
         return {
-            "steps": stage.steps,
+            "steps": done,
             "best_step": best.step,
             "optimizer": stage.optimizer.optimizer_type,
             "learning_rate": stage.optimizer.learning_rate,

@@ -92,11 +92,12 @@ class BestState:
 
     Attributes:
         value: the highest selection value so far. step: after how many steps that was.
+        validations_since: how many have not been better since.
         tables: what was measured then, by task.
     """
 
     def __init__(self, model: nn.Module, average: AveragedWeights) -> None:
-        self.value, self.step = -math.inf, 0
+        self.value, self.step, self.validations_since = -math.inf, 0, 0
         self.tables: Mapping[str, SigmaTable] = {}
         self._model, self._average = model, average
         self._state: dict[str, Tensor] = {}
@@ -107,8 +108,9 @@ class BestState:
         """Keep the averaged weights after `step` steps if `value` of what `measure` finds with them is higher than all before."""
         with self._average.applied():
             tables = measure()
+            self.validations_since += 1
             if value(tables) > self.value or not self._state:  # a value of NaN is never higher, and something must be kept
-                self.value, self.step, self.tables = value(tables), step, tables
+                self.value, self.step, self.tables, self.validations_since = value(tables), step, tables, 0
                 self._state = self._average.state()
 
     def restore(self) -> None:

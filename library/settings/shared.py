@@ -106,7 +106,11 @@ class TrainingConfig:
     max_train_steps: int = option(500, help="Number of optimizer steps.")
     gradient_accumulation_steps: int = option(1, help="Batches whose gradients are averaged for one optimizer step.", expert=True)
     gradient_checkpointing: bool = option(False, help="Compute activations twice, which saves memory and costs time.")
-    mixed_precision: str = option("no", choices=("no", "fp16", "bf16"), help="Precision that the models compute in; no is float32.")
+    mixed_precision: str | None = option(
+        None,
+        choices=("no", "fp16", "bf16"),
+        help="Precision that the models compute in. no: float32. Not set: bf16 on a GPU that has it, else fp16; float32 on a CPU.",
+    )
     xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of torch's own.")
     torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.", expert=True)
     seed: int = option(0, help="Seed of every random draw of the run.")

@@ -93,7 +93,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
     prompts = load_prompts(file, config.prompts, generator(seed, "prompts")) if file else []
     eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
-    model = config.model.load(dtype=weight_dtype(config.training.mixed_precision), device=accelerator.device)
+    model = config.model.load(dtype=weight_dtype(accelerator.mixed_precision), device=accelerator.device)
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(prompts, sampling.size)
@@ -119,6 +119,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         config.network, model, generator(seed, "network"), gradient_checkpointing=config.training.gradient_checkpointing
     )
     if config.training.torch_compile:
+        logger.info("the U-Net is compiled at its first use, and again for other numbers and sizes of pictures: these steps take long")
         model.unet.compile()
     encoder, train_prompts = encoder_and_prompts(config.text_free, model, network, reward.scorers, prompts)
     eval_prompts = eval_prompts or train_prompts
@@ -152,11 +153,11 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     )
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
-    files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config))
+    files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config, accelerator.mixed_precision))
     return SliderParts(model, network, context, terms, monitor, files)
 
 
-def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:
+def _training_metadata(config: LecoScoreConfig, precision: str) -> dict[str, Any]:
     score = config.parts["score"]
     return {
         "learning_rate": config.optimizer.learning_rate,
@@ -166,7 +167,7 @@ def _training_metadata(config: LecoScoreConfig) -> dict[str, Any]:
         "optimizer": config.optimizer.optimizer_type,
         "max_train_steps": config.training.max_train_steps,
         "seed": config.training.seed,
-        "mixed_precision": config.training.mixed_precision,
+        "mixed_precision": precision,
         "clip_skip": config.model.clip_skip,
         "base_weights": [f"{file.name} {multiplier:g}" for file, multiplier in config.network.base_loras] or None,
         "leco_scorer": [Path(path).name for path in config.reward.scorer],

@@ -31,12 +31,26 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         UserError: the device cannot compute in the precision asked for.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
+    device = PartialState().device
+    assert device is not None
+    precision = choose_precision(config.mixed_precision, device)
     try:
-        return Accelerator(mixed_precision=config.mixed_precision)
+        return Accelerator(mixed_precision=precision)
     except ValueError as error:
-        raise UserError(f"mixed_precision {config.mixed_precision} cannot be used here: {error}") from error
+        raise UserError(f"mixed_precision {precision} cannot be used here: {error}") from error
+
+
+def choose_precision(asked: str | None, device: torch.device) -> str:
+    """`mixed_precision` as it was asked for, or else what accelerate was launched with, or else what suits the device: bf16 on a GPU that
+    computes in it, fp16 on another, "no" (float32) elsewhere."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" is also what accelerate says when nobody chose
+    if asked is not None or launched in DTYPES and launched != "no":
+        return asked or launched
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def weight_dtype(precision: str) -> torch.dtype:
