@@ -20,8 +20,9 @@ from library.scorer_training.criteria.masked import MaskedLatentPretraining
 from library.scorer_training.tasks import Stage, Task
 from library.scorer_training.validation import AveragedWeights, BestState, SigmaTable, selection_value, validate
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
+from library.training.interrupts import Interrupts
 from library.training.optimizers import evaluating
-from library.training.runtime import generator
+from library.training.runtime import any_process, generator
 from library.training.tracking import Tracker
 from library.types import Conditioning
 
@@ -82,6 +83,7 @@ class ScorerTrainer:
 
     Args:
         encode_prompts: prompts to the conditioning of the U-Net; needed by scorers that use the prompt.
+        interrupts: one that is received ends a stage after the step.
     """
 
     def __init__(
@@ -90,9 +92,10 @@ class ScorerTrainer:
         settings: ScorerTrainingConfig,
         tracker: Tracker,
         encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self.accelerator, self.settings, self.tracker = accelerator, settings, tracker
-        self.encode_prompts = encode_prompts
+        self.encode_prompts, self.interrupts = encode_prompts, interrupts or Interrupts()
         self.schedule = standard_schedule()
 
     def fit(self, scorer: BackboneScorer, stage: Stage) -> dict[str, Any]:
@@ -108,6 +111,7 @@ class ScorerTrainer:
 
         shown = (*(f"loss/{task.name}" for task in stage.tasks), "best")
         progress = self.tracker.progress(stage.steps, 0, stage.name, shown[-3:])
+        done = 0
         for step in range(stage.steps):
             losses = {
                 task.name: self._loss(scorer, task, next(source).to(device), size, rng)
@@ -117,19 +121,23 @@ class ScorerTrainer:
             check_losses(values, step)
             average.step()
 
-            if (step + 1) % settings.validate_every_n_steps == 0 or step + 1 == stage.steps:
+            done = step + 1
+            stopping = any_process(bool(self.interrupts), self.accelerator)
+            if done % settings.validate_every_n_steps == 0 or done == stage.steps or (stopping and not best.tables):
                 with contextlib.ExitStack() as stack:
                     for optimizer in balance.optimizers:
                         stack.enter_context(evaluating(optimizer))
-                    best.consider(step + 1, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
+                    best.consider(done, lambda: self.measure(scorer, stage.tasks), lambda tables: self._value(stage, tables))
             metrics = {f"loss/{name}": value for name, value in values.items()} | {"lr": balance.learning_rate(), "best": best.value}
             self.tracker.log(metrics, stage.first_step + step)
             progress.update()
+            if stopping:
+                break
         progress.close()
         best.restore()
         self.accelerator.print(best.describe([task.name for task in stage.tasks]))
         return {
-            "steps": stage.steps,
+            "steps": done,
             "best_step": best.step,
             "optimizer": stage.optimizer.optimizer_type,
             "learning_rate": stage.optimizer.learning_rate,
