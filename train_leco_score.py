@@ -86,6 +86,8 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
     first_step = done = 0
     watched = True
     unet_evaluations = model.num_unet_evaluations  # those that started the trajectories
+    if accelerator.is_main_process:
+        files.remove_unfinished()
     folder = find_state(saving)
     if folder is not None:
         saved = RunState.load(folder)
@@ -100,8 +102,6 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
             )
         done = first_step
 
-    if accelerator.is_main_process:
-        files.remove_unfinished()
     losses, last_good = FiniteLosses(num_steps, [scorer.name for scorer in made.context.reward.scorers]), LastGood()
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
         if config.monitor.sample_at_first and accelerator.is_main_process:
@@ -131,11 +131,11 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                 all_reduce_grads(network.parameters(), accelerator)
                 metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
                 usable = any(weight.grad is not None for weight in network.parameters())
-                if config.optimizer.max_grad_norm:
+                if config.optimizer.max_grad_norm and usable:
                     norm = torch.as_tensor(accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm))
                     metrics["grad_norm"] = norm
                     if accelerator.scaler is None:  # which looks for itself, and finds infinity until its scale is right
-                        usable &= losses.check_gradient(norm, step)
+                        usable = losses.check_gradient(norm, step)
                 if any_process(losses.too_many or (step + 1 == num_steps and losses.none_finite), accelerator):
                     raise losses.complaint(files.save_last_good(network, last_good) if accelerator.is_main_process else "")
                 if usable:
@@ -160,7 +160,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                     tracker.log(metrics, step)
                     if any_process(bool(interrupts), accelerator):
                         if accelerator.is_main_process:
-                            files.save_interrupted(network, unwatched or state(done), done)
+                            files.save_interrupted(network, unwatched or state(done, watched=done < num_steps), done)
                         raise SystemExit(interrupts.exit_code)
                     if accelerator.is_main_process:
                         if due(done, config.monitor.sample_every_n_steps):
