@@ -8,16 +8,21 @@ table of how well it does at each noise level.
     python train_latent_scorer.py --pretrained_model_name_or_path sd15.safetensors --train_data_file ratings.csv --output_dir out
 """
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import os
+import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 
+from library.atomic_files import only_process, remove_unfinished
 from library.models.vae import VaeFingerprint
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.setup import make_backbone, make_prompt_encoder, make_source
@@ -27,15 +32,26 @@ from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.shared import TrainingConfig
+from library.training.interrupts import interruptible
 from library.training.optimizers import check_optimizer
-from library.training.runtime import check_writable, create_accelerator, describe_device, set_num_threads
+from library.training.runtime import any_process, check_writable, create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.settings.shared import OptimizerConfig
 
 logger = logging.getLogger("train_latent_scorer")
 
 
 def train(config: LatentScorerConfig) -> Path:
-    """Run the whole training and return the path of the scorer. Raises UserError for bad input and for a loss that is not finite."""
+    """Run the whole training and return the path of the scorer.
+
+    Raises:
+        UserError: bad input, a loss that is not finite, another process that trains a scorer of this name.
+        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when the best scorer so far is saved.
+    """
     settings, output = config.training, config.output
     optimizer = settings.optimizer_config()
     check_optimizer(optimizer, settings.max_train_steps)
@@ -44,7 +60,16 @@ def train(config: LatentScorerConfig) -> Path:
     check_writable(output.output_dir)
     accelerator = create_accelerator(TrainingConfig(mixed_precision=settings.mixed_precision))
     logger.info("%s", describe_device(accelerator))
+    folder, name = output.output_dir, output.output_name
+    with only_process(folder / f".{name}.lock", f"{name} in {folder} is trained") if accelerator.is_main_process else nullcontext():
+        return fit(config, optimizer, accelerator)
 
+
+def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Accelerator) -> Path:
+    """Load everything, train, and write the scorer."""
+    settings, output = config.training, config.output
+    if accelerator.is_main_process:
+        remove_unfinished(output.output_dir, rf"{re.escape(output.output_name)}(-backbone)?\.safetensors")
     source = make_source(config.model, accelerator)
     tasks, pretraining_tasks = load_tasks(config, source, accelerator)
     backbone, architecture = make_backbone(config.scorer, source, gradient_checkpointing=settings.gradient_checkpointing)
@@ -63,8 +88,9 @@ def train(config: LatentScorerConfig) -> Path:
     del source  # the rest of the model is not needed
 
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings) | {"mixed_precision": accelerator.mixed_precision}}
-    with Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process) as tracker:
-        trainer = ScorerTrainer(accelerator, settings, tracker, encode_prompts)
+    tracker = Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process)
+    with tracker, interruptible() as interrupts:
+        trainer = ScorerTrainer(accelerator, settings, tracker, encode_prompts, interrupts)
         first_step = 0
         if pretraining_tasks:
             names = [task.name for task in pretraining_tasks]
@@ -74,6 +100,9 @@ def train(config: LatentScorerConfig) -> Path:
             record["pretraining"] = trainer.fit(PretrainingScorer(pretrained, backbone), stage)
             if accelerator.is_main_process:
                 save_backbone(output.path("-backbone"), backbone, dataclasses.replace(spec, training=record))
+            if any_process(bool(interrupts), accelerator):
+                logger.info("pretraining stopped early; its best backbone so far is %s, for --backbone_weights", output.path("-backbone"))
+                raise SystemExit(interrupts.exit_code)
         scorer = BackboneScorer(spec, backbone)
         stage = Stage("training", tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
         record |= trainer.fit(scorer, stage)
@@ -84,6 +113,9 @@ def train(config: LatentScorerConfig) -> Path:
     if accelerator.is_main_process:
         save_scorer(output.path(), scorer)
         logger.info("scorer saved to %s", output.path())
+    if record["steps"] < settings.max_train_steps and any_process(bool(interrupts), accelerator):
+        logger.info("training stopped after step %d of %d; what is saved is the best until then", record["steps"], settings.max_train_steps)
+        raise SystemExit(interrupts.exit_code)
     return output.path()
 
 

@@ -9,52 +9,70 @@ kept, and the strength at which weight 1 does what `calibrate` says is folded in
 can be learned from as well, alone or together with a score: `objective`.
 """
 
+from __future__ import annotations
+
 import logging
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 
 from library.errors import UserError
-from library.objectives.base import check_finite, mean_metrics
+from library.objectives.base import FiniteLosses, mean_metrics
 from library.rollouts.sample import model_autocast
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.slider_training.check import check_reward
-from library.slider_training.files import restore, states_of
+from library.slider_training.keep_best import LastGood
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
-from library.slider_training.setup import LecoScoreConfig, leco_score_config, prepare
-from library.training.checkpoints import load_state, restore_rng_state, rng_state
+from library.slider_training.run_state import RunState, find_state
+from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare
+from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
-from library.training.runtime import all_reduce_grads, create_accelerator, describe_device, set_num_threads
+from library.training.runtime import all_reduce_grads, any_process, create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker
 from library.types import LossOutput
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger("train_leco_score")
 FLAT_OR_EXPLODING = 3  # exit code of check_reward
 
 
 def train(config: LecoScoreConfig) -> Path:
-    """Run the whole training and return the path of the slider. Raises UserError for bad input and for a loss that is not finite."""
-    seed, saving = config.training.seed, config.saving
+    """Run the whole training and return the path of the slider.
+
+    Raises:
+        UserError: bad input, too many losses that are not finite, another process that trains a slider of this name.
+        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when slider and state are saved; 3 from check_reward.
+    """
     set_num_threads(config.training.num_threads)
-    torch.manual_seed(seed)  # dropout draws from the global generator; every other draw has a generator of its own
+    torch.manual_seed(config.training.seed)  # dropout draws from the global generator; every other draw has a generator of its own
     accelerator = create_accelerator(config.training)
     logger.info("%s", describe_device(accelerator))
     made = prepare(config, accelerator)
-    model, network, terms, monitor, files = made.model, made.network, made.terms, made.monitor, made.files
     if config.check.check_reward:
-        if not monitor.pictures.prompts:
+        if not made.monitor.pictures.prompts:
             raise UserError("check_reward looks at one prompt, and there is none; set prompts_file or eval_prompts_file")
-        report = check_reward(made.context, terms, config.parts["score"], config.optimizer, monitor.pictures.prompts[0])
+        report = check_reward(made.context, made.terms, config.parts["score"], config.optimizer, made.monitor.pictures.prompts[0])
         print(report)
         raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
+    with made.files.only_run() if accelerator.is_main_process else nullcontext():
+        return fit(config, accelerator, made)
+
+
+def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) -> Path:
+    """Train what `prepare` made, from the state that `resume` says, and write its files."""
+    saving, num_steps = config.saving, config.training.max_train_steps
+    model, network, terms, monitor, files = made.model, made.network, made.terms, made.monitor, made.files
     groups, _ = network.prepare_optimizer_params(config.optimizer.text_encoder_lr, config.optimizer.unet_lr, config.optimizer.learning_rate)
     optimizer = accelerator.prepare(create_optimizer(config.optimizer, groups))
-    scheduler = create_scheduler(config.optimizer, optimizer.optimizer, config.training.max_train_steps)
+    scheduler = create_scheduler(config.optimizer, optimizer.optimizer, num_steps)
 
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer.optimizer, "scheduler": scheduler, "monitor": monitor}
     if accelerator.scaler is not None:
@@ -62,76 +80,100 @@ def train(config: LecoScoreConfig) -> Path:
     if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
         parts |= {f"term {name}": term for name, term in terms.items()}
 
-    def state(step: int) -> dict:
-        return {"step": step, "unet_evaluations": unet_evaluations, "rng": rng_state(), "parts": states_of(parts)}
+    def state(step: int, *, watched: bool = True) -> RunState:
+        return RunState.of(parts, step=step, unet_evaluations=unet_evaluations, watched=watched, shared=made.shared)
 
     first_step = done = 0
+    watched = True
     unet_evaluations = model.num_unet_evaluations  # those that started the trajectories
-    if saving.resume is not None:
-        saved = load_state(saving.resume)
-        restore(parts, saved["parts"], saving.resume)
-        optimizer_train_mode(optimizer.optimizer)
-        restore_rng_state(saved["rng"])
-        first_step, unet_evaluations = saved["step"], saved["unet_evaluations"]
-        if first_step >= config.training.max_train_steps:
-            raise UserError(
-                f"{saving.resume} was saved after step {first_step} and max_train_steps is {config.training.max_train_steps}, so nothing "
-                "is left to train; raise max_train_steps"
-            )
-
     if accelerator.is_main_process:
         files.remove_unfinished()
+    folder = find_state(saving)
+    if folder is not None:
+        saved = RunState.load(folder)
+        saved.check_shared(made.shared, folder, with_changes=saving.resume_with_changes)
+        saved.restore(parts, folder)
+        optimizer_train_mode(optimizer.optimizer)
+        first_step, unet_evaluations, watched = saved.step, saved.unet_evaluations, saved.watched
+        if first_step > num_steps or (first_step == num_steps and watched):
+            raise UserError(
+                f"{folder} was saved after step {first_step} and max_train_steps is {num_steps}, so nothing is left to train; raise "
+                "max_train_steps"
+            )
+        done = first_step
+
+    losses, last_good = FiniteLosses(num_steps, [scorer.name for scorer in made.context.reward.scorers]), LastGood()
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
         if config.monitor.sample_at_first and accelerator.is_main_process:
             with in_use(network, optimizer.optimizer):
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
-        if first_step == 0:
+        stop: str | None = None
+        if first_step == 0 or not watched:
             with in_use(network, optimizer.optimizer):
-                seen = monitor.start()
-                start = {} if seen is None else seen.record.metrics()
-        shown = ("loss", "reward", "running_gain_at_+1", "running_gain_at_-1")
-        progress = tracker.progress(config.training.max_train_steps, first_step, "training", shown)
-        for step in range(first_step, config.training.max_train_steps):
-            outs: dict[str, list[LossOutput]] = {name: [] for name in terms}
-            already_counted = model.num_unet_evaluations
-            for _ in range(config.training.gradient_accumulation_steps):
-                for name, term in terms.items():  # each with its own backward pass, so that memory is that of the largest
-                    with model_autocast(model):
-                        out = term()
-                    check_finite(out, step)
-                    accelerator.backward(out.loss * term.weight / config.training.gradient_accumulation_steps)
-                    outs[name].append(out)
-            unet_evaluations += model.num_unet_evaluations - already_counted
-            all_reduce_grads(network.parameters(), accelerator)
-            metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
-            if config.optimizer.max_grad_norm:
-                norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
-                metrics["grad_norm"] = torch.as_tensor(norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            if config.network.scale_weight_norms is not None:
-                network.apply_max_norm_regularization(config.network.scale_weight_norms)
-
-            start, done, stop = {}, step + 1, None
-            with in_use(network, optimizer.optimizer):
-                seen = monitor.after(done)  # on every process, so that all stop together
-                metrics |= monitor.running_metrics()
+                seen = monitor.start() if first_step == 0 else monitor.after(first_step)
                 if seen is not None:
-                    metrics, stop = metrics | seen.record.metrics(), seen.stop
-                if accelerator.is_main_process:
-                    if due(done, config.monitor.sample_every_n_steps):
-                        tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
-                    if due(done, saving.save_every_n_steps):
-                        files.save(network, done)
-                        if saving.save_state:
-                            files.save_state(state(done), done)
-            tracker.log(metrics, step)
-            progress.update()
-            if stop is not None:
-                logger.info("training ends after step %d: %s; the best of the measured steps is looked for and kept", done, stop)
-                break
+                    start, stop = seen.record.metrics(), seen.stop
+        shown = ("loss", "reward", "running_gain_at_+1", "running_gain_at_-1")
+        progress = tracker.progress(num_steps, first_step, "training", shown)
+        with interruptible() as interrupts:
+            for step in range(first_step, num_steps if stop is None else first_step):
+                outs: dict[str, list[LossOutput]] = {name: [] for name in terms}
+                already_counted = model.num_unet_evaluations
+                for _ in range(config.training.gradient_accumulation_steps):
+                    for name, term in terms.items():  # each with its own backward pass, so that memory is that of the largest
+                        with model_autocast(model):
+                            out = term()
+                        outs[name].append(out)
+                        if losses.check(out, step, name):
+                            accelerator.backward(out.loss * term.weight / config.training.gradient_accumulation_steps)
+                unet_evaluations += model.num_unet_evaluations - already_counted
+                all_reduce_grads(network.parameters(), accelerator)
+                metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
+                usable = any(weight.grad is not None for weight in network.parameters())
+                if config.optimizer.max_grad_norm and usable:
+                    norm = torch.as_tensor(accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm))
+                    metrics["grad_norm"] = norm
+                    if accelerator.scaler is None:  # which looks for itself, and finds infinity until its scale is right
+                        usable = losses.check_gradient(norm, step)
+                if any_process(losses.too_many or (step + 1 == num_steps and losses.none_finite), accelerator):
+                    raise losses.complaint(files.save_last_good(network, last_good) if accelerator.is_main_process else "")
+                if usable:
+                    if losses.all_finite(step):
+                        last_good.keep(step, network)
+                    optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                if config.network.scale_weight_norms is not None:
+                    network.apply_max_norm_regularization(config.network.scale_weight_norms)
+
+                start, done = {}, step + 1
+                with in_use(network, optimizer.optimizer):
+                    unwatched = state(done, watched=False) if monitor.looks_after(done) else None
+                    seen = None
+                    if not any_process(bool(interrupts), accelerator):
+                        with suppress(Interrupted), interrupts.at_once(accelerator.num_processes == 1):
+                            seen = monitor.after(done)  # on every process, so that all stop together
+                    metrics |= monitor.running_metrics()
+                    if seen is not None:
+                        metrics, stop = metrics | seen.record.metrics(), seen.stop
+                    tracker.log(metrics, step)
+                    if any_process(bool(interrupts), accelerator):
+                        if accelerator.is_main_process:
+                            files.save_interrupted(network, unwatched or state(done, watched=done < num_steps), done)
+                        raise SystemExit(interrupts.exit_code)
+                    if accelerator.is_main_process:
+                        if due(done, config.monitor.sample_every_n_steps):
+                            tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
+                        if due(done, saving.save_every_n_steps):
+                            files.save(network, done)
+                            if saving.save_state:
+                                files.save_state(state(done), done)
+                progress.update()
+                if stop is not None:
+                    break
+        if stop is not None:
+            logger.info("training ends after step %d: %s; the best of the measured steps is looked for and kept", done, stop)
 
     with in_use(network, optimizer.optimizer):
         if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:

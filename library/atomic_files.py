@@ -5,9 +5,11 @@ Written beside the target, flushed to the disk, then renamed over it, which POSI
 
 import contextlib
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import safetensors.torch
 import torch
@@ -42,6 +44,101 @@ def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(
             f"{path} could not be written ({reason}): what stood there is unchanged; free the space or choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder that takes its name when the block ends well, in the place of one that was there, and is deleted when it does not.
+
+    A process that is killed between the two renames leaves the old folder as .NAME.PID.old: see `remove_unfinished`. Raises UserError
+    for what the operating system refuses.
+    """
+    path = Path(path)
+    unfinished, old = (path.with_name(f".{path.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    try:
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if path.exists():
+                path.rename(old)
+            unfinished.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{path} could not be written ({reason}): what stood there is unchanged; free the space or choose another folder"
+        ) from error
+
+
+def remove_unfinished(folder: str | Path, names: str) -> None:
+    """Delete what killed processes were writing in a folder: hidden files and folders that never took their names.
+
+    Args:
+        names: a regular expression of the names that they were to take. Nothing else is touched.
+    """
+    pattern = re.compile(rf"\.(?P<name>{names})\.\d+\.(?P<ending>tmp|old)")
+    for path in Path(folder).glob(".*"):
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            if match["ending"] == "old" and not path.with_name(match["name"]).exists():
+                path.rename(path.with_name(match["name"]))
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def only_process(path: str | Path, what: str) -> Iterator[None]:
+    """Hold a lock file for the block; the system gives it back when the process dies, however it does.
+
+    Raises:
+        UserError: another process holds it; `what` begins the sentence.
+    """
+    path = Path(path)
+    while True:
+        file = path.open("a+", encoding="ascii")
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            holder = file.read(20).strip() or "another one"
+            file.close()
+            raise UserError(f"{what} by process {holder} already; wait for it to end, or give another output_name") from None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its holder ended and deleted it just now
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        if os.name == "posix":
+            path.unlink(missing_ok=True)  # while it is held, so that nobody can hold a file that is gone
+        file.close()
+
+
+def _lock(file: TextIO) -> None:
+    """Raises OSError if another process holds it."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        file.seek(2**20)  # behind the text, which others may then read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:

@@ -1,6 +1,8 @@
 """tools/cache_latents.py: what it encodes is what training looks for."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,29 @@ def test_a_cache_can_be_verified(
     assert "1 of 3 latents are damaged" in caplog.text
     cache = cached(workplace, tmp_path)
     assert found(cache, workplace) == [True] * 3 + [False] * 2 and cache.verify() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_interrupted_it_keeps_what_is_encoded(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    arguments = words(workplace, tmp_path, "--train_data_file", str(workplace / "ratings.csv"), "--vae_batch_size", "1")
+    take, taken = encoding._Filler.take, itertools.count(1)
+
+    def take_and_end(self: encoding._Filler, prepared: encoding._Prepared) -> None:
+        take(self, prepared)
+        if next(taken) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(encoding._Filler, "take", take_and_end)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *arguments)
+    assert ended.value.code == code
+    cache = cached(workplace, tmp_path)
+    assert len(cache) == 2 and cache.verify() == 0 and not list(cache.folder.glob(".*"))
+    run(monkeypatch, *arguments)
+    assert found(cached(workplace, tmp_path), workplace) == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and a state that a run goes on from to the bit."""
 
 import errno
+import hashlib
 import os
 import random
 import signal
@@ -15,11 +16,21 @@ import safetensors.torch
 import torch
 
 from library import atomic_files
-from library.atomic_files import atomic_open, atomic_save_safetensors, atomic_write_bytes, atomic_write_text
+from library.atomic_files import (
+    atomic_folder,
+    atomic_open,
+    atomic_save_safetensors,
+    atomic_write_bytes,
+    atomic_write_text,
+    only_process,
+    remove_unfinished,
+)
 from library.errors import UserError
 from library.training.checkpoints import (
+    CHECKSUM_FILE,
     STATE_FILE,
     load_state,
+    newest_state,
     prune_steps,
     restore_rng_state,
     rng_state,
@@ -124,6 +135,7 @@ def test_prune_deletes_only_this_runs_old_steps(tmp_path: Path) -> None:
 def test_prune_of_states_leaves_foreign_folders(tmp_path: Path) -> None:
     save_state(state_path(tmp_path, "a", 10), {})
     save_state(state_path(tmp_path, "a", 20), {})
+    save_state(state_path(tmp_path, "a", 25), {})
     foreign = state_path(tmp_path, "a", 5)
     foreign.mkdir()
     assert prune_steps(tmp_path, "a", step=25, last_n_steps=10, states=True) == [state_path(tmp_path, "a", 10)]
@@ -192,7 +204,8 @@ def test_saving_again_replaces_the_state(tmp_path: Path) -> None:
     save_state(tmp_path, {"step": 1})
     save_state(tmp_path, {"step": 2})
     assert load_state(tmp_path) == {"step": 2}
-    assert os.listdir(tmp_path) == [STATE_FILE]
+    assert sorted(os.listdir(tmp_path)) == [CHECKSUM_FILE, STATE_FILE]
+    assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith(f".{tmp_path.name}")] == []
 
 
 def test_state_that_could_not_be_loaded_is_refused_at_saving(tmp_path: Path) -> None:
@@ -206,7 +219,7 @@ class _Trap:
         return os.mkdir, ("trap_was_sprung",)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty folder", "empty file", "truncated", "text", "foreign tensors", "code"])
+@pytest.mark.parametrize("damage", ["missing", "empty folder", "empty file", "truncated", "text", "foreign tensors", "code", "no checksum"])
 def test_bad_state_is_a_user_error(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "s"
@@ -215,6 +228,9 @@ def test_bad_state_is_a_user_error(tmp_path: Path, damage: str, monkeypatch: pyt
     file = folder / STATE_FILE
     if damage == "empty file":
         file.write_bytes(b"")
+    elif damage == "no checksum":
+        save_state(folder, {})
+        (folder / CHECKSUM_FILE).unlink()
     elif damage == "truncated":
         save_state(folder, {"weights": torch.zeros(1000)})
         file.write_bytes(file.read_bytes()[:2000])
@@ -224,6 +240,107 @@ def test_bad_state_is_a_user_error(tmp_path: Path, damage: str, monkeypatch: pyt
         torch.save({"weights": torch.zeros(2)}, file)
     elif damage == "code":
         torch.save({"format": _Trap()}, file)
+    if damage in ("text", "foreign tensors", "code"):
+        (folder / CHECKSUM_FILE).write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {STATE_FILE}\n")
     with pytest.raises(UserError, match=str(folder)):
         load_state(folder)
     assert not (tmp_path / "trap_was_sprung").exists()
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    save_state(folder, {"weights": torch.randn(50), "step": 3})
+    draw = random.Random(0)
+    for name in (STATE_FILE, CHECKSUM_FILE):
+        whole = (folder / name).read_bytes()
+        for _ in range(100):
+            flipped = bytearray(whole)
+            flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(UserError, match="damaged"):
+                load_state(folder)
+        (folder / name).write_bytes(whole)
+    assert load_state(folder)["step"] == 3
+
+
+def test_the_newest_whole_state_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_state(tmp_path, "a") is None
+    for age, (name, step) in enumerate([("a", 10), ("a", 20), ("a", None), ("b", 99)]):
+        save_state(state_path(tmp_path, name, step), {})
+        os.utime(state_path(tmp_path, name, step) / STATE_FILE, (1000 + age, 1000 + age))
+    assert newest_state(tmp_path, "a") == state_path(tmp_path, "a")
+    (state_path(tmp_path, "a") / STATE_FILE).write_bytes(b"")
+    assert newest_state(tmp_path, "a") == state_path(tmp_path, "a", 20)
+    assert "a-state is damaged" in caplog.text and "passed over" in caplog.text
+    for step in (10, 20):
+        (state_path(tmp_path, "a", step) / CHECKSUM_FILE).unlink()
+    with pytest.raises(UserError, match="none of the 3 states of a"):
+        newest_state(tmp_path, "a")
+
+
+def test_no_state_is_deleted_before_the_newest_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (10, 20):
+        save_state(state_path(tmp_path, "a", step), {})
+    (state_path(tmp_path, "a", 20) / STATE_FILE).write_bytes(b"cut")
+    assert prune_steps(tmp_path, "a", step=20, last_n_steps=5, states=True) == []
+    assert load_state(state_path(tmp_path, "a", 10)) == {} and "the states before it stay" in caplog.text
+
+
+def test_a_state_is_not_written_over_other_files(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "holiday.png").touch()
+    with pytest.raises(UserError, match="holds holiday.png"):
+        save_state(tmp_path / "s", {})
+    assert os.listdir(tmp_path / "s") == ["holiday.png"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from library import atomic_files
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "renaming":
+    rename = Path.rename
+    Path.rename = lambda self, target: kill() if self.name.endswith(".tmp") else rename(self, target)
+with atomic_files.atomic_folder(sys.argv[1]) as folder:
+    (folder / "new").write_text("half")
+    if sys.argv[2] == "writing":
+        kill()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_a_process_killed_while_it_replaces_a_folder_costs_nothing(tmp_path: Path, moment: str) -> None:
+    with atomic_folder(tmp_path / "s") as folder:
+        (folder / "old").touch()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s"), moment], cwd=Path(atomic_files.__file__).parents[1])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "s").exists() == (moment == "writing")
+    remove_unfinished(tmp_path, "s")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["s", "s/old"]
+
+
+HOLD = """
+import sys
+from library.atomic_files import only_process
+with only_process(sys.argv[1], "x"):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_a_name_is_one_process_until_it_dies(tmp_path: Path) -> None:
+    lock, root = tmp_path / ".a.lock", Path(atomic_files.__file__).parents[1]
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"a is trained by process {holder.pid} already"), only_process(lock, "a is trained"):
+            pass
+        holder.kill()
+    assert lock.exists()
+    with only_process(lock, "a is trained"):
+        assert lock.read_text() == str(os.getpid())
+        with pytest.raises(UserError, match="already"), only_process(lock, "a is trained"):
+            pass
+    assert os.name != "posix" or not lock.exists()

@@ -309,10 +309,23 @@ def test_run_main_says_it_in_one_line(error: BaseException, code: int, line: str
     assert capsys.readouterr().err == line
 
 
-def test_run_main_hides_no_error_of_ours():
-    def main() -> None:
-        raise ValueError("a bug")
+def test_run_main_makes_one_line_and_a_file_of_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
+    def main() -> None:
+        raise ValueError("a bug\nand more")
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    (log,) = tmp_path.iterdir()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: something unexpected happened (ValueError: a bug), which is a mistake of this program; please report it with {log}\n"
+    )
+    assert log.read_text(encoding="utf-8").startswith("Traceback") and "a bug\nand more" in log.read_text(encoding="utf-8")
+    monkeypatch.setenv("LECO_SCORE_DEBUG", "1")
     with pytest.raises(ValueError, match="a bug"):
         run_main(main)
 

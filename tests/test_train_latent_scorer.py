@@ -1,7 +1,9 @@
 """Training a scorer: the parts against analytic answers, and the whole script on a handful of pictures."""
 
 import logging
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import train_latent_scorer
 from examples.shapes.pictures import to_pixels
 from examples.shapes.scores import brightness
 from examples.shapes.world import draw, random_scene
+from library.atomic_files import only_process
 from library.errors import UserError
 from library.scorer_data.batches import LatentBatch
 from library.scorer_training import tasks as scorer_tasks
@@ -32,7 +35,7 @@ from library.scorers.io import load_scorer
 from library.scorers.kinds.latent_resnet import LatentResNet
 from library.settings.cli import run_main
 from library.settings.options import build
-from library.training.tracking import read_metrics
+from library.training.tracking import Tracker, read_metrics
 from tests.helpers.golden_scorer import GOLDEN_FILE, golden_losses
 from tests.helpers.scorers import VAE
 from tests.helpers.tiny_models import tiny_vae
@@ -486,6 +489,30 @@ def test_a_constant_score_and_a_folder_that_is_none(workplace: Path, tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
         train(workplace, tmp_path / "file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_interrupted_it_saves_the_best_scorer_so_far(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Tracker.log
+
+    def log_and_end(self: Tracker, metrics: dict, step: int) -> None:
+        log(self, metrics, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tracker, "log", log_and_end)
+    with pytest.raises(SystemExit) as caught:
+        train(workplace, tmp_path)
+    assert caught.value.code == 143
+    (path,) = tmp_path.glob("*.safetensors")
+    record = load_scorer(path).spec.training
+    assert record["steps"] == 4 and record["best_step"] == 3 and record["validation"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_training_of_the_same_name_is_refused(workplace: Path, tmp_path: Path) -> None:
+    with only_process(tmp_path / ".scorer.lock", "it"), pytest.raises(UserError, match="scorer in .* is trained by process"):
+        train(workplace, tmp_path)
 
 
 def test_the_command_ends_with_two_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,15 @@
 """train_leco_score.py from its settings to its files: what it writes, that it resumes to the bit, and how it refuses bad input."""
 
+import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +23,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_leco_score
+from library.atomic_files import only_process
+from library.errors import UserError
 from library.models.loading import load_model
+from library.objectives.terms.score import ScoreTerm
 from library.rollouts.sample import SamplingConfig, initial_noise, sample
 from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
 from library.slider_training.pictures import SliderPictures
-from library.training.checkpoints import load_state
+from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.tracking import read_metrics
-from library.types import PromptSpec
+from library.types import LossOutput, PromptSpec
 from networks.lora import create_network_from_weights
 from tests.helpers.golden_run import RUNS, golden_file, golden_numbers
 from tests.helpers.records import record_of
@@ -171,11 +180,11 @@ def test_the_script_itself(workplace: Path, tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_unfinished_goes_and_nothing_else(tmp_path: Path) -> None:
     unfinished = [".tiny.safetensors.7.tmp", ".tiny-step00000002.safetensors.7.tmp", "sample/.tiny_000002.png.7.tmp"]
-    unfinished += [".tiny.json.7.tmp", "tiny-state/.training_state.pt.7.tmp", "tiny-step00000002-state/.training_state.pt.7.tmp"]
+    unfinished += [".tiny.json.7.tmp", ".tiny-state.7.tmp/training_state.pt", ".tiny-step00000002-state.7.tmp/training_state.pt"]
     others = [
         "tiny.safetensors",
         ".tiny2.safetensors.7.tmp",
-        "tiny2-state/.training_state.pt.7.tmp",
+        ".tiny2-state.7.tmp/training_state.pt",
         ".notes.tmp",
         "tiny-state/training_state.pt",
     ]
@@ -408,12 +417,12 @@ def test_an_output_dir_that_cannot_be_written_to(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"scorer": "nan"}, ["step 1:", "not finite", "timestep"]),
-        ({"learning_rate": 1e30, "max_grad_norm": 0.0}, ["step 2:", "not finite", "timestep"]),
+        ({"scorer": "nan"}, ["step 1:", "scorer nan", "not finite", "timestep", "--check_reward"]),
+        ({"learning_rate": 1e30, "max_grad_norm": 0.0, "max_train_steps": 20}, ["step 2:", "nor were 8 more", "timestep", "learning_rate"]),
         ({"learning_rate": 1e6, "max_train_steps": 1, "save_precision": "fp16"}, ["step 1:", "not finite in fp16"]),
     ],
 )
-def test_what_is_not_finite_stops_the_run_and_no_slider_is_written(
+def test_what_is_never_finite_stops_the_run_and_no_slider_is_written(
     workplace: Path,
     broken: Path,
     tmp_path: Path,
@@ -432,6 +441,44 @@ def test_what_is_not_finite_stops_the_run_and_no_slider_is_written(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def with_nan_at(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Make the loss of one sample of a batch NaN; `bad` is asked with the number of the update, from 1."""
+    call, updates = ScoreTerm.__call__, itertools.count(1)
+
+    def spoiled(self: ScoreTerm) -> LossOutput:
+        out = call(self)
+        if bad(next(updates)):
+            spoil = torch.tensor([torch.nan, *[0.0] * (len(out.sample_losses) - 1)])
+            out = replace(out, loss=out.loss * spoil[0], sample_losses=out.sample_losses + spoil)
+        return out
+
+    monkeypatch.setattr(ScoreTerm, "__call__", spoiled)
+
+
+def test_one_sample_without_a_finite_loss_is_named_and_does_not_count(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_nan_at(monkeypatch, lambda update: update == 2)
+    path = run(workplace, tmp_path, max_train_steps=4)
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    assert [record["loss"] is None for record in read_metrics(tmp_path / "metrics.jsonl")] == [False, True, False, False]
+    (said,) = [record.getMessage() for record in caplog.records if "finite" in record.getMessage()]
+    assert said.startswith("step 2: the score loss of prompt 'a ") and "(scorer scorer)" in said
+
+
+def test_losses_that_stop_being_finite_end_the_run_with_the_last_good_weights(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_file(run(workplace, tmp_path / "whole", max_train_steps=3))
+    with_nan_at(monkeypatch, lambda update: update > 4)
+    with pytest.raises(UserError, match="step 5: .* nor were 8 more, .* the weights of step 3, the last good ones") as caught:
+        run(workplace, tmp_path / "out", max_train_steps=50)
+    assert "lower learning_rate" in str(caught.value)
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["tiny-step00000003.safetensors"]
+    kept = load_file(tmp_path / "out" / "tiny-step00000003.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.items())
+
+
 @pytest.fixture(scope="module")
 def state(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """After the last of two steps."""
@@ -445,6 +492,9 @@ def state(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_batch_size": 3}, "batch size"),
         ({"network_dim": 3}, "network"),
         ({"optimizer_type": "Prodigy"}, "optimizer"),
+        ({"seed": 7}, "seed is 7 and was 0"),
+        ({"sampler": "euler"}, "sampler is 'euler' and was 'ddim'"),
+        ({"max_denoising_steps": 4}, "max_denoising_steps is 4 and was 3"),
     ],
 )
 def test_a_state_of_other_settings_is_refused(
@@ -460,3 +510,87 @@ def test_a_state_of_other_settings_is_refused(
     sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
     assert says in sentence and "resume" in sentence or "nothing is left" in sentence
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_on_purpose_a_run_goes_on_with_another_seed(workplace: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run(workplace, tmp_path, resume=state, seed=7, max_train_steps=3, resume_with_changes=True)
+    assert path.is_file() and "resumed with a change: seed is 7 and was 0" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["step", "rng", "parts", "term score", "negative", "generators"])
+def test_a_state_that_lacks_something_is_one_sentence(workplace: Path, state: Path, tmp_path: Path, part: str) -> None:
+    content = load_state(state)
+    if part == "negative":
+        content["step"] = -5
+    elif part == "generators":
+        content["rng"] = {"python": (1,)}
+    else:
+        del (content if part in content else content["parts"])[part]
+    save_state(tmp_path / "tiny-state", content)
+    with pytest.raises(UserError, match="no usable|does not fit|are none"):
+        run(workplace, tmp_path, resume=tmp_path / "tiny-state", max_train_steps=3)
+
+
+def test_resume_auto_passes_a_broken_state_over_and_begins_where_there_is_none(
+    workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common: dict[str, Any] = {"max_train_steps": 3, "save_every_n_steps": 1, "save_state": True, "resume": "auto"}
+    caplog.set_level("INFO")
+    whole = load_file(run(workplace, tmp_path, **common))
+    assert "no state of tiny yet, training begins" in caplog.text
+    shutil.rmtree(tmp_path / "tiny-state")
+    for step in (2, 3):
+        (tmp_path / f"tiny-step0000000{step}-state" / STATE_FILE).write_bytes(b"cut")
+    caplog.clear()
+    again = load_file(run(workplace, tmp_path, **common))
+    assert caplog.text.count("passed over") == 2 and "resume auto: " in caplog.text and "tiny-step00000001-state" in caplog.text
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_a_second_run_of_the_same_name_is_refused(workplace: Path, tmp_path: Path) -> None:
+    with only_process(tmp_path / ".tiny.lock", "it"), pytest.raises(UserError, match="tiny in .* is trained by process"):
+        run(workplace, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- signals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:
+    """SIGTERM, SIGINT and SIGHUP one after the other, each in the middle of what is left, with measurements in between."""
+    common: dict[str, Any] = {
+        "max_train_steps": 40,
+        "evaluate_every_n_steps": 5,
+        "measure": "light",
+        "early_stop_gain": 1e6,
+        "resume": "auto",
+    }
+    straight = load_file(run(workplace, tmp_path / "whole", **common))
+    output = tmp_path / "out"
+    config = write_toml(tmp_path / "x.toml", settings(workplace, output, **common))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "train_leco_score.py", "--config_file", str(config)]
+    steps = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None):
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            if number is not None:
+                wait_for_lines(output / "metrics.jsonl", (steps[-1] if steps else 0) + 4, process)
+                process.send_signal(number)
+            said = process.stderr.read()
+        assert process.returncode == (0 if number is None else 128 + number), said
+        if number is not None:
+            assert "--resume auto goes on from there" in said
+            steps.append(max(load_state(path)["step"] for path in output.glob("*-state")))
+            assert (output / f"tiny-step{steps[-1]:08d}.safetensors").is_file() and not (output / "tiny.safetensors").exists()
+    assert steps == sorted(set(steps)) and steps[-1] < 40
+    resumed = load_file(output / "tiny.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == list(range(40))
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    while process.poll() is None and not (path.is_file() and len(path.read_text(encoding="utf-8").splitlines()) >= count):
+        time.sleep(0.01)

@@ -32,6 +32,7 @@ from library.scorer_training.tasks import collect, fill_cache, pictures_of
 from library.settings.cli import parse_config, run_main
 from library.settings.options import option
 from library.settings.shared import TrainingConfig
+from library.training.interrupts import interruptible
 from library.training.runtime import create_accelerator, set_num_threads
 
 logger = logging.getLogger("cache_latents")
@@ -77,7 +78,8 @@ def main() -> None:
         logger.info("%d of %d latents are damaged", cache.verify(), total)
     accelerator.wait_for_everyone()
 
-    cache = fill_cache(config, vae, accelerator, pictures(config))
+    with interruptible() as interrupts, interrupts.at_once():  # what is encoded is written then
+        cache = fill_cache(config, vae, accelerator, pictures(config))
     if accelerator.is_main_process:
         logger.info("%s holds %d latents", cache.folder, len(cache))
 

@@ -21,6 +21,7 @@ from library.scorer_training.criteria.masked import MaskedLatentPretraining
 from library.scorer_training.tasks import Stage, Task
 from library.scorer_training.validation import AveragedWeights, BestState, SigmaTable, selection_value, validate
 from library.scorers.base import Backbone, BackboneScorer, ScorerSpec
+from library.training.interrupts import Interrupts
 from library.training.optimizers import evaluating
 from library.training.runtime import any_process, generator
 from library.training.tracking import Tracker
@@ -86,6 +87,7 @@ class ScorerTrainer:
 
     Args:
         encode_prompts: prompts to the conditioning of the U-Net; needed by scorers that use the prompt.
+        interrupts: one that is received ends a stage after the step.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class ScorerTrainer:
         settings: ScorerTrainingConfig,
         tracker: Tracker,
         encode_prompts: Callable[[Sequence[str]], Conditioning] | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self.accelerator, self.settings, self.tracker = accelerator, settings, tracker
-        self.encode_prompts = encode_prompts
+        self.encode_prompts, self.interrupts = encode_prompts, interrupts or Interrupts()
         self.schedule = standard_schedule()
 
     def fit(self, scorer: BackboneScorer, stage: Stage) -> dict[str, Any]:
@@ -127,7 +130,8 @@ class ScorerTrainer:
 
             done = step + 1
             validated = done % settings.validate_every_n_steps == 0 or done == stage.steps
-            if validated:
+            stopping = any_process(bool(self.interrupts), self.accelerator)
+            if validated or (stopping and not best.tables):
                 with contextlib.ExitStack() as stack:
                     for optimizer in balance.optimizers:
                         stack.enter_context(evaluating(optimizer))
@@ -143,6 +147,8 @@ class ScorerTrainer:
                     PATIENCE,
                     best.step,
                 )
+                break
+            if stopping:
                 break
         progress.close()
         best.restore()

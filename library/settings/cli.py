@@ -5,10 +5,14 @@ decoration. No option is required by the parser: `--config_file x.toml` alone is
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -166,7 +170,10 @@ def write_config_file(name: str | Path, table: Mapping[str, Option], resolved: M
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main function; end with one line and code 2 on a UserError, with code 130 on Ctrl-C."""
+    """Run a script's main function; end with one line and code 2 on a UserError, with code 130 on Ctrl-C.
+
+    Anything unexpected is one line too (code 1), with its traceback in a file; with LECO_SCORE_DEBUG=1 it is shown.
+    """
     setup_logging()
     try:
         main()
@@ -176,6 +183,23 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("LECO_SCORE_DEBUG"):
+            raise
+        print(f"error: {_unexpected(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _unexpected(error: Exception) -> str:
+    """What a user is told of a mistake that is ours; its traceback goes into a file."""
+    first_line, *_ = str(error).splitlines() or [""]
+    said = f"{type(error).__name__}: {first_line[:300]}" if first_line else type(error).__name__
+    where = "run it again with LECO_SCORE_DEBUG=1, and report what it shows"
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", prefix="leco_score_", suffix=".log", delete=False, encoding="utf-8") as log:
+            log.write("".join(traceback.format_exception(error)))
+        where = f"please report it with {log.name}"
+    return f"something unexpected happened ({said}), which is a mistake of this program; {where}"
 
 
 def setup_logging(level: int | str = logging.INFO) -> None:

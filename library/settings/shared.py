@@ -134,7 +134,15 @@ class SavingConfig:
     )
     save_state: bool = option(False, help="Save the whole training state, for resume, beside every saved file.")
     save_state_on_train_end: bool = option(False, help="Save the training state at the end.", expert=True)
-    resume: Path | None = option(None, help="Folder of a training state to go on from.")
+    resume: Path | None = option(
+        None, help="Folder of a training state to go on from; auto: the newest whole one of this output_name, or none if there is none."
+    )
+    resume_with_changes: bool = option(
+        False,
+        help="Go on from a state though seed, prompts, scorers, sampler or model are not those that it was trained with.",
+        expert=True,
+        only_with="resume",
+    )
     no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.", expert=True)
     training_comment: str | None = option(None, help="A comment for the metadata.", expert=True)
 

@@ -1,23 +1,28 @@
 """The files of a training run: slider weights with their metadata, and training states."""
 
-import contextlib
+import logging
 import re
 import time
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from library.atomic_files import atomic_write_bytes
+from library.atomic_files import atomic_write_bytes, only_process, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
 from library.reports.plots import calibration_plot
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
+from library.slider_training.keep_best import LastGood
 from library.slider_training.outcome import Outcome
+from library.slider_training.run_state import RunState
 from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
 from networks.lora_metadata import LoRARecord, lora_metadata, write_sidecar
+
+logger = logging.getLogger(__name__)
 
 
 class SliderFiles:
@@ -92,22 +97,37 @@ class SliderFiles:
         return path
 
     def remove_unfinished(self) -> None:
-        """Delete what a killed run of this name was writing: hidden files that never took their names."""
-        name = re.escape(self.saving.output_name) + r"(-step\d{8}|_\d{6}|_calibration)?"
-        unfinished = re.compile(rf"(sample/)?\.{name}\.(safetensors|json|png)\.\d+\.tmp|{name}-state/\.training_state\.pt\.\d+\.tmp")
-        for path in self.saving.output_dir.rglob(".*.tmp"):
-            if unfinished.fullmatch(path.relative_to(self.saving.output_dir).as_posix()):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        """Delete what a killed run of this name was writing: hidden files and states that never took their names."""
+        name = re.escape(self.saving.output_name) + r"(-step\d{8})?"
+        remove_unfinished(self.saving.output_dir, rf"{name}(\.safetensors|\.json|_calibration\.png|-state)")
+        remove_unfinished(self.saving.output_dir / "sample", rf"{name}_\d{{6}}\.png")
 
-    def save_state(self, state: dict[str, Any], step: int, *, final: bool = False) -> Path:
+    def only_run(self) -> AbstractContextManager[None]:
+        """Hold this run's name for the block. Entering raises UserError if another process holds it."""
+        folder, name = self.saving.output_dir, self.saving.output_name
+        return only_process(folder / f".{name}.lock", f"{name} in {folder} is trained")
+
+    def save_state(self, state: RunState, step: int, *, final: bool = False) -> Path:
         """Write a training state, and delete the states that are too old."""
         saving = self.saving
         path = state_path(saving.output_dir, saving.output_name, None if final else step)
-        save_state(path, state)
+        save_state(path, {field.name: getattr(state, field.name) for field in fields(state)})
         if not final and saving.save_last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
         return path
+
+    def save_interrupted(self, network: LoRANetwork, state: RunState, step: int) -> None:
+        """Write the slider as trained and the state, and say how to go on."""
+        folder = self.save_state(state, step)
+        path = self.save(network, step)
+        logger.info("stopped after step %d; saved: %s and %s; the same command with --resume auto goes on from there", step, path, folder)
+
+    def save_last_good(self, network: LoRANetwork, last_good: LastGood) -> str:
+        """Write the weights before losses were not finite any more -> what was written, in words."""
+        if last_good.step == 0:
+            return " and no slider was written"
+        last_good.restore(network)
+        return f" and the weights of step {last_good.step}, the last good ones, were saved as {self.save(network, last_good.step)}"
 
     def _dimensions(self, network: LoRANetwork) -> tuple[int, float, dict[str, str]]:
         """Rank, alpha and network_args as they are in the weights: calibration scales alphas, and dim_from_weights brings its own."""
@@ -116,26 +136,3 @@ class SliderFiles:
         large = [lora for lora in loras if lora.lora_down.weight.shape[2:].numel() > 1]
         convs = {"conv_dim": f"{large[0].rank}", "conv_alpha": f"{large[0].alpha.item():g}"} if large else {}
         return (small or large)[0].rank, (small or large)[0].alpha.item(), {**self.network.network_kwargs, **convs}
-
-
-def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of every part that has a state_dict, and what kind of thing it is."""
-    return {name: {"kind": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
-
-
-def restore(parts: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
-    """Put each part into the state that `states_of` took.
-
-    Raises:
-        UserError: the states were taken from a run with other settings.
-    """
-    for name, part in parts.items():
-        advice = f"the {name} in {folder} does not fit this run's; resume with the settings of the run that was saved"
-        if name not in saved or saved[name]["kind"] != type(part).__name__:
-            raise UserError(advice)
-        try:
-            part.load_state_dict(saved[name]["state"])
-        except UserError:
-            raise
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(advice) from error

@@ -141,9 +141,13 @@ class Monitor:
         """
         return self.observe(0) if self.measures else None
 
+    def looks_after(self, step: int) -> bool:
+        """Whether `after` does anything after update number `step`."""
+        return self.measures and (self._check_due(step) or due(step, self.interval))
+
     def after(self, step: int) -> Observation | None:
         """After update number `step` (1, 2, ...): an observation, if one is worth its evaluations."""
-        if not self.measures or not (self._check_due(step) or due(step, self.interval)):
+        if not self.looks_after(step):
             return None
         self._check(step)
         wanted = due(step, self.interval) or self._asks(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class SliderParts:
         terms: of the objective by name, each with its own batches.
         monitor: measures, warns, keeps the best step, calibrates.
         files: writes what the run leaves behind.
+        shared: what a run that goes on from a state must have in common with it: plain values.
     """
 
     model: DiffusionModel
@@ -85,6 +87,7 @@ class SliderParts:
     terms: dict[str, Term]
     monitor: Monitor
     files: SliderFiles
+    shared: dict[str, Any]
 
 
 def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
@@ -154,7 +157,23 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
     files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config, accelerator.mixed_precision))
-    return SliderParts(model, network, context, terms, monitor, files)
+    return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
+
+
+def _shared_settings(config: LecoScoreConfig, context: TrainingContext, precision: str) -> dict[str, Any]:
+    return {
+        "seed": config.training.seed,
+        "pretrained_model_name_or_path": Path(config.model.pretrained_model_name_or_path).name,
+        "mixed_precision": precision,
+        "sampler": context.sampling.sampler,
+        "max_denoising_steps": context.sampling.num_steps,
+        "scorer": [f"{Path(path).name} {_digest(Path(path).read_bytes())}" for path in config.reward.scorer],
+        "prompts": f"{len(context.prompts)} with hash {_digest(repr(list(context.prompts)).encode())}",
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _training_metadata(config: LecoScoreConfig, precision: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What a run leaves on disk: the names that sd-scripts gives its files, and a state that a run goes on from to the bit.
 
-Loading a state executes nothing that is in it (torch.load with weights_only): a state is tensors and plain containers.
+Loading a state executes nothing that is in it (torch.load with weights_only): a state is tensors and plain containers. Its folder appears
+whole, with a checksum that loading compares.
 """
 
+import contextlib
+import hashlib
 import logging
-import pickle
+import os
 import random
 import re
 import shutil
@@ -15,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_open
+from library.atomic_files import atomic_folder
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
-STATE_FORMAT = "leco-score training state 1"
+CHECKSUM_FILE = "sha256sums"  # as `sha256sum --check` reads it
+STATE_FORMAT = "leco-score training state 2"
 
 
 def weights_path(output_dir: str | Path, output_name: str, step: int | None = None) -> Path:
@@ -38,8 +42,14 @@ def prune_steps(output_dir: str | Path, output_name: str, *, step: int, last_n_s
     """Delete what this run saved more than last_n_steps before `step` (--save_last_n_steps) -> what was deleted.
 
     Files NAME-stepXXXXXXXX.safetensors with their card (.json), or with `states` the state folders; nothing else is touched. What
-    cannot be deleted is logged and left: no reason to end a run.
+    cannot be deleted is logged and left: no reason to end a run. No state goes before the newest one was read back and is whole.
     """
+    if states:
+        try:
+            _check_whole(state_path(output_dir, output_name, step))
+        except UserError as error:
+            logger.warning("%s; the states before it stay", error)
+            return []
     ending = "-state" if states else r"\.safetensors"
     pattern = re.compile(re.escape(output_name) + r"-step(\d{8})" + ending)
     deleted = []
@@ -65,29 +75,77 @@ def prune_steps(output_dir: str | Path, output_name: str, *, step: int, last_n_s
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     """Write a state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
 
-    One file in the folder, replaced in one step: a state that was there stays whole until the new one is. Raises UserError for what
-    could not be loaded again (an optimizer with an odd state) and for a full disk.
+    The folder takes its name when all of it is on the disk; a state that was there stays until then. Raises UserError for what
+    could not be loaded again (an optimizer with an odd state), for a full disk, and for a folder that holds other files.
     """
+    folder = Path(folder)
     _check_loadable(state, "state")
-    with atomic_open(Path(folder) / STATE_FILE) as file:
-        torch.save({"format": STATE_FORMAT, "state": state}, file)
+    if folder.is_dir() and (strangers := {path.name for path in folder.iterdir()} - {STATE_FILE, CHECKSUM_FILE}):
+        raise UserError(f"{folder} holds {min(strangers)}, which is no part of a state, so none is written there; move it, or the folder")
+    with atomic_folder(folder) as unfinished:
+        with (unfinished / STATE_FILE).open("wb") as file:
+            torch.save({"format": STATE_FORMAT, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (unfinished / CHECKSUM_FILE).write_text(_checksums(unfinished), encoding="ascii", newline="\n")
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
     """Read what save_state wrote, all tensors on the CPU. Raises UserError for a folder that is missing, foreign or damaged."""
     path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        what = "does not exist" if not Path(folder).exists() else f"has no {STATE_FILE}"
-        raise UserError(f"{folder} {what}, so it is no saved training state: give a folder that --save_state wrote, NAME-state")
+    _check_whole(folder)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is damaged or was not written by this program ({type(error).__name__}): resume from another state"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
+    except Exception as error:  # whatever a foreign file makes of the reader
+        raise UserError(f"{path} was not written by this program ({type(error).__name__}): resume from another state") from error
+    if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or not isinstance(content.get("state"), dict):
         raise UserError(f"{path} is not a {STATE_FORMAT!r}: resume from a state that this version wrote")
     return content["state"]
+
+
+def newest_state(output_dir: str | Path, output_name: str) -> Path | None:
+    """The state of this run that was written last and is whole; None if there is no state. Broken ones are logged and passed over.
+
+    Raises:
+        UserError: there are states, and all of them are broken.
+    """
+    pattern = re.compile(re.escape(output_name) + r"(-step\d{8})?-state")
+    states = [path for path in Path(output_dir).glob("*") if pattern.fullmatch(path.name)]
+    for path in sorted(states, key=_written_at, reverse=True):
+        try:
+            load_state(path)
+            return path
+        except UserError as error:
+            logger.warning("%s; passed over", error)
+    if states:
+        raise UserError(f"none of the {len(states)} states of {output_name} in {output_dir} is whole; delete them to begin anew")
+    return None
+
+
+def _written_at(folder: Path) -> tuple[int, str]:
+    with contextlib.suppress(OSError):
+        return (folder / STATE_FILE).stat().st_mtime_ns, folder.name
+    return 0, folder.name
+
+
+def _checksums(folder: Path) -> str:
+    with (folder / STATE_FILE).open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {STATE_FILE}\n"
+
+
+def _check_whole(folder: str | Path) -> None:
+    """Raise UserError unless every file of a state is there and as it was written."""
+    folder = Path(folder)
+    for name in (STATE_FILE, CHECKSUM_FILE):
+        if not (folder / name).is_file():
+            what = f"has no {name}" if folder.exists() else "does not exist"
+            raise UserError(f"{folder} {what}, so it is no saved training state: give a folder that --save_state wrote, NAME-state")
+    try:
+        whole = (folder / CHECKSUM_FILE).read_bytes() == _checksums(folder).encode()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): resume from another state") from error
+    if not whole:
+        raise UserError(f"{folder} is damaged, as its checksum shows: resume from another state")
 
 
 def rng_state() -> dict[str, Any]:

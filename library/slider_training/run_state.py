@@ -1,0 +1,93 @@
+"""From a saved state back into a run: which state, whether it is of this run, and every part of it into its place."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.settings.shared import SavingConfig
+from library.training.checkpoints import load_state, newest_state, restore_rng_state, rng_state
+
+logger = logging.getLogger(__name__)
+
+AUTO = Path("auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """A run after `step` updates.
+
+    Attributes:
+        watched: whether the monitor has looked at the network after this update; a run that was interrupted before does it when it goes on.
+        shared: what a run that goes on from here must have in common with it; see `SliderParts`.
+        rng: of the global generators.
+        parts: the state of every part that has one, and what kind of thing it is.
+    """
+
+    step: int
+    unet_evaluations: int
+    watched: bool
+    shared: Mapping[str, Any]
+    rng: Mapping[str, Any]
+    parts: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any], **counts: Any) -> "RunState":
+        """The state of the parts, by their state_dict, and of the generators as they are now."""
+        states = {name: {"kind": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
+        return cls(parts=states, rng=rng_state(), **counts)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunState":
+        """Raises UserError for a state that is damaged, lacks something or cannot be."""
+        content = load_state(folder)
+        kinds = {"step": int, "unet_evaluations": int, "watched": bool, "shared": dict, "rng": dict, "parts": dict}
+        wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
+        wrong += [name for name in ("step", "unet_evaluations") if name not in wrong and content[name] < 0]
+        if wrong:
+            raise UserError(f"{folder} has no usable {' and '.join(wrong)}, so no run can go on from it: resume from another state")
+        return cls(**{name: content[name] for name in kinds})
+
+    def restore(self, parts: Mapping[str, Any], folder: Path) -> None:
+        """Put each part, and the generators, into this state.
+
+        Raises:
+            UserError: it was saved by a run with other settings.
+        """
+        for name, part in parts.items():
+            advice = f"the {name} in {folder} does not fit this run's; resume with the settings of the run that was saved"
+            saved = self.parts.get(name)
+            if not isinstance(saved, Mapping) or saved.get("kind") != type(part).__name__ or "state" not in saved:
+                raise UserError(advice)
+            try:
+                part.load_state_dict(saved["state"])
+            except UserError:
+                raise
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(advice) from error
+        try:
+            restore_rng_state(dict(self.rng))
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"the random generators in {folder} are none: resume from another state") from error
+
+    def check_shared(self, own: Mapping[str, Any], folder: Path, *, with_changes: bool) -> None:
+        """Refuse a run that differs from the saved one in what they must share; `with_changes` logs it instead."""
+        names = [name for name in {**self.shared, **own} if self.shared.get(name) != own.get(name)]
+        changes = [f"{name} is {own.get(name)!r} and was {self.shared.get(name)!r}" for name in names]
+        if changes and not with_changes:
+            raise UserError(
+                f"{folder} was saved by another run: {', '.join(changes)}; give what it had, or --resume_with_changes to go on all the same"
+            )
+        for change in changes:
+            logger.warning("resumed with a change: %s", change)
+
+
+def find_state(saving: SavingConfig) -> Path | None:
+    """The folder to resume from; None to begin. Raises UserError if `resume` is auto and every state of the run is broken."""
+    if saving.resume != AUTO:
+        return saving.resume
+    folder = newest_state(saving.output_dir, saving.output_name)
+    logger.info("resume auto: %s", f"no state of {saving.output_name} yet, training begins" if folder is None else folder)
+    return folder
