@@ -120,7 +120,7 @@ def test_lists(config_file):
 def test_values_of_the_file_are_coerced_and_checked(config_file):
     assert parse("--config_file", config_file(MODEL + 'network_alpha = "1e-4"\n')).network.network_alpha == 1e-4
     message = "mixed_precision is 'bf17', but it must be one of no, fp16, bf16 (did you mean 'bf16'?)"
-    assert error_of("--config_file", config_file(MODEL + 'mixed_precision = "bf17"\n')) == message
+    assert error_of("--config_file", config_file(MODEL + 'mixed_precision = "bf17"\n')) == message + " (line 2)"
     assert error_of("--mixed_precision", "bf17") == message
 
 
@@ -151,13 +151,23 @@ def test_options_of_sd_scripts_are_warned_about_once_wherever_they_are(config_fi
     assert "l2" not in record.getMessage()
 
 
+def test_all_mistakes_of_a_file_are_reported_together(config_file):
+    path = config_file('[a]\nseed = "x"\n# seed = 1\n[b]\nqqq = 1\nnetwork_dim = 1.5\n')
+    assert error_of("--config_file", path) == (
+        "3 settings are wrong:\n  seed is 'x', but it must be a whole number (line 2)\n"
+        "  unknown option 'qqq' (line 5); --help lists the options\n"
+        "  network_dim is 1.5, but it must be a whole number (line 6)"
+    )
+    assert "line" not in error_of("--config_file", config_file("seed = 1\n"), "--seed", "x"), "the command line's own mistake"
+
+
 def test_mistakes_in_the_file(config_file, tmp_path: Path):
     path = config_file("")
 
     def message(text: str) -> str:
         return error_of("--config_file", config_file(text))
 
-    assert message("learning = 1\n") == "unknown option 'learning'; --help lists the options"
+    assert message("learning = 1\n") == "unknown option 'learning' (line 1); --help lists the options"
     assert message("seed = 1\n[b]\nseed = 2\n") == f"config_file {path} gives seed twice: 1 in the top of the file and 2 in [b]"
     assert message("[a]\nseed = 1\n[b]\nseed = 2\n") == f"config_file {path} gives seed twice: 1 in [a] and 2 in [b]"
     assert message("[a.b]\nseed = 1\n") == f"config_file {path}: [a.b] is a section in a section; sections go one level deep"

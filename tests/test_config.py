@@ -205,6 +205,20 @@ def test_settings_that_nothing_reads_are_named_in_one_warning(
             ("wandb_api_key=k", "log_prefix=try-"),
         ),
         ({"sdpa": True, "save_model_as": "safetensors"}, "xformers", False),
+        (
+            {"optimizer_args": "decouple=True betas=(0.9, 0.99) weight_decay=0.01"},
+            "optimizer_args",
+            ("decouple=True", "betas=(0.9, 0.99)", "weight_decay=0.01"),
+        ),
+        ({"network_args": ["conv_dim=4 conv_alpha=1"]}, "network_args", ("conv_dim=4", "conv_alpha=1")),
+        ({"text_encoder_lr": [5e-5, 5e-5], "network_train_unet_only": False}, "text_encoder_lr", 5e-5),
+        ({"lr_warmup_steps": "10%"}, "lr_warmup_steps", 0.1),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 50, "lr_scheduler_min_lr_ratio": 0.1},
+            "lr_scheduler_args",
+            ("min_lr_ratio=0.1", "num_decay_steps=50"),
+        ),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": "0.1"}, "lr_scheduler_args", ("min_lr_rate=0.1",)),
     ],
 )
 def test_what_sd_scripts_says_in_other_words_is_obeyed(values: dict[str, object], name: str, meant: object, caplog: Any):
@@ -225,6 +239,24 @@ def test_what_sd_scripts_says_in_other_words_is_obeyed(values: dict[str, object]
 def test_what_sd_scripts_can_and_this_cannot_is_a_warning(values: dict[str, object], warning: str, caplog: Any):
     script(**values)
     assert [record.getMessage() for record in caplog.records] == [f"these options of sd-scripts do nothing here: {warning}"]
+
+
+def test_text_encoders_with_different_rates_are_refused():
+    assert error_of(script, text_encoder_lr=[1e-4, 1e-5]) == (
+        "text_encoder_lr is [0.0001, 1e-05], but all text encoders have one learning rate here; give one number"
+    )
+
+
+def test_numbers_in_one_text_are_parted_at_commas():
+    assert types_of(numbers="512, 768").numbers == types_of(numbers=["512,768"]).numbers == (512.0, 768.0)
+
+
+def test_keys_of_the_gui_and_of_other_scripts_are_one_warning(caplog: pytest.LogCaptureFixture):
+    script(epoch=1, noise_offset_type="Original", LoRA_type="Standard", t5xxl="a", block_lr="1", lowvram=False)
+    (record,) = caplog.records
+    assert all(
+        name in record.getMessage() for name in ("epoch (use max_train_steps)", "noise_offset_type", "LoRA_type", "t5xxl", "block_lr")
+    )
 
 
 def test_settings_that_were_removed_say_what_replaces_them():
@@ -289,7 +321,7 @@ def test_a_declared_option_is_used_though_sd_scripts_has_it(caplog: pytest.LogCa
 
 def test_the_table_of_sd_scripts_does_not_overlap_itself():
     assert not UNUSED & REPLACEMENTS.keys()
-    assert not options(Script).keys() & (UNUSED | REPLACEMENTS.keys())
+    assert not options(Script).keys() & REPLACEMENTS.keys()
 
 
 @pytest.mark.parametrize("hint", [note for note in REPLACEMENTS.values() if note.startswith("use ")])

@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.settings.options import Option, construct, nearest, options, resolve
 from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
-from library.settings.toml_files import read_toml
+from library.settings.toml_files import key_lines, read_toml
 
 ConfigT = TypeVar("ConfigT")
 
@@ -58,7 +58,8 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None,
 
     in_file = read_config_file(config_file, table) if config_file is not None else {}
     given = translate(in_file | on_command_line, table)
-    resolved = resolve(config_class, given)
+    lines = key_lines(config_path(config_file)) if config_file is not None else {}
+    resolved = resolve(config_class, given, {name: line for name, line in lines.items() if name not in on_command_line})
     if output_config is not None:
         write_config_file(output_config, table, resolved)
         raise SystemExit(0)
@@ -107,6 +108,11 @@ def make_parser(table: Mapping[str, Option], description: str | None = None, *, 
     return parser
 
 
+def config_path(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    return path if path.suffix == ".toml" else path.with_name(path.name + ".toml")
+
+
 def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str, Any]:
     """A TOML file's settings, with its sections flattened one level. Names and values are not checked here.
 
@@ -117,9 +123,7 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
     Raises:
         UserError: no such file, broken TOML, a section in a section, or a key that two sections give different values.
     """
-    path = Path(name).expanduser()
-    if path.suffix != ".toml":
-        path = path.with_name(path.name + ".toml")
+    path = config_path(name)
     content = read_toml(path, "config_file")
     values: dict[str, Any] = {}
     section_of: dict[str, str] = {}
@@ -156,9 +160,7 @@ def to_toml(table: Mapping[str, Option], resolved: Mapping[str, Any]) -> str:
 
 def write_config_file(name: str | Path, table: Mapping[str, Option], resolved: Mapping[str, Any]) -> Path:
     """Write the settings to a new file (".toml" is appended if missing). UserError when it exists or cannot be written."""
-    path = Path(name).expanduser()
-    if path.suffix != ".toml":
-        path = path.with_name(path.name + ".toml")
+    path = config_path(name)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(to_toml(table, resolved))

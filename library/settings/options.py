@@ -146,23 +146,39 @@ def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     return construct(config_class, resolve(config_class, values), values)
 
 
-def resolve(config_class: type, values: Mapping[str, object]) -> dict[str, Any]:
+def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Every option's value, coerced to its type and checked against its choices; the concerns' own checks are not run.
 
     Options of sd-scripts that are not ours are left out, with one warning that names them all.
+
+    Args:
+        lines: the line of each of `values` that is from a file, for messages.
+
+    Raises:
+        UserError: all that is wrong, each mistake with its line.
     """
     table = options(config_class)
+    mistakes: list[str] = []
     if gone := [f"{name} ({REMOVED[name]})" for name in values if name in REMOVED and name not in table]:
-        raise UserError(f"these settings are gone: {', '.join(gone)}; leave them out")
+        mistakes.append(f"these settings are gone: {', '.join(gone)}; leave them out")
+    result = {name: entry.default for name, entry in table.items()}
     ignored = []
-    for name in values:
-        if name not in table:
-            if name not in UNUSED and name not in REPLACEMENTS:
-                raise UserError(f"unknown option {name!r}{_did_you_mean(name, table)}; --help lists the options")
+    for name, value in values.items():
+        where = f" (line {lines[name]})" if lines and name in lines else ""
+        if name in table:
+            try:
+                result[name] = coerce(table[name], value)
+            except UserError as error:
+                mistakes.append(f"{error}{where}")
+        elif name in UNUSED or name in REPLACEMENTS:
             ignored.append(f"{name} ({REPLACEMENTS[name]})" if name in REPLACEMENTS else name)
+        elif name not in REMOVED:
+            mistakes.append(f"unknown option {name!r}{where}{_did_you_mean(name, table)}; --help lists the options")
+    if mistakes:
+        raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
     if ignored:
         logger.warning("these options of sd-scripts do nothing here: %s", ", ".join(ignored))
-    return {name: coerce(entry, values[name]) if name in values else entry.default for name, entry in table.items()}
+    return result
 
 
 def construct(config_class: type[ConfigT], resolved: Mapping[str, Any], given: Collection[str] = ()) -> ConfigT:
@@ -191,6 +207,8 @@ def coerce(entry: Option, value: object) -> Any:
     if entry.container is None:
         return _coerce_item(entry, value)
     items = value if isinstance(value, (list, tuple)) else [value]
+    if entry.item_type in (int, float):  # "512,768"
+        items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
     return entry.container(_coerce_item(entry, item) for item in items)
 
 

@@ -52,5 +52,4 @@ REMOVED: Mapping[str, str] = {
     "num_calibration_prompts": "use measure (light, full)",
     "sample_multipliers": "they are -1, 0 and 1",
     "num_sample_prompts": "it is 4",
-    "sample_batch_size": "it follows the size of the latents",
 }

@@ -1,17 +1,24 @@
-"""The options of sd-scripts (its argument groups of version 0.10 and 0.11, and the keys that kohya_ss's LECO tab writes).
+"""The options of sd-scripts (all its training scripts, version 0.10 and 0.11) and the keys that kohya_ss's tabs write.
 
 A config file written for sd-scripts should run here. A key that this project declares is simply used; the others are named
 in one warning (`library.settings.options.resolve`), so that nobody believes in a setting that does nothing. Those that say in other
 words what a setting here says are translated.
 """
 
+import re
 from collections.abc import Collection, Mapping
 
 from library.errors import UserError
 
+WORD_LISTS = ("optimizer_args", "lr_scheduler_args", "network_args")
 LOG_ARGS = ("log_prefix", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 
 REPLACEMENTS: Mapping[str, str] = {
+    "epoch": "use max_train_steps",
+    "optimizer": "use optimizer_type",
+    "network_train_text_encoder": "use network_train_unet_only = false",
+    "lr_warmup": "use lr_warmup_steps",
+    "sample_batch_size": "it follows the size of the latents",
     "max_train_epochs": "use max_train_steps",
     "save_every_n_epochs": "use save_every_n_steps",
     "save_last_n_epochs": "use save_last_n_steps",
@@ -19,9 +26,9 @@ REPLACEMENTS: Mapping[str, str] = {
     "use_8bit_adam": 'use optimizer_type = "AdamW8bit"',
     "use_lion_optimizer": 'use optimizer_type = "Lion"',
     "lr_scheduler_type": "give the dotted class name as lr_scheduler",
-    "lr_decay_steps": 'use lr_scheduler_args = ["num_decay_steps=..."]',
+    "lr_decay_steps": "only warmup_stable_decay decays over steps of its own",
     "lr_scheduler_timescale": 'use lr_scheduler_args = ["timescale=..."]',
-    "lr_scheduler_min_lr_ratio": 'use lr_scheduler_args = ["min_lr_rate=..."], or min_lr_ratio for warmup_stable_decay',
+    "lr_scheduler_min_lr_ratio": "only cosine_with_min_lr and warmup_stable_decay have a lowest rate",
     "mem_eff_attn": "use xformers",
     "full_fp16": 'use mixed_precision = "fp16"; the weights of the LoRA stay in float32',
     "full_bf16": 'use mixed_precision = "bf16"; the weights of the LoRA stay in float32',
@@ -33,7 +40,7 @@ REPLACEMENTS: Mapping[str, str] = {
 }
 """Keys that mean something else here, each with what to do."""
 
-# models and optimizers, saving, training, sampling and LECO, data sets, logging
+# models and optimizers, saving, training, sampling and LECO, data sets, logging; the rest of its scripts'; those of kohya_ss
 _UNUSED = """
 tokenizer_cache_dir fused_backward_pass optimizer_schedulefree_wrapper optimizer_schedulefree_wrapper_args schedulefree_wrapper_args
 fp8_base fp8_base_unet no_half_vae disable_mmap_load_safetensors max_token_length
@@ -66,6 +73,50 @@ token_warmup_min token_warmup_step cache_info
 
 v2 log_prefix log_tracker_name wandb_run_name wandb_api_key
 log_tracker_config log_config console_log_level console_log_file console_log_simple
+
+ae apply_lg_attn_mask apply_t5_attn_mask attn_mode base_weights base_weights_multiplier block_lr blocks_to_swap blockwise_fused_optimizers
+byt5 ckpt clip_g clip_g_dropout_rate clip_l clip_l_dropout_rate clip_skip cond_emb_dim control_net_lr controlnet_model_name_or_path
+cross_attn_lr diffusers_xformers dim_from_weights discrete_flow_shift double_blocks_to_swap enable_scaled_pos_embed
+fp16_master_weights_and_gradients fp8_scaled fp8_vl fused_optimizer_groups gemma2 gemma2_max_token_length gradient_accumulation_steps
+gradient_checkpointing guidance_scale init_word input_image_dir learning_rate learning_rate_te learning_rate_te1 learning_rate_te2
+learning_rate_te3 llm_adapter_lr llm_adapter_path log_with logging_dir logit_mean logit_std lr_scheduler lr_scheduler_args lr_warmup_steps
+max_grad_norm max_train_steps mem_eff_save mixed_precision mlp_lr mod_lr mode_scale model_prediction_type model_type network_alpha
+network_args network_dim network_dropout network_module network_train_text_encoder_only network_train_unet_only network_weights
+no_metadata no_token_padding num_last_block_to_freeze num_vectors_per_token offload_optimizer_device offload_optimizer_nvme_path
+offload_param_device offload_param_nvme_path optimizer_args optimizer_type output_dir output_image_dir output_name perlin_noise
+pos_emb_random_crop_rate pretrained_model_name_or_path qwen3 qwen3_max_token_length resume save_clip save_every_n_steps save_last_n_steps
+save_precision save_state save_state_on_train_end save_t5xxl scale_weight_norms seed self_attn_lr sigmoid_scale single_blocks_to_swap
+skip_latents_validity_check split_attn split_mode stop_text_encoder_training support_controlnet support_dreambooth support_dropout
+support_finetuning system_prompt t5_dropout_rate t5_max_token_length t5_tokenizer_path t5xxl t5xxl_device t5xxl_dtype
+t5xxl_max_token_length text_encoder text_encoder_batch_size text_encoder_cpu text_encoder_lr timestep_sampling token_string torch_compile
+train_t5xxl train_text_encoder training_comment training_shift unet_lr unsloth_offload_checkpointing use_flash_attn use_object_template
+use_safetensors use_sage_attn use_style_template use_t5xxl_cache_only v_parameterization vae vae_chunk_size vae_disable_cache
+weighting_scheme weights xformers zero3_init_flag zero3_save_16bit_model zero_stage
+
+LoRA_type LyCORIS_preset additional_parameters anima_attn_mode anima_cache_text_encoder_outputs anima_cache_text_encoder_outputs_to_disk
+anima_checkbox anima_compile anima_compile_backend anima_compile_cache_size_limit anima_compile_dynamic anima_compile_fullgraph
+anima_compile_mode anima_discrete_flow_shift anima_llm_adapter_path anima_qwen3 anima_qwen3_max_token_length anima_qwen_image_vae_2d
+anima_sigmoid_scale anima_split_attn anima_t5_max_token_length anima_t5_tokenizer_path anima_timestep_sampling anima_torch_compile
+anima_unsloth_offload_checkpointing anima_vae anima_vae_chunk_size anima_vae_disable_cache batch_size block_alphas block_dims
+block_lr_zero_threshold bypass_mode caption_metadata_filename compile compile_backend compile_cache_size_limit compile_dynamic
+compile_fullgraph compile_mode config_file_name constrain conv_alpha conv_block_alphas conv_block_dims conv_dim create_buckets
+create_caption decompose_both dora_wd down_lr_weight dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph enable_all_linear
+extra_accelerate_launch_args factor flux1_cache_text_encoder_outputs flux1_cache_text_encoder_outputs_to_disk flux1_checkbox flux1_clip_l
+flux1_t5xxl flux_fused_backward_pass full_path generate_caption_database generate_image_buckets ggpo_beta ggpo_sigma gpu_ids gr_type
+hunyuan_attn_mode hunyuan_byt5 hunyuan_discrete_flow_shift hunyuan_fp8_scaled hunyuan_fp8_vl hunyuan_image_cache_text_encoder_outputs
+hunyuan_image_cache_text_encoder_outputs_to_disk hunyuan_image_checkbox hunyuan_model_prediction_type hunyuan_sigmoid_scale
+hunyuan_split_attn hunyuan_text_encoder hunyuan_text_encoder_cpu hunyuan_timestep_sampling hunyuan_vae hunyuan_vae_chunk_size image_folder
+img_attn_dim img_mlp_dim img_mod_dim in_dims latent_metadata_filename loraplus loraplus_lr_ratio loraplus_text_encoder_lr_ratio
+loraplus_unet_lr_ratio lowvram lumina_ae lumina_cache_text_encoder_outputs lumina_cache_text_encoder_outputs_to_disk lumina_checkbox
+lumina_discrete_flow_shift lumina_gemma2 lumina_gemma2_max_token_length lumina_model_prediction_type lumina_sigmoid_scale
+lumina_system_prompt lumina_timestep_sampling lumina_use_flash_attn lumina_use_sage_attn main_process_port max_resolution mid_lr_weight
+model_list module_dropout multi_gpu network_weights_file noise_offset_type num_cpu_threads_per_process num_machines num_processes
+qwen_image_vae_2d rank_dropout rank_dropout_scale rescaled sd3_cache_text_encoder_outputs sd3_cache_text_encoder_outputs_to_disk
+sd3_checkbox sd3_clip_l sd3_clip_l_dropout_rate sd3_disable_mmap_load_safetensors sd3_enable_scaled_pos_embed sd3_fused_backward_pass
+sd3_t5_dropout_rate sd3_t5xxl sd3_text_encoder_batch_size sdxl sdxl_cache_text_encoder_outputs sdxl_checkbox sdxl_no_half_vae
+show_timesteps show_timesteps_resolution single_dim single_mod_dim split_qkv stop_text_encoder_training_pct t5xxl_lr template train_blocks
+train_dir train_double_block_indices train_inpainting train_lora_ggpo train_norm train_on_input train_single_block_indices training_preset
+txt_attn_dim txt_mlp_dim txt_mod_dim unit up_lr_weight use_cp use_latent_files use_scalar use_tucker
 """
 
 UNUSED: frozenset[str] = frozenset(_UNUSED.split())
@@ -95,7 +146,23 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         if result.get("train_data_file") not in (None, ""):
             raise UserError("train_data_file and dataset_config are both set; leave one out")
         result["train_data_file"] = text
+    for name in [name for name in WORD_LISTS if result.get(name)]:  # people write them in one string, too
+        given = result[name] if isinstance(result[name], (list, tuple)) else [result[name]]
+        result[name] = [word for text in given for word in re.split(r"\s+(?=\w+=)", str(text).strip())]
+    rates = result.get("text_encoder_lr")
+    if isinstance(rates, (list, tuple)) and rates:  # one for each encoder
+        if len(set(map(str, rates))) > 1:
+            raise UserError(f"text_encoder_lr is {list(rates)}, but all text encoders have one learning rate here; give one number")
+        result["text_encoder_lr"] = rates[0]
+    warmup = result.get("lr_warmup_steps")
+    if isinstance(warmup, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", warmup):
+        result["lr_warmup_steps"] = float(warmup.strip().rstrip("% ")) / 100
     schedule = str(result.get("lr_scheduler", "")).lower()
+    if result.get("lr_decay_steps") not in (None, "", 0) and schedule == "warmup_stable_decay":
+        _put_before(result, "lr_scheduler_args", f"num_decay_steps={take('lr_decay_steps')}")
+    ratio = {"cosine_with_min_lr": "min_lr_rate", "warmup_stable_decay": "min_lr_ratio"}.get(schedule)
+    if ratio and result.get("lr_scheduler_min_lr_ratio") not in (None, ""):
+        _put_before(result, "lr_scheduler_args", f"{ratio}={take('lr_scheduler_min_lr_ratio')}")
     if "lr_scheduler_num_cycles" in result and schedule in ("cosine_with_restarts", "cosine_with_min_lr"):
         cycles = take("lr_scheduler_num_cycles")
         if not cycles.isdecimal() or cycles == "0":

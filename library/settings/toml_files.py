@@ -31,10 +31,17 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        line, reason = _explain(str(error), text.splitlines() or [""])
+        line, reason = _explain(str(error), re.split(r"\r?\n", text))
         raise UserError(f"{what} {path} is not valid TOML: line {line}: {reason}") from error
     except RecursionError:
         raise UserError(f"{what} {path} nests arrays or tables hundreds deep, which no setting does; mend its brackets") from None
+
+
+def key_lines(path: Path) -> dict[str, int]:
+    """The line, from 1, of each key of a TOML file that `read_toml` can read; of one that is there twice, the last."""
+    lines = re.split(r"\r?\n", path.read_text(encoding="utf-8-sig"))
+    matches = ((re.match(r"""\s*["']?([\w-]+)["']?\s*=""", line), number) for number, line in enumerate(lines, start=1))
+    return {match[1]: number for match, number in matches if match}
 
 
 def _explain(message: str, lines: list[str]) -> tuple[int, str]:
