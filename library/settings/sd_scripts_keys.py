@@ -147,7 +147,8 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
             raise UserError("train_data_file and dataset_config are both set; leave one out")
         result["train_data_file"] = text
     for name in [name for name in WORD_LISTS if result.get(name)]:  # people write them in one string, too
-        given = result[name] if isinstance(result[name], (list, tuple)) else [result[name]]
+        own = result[name]
+        given = own if isinstance(own, (list, tuple)) else [own]
         result[name] = [word for text in given for word in re.split(r"\s+(?=\w+=)", str(text).strip())]
     rates = result.get("text_encoder_lr")
     if isinstance(rates, (list, tuple)) and rates:  # one for each encoder
