@@ -16,6 +16,7 @@ from library.scorer_data import encoding
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.records import FilePicture
+from library.scorer_training import tasks
 from library.settings.cli import run_main
 from tests.helpers.tiny_models import tiny_vae
 from tools import cache_latents
@@ -91,7 +92,8 @@ def test_a_cache_can_be_verified(
 def test_interrupted_it_keeps_what_is_encoded(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    arguments = words(workplace, tmp_path, "--train_data_file", str(workplace / "ratings.csv"), "--vae_batch_size", "1")
+    arguments = words(workplace, tmp_path, "--train_data_file", str(workplace / "ratings.csv"))
+    monkeypatch.setattr(tasks, "ENCODED_AT_A_TIME", 1)
     take, taken = encoding._Filler.take, itertools.count(1)
 
     def take_and_end(self: encoding._Filler, prepared: encoding._Prepared) -> None:

@@ -99,7 +99,7 @@ class ScorerTrainer:
         interrupts: Interrupts | None = None,
     ) -> None:
         self.accelerator, self.settings, self.tracker = accelerator, settings, tracker
-        self.encode_prompts, self.interrupts = encode_prompts, interrupts or Interrupts()
+        self.encode_prompts, self.interrupts = encode_prompts, Interrupts() if interrupts is None else interrupts
         self.schedule = standard_schedule()
 
     def fit(self, scorer: BackboneScorer, stage: Stage) -> dict[str, Any]:
