@@ -298,6 +298,15 @@ def test_more_pictures_of_the_base_model_make_the_unit_surer():
     assert widths[1] < 0.7 * widths[0] and 0.03 < widths[1] < 0.08
 
 
+def test_a_unit_of_other_prompts_is_drawn_on_its_own():
+    """9 prompts were measured and 40 know the unit, 3; the first 9 of these know another. The interval holds the gain, which is 1."""
+    rng = np.random.default_rng(1)
+    base = np.concatenate([0.5 * rng.normal(size=(9, 3)), 3.36 * rng.normal(size=(31, 3))])
+    gains, resamples = bootstrap_gains(np.full((9, 3, 1), within_prompt_std(base)), base, rng)
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    assert gains == pytest.approx([1.0]) and 0.7 < low < 1 < high < 1.6
+
+
 def test_a_score_that_does_not_vary_has_no_unit():
     with pytest.raises(UserError, match="does not vary"):
         bootstrap_gains(np.ones((2, 2, 1)), np.ones((2, 2)), np.random.default_rng(0))

@@ -153,7 +153,7 @@ def bootstrap_gains(
 
     Args:
         changes: against the base model's score of the same prompt and seed, in the wanted direction [P, S, M].
-        base_scores: of the base model [P, S']; S' may be larger than S, for a unit that is better known.
+        base_scores: of the base model [P, S'], or of more prompts, which are drawn on their own; for a unit that is better known.
 
     Returns:
         The gains [M] and their resamples [num_resamples, M].
@@ -170,7 +170,8 @@ def bootstrap_gains(
     for row in resamples:
         prompts = rng.integers(num_prompts, size=num_prompts)
         drawn = changes[prompts[:, None], rng.integers(num_seeds, size=(num_prompts, num_seeds))]
-        row[:] = drawn.mean((0, 1)) / (math.sqrt(variances[prompts].mean()) or math.nan)
+        of_unit = prompts if len(variances) == num_prompts else rng.integers(len(variances), size=len(variances))
+        row[:] = drawn.mean((0, 1)) / (math.sqrt(variances[of_unit].mean()) or math.nan)
     return changes.mean((0, 1)) / unit, resamples
 
 

@@ -31,11 +31,12 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         UserError: the device cannot compute in the precision asked for.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
+    from accelerate.utils import parse_flag_from_env
 
-    device = PartialState().device
-    assert device is not None
-    precision = choose_precision(config.mixed_precision, device)
+    # not by accelerate's state, which would be made before Accelerator knows whether processes are to meet on the CPU
+    device = "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    precision = choose_precision(config.mixed_precision, torch.device(device))
     try:
         return Accelerator(mixed_precision=precision)
     except ValueError as error:

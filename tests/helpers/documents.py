@@ -13,7 +13,7 @@ PACKAGES = ("library", "networks", "tools", "examples", "benchmarks")
 SOURCES = sorted([path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + list(ROOT.glob("*.py")))
 
 # Options of other programs (pip, ruff, pytest, torch, accelerate), and those that a line of a prompt file takes.
-OTHER_OPTIONS = {"help", "fix", "junitxml", "standalone", "nproc_per_node", "num_processes", "cpu", "rate", "memory"}
+OTHER_OPTIONS = {"help", "fix", "check", "junitxml", "standalone", "nproc_per_node", "num_processes", "cpu", "rate", "memory"}
 PROMPT_OPTIONS = {"weight", "n", "w", "h", "l", "d", "s", "ss", "ow", "oh", "ct", "cl", "direction"}
 # Words that look like names of ours and are not: of other programs and their files, of columns, or made up as an example.
 OTHER_WORDS = {
@@ -64,8 +64,9 @@ def options() -> frozenset[str]:
 
 @lru_cache
 def code_words() -> frozenset[str]:
-    """Every name in the code, and every string of it that is one word; docstrings and help texts are no code."""
-    found: set[str] = set()
+    """Every name in the code, and every string of it that is one word; docstrings and help texts are no code. And the names of tests."""
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    found: set[str] = {name for text in tests for name in re.findall(r"def (test_\w+)", text)}
     for path in SOURCES:
         found |= {path.stem, path.parent.name}
         for node in ast.walk(tree_of(path)):
