@@ -139,7 +139,7 @@ def test_latents_that_are_too_small_name_the_smallest() -> None:
     [
         ("test_resnot", {}, "has no model 'test_resnot'.*close to it are .*test_resnet"),
         ("test_resnet", {"width": 3}, "timm has no 'width'"),
-        ("test_resnet", {"model_args": {"no_such": 3}}, "cannot be built with model_args"),
+        ("test_resnet", {"model_args": {"no_such": 3}}, "timm's model_args has no_such"),
         (
             "vit_tiny_patch16_224",
             {"stem_stride": 0, "model_args": {"depth": 1}},
