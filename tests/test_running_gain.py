@@ -52,7 +52,7 @@ def test_the_interval_holds_the_truth(share: float, known: bool) -> None:
 def test_an_observation_sharpens_it() -> None:
     running = trained(share=0.2)
     before = running.gain(1)
-    running.add_observation(1, Interval(2.2, 2.1, 2.3))
+    running.add_observation(1, Interval(2.2, 2.1, 2.3))  # it is trusted less than its interval says, see add_observation
     after = running.gain(1)
     assert after.value == pytest.approx(2.2, abs=0.15) and after.high - after.low < 0.75 * (before.high - before.low)
 
