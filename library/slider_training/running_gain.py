@@ -103,7 +103,7 @@ class RunningGain:
         arm = self.arms[sign]
         if arm.promises and gain.high > gain.low:
             promise, own = arm.promise
-            # the promise's own variance, not share^2 of it: the share drifts, and other prompts are measured than trained on (docs/experiments.md)
+            # the promise's own variance, not share^2 of it: the share drifts, and other prompts are measured than trained on
             variance = ((gain.high - gain.low) / 3.92) ** 2 + (own if math.isfinite(own) else 0.0)
             arm.see(promise, gain.value, max(variance, 1e-4))
 
