@@ -127,6 +127,8 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                         outs[name].append(out)
                         if losses.check(out, step, name):
                             accelerator.backward(out.loss * term.weight / config.training.gradient_accumulation_steps)
+                        if not losses.all_finite(step):
+                            term.renew_broken()
                 unet_evaluations += model.num_unet_evaluations - already_counted
                 all_reduce_grads(network.parameters(), accelerator)
                 metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}

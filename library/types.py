@@ -1,6 +1,6 @@
 """The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -173,6 +173,7 @@ class LossOutput:
         metrics: numbers to log.
         promised: by how much the score of each sample's finished picture rises, in the wanted direction, if the gain of this step lasts at
             every step [B]; None for a term without a score.
+        unscored: which samples a scorer has no finite score or gradient for [B], by the scorer's name; they are no part of `loss`.
     """
 
     loss: Tensor
@@ -180,3 +181,4 @@ class LossOutput:
     samples: Sequence[str]
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
     promised: Tensor | None = None
+    unscored: Mapping[str, Tensor] = field(default_factory=dict)

@@ -38,6 +38,22 @@ def test_neighbours_and_successors_alternate_the_multipliers() -> None:
         assert set(signs) == {1.0, -1.0}
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_latents_that_are_not_finite_begin_anew(sampler: str) -> None:
+    belt = make_belt(sampler=sampler)
+    batch = belt.next_batch()
+    spoil = torch.tensor([0.0, torch.nan, 0.0, torch.inf]).view(4, 1, 1, 1)
+    belt.advance(belt.trajectories.predict(batch) + spoil)
+    (pool,) = belt.trajectories.pools
+    kept, steps = pool.latents.clone(), list(pool.steps)
+    belt.renew_broken()
+    assert pool.latents.isfinite().all() and torch.equal(pool.latents[::2], kept[::2])
+    assert pool.steps == [steps[0], 0, steps[2], 0]
+    for _ in range(3):
+        belt.advance(belt.trajectories.predict(belt.next_batch()))
+    assert pool.latents.isfinite().all()
+
+
 def test_a_trajectory_of_the_belt_is_a_sampled_picture() -> None:
     """What leaves the belt is what the sampler makes of the same noise, prompt and multiplier (float32: 1e-5)."""
     belt = make_belt(train_batch_size=1, prompts=PROMPTS[:1], max_denoising_steps=5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.objectives.base import FiniteLosses
 from library.types import Conditioning
 from tests.helpers.objective import Stage, gradients, make_stage
 from tests.helpers.scorers import ChannelScorer, CutScorer
@@ -75,6 +76,31 @@ def test_a_prompts_direction_turns_the_push_round() -> None:
     batch = stage.rollout.next_batch()
     turned = replace(batch, prompts=[replace(prompt, direction=-1.0) for prompt in batch.prompts])
     assert torch.allclose(stage.gradient(turned), -stage.gradient(batch))
+
+
+class Blind(ChannelScorer):
+    """Has no opinion on blue squares."""
+
+    def standardised(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None, prompts: Sequence[str] | None) -> Tensor:
+        assert prompts is not None
+        return super().standardised(latents, sigmas, cond, prompts) / latents.new_tensor(["blue" not in text for text in prompts])
+
+
+def test_what_a_scorer_cannot_judge_does_not_count_and_the_rest_does(caplog: pytest.LogCaptureFixture) -> None:
+    for settings in ({"preserve_weight": 0, "reward_loss": "linear"}, {}):
+        blind, seeing = make_stage(scorer=Blind, batch_size=4, **settings), make_stage(scorer=ChannelScorer, batch_size=4, **settings)
+        batch = seeing.rollout.next_batch()
+        judged = torch.tensor(["blue" not in prompt.prompt for prompt in batch.prompts])
+        assert 0 < judged.sum() < 4
+        out, eps = blind.objective(batch)
+        assert out.loss.isfinite() and eps.isfinite().all() and torch.equal(out.sample_losses.isfinite(), judged)
+        assert all(torch.as_tensor(value).isfinite() for name, value in out.metrics.items() if name != "gain_per_step" or not settings)
+        losses = FiniteLosses(100)
+        assert losses.check(out, 0, "score") and "blue square" in losses.found[0] and "(scorer Blind)" in losses.found[0]
+        assert not losses.check(replace(out, sample_losses=out.sample_losses * torch.nan), 1, "score")
+        if settings:  # without the preservation, a sample that is to go nowhere counts for nothing
+            resting = [replace(p, direction=float(good)) for p, good in zip(batch.prompts, judged.tolist(), strict=True)]
+            assert torch.equal(blind.gradient(batch), seeing.gradient(replace(batch, prompts=resting)))
 
 
 def test_steps_outside_the_timestep_range_are_not_trained() -> None:

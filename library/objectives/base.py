@@ -82,6 +82,9 @@ class Term(ABC):
     def __call__(self) -> LossOutput:
         """Draw a batch, move the term's own trajectories on, and return the loss, still with gradient to the network."""
 
+    def renew_broken(self) -> None:  # noqa: B027 - most terms carry nothing from batch to batch
+        """After a loss that was not finite: begin anew what the term carries on, where that is not finite any more."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """All that the term's future batches depend on (rollouts, generators): tensors and plain containers."""
@@ -95,7 +98,10 @@ TERMS: Registry[type[Term]] = Registry("objective", "library.objectives.terms", 
 
 
 class FiniteLosses:
-    """Watches for losses that are NaN or infinite. A batch with such a sample does not count; too many of them are to end the run.
+    """Watches for losses that are NaN or infinite. Too many of them are to end the run.
+
+    A sample that a scorer cannot judge does not count, and the others of its batch do. Where the network itself put out something that
+    is not finite, the whole batch does not count: through the gradient of the weights, which the samples share, it would reach all.
 
     Args:
         num_steps: updates of the run.
@@ -122,21 +128,25 @@ class FiniteLosses:
         return len(self.found) > self.limit or max(self._in_a_row.values(), default=0) > MAX_IN_A_ROW
 
     def check(self, out: LossOutput, step: int, name: str) -> bool:
-        """Whether every sample of a batch of the term `name` has a finite loss; one that has not is logged. `step` counts from 0."""
+        """Whether a batch of the term `name` counts; a sample without a finite loss is logged. `step` counts from 0."""
         bad = (~torch.isfinite(out.sample_losses)).nonzero().flatten().tolist()
-        if bad:
-            followed = self._scorers if out.promised is not None else ""
-            self._add(f"the {name} loss of {out.samples[bad[0]]}{followed}", name, step)
-        else:
+        if not bad:
             self._in_a_row[name], self._any_finite = 0, True
-        return not bad
+            return True
+        counts = len(bad) < len(out.sample_losses) and bool(torch.isfinite(out.loss))
+        self._any_finite |= counts
+        blamed = [scorer for scorer, rows in out.unscored.items() if rows[bad[0]]]
+        followed = f" (scorer {', '.join(blamed)})" if blamed else self._scorers if out.promised is not None else ""
+        ignored = "this batch does" if not counts else "this sample does" if len(bad) == 1 else f"{len(bad)} samples do"
+        self._add(f"the {name} loss of {out.samples[bad[0]]}{followed}", name, step, ignored)
+        return counts
 
     def check_gradient(self, norm: Tensor, step: int) -> bool:
         """Whether the norm of an update's gradient is finite."""
         if finite := bool(torch.isfinite(norm)):
             self._in_a_row["gradient"] = 0
         else:
-            self._add("the norm of the gradient", "gradient", step)
+            self._add("the norm of the gradient", "gradient", step, "this batch does")
         return finite
 
     def all_finite(self, step: int) -> bool:
@@ -150,11 +160,11 @@ class FiniteLosses:
             advice = "check the scorer and the model with --check_reward, or use mixed_precision bf16 or no"
         return UserError(f"{self.found[0]} was not finite, nor were {len(self.found) - 1} more, so training stopped{saved}; {advice}")
 
-    def _add(self, what: str, name: str, step: int) -> None:
+    def _add(self, what: str, name: str, step: int, ignored: str) -> None:
         self.found.append(f"step {step + 1}: {what}")
         self._in_a_row[name] += 1
         self._last_found = step
-        logger.warning("%s is not finite, so this batch does not count", self.found[-1])
+        logger.warning("%s is not finite, so %s not count", self.found[-1], ignored)
 
 
 def mean_metrics(terms: Mapping[str, Term], outs: Mapping[str, Sequence[LossOutput]]) -> dict[str, float | Tensor]:

@@ -99,28 +99,30 @@ class ScoreObjective:
         if plain.frozen is not None:
             with torch.no_grad():
                 base = self.estimator.predict_latents(state, self._guide(plain.frozen, plain.uncond, batch))
-        direction, reward, gain = self._ascent(batch, asked_for, predicted, base, noise)
+        direction, reward, gain, unscored = self._ascent(batch, asked_for, predicted, base, noise)
+        scored = ~torch.stack(list(unscored.values())).any(0)
 
         trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
         losses = -self._move(direction, predicted, base, batch)
         metrics: dict[str, float | Tensor] = {
-            "reward": reward.mean(),
-            "gain_per_step": gain.mean(),
+            "reward": reward.nanmean(),
+            "gain_per_step": gain.nanmean(),
             "pushed": (direction.abs().amax((1, 2, 3)) > 0).float().mean(),
         }
         if plain.frozen is not None:
             drift = squared_errors(eps, plain.frozen)  # the KL term of DRaFT+ (NeMo-Aligner)
             losses = losses + self.config.preserve_weight * drift
             metrics["eps_drift"] = drift.detach().mean().sqrt()
-        losses = losses * trained
+        losses = losses * (trained & scored)  # and not where(): what the U-Net itself made NaN must show
         out = LossOutput(
             loss=losses.mean(),
-            sample_losses=losses.detach(),
+            sample_losses=losses.detach().where(scored, torch.nan),
             samples=[
                 f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(batch.prompts, batch.timesteps, strict=True)
             ],
             metrics=metrics,
             promised=gain.detach() / self.step_fraction(batch, predicted).clamp_min(1e-12),
+            unscored=unscored,
         )
         return out, self._guide(eps.detach(), plain.uncond, batch)
 
@@ -146,15 +148,16 @@ class ScoreObjective:
 
     def _ascent(
         self, batch: RolloutBatch, asked_for: Conditioning, predicted: PredictedLatents, base: PredictedLatents | None, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Where each sample's latents should go.
 
         Args:
             asked_for: what a scorer that reads the prompt is given.
 
         Returns:
-            The direction in the predicted latents [B, C, h, w] (0 for a sample that is to rest), the reward [B], and the gain over
-            the frozen model in the wanted direction [B] (NaN when the frozen model was not consulted).
+            The direction in the predicted latents [B, C, h, w] (0 for a sample that is to rest), the reward [B], the gain over the frozen
+            model in the wanted direction [B] (NaN when the frozen model was not consulted), and as `LossOutput.unscored`: those samples
+            have no direction, and NaN for reward and gain.
         """
         count, directions = len(batch.latents), batch.directions
         latents, sigmas, scales = self.estimator.views(predicted, noise)
@@ -176,7 +179,13 @@ class ScoreObjective:
         gain = torch.full_like(reward, torch.nan) if base_values is None else directions * (reward - self._total(base_values))
         push = self._push(batch, predicted)
         fraction = self.step_fraction(batch, predicted)
-        return ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, fraction), reward, gain
+        direction = ascent_direction(self.reward.goals, gradients, values, base_values, push, directions, fraction)
+        unscored = {name: ~(values[name] + gradients[name].sum((1, 2, 3))).isfinite() for name in values}
+        if base_values is not None:
+            unscored = {name: rows | ~base_values[name].isfinite() for name, rows in unscored.items()}
+        broken = torch.stack(list(unscored.values())).any(0)
+        direction = direction.masked_fill(broken.view(-1, 1, 1, 1), 0)
+        return direction, reward.masked_fill(broken, torch.nan), gain.masked_fill(broken, torch.nan), unscored
 
     def _total(self, values: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([goal.weight * values[goal.name] for goal in self.reward.goals if goal.sign]).sum(0)

@@ -35,6 +35,10 @@ class Rollout(ABC):
     def advance(self, eps: Tensor) -> Finished | None:
         """What the last batch leads to: eps [B, C, h, w] is its guided prediction, without gradient. Those that ended, if any did."""
 
+    def renew_broken(self) -> None:
+        """Begin anew what is not finite, which no step makes finite again."""
+        self.trajectories.restart_broken()
+
     def state_dict(self) -> dict[str, Any]:
         """All that the future batches depend on: tensors and plain containers."""
         return {"trajectories": self.trajectories.state_dict()}

@@ -53,6 +53,10 @@ class NoisedRollout(Rollout):
         """Nothing moves: the next batch noises the pictures anew."""
         assert not eps.requires_grad, "the rollout carries no gradient"
 
+    def renew_broken(self) -> None:
+        super().renew_broken()
+        self._clean = None
+
     def state_dict(self) -> dict[str, Any]:
         clean = None if self._clean is None else self._clean.cpu().clone()
         return super().state_dict() | {"clean": clean, "uses": self._uses, "pool": self.trajectories.pools.index(self._pool)}

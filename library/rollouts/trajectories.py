@@ -151,6 +151,16 @@ class Trajectories:
         for place in range(len(pool.steps)):
             self.start(pool, place)
 
+    def restart_broken(self) -> None:
+        """A fresh prompt and fresh noise in every place whose latents are not finite."""
+        for pool in self.pools:
+            parts = [pool.latents] if pool.history is None else [pool.latents, pool.history.x0]
+            finite = torch.stack([part.isfinite().all(1).all(1).all(1) for part in parts]).all(0)
+            for place in (~finite).nonzero().flatten().tolist():
+                self.start(pool, place)
+                if pool.history is not None:
+                    pool.history.x0[place] = 0  # 0 times NaN would be NaN
+
     @torch.no_grad()
     def move_to(self, pool: Pool, goals: Sequence[int]) -> None:
         """Denoise each trajectory up to its own step."""

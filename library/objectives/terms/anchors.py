@@ -69,6 +69,9 @@ class AnchorsTerm(Term):
             metrics={"drift": errors.detach().mean().sqrt()},
         )
 
+    def renew_broken(self) -> None:
+        self.belt.renew_broken()
+
     def state_dict(self) -> dict[str, Any]:
         return self.belt.state_dict()
 

@@ -122,6 +122,10 @@ class LecoTerm(Term):
             metrics={"mse": errors.detach().mean(), "shift": squared_errors(target, frozen.neutral).mean().sqrt()},
         )
 
+    def renew_broken(self) -> None:
+        for belt in self._belts.values():
+            belt.renew_broken()
+
     def state_dict(self) -> dict[str, Any]:
         belts = [{"size": list(size), "belt": belt.state_dict()} for size, belt in self._belts.items()]
         return {"belts": belts, "generator": self.generator.get_state()}

@@ -43,6 +43,9 @@ class ScoreTerm(Term):
             self.watch(batch, out, finished)
         return out
 
+    def renew_broken(self) -> None:
+        self.rollout.renew_broken()
+
     def state_dict(self) -> dict[str, Any]:
         return {"rollout": self.rollout.state_dict(), "views": self.generator.get_state()}
 
