@@ -63,12 +63,17 @@ def vae_features(vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
     if shrink < 1:
         size = [max(1, round(side * shrink)) for side in pixels.shape[-2:]]
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    taps = []
+    at_once = max(1, FEATURE_SIZE**2 // (pixels.shape[2] * pixels.shape[3]))
     with torch.autocast(vae.device.type, enabled=False):
-        hidden = vae.encoder.conv_in((pixels * 2 - 1).to(vae.dtype))
-        for block in vae.encoder.down_blocks:
-            hidden = block(hidden)
-            taps.append(F.normalize(hidden.float(), dim=1))
+        parts = [_encoder_taps(vae, batch) for batch in pixels.split(at_once)]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def _encoder_taps(vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
+    taps, hidden = [], vae.encoder.conv_in((pixels * 2 - 1).to(vae.dtype))
+    for block in vae.encoder.down_blocks:
+        hidden = block(hidden)
+        taps.append(F.normalize(hidden.float(), dim=1))
     return taps
 
 

@@ -329,9 +329,10 @@ class Comparison:
         self.model, self.latents = model, latents
         if shown is not None:
             self.pixels = shown / 255
-            self.features = vae_features(model.vae, self.pixels)
             away = torch.where(self.pixels.mean((1, 2, 3), keepdim=True) > 0.5, -NOTICEABLE, NOTICEABLE)  # not into black or white
-            shifted = vae_features(model.vae, (self.pixels + away).clamp(0, 1))
+            with model.vae_at_work():
+                self.features = vae_features(model.vae, self.pixels)
+                shifted = vae_features(model.vae, (self.pixels + away).clamp(0, 1))
             self.noticeable = perceptual_distance(shifted, self.features).cpu().clamp_min(1e-12)
 
     def __call__(self, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
@@ -343,7 +344,9 @@ class Comparison:
         if decoded is not None:
             pixels = _shown(decoded) / 255
             distances["pixel_drift"] = rms_distance(pixels, self.pixels)
-            distances["perceptual_distance"] = perceptual_distance(vae_features(self.model.vae, pixels), self.features).cpu()
+            with self.model.vae_at_work():
+                features = vae_features(self.model.vae, pixels)
+            distances["perceptual_distance"] = perceptual_distance(features, self.features).cpu()
         return distances
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to
 from library.errors import UserError
 from library.models.prompt_syntax import apply_weights, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
+from library.models.vae_slices import in_slices
 from library.types import Conditioning
 
 if TYPE_CHECKING:
@@ -288,11 +290,28 @@ class DiffusionModel(ABC):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `library.models.vae.encode_images`."""
-        return encode_images(self.vae, pixels)
+        with self.vae_at_work():
+            return encode_images(self.vae, pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See `library.models.vae.decode_latents`."""
-        return decode_latents(self.vae, latents)
+        with self.vae_at_work():
+            return decode_latents(self.vae, latents)
+
+    @contextmanager
+    def vae_at_work(self) -> Iterator[None]:
+        """The VAE is on the model's device within the block, and afterwards where it was; what has no gradient is computed in slices."""
+        home = self.vae.device
+        place_vae(self.vae, self.device)
+        try:
+            with in_slices(self.vae):
+                yield
+        finally:
+            place_vae(self.vae, home)
+
+    def rest_vae(self) -> None:
+        """Move the VAE to the CPU, from where `vae_at_work` fetches it. No gradient can be taken through it from then on."""
+        place_vae(self.vae, "cpu")
 
     def vae_fingerprint(self) -> VaeFingerprint:
         return VaeFingerprint.of(self.vae)

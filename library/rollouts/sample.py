@@ -117,7 +117,8 @@ def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
     """
     pixels = latents.shape[2] * latents.shape[3] * model.spec.vae_scale_factor**2
     at_once = max(1, min(batch_size, DECODED_PIXELS // pixels))
-    decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(at_once)]
+    with model.vae_at_work():
+        decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(at_once)]
     return torch.cat(decoded) / 2 + 0.5
 
 

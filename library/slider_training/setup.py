@@ -156,6 +156,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     )
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
+    model.rest_vae()  # until something is measured
     files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config, accelerator.mixed_precision))
     return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
 

@@ -5,6 +5,7 @@ A U-Net call on one 8 x 8 latent takes milliseconds. The VAE has real 8 x downsa
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,11 @@ def tiny_text_config(width: int, bundled: dict, layers: int = 3) -> CLIPTextConf
     return CLIPTextConfig(**config)
 
 
-def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0) -> AutoencoderKL:
+def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0, channels: Sequence[int] = (32, 32, 32, 32)) -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = bundled_config("sd1")["vae"] | {
-            "block_out_channels": [32] * 4,
+            "block_out_channels": list(channels),
             "layers_per_block": 1,
             "sample_size": IMAGE_SIZE,
             "scaling_factor": scaling_factor,
