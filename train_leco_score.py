@@ -26,13 +26,14 @@ from library.objectives.base import FiniteLosses, mean_metrics
 from library.rollouts.sample import model_autocast
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.slider_training.check import check_reward
-from library.slider_training.keep_best import LastGood
+from library.slider_training.files import SliderState
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
-from library.slider_training.run_state import RunState, find_state
 from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare
+from library.training.finite_losses import LastGood
 from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
+from library.training.run_state import find_state
 from library.training.runtime import all_reduce_grads, any_process, create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker
 from library.types import LossOutput
@@ -80,17 +81,17 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
     if accelerator.is_main_process:  # whose trajectories a state holds; those of the other processes begin anew
         parts |= {f"term {name}": term for name, term in terms.items()}
 
-    def state(step: int, *, watched: bool = True) -> RunState:
-        return RunState.of(parts, step=step, unet_evaluations=unet_evaluations, watched=watched, shared=made.shared)
+    def state(step: int, *, watched: bool = True) -> SliderState:
+        return SliderState.of(parts, step=step, unet_evaluations=unet_evaluations, watched=watched, shared=made.shared)
 
     first_step = done = 0
     watched = True
     unet_evaluations = model.num_unet_evaluations  # those that started the trajectories
     if accelerator.is_main_process:
         files.remove_unfinished()
-    folder = find_state(saving)
+    folder = find_state(saving.resume, saving.output_dir, saving.output_name)
     if folder is not None:
-        saved = RunState.load(folder)
+        saved = SliderState.load(folder)
         saved.check_shared(made.shared, folder, with_changes=saving.resume_with_changes)
         saved.restore(parts, folder)
         optimizer_train_mode(optimizer.optimizer)

@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,27 @@ from library.models.base import ModelSpec
 from library.reports.plots import calibration_plot
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
-from library.slider_training.keep_best import LastGood
 from library.slider_training.outcome import Outcome
-from library.slider_training.run_state import RunState
-from library.training.checkpoints import prune_steps, save_state, state_path, weights_path
+from library.training.checkpoints import prune_steps, state_path, weights_path
+from library.training.finite_losses import LastGood
+from library.training.run_state import RunState
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
 from networks.lora_metadata import LoRARecord, lora_metadata, write_sidecar
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliderState(RunState):
+    """A slider's training after `step` updates.
+
+    Attributes:
+        watched: whether the monitor has looked at the network after this update; a run that was interrupted before does it when it goes on.
+    """
+
+    unet_evaluations: int
+    watched: bool
 
 
 class SliderFiles:
@@ -107,16 +119,16 @@ class SliderFiles:
         folder, name = self.saving.output_dir, self.saving.output_name
         return only_process(folder / f".{name}.lock", f"{name} in {folder} is trained")
 
-    def save_state(self, state: RunState, step: int, *, final: bool = False) -> Path:
+    def save_state(self, state: SliderState, step: int, *, final: bool = False) -> Path:
         """Write a training state, and delete the states that are too old."""
         saving = self.saving
         path = state_path(saving.output_dir, saving.output_name, None if final else step)
-        save_state(path, {field.name: getattr(state, field.name) for field in fields(state)})
+        state.save(path)
         if not final and saving.save_last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
         return path
 
-    def save_interrupted(self, network: LoRANetwork, state: RunState, step: int) -> None:
+    def save_interrupted(self, network: LoRANetwork, state: SliderState, step: int) -> None:
         """Write the slider as trained and the state, and say how to go on."""
         folder = self.save_state(state, step)
         path = self.save(network, step)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.measuring.record import EvaluationRecord
@@ -66,28 +65,3 @@ class KeepBest:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.score, self._weights = state["step"], state["score"], dict(state["weights"])
         self.record = None if state["record"] is None else EvaluationRecord.from_dict(state["record"])
-
-
-class LastGood:
-    """A copy of the weights, on their device, that last gave a finite loss.
-
-    Attributes:
-        step: after how many updates that was.
-    """
-
-    def __init__(self) -> None:
-        self.step = 0
-        self._weights: list[Tensor] = []
-
-    @torch.no_grad()
-    def keep(self, step: int, network: LoRANetwork) -> None:
-        own = [weight.detach() for weight in network.parameters()]
-        if self._weights:
-            torch._foreach_copy_(self._weights, own)
-        else:
-            self._weights = [weight.clone() for weight in own]
-        self.step = step
-
-    @torch.no_grad()
-    def restore(self, network: LoRANetwork) -> None:
-        torch._foreach_copy_([weight.detach() for weight in network.parameters()], self._weights)

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from library.errors import UserError
-from library.settings.shared import SavingConfig
-from library.training.checkpoints import load_state, newest_state, restore_rng_state, rng_state
+from library.training.checkpoints import load_state, newest_state, restore_rng_state, rng_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -17,38 +16,39 @@ AUTO = Path("auto")
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run after `step` updates.
+    """A run after `step` updates. A script's own kind adds what else it counts, as int or bool.
 
     Attributes:
-        watched: whether the monitor has looked at the network after this update; a run that was interrupted before does it when it goes on.
-        shared: what a run that goes on from here must have in common with it; see `SliderParts`.
+        shared: what a run that goes on from here must have in common with it.
         rng: of the global generators.
         parts: the state of every part that has one, and what kind of thing it is.
     """
 
     step: int
-    unet_evaluations: int
-    watched: bool
     shared: Mapping[str, Any]
     rng: Mapping[str, Any]
     parts: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, parts: Mapping[str, Any], **counts: Any) -> "RunState":
+    def of(cls, parts: Mapping[str, Any], **counts: Any) -> Self:
         """The state of the parts, by their state_dict, and of the generators as they are now."""
         states = {name: {"kind": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
         return cls(parts=states, rng=rng_state(), **counts)
 
     @classmethod
-    def load(cls, folder: Path) -> "RunState":
+    def load(cls, folder: Path) -> Self:
         """Raises UserError for a state that is damaged, lacks something or cannot be."""
         content = load_state(folder)
-        kinds = {"step": int, "unet_evaluations": int, "watched": bool, "shared": dict, "rng": dict, "parts": dict}
+        kinds = {field.name: field.type if field.type in (int, bool) else dict for field in fields(cls)}
         wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
-        wrong += [name for name in ("step", "unet_evaluations") if name not in wrong and content[name] < 0]
+        wrong += [name for name, kind in kinds.items() if kind is int and name not in wrong and content[name] < 0]
         if wrong:
             raise UserError(f"{folder} has no usable {' and '.join(wrong)}, so no run can go on from it: resume from another state")
         return cls(**{name: content[name] for name in kinds})
+
+    def save(self, folder: Path) -> None:
+        """Write it; see `library.training.checkpoints.save_state`."""
+        save_state(folder, {field.name: getattr(self, field.name) for field in fields(self)})
 
     def restore(self, parts: Mapping[str, Any], folder: Path) -> None:
         """Put each part, and the generators, into this state.
@@ -84,10 +84,10 @@ class RunState:
             logger.warning("resumed with a change: %s", change)
 
 
-def find_state(saving: SavingConfig) -> Path | None:
+def find_state(resume: Path | None, output_dir: Path, output_name: str) -> Path | None:
     """The folder to resume from; None to begin. Raises UserError if `resume` is auto and every state of the run is broken."""
-    if saving.resume != AUTO:
-        return saving.resume
-    folder = newest_state(saving.output_dir, saving.output_name)
-    logger.info("resume auto: %s", f"no state of {saving.output_name} yet, training begins" if folder is None else folder)
+    if resume != AUTO:
+        return resume
+    folder = newest_state(output_dir, output_name)
+    logger.info("resume auto: %s", f"no state of {output_name} yet, training begins" if folder is None else folder)
     return folder
