@@ -122,12 +122,11 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavingConfig:
-    """What is written, where and when."""
+class RunFilesConfig:
+    """Where a training writes, how often, and the state that it goes on from."""
 
     output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
-    output_name: str = option("slider", help="File name of the result, without its extension.")
-    save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.", expert=True)
+    output_name: str = option("result", help="File name of the result, without its extension.")
     save_every_n_steps: int | None = option(None, help="Save every so many steps too; not set: at the end only.")
     save_last_n_steps: int | None = option(
         None, help="Delete files that save_every_n_steps wrote more than so many steps ago.", expert=True, only_with="save_every_n_steps"
@@ -139,12 +138,10 @@ class SavingConfig:
     )
     resume_with_changes: bool = option(
         False,
-        help="Go on from a state though seed, prompts, scorers, sampler or model are not those that it was trained with.",
+        help="Go on from a state though seed, data, scorers, sampler or model are not those that it was trained with.",
         expert=True,
         only_with="resume",
     )
-    no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.", expert=True)
-    training_comment: str | None = option(None, help="A comment for the metadata.", expert=True)
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
@@ -152,6 +149,16 @@ class SavingConfig:
             raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
         if self.save_last_n_steps is not None and self.save_every_n_steps is None:
             raise UserError("save_last_n_steps is set without save_every_n_steps; say how often to save")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingConfig(RunFilesConfig):
+    """What is written, where and when."""
+
+    output_name: str = option("slider", help="File name of the result, without its extension.")
+    save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.", expert=True)
+    no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.", expert=True)
+    training_comment: str | None = option(None, help="A comment for the metadata.", expert=True)
 
 
 @dataclass(frozen=True, kw_only=True)

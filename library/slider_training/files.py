@@ -1,22 +1,20 @@
 """The files of a training run: slider weights with their metadata, and training states."""
 
 import logging
-import re
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.atomic_files import atomic_write_bytes, only_process, remove_unfinished
+from library.atomic_files import atomic_write_bytes, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
 from library.reports.plots import calibration_plot
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.outcome import Outcome
-from library.training.checkpoints import prune_steps, state_path, weights_path
 from library.training.finite_losses import LastGood
+from library.training.run_files import RunFiles
 from library.training.run_state import RunState
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
@@ -37,7 +35,7 @@ class SliderState(RunState):
     watched: bool
 
 
-class SliderFiles:
+class SliderFiles(RunFiles):
     """Writes what a run leaves behind, under sd-scripts' file names.
 
     Args:
@@ -45,10 +43,13 @@ class SliderFiles:
         size: (height, width) of the training pictures.
     """
 
+    endings = RunFiles.endings + r"|\.json|_calibration\.png"
+
     def __init__(self, saving: SavingConfig, network: NetworkConfig, spec: ModelSpec, size: Size, training: dict[str, Any]) -> None:
+        super().__init__(saving)
         self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
         self.started_at = time.time()
-        self.slider_path = weights_path(saving.output_dir, saving.output_name)
+        self.slider_path = self.weights_path()
         self.calibration_path = saving.output_dir / f"{saving.output_name}_calibration.png"
 
     def save(
@@ -71,7 +72,7 @@ class SliderFiles:
         """
         saving = self.saving
         height, width = self.size
-        path = weights_path(saving.output_dir, saving.output_name, None if final else step)
+        path = self.weights_path(None if final else step)
         dtype = weight_dtype(saving.save_precision)
         if not all(weight.to(dtype).isfinite().all() for weight in network.state_dict().values()):
             raise UserError(
@@ -104,29 +105,14 @@ class SliderFiles:
             write_sidecar(path, self.spec, preferred_weight=weight, description=usage_hint or "", notes=saving.training_comment or "")
             if calibration is not None and calibration.curve is not None:
                 atomic_write_bytes(self.calibration_path, calibration_plot(calibration, saving.output_name))
-        elif saving.save_last_n_steps is not None:
-            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps)
+        else:
+            self.prune_weights(step)
         return path
 
     def remove_unfinished(self) -> None:
-        """Delete what a killed run of this name was writing: hidden files and states that never took their names."""
-        name = re.escape(self.saving.output_name) + r"(-step\d{8})?"
-        remove_unfinished(self.saving.output_dir, rf"{name}(\.safetensors|\.json|_calibration\.png|-state)")
-        remove_unfinished(self.saving.output_dir / "sample", rf"{name}_\d{{6}}\.png")
-
-    def only_run(self) -> AbstractContextManager[None]:
-        """Hold this run's name for the block. Entering raises UserError if another process holds it."""
-        folder, name = self.saving.output_dir, self.saving.output_name
-        return only_process(folder / f".{name}.lock", f"{name} in {folder} is trained")
-
-    def save_state(self, state: SliderState, step: int, *, final: bool = False) -> Path:
-        """Write a training state, and delete the states that are too old."""
-        saving = self.saving
-        path = state_path(saving.output_dir, saving.output_name, None if final else step)
-        state.save(path)
-        if not final and saving.save_last_n_steps is not None:
-            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
-        return path
+        """Previews, too."""
+        super().remove_unfinished()
+        remove_unfinished(self.saving.output_dir / "sample", rf"{self._names}_\d{{6}}\.png")
 
     def save_interrupted(self, network: LoRANetwork, state: SliderState, step: int) -> None:
         """Write the slider as trained and the state, and say how to go on."""

@@ -1,0 +1,52 @@
+"""The files of a training run, whichever it is: one run a name, its states, and what a killed one left."""
+
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from library.atomic_files import only_process, remove_unfinished
+from library.settings.shared import RunFilesConfig
+from library.training.checkpoints import prune_steps, state_path, weights_path
+from library.training.run_state import RunState
+
+
+class RunFiles:
+    """Under sd-scripts' file names: NAME.safetensors, NAME-step00000100.safetensors, NAME-step00000100-state, NAME-state."""
+
+    endings = r"\.safetensors|-state"
+    """Of a run's files behind NAME or NAME-stepXXXXXXXX, as a regular expression."""
+
+    def __init__(self, saving: RunFilesConfig) -> None:
+        self.saving = saving
+
+    def weights_path(self, step: int | None = None) -> Path:
+        """Of the result, or of what is saved on the way."""
+        return weights_path(self.saving.output_dir, self.saving.output_name, step)
+
+    def only_run(self) -> AbstractContextManager[None]:
+        """Hold this run's name for the block. Entering raises UserError if another process holds it."""
+        folder, name = self.saving.output_dir, self.saving.output_name
+        return only_process(folder / f".{name}.lock", f"{name} in {folder} is trained")
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed run of this name was writing: hidden files and states that never took their names."""
+        remove_unfinished(self.saving.output_dir, rf"{self._names}({self.endings})")
+
+    def save_state(self, state: RunState, step: int, *, final: bool = False) -> Path:
+        """Write a training state, and delete the states that are too old."""
+        saving = self.saving
+        path = state_path(saving.output_dir, saving.output_name, None if final else step)
+        state.save(path)
+        if not final and saving.save_last_n_steps is not None:
+            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
+        return path
+
+    def prune_weights(self, step: int) -> None:
+        """Delete the weights that save_last_n_steps says are too old."""
+        saving = self.saving
+        if saving.save_last_n_steps is not None:
+            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps)
+
+    @property
+    def _names(self) -> str:
+        return re.escape(self.saving.output_name) + r"(-step\d{8})?"
