@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: the keys that A1111, Forge, ComfyUI and sd-scripts read, and the card beside the file."""
+"""What a LoRA file says about itself: the keys that A1111, Forge, ComfyUI and sd-scripts read, and the cards beside the file."""
 
 import datetime
 import hashlib
@@ -107,37 +107,88 @@ def lora_metadata(spec: BaseModel, record: LoRARecord, *, no_metadata: bool = Fa
 
 
 def hash_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash and sshs_legacy_hash of a file with these tensors (contiguous, on the CPU), as A1111 and AddNet define them.
+    """The hashes of a file with these tensors (contiguous, on the CPU), as A1111, AddNet and ModelSpec define them.
 
-    The model hash is the sha256 of all bytes after the header, so editing metadata leaves it valid. The legacy hash is that of
-    64 KiB from 1 MiB on, of the file serialised with its `ss_` keys only.
+    sshs_model_hash is the sha256 of all bytes after the header, so editing metadata leaves it valid; modelspec.hash_sha256 is the same,
+    where there are `modelspec.` keys of this kind. sshs_legacy_hash is that of 64 KiB from 1 MiB on, of the file serialised with its `ss_`
+    keys only.
     """
     content = safetensors.torch.save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
     header_length = int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(memoryview(content)[8 + header_length :]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
+    own = hashlib.sha256(memoryview(content)[8 + header_length :]).hexdigest()
+    hashes = {"sshs_model_hash": own, "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]}
+    return hashes | ({"modelspec.hash_sha256": f"0x{own}"} if "modelspec.title" in metadata else {})
 
 
-def write_sidecar(lora_file: str | Path, spec: BaseModel, *, preferred_weight: float, description: str = "", notes: str = "") -> Path:
-    """Write NAME.json beside NAME.safetensors: A1111 and Forge show it as the file's card and insert the weight on a click."""
-    path = Path(lora_file).with_suffix(".json")
-    card = {
-        "description": description,
-        "sd version": _card_version(spec),
+def model_file_hashes(file: Path) -> dict[str, str]:
+    """ss_sd_model_hash and ss_new_sd_model_hash of a checkpoint: A1111's old hash (of 64 KiB from 1 MiB on) and the sha256 of it all.
+
+    Empty where there is no such file: a folder has no hash.
+    """
+    try:
+        with file.open("rb") as content:
+            whole = hashlib.file_digest(content, "sha256").hexdigest()
+            content.seek(0x100000)
+            return {"sd_model_hash": hashlib.sha256(content.read(0x10000)).hexdigest()[:8], "new_sd_model_hash": whole}
+    except OSError:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a person should see of a LoRA before using it.
+
+    Attributes:
+        hint: which weights to use, in a few words.
+        notes: all that is known, of any length.
+        preferred_weight: what a click inserts; 0 where no weight can be recommended.
+        usable: the lowest and the highest weight that may be used; None where it is not known.
+    """
+
+    hint: str = ""
+    notes: str = ""
+    preferred_weight: float = 1.0
+    usable: tuple[float, float] | None = None
+
+
+def write_cards(lora_file: str | Path, spec: BaseModel, card: Card) -> list[Path]:
+    """Write NAME.json beside NAME.safetensors, which A1111 and Forge show and SD.Next reads, and NAME.metadata.json, LoRA Manager's."""
+    file = Path(lora_file)
+    webui = {
+        "description": card.hint,
+        "sd version": _family(spec, "SD1", "SD2", "SDXL"),
         "activation text": "",
-        "preferred weight": preferred_weight,
-        "notes": notes,
+        "preferred weight": round(card.preferred_weight, 2) or 0.01,  # 0 is "not set" there, and a click then inserts 1
+        "notes": card.notes,
     }
-    atomic_write_text(path, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
-    return path
+    tips = {"strength": round(card.preferred_weight, 2)}
+    if card.usable is not None:
+        tips |= {"strength_min": round(card.usable[0], 2), "strength_max": round(card.usable[1], 2)}
+    # It leaves out a LoRA whose card lacks one of the first eight; where the file is, it sees for itself.
+    manager = {
+        "file_name": file.stem,
+        "model_name": file.stem,
+        "file_path": file.name,
+        "size": file.stat().st_size,
+        "modified": file.stat().st_mtime,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "base_model": _family(spec, "SD 1.5", "SD 2.1", "SDXL 1.0"),
+        "preview_url": f"{file.stem}.preview.png",
+        "usage_tips": json.dumps(tips),
+        "modelDescription": card.hint,
+        "notes": card.notes,
+        "from_civitai": False,
+    }
+    paths = [file.with_suffix(".json"), file.with_suffix(".metadata.json")]
+    for path, content in zip(paths, (webui, manager), strict=True):
+        atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return paths
 
 
-def _card_version(spec: BaseModel) -> str:
-    """A1111's names of the models that a card is shown for, told as A1111 tells them of a file without a card."""
+def _family(spec: BaseModel, sd1: str, sd2: str, sdxl: str) -> str:
+    """One of three names, told as A1111 tells the family of a file without a card."""
     version = spec.base_model_version
-    return "SDXL" if version.startswith("sdxl") else "SD2" if version.startswith("sd_v2") else "SD1"
+    return sdxl if version.startswith("sdxl") else sd2 if version.startswith("sd_v2") else sd1
 
 
 def _as_text(value: Any) -> str:

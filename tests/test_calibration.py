@@ -240,11 +240,12 @@ def test_what_was_not_measured_is_not_claimed():
     assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
 
 
-def test_preferred_weight_is_the_strongest_usable_one_up_to_1():
+def test_preferred_weight_is_the_strongest_usable_one_up_to_1_on_the_side_that_is_usable():
     chosen = choose_scale(curve(lambda m: m), Target(gain=1.0))
     assert chosen.preferred_weight == 1.0 and chosen.line
     assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.7))).preferred_weight == 0.7
-    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == 0.0  # no weight above 0 is usable
+    assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == -0.5  # no weight above 0 is usable
+    assert replace(chosen, line=replace(chosen.line, usable=(0.0, 0.0))).preferred_weight == 0.0
 
 
 # ---- from scores to the curve, with its noise ----

@@ -379,6 +379,7 @@ def test_the_keys_of_the_gui_are_all_known():
         ({"num_threads": 0}, "num_threads is 0, but it must be at least 1"),
         ({"seed": -1}, "seed is -1, but it must be at least 0"),
         ({"output_name": "a/b"}, "output_name is 'a/b', but it must be a file name; the folder is output_dir"),
+        ({"output_name": ".safetensors"}, "output_name is '.safetensors', but it must be a file name; the folder is output_dir"),
         ({"output_name": ""}, "output_name is '', but it must be a file name; the folder is output_dir"),
         ({"save_every_n_steps": 0}, "save_every_n_steps is 0, but it must be at least 1"),
         ({"save_last_n_steps": 5}, "save_last_n_steps is set without save_every_n_steps; say how often to save"),

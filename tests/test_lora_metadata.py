@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from networks.lora_metadata import MINIMUM_KEYS, LoRARecord, hash_metadata, lora_metadata, write_sidecar
+from networks.lora_metadata import MINIMUM_KEYS, Card, LoRARecord, hash_metadata, lora_metadata, model_file_hashes, write_cards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,8 @@ def test_hashes_are_those_that_clients_compute(tmp_path: Path) -> None:
     content = (tmp_path / "x.safetensors").read_bytes()
     # A1111 (network_on_disk) and Forge: sha256 of what follows the header.
     assert hashes["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert hashes["modelspec.hash_sha256"] == f"0x{hashes['sshs_model_hash']}"
+    assert "modelspec.hash_sha256" not in hash_metadata(tensors, _metadata(SD1, no_metadata=True))
     # AddNet: from 1 MiB on, of the file with its ss_ keys only.
     own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     safetensors.torch.save_file(tensors, tmp_path / "y.safetensors", own)
@@ -122,14 +124,38 @@ def test_hashes_are_those_that_clients_compute(tmp_path: Path) -> None:
         assert hashes["sshs_legacy_hash"] == hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-@pytest.mark.parametrize(("spec", "version"), [(SD1, "SD1"), (SD2_V, "SD2"), (SDXL, "SDXL")])
-def test_sidecar_is_the_card_of_a1111(tmp_path: Path, spec: Model, version: str) -> None:
-    path = write_sidecar(tmp_path / "my.slider.safetensors", spec, preferred_weight=0.8, description="ä", notes="n")
-    assert path == tmp_path / "my.slider.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == {
+@pytest.mark.parametrize(("spec", "version", "base"), [(SD1, "SD1", "SD 1.5"), (SD2_V, "SD2", "SD 2.1"), (SDXL, "SDXL", "SDXL 1.0")])
+def test_cards_are_those_of_a1111_and_of_lora_manager(tmp_path: Path, spec: Model, version: str, base: str) -> None:
+    file = tmp_path / "my.slider.safetensors"
+    file.write_bytes(b"weights")
+    webui, manager = write_cards(file, spec, Card(hint="\u00e4", notes="n", preferred_weight=0.8, usable=(-2.0, 0.8)))
+    assert (webui.name, manager.name) == ("my.slider.json", "my.slider.metadata.json")
+    assert json.loads(webui.read_text(encoding="utf-8")) == {
         "sd version": version,
         "preferred weight": 0.8,
-        "description": "ä",
+        "description": "\u00e4",
         "notes": "n",
         "activation text": "",
     }
+    card = json.loads(manager.read_text(encoding="utf-8"))
+    assert json.loads(card["usage_tips"]) == {"strength": 0.8, "strength_min": -2.0, "strength_max": 0.8}
+    assert card["base_model"] == base and card["sha256"] == hashlib.sha256(b"weights").hexdigest() and card["size"] == 7
+    required = {"file_name", "model_name", "file_path", "size", "modified", "sha256", "base_model", "preview_url"}
+    assert required <= card.keys() and str(tmp_path) not in manager.read_text(encoding="utf-8")
+
+
+def test_a_card_of_a_slider_that_is_usable_nowhere_never_says_1(tmp_path: Path) -> None:
+    """A1111 and Forge take a preferred weight of 0 for "not set", and a click then inserts their default, 1."""
+    (tmp_path / "x.safetensors").touch()
+    webui, manager = write_cards(tmp_path / "x.safetensors", SD1, Card(preferred_weight=0.0, usable=(0.0, 0.0)))
+    assert json.loads(webui.read_text(encoding="utf-8"))["preferred weight"] == 0.01
+    assert json.loads(json.loads(manager.read_text(encoding="utf-8"))["usage_tips"])["strength"] == 0
+
+
+def test_hashes_of_the_checkpoint_are_those_of_a1111(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    content = bytes(range(256)) * 4352  # 64 KiB beyond 1 MiB
+    file.write_bytes(content)
+    old = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    assert model_file_hashes(file) == {"sd_model_hash": old, "new_sd_model_hash": hashlib.sha256(content).hexdigest()}
+    assert model_file_hashes(tmp_path) == model_file_hashes(tmp_path / "missing") == {}

@@ -22,7 +22,7 @@ from library.rollouts.sample import SamplingConfig, sample
 from library.settings.shared import OptimizerConfig
 from library.training.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, create_scheduler
 from library.types import PromptSpec
-from networks.lora_metadata import write_sidecar
+from networks.lora_metadata import Card, write_cards
 from tests.helpers.tiny_models import save_folder, save_single_file, tiny_model
 
 FAMILY = """
@@ -106,7 +106,8 @@ def test_a_model_family_is_a_file_and_its_configs(write: Callable[[DiffusionMode
     torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)  # weights may lie in memory in another order: other kernels
     with pytest.raises(UserError, match=r"is a Twin Diffusion model \(twin\), but family 'sd1' was given"):
         ModelConfig(pretrained_model_name_or_path=str(path), model_family="sd1").load()
-    card = write_sidecar(tmp_path / "slider.safetensors", model.spec, preferred_weight=1.0)
+    (tmp_path / "slider.safetensors").touch()
+    card, _ = write_cards(tmp_path / "slider.safetensors", model.spec, Card())
     assert json.loads(card.read_text(encoding="utf-8"))["sd version"] == "SD1"
 
 

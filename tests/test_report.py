@@ -128,7 +128,7 @@ def test_a_summary_knows_how_much_the_judges_do_not_see() -> None:
     burnt = summarise(measured(clipped=(0.0, 0.5)))
     assert burnt.line and burnt.line.usable[1] < 1 and burnt.recommended == burnt.line.usable[1]
     backwards = measured((-1.0, -1.0))
-    assert summarise(backwards).recommended is None and "No positive weight" in html_report([backwards])
+    assert summarise(backwards).recommended is None and "No weight is usable" in html_report([backwards])
 
 
 def test_grid_shows_every_pixel_where_it_belongs():

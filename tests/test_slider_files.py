@@ -1,14 +1,20 @@
 """What is left beside a finished slider: the calibration in its metadata, its card and a plot."""
 
+import base64
+import hashlib
+import io
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors
+import torch
 from PIL import Image
 
-from library.measuring.calibration import Target, choose_scale
-from library.measuring.response_curve import ResponseCurve
+from library.measuring.calibration import Calibration, Target, choose_scale
+from library.measuring.response_curve import ResponseCurve, summarise_curve
 from library.measuring.warnings import SliderWarning
+from library.models.config import ModelConfig
 from library.scorers.worth import Worth
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
@@ -37,7 +43,9 @@ OUTCOME = Outcome(
 @pytest.fixture
 def files(tmp_path):
     model = tiny_model()
-    return SliderFiles(SavingConfig(output_dir=tmp_path, output_name="tiny"), NetworkConfig(), model.spec, (64, 64), {}), lora_for(model)
+    return SliderFiles(
+        SavingConfig(output_dir=tmp_path, output_name="tiny.safetensors"), NetworkConfig(), model.spec, (64, 64), {}
+    ), lora_for(model)
 
 
 def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_path):
@@ -46,7 +54,7 @@ def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert "slope 1.00 per unit of weight, R2 1.000" in CALIBRATION.note
-    assert metadata["modelspec.usage_hint"] == OUTCOME.note and OUTCOME.note.startswith(CALIBRATION.note)
+    assert metadata["modelspec.description"] == OUTCOME.note and OUTCOME.note.startswith(CALIBRATION.note)
     assert "Training stopped, because the score is gamed. The score was gamed: do not trust" in OUTCOME.note
     assert "Scorer a: rank correlation 0.50 (0.27 to 0.68) on 60 pictures that it never saw: what it says is in doubt" in OUTCOME.note
     assert metadata["ss_leco_warnings"] == '["gamed"]' and metadata["ss_leco_stopped"] == "the score is gamed"
@@ -56,7 +64,14 @@ def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_
     assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 20 % of the pixel values
     assert json.loads(metadata["ss_leco_judges"]) == {"my judge": [0.75, -0.75]}
     card = json.loads((tmp_path / "tiny.json").read_text())
-    assert card["preferred weight"] == 1.0 and card["description"] == OUTCOME.note
+    hint = "Usable from -0.5 to +2 (no farther measured); begin with +1. The score was gamed."
+    assert card["preferred weight"] == 1.0 and card["description"] == metadata["modelspec.usage_hint"] == hint
+    table = (
+        "weight | gain of the score | my judge | clipped\n-2 | -2.00 | -1.50 | 80.0%\n-1 | -1.00 | -0.75 | 40.0%\n0 | +0.00 | +0.00 | 0.0%"
+    )
+    assert card["notes"].startswith(f"{OUTCOME.note}\n\n{table}\n+1 | +1.00 | +0.75 | 0.0%")
+    tips = json.loads(json.loads((tmp_path / "tiny.metadata.json").read_text())["usage_tips"])
+    assert tips == {"strength": 1.0, "strength_min": -0.5, "strength_max": 2.0}
     with Image.open(tmp_path / "tiny_calibration.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}
         assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)} <= colours  # the training score's line and the judge's
@@ -69,9 +84,54 @@ def test_without_calibration_there_is_no_plot_and_weight_1_is_preferred(files, t
     assert not (tmp_path / "tiny_calibration.png").exists()
 
 
+def test_the_pictures_of_the_last_measurement_are_the_preview_and_the_thumbnail(files, tmp_path):
+    """Two prompts at -1, 0 and +1, of which the calibration then found that they are 1.2 times as strong as weight 1."""
+    slider_files, network = files
+    pictures = tuple(torch.full((3, 3, 64, 64), grey, dtype=torch.uint8) for grey in (90, 160))
+    outcome = replace(OUTCOME, record=replace(record_of(), pictures=pictures), calibration=replace(CALIBRATION, confirmed_at=1.2))
+    path = slider_files.save(network, 3, final=True, outcome=outcome)
+    with Image.open(tmp_path / "tiny.preview.png") as preview, safetensors.safe_open(path, "pt") as file:
+        assert preview.getpixel((preview.width // 2, preview.height // 4)) == (90, 90, 90)
+        address, content = file.metadata()["modelspec.thumbnail"].split(",")
+        assert address == "data:image/jpeg;base64" and len(content) < 40_000
+        with Image.open(io.BytesIO(base64.b64decode(content))) as small:
+            assert max(small.size) == 256 and abs(small.width / small.height - preview.width / preview.height) < 0.02
+    slider_files.save(network, 3, final=True)  # of another run of this name, which has none
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny.json", "tiny.metadata.json", "tiny.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "hint", "weight"),
+    [
+        ((-1.0, -0.5, 0.0, -0.5, -1.0), "Usable from -1 (no farther measured) to 0; begin with -1.", -1.0),
+        ((1.0, 0.5, 0.0, -0.5, -1.0), "Usable at no weight.", 0.01),
+    ],
+)
+def test_a_slider_that_is_not_usable_at_1_is_not_preferred_at_1(files, tmp_path, gains, hint, weight):
+    slider_files, network = files
+    curve = ResponseCurve(multipliers=MULTIPLIERS, gains=gains, drifts=tuple(map(abs, MULTIPLIERS)))
+    calibration = Calibration(scale=1.0, gain=gains[-1], reached=False, note="", curve=curve, target=Target(), line=summarise_curve(curve))
+    slider_files.save(network, 3, final=True, outcome=Outcome(step=3, calibration=calibration, record=record_of()))
+    card = json.loads((tmp_path / "tiny.json").read_text())
+    assert (card["description"], card["preferred weight"]) == (hint, weight)
+
+
+def test_where_the_model_came_from_is_in_the_metadata(files, tmp_path):
+    slider_files, network = files
+    for name in ("model.safetensors", "my_vae.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    model = ModelConfig(pretrained_model_name_or_path=str(tmp_path / "model.safetensors"), vae=tmp_path / "my_vae.safetensors", clip_skip=2)
+    more = SliderFiles(slider_files.saving, slider_files.network, slider_files.spec, (64, 64), {}, model=model, timesteps=(200, 799))
+    with safetensors.safe_open(more.save(network, 3, final=True), "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_vae_name"] == "my_vae.safetensors" and metadata["ss_new_sd_model_hash"] == hashlib.sha256(b"x").hexdigest()
+    assert metadata["modelspec.encoder_layer"] == "2" and metadata["modelspec.timestep_range"] == "200,799"
+
+
 def test_what_a_killed_run_left_of_the_plot_is_removed(files, tmp_path):
     slider_files, _ = files
-    (tmp_path / ".tiny_calibration.png.123.tmp").touch()
+    for name in ("tiny_calibration.png", "tiny.preview.png", "tiny.metadata.json"):
+        (tmp_path / f".{name}.123.tmp").touch()
     (tmp_path / ".other_calibration.png.123.tmp").touch()
     slider_files.remove_unfinished()
     assert [path.name for path in tmp_path.iterdir()] == [".other_calibration.png.123.tmp"]

@@ -84,6 +84,8 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     files = [
         "tiny.safetensors",
         "tiny.json",
+        "tiny.metadata.json",
+        "tiny.preview.png",
         "tiny_calibration.png",
         "metrics.jsonl",
         "sample",
@@ -103,8 +105,13 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     card = json.loads((output / "tiny.json").read_text(encoding="utf-8"))
     metadata = metadata_of(path)
     assert card["sd version"] == "SD1" and card["description"] == metadata["modelspec.usage_hint"] != ""
-    strongest = json.loads(metadata["ss_leco_usable_range"])[1]
-    assert card["preferred weight"] == pytest.approx(min(1.0, strongest), abs=0.01) and strongest > 0
+    low, high = json.loads(metadata["ss_leco_usable_range"])
+    assert card["preferred weight"] == pytest.approx((min(1.0, high) if high > 0 else max(-1.0, low)) or 0.01, abs=0.01)
+    assert metadata["modelspec.description"] in card["notes"] and "weight | gain of the score" in card["notes"]
+    with Image.open(output / "tiny.preview.png") as picture:
+        assert picture.width > 3 * 128 and picture.height >= 128
+    assert metadata["modelspec.timestep_range"] == "0,999" and metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert ("ss_new_sd_model_hash" in metadata) == (workplace / "model").is_file()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,9 @@ def test_calibration_is_in_the_alphas_and_in_the_metadata(workplace: Path, tmp_p
     path = run(workplace, tmp_path, measure="light", early_stop_gain="", save_state_on_train_end=True)
     alphas = {tensor.item() for name, tensor in load_file(path).items() if name.endswith(".alpha")}
     assert (
-        alphas == {1.0} and metadata_of(path)["ss_network_alpha"] == "1.0" and metadata_of(path)["modelspec.usage_hint"].startswith("Half.")
+        alphas == {1.0}
+        and metadata_of(path)["ss_network_alpha"] == "1.0"
+        and metadata_of(path)["modelspec.description"].startswith("Half.")
     )
     state = load_state(tmp_path / "tiny-state")["parts"]["network"]["state"]
     assert {tensor.item() for name, tensor in state.items() if name.endswith(".alpha")} == {2.0}  # what is resumed is not scaled

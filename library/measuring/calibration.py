@@ -52,6 +52,7 @@ class Calibration:
         line: its slope, R2 and usable range.
         verified_up, verified_down: the gains at +1 and -1 on other seeds; None before `verified`.
         judges: what the judges say of +1 and -1, by name, in their own within-prompt standard deviations.
+        confirmed_at: the weight of the pictures that confirmed it, which were to be of weight 1.
     """
 
     scale: float
@@ -68,6 +69,7 @@ class Calibration:
     verified_up: Interval | None = None
     verified_down: Interval | None = None
     judges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    confirmed_at: float = 1.0
 
     def verified(self, measured: ResponseCurve) -> "Calibration":
         """With the gains at weight +1 and -1 (multipliers `scale` and -`scale` of `measured`) on prompts' seeds that chose nothing.
@@ -81,8 +83,8 @@ class Calibration:
 
     @property
     def preferred_weight(self) -> float:
-        """1, or the strongest usable weight where 1 is too much; 0 where none is usable."""
-        return 1.0 if self.line is None else max(0.0, min(1.0, self.line.usable[1]))
+        """See `CurveSummary.preferred_weight`; 1 where nothing was measured."""
+        return 1.0 if self.line is None else self.line.preferred_weight
 
     def metadata(self) -> dict[str, object]:
         """`ss_leco_` entries of the LoRA's metadata."""

@@ -28,8 +28,8 @@ class Summary:
 
     @property
     def recommended(self) -> float | None:
-        """The weight to begin with: 1, or the strongest usable weight where that is less; None if no positive weight is usable."""
-        return min(1.0, self.line.usable[1]) if self.line is not None and self.line.usable[1] > 0 else None
+        """See `CurveSummary.preferred_weight`; None if no weight is usable."""
+        return None if self.line is None else self.line.preferred_weight or None
 
     def to_dict(self) -> dict[str, object]:
         """As JSON values."""

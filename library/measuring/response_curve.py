@@ -106,6 +106,13 @@ class CurveSummary:
         return f"{self.slope.value:.2f} per unit of weight{interval}{r2}, {self.usable_words}"
 
     @property
+    def preferred_weight(self) -> float:
+        """The weight to begin with: 1, or the strongest usable one where 1 is too much; below 0 where only that side is usable; 0 where
+        no weight is."""
+        low, high = self.usable
+        return min(1.0, high) if high > 0 else max(-1.0, low)
+
+    @property
     def usable_words(self) -> str:
         if self.usable == (0, 0):
             return "usable at no weight"

@@ -1,13 +1,12 @@
 """Pictures of scores, as PNG: the best and the worst with their scores written on, and how the scores are spread."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from library.reports.plots import COLOURS, INK, MUTED, PAPER, figure_png, font, quiet
+from library.reports.plots import COLOURS, INK, MUTED, PAPER, figure_png, font, png_bytes, quiet
 
 CELL, GAP, CAPTION, TITLE = 192, 10, 38, 40  # pixels
 COLUMNS = 8
@@ -40,7 +39,7 @@ def contact_sheet(sections: Mapping[str, Sequence[CaptionedPicture]]) -> bytes:
             draw.text((left + CELL // 2, above + CELL + 11), captioned.score, fill=INK, font=bold, anchor="mm")
             draw.text((left + CELL // 2, above + CELL + 28), _shorten(captioned.name, plain), fill=MUTED, font=plain, anchor="mm")
         top += rows[title] * cell_height
-    return _png(canvas)
+    return png_bytes(canvas)
 
 
 def histograms(scores: Mapping[str, Sequence[float]]) -> bytes:
@@ -76,9 +75,3 @@ def _shorten(name: str, face: ImageFont.FreeTypeFont) -> str:
     while name and face.getlength(f"\u2026{name}") > CELL:
         name = name[1:]
     return f"\u2026{name}"
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return buffer.getvalue()

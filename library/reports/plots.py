@@ -218,25 +218,26 @@ def _score_panel(axes: Axes, records: Sequence[EvaluationRecord], name: str, pal
         right.spines["right"].set_color(palette.rule)
 
 
-def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
-    """Labelled pictures, rows of uint8 [M, 3, H, W]; sizes may differ from row to row.
+def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str] | None, column_labels: Sequence[str]) -> Image.Image:
+    """Labelled pictures, rows of uint8 [M, 3, H, W]; sizes may differ from row to row. Without row_labels there is no room for them.
 
     Small pictures are enlarged by a whole factor without smoothing, so that a pixel stays a pixel; large ones are reduced.
     """
     pictures = [[_resize(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in row] for row in rows]
     width = max(picture.width for row in pictures for picture in row)
     heights = [max(picture.height for picture in row) for row in pictures]
-    canvas = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * (width + GAP), HEADER + sum(heights) + GAP * len(rows)), PAPER)
+    margin = GAP if row_labels is None else LABEL_WIDTH
+    canvas = Image.new("RGB", (margin + len(column_labels) * (width + GAP), HEADER + sum(heights) + GAP * len(rows)), PAPER)
     draw = ImageDraw.Draw(canvas)
     bold, plain = font(16, bold=True), font(12)
     for column, label in enumerate(column_labels):
-        draw.text((LABEL_WIDTH + column * (width + GAP) + width // 2, HEADER // 2), label, fill=INK, font=bold, anchor="mm")
+        draw.text((margin + column * (width + GAP) + width // 2, HEADER // 2), label, fill=INK, font=bold, anchor="mm")
     top = HEADER
-    for row, label, height in zip(pictures, row_labels, heights, strict=True):
+    for row, label, height in zip(pictures, row_labels or [""] * len(pictures), heights, strict=True):
         lines = textwrap.wrap(label, 26, max_lines=max(2, height // 17), placeholder=" \u2026")
         draw.multiline_text((12, top + height // 2), "\n".join(lines), fill=INK, font=plain, anchor="lm", spacing=3)
         for column, picture in enumerate(row):
-            left = LABEL_WIDTH + column * (width + GAP) + (width - picture.width) // 2
+            left = margin + column * (width + GAP) + (width - picture.width) // 2
             canvas.paste(picture, (left, top + (height - picture.height) // 2))
         top += height + GAP
     return canvas
@@ -244,8 +245,12 @@ def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str], column_labels:
 
 def multiplier_grid(rows: Sequence[Tensor], row_labels: Sequence[str], multipliers: Sequence[float]) -> bytes:
     """`image_grid` with a column a multiplier, PNG."""
+    return png_bytes(image_grid(rows, row_labels, [signed(value) if value else "0 (base)" for value in multipliers]))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image_grid(rows, row_labels, [signed(value) if value else "0 (base)" for value in multipliers]).save(buffer, format="png")
+    picture.save(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from library.measuring.comparison import Summary, differences, summarise
 from library.measuring.record import EvaluationRecord
+from library.measuring.response_curve import ResponseCurve
 from library.measuring.statistics import Response
 from library.measuring.warnings import final_warnings
 
@@ -54,6 +55,18 @@ def text_table(record: EvaluationRecord) -> str:
     title = f"{record.name}: {len(record.prompts)} prompts, {record.num_pairs} pairs of prompt and seed"
     warnings = [f"warning: {warning}" for warning in final_warnings(record)]
     return "\n".join([title, *lines[:2], "-" * len(lines[0]), *lines[2:], *warnings])
+
+
+def curve_table(curve: ResponseCurve) -> str:
+    """A line a weight: what the training score, then each judge, gains in within-prompt standard deviations, and what share is clipped."""
+    header = ["weight", "gain of the score", *curve.judges, *(["clipped"] if curve.clipped else [])]
+    lines = [" | ".join(header)]
+    for place, weight in enumerate(curve.multipliers):
+        gain = str(curve.interval_at(weight)) if curve.resamples is not None else f"{curve.gains[place]:+.2f}"
+        judged = [f"{gains[place]:+.2f}" for gains in curve.judges.values()]
+        clipped = [f"{curve.clipped[place]:.1%}"] if curve.clipped else []
+        lines.append(" | ".join([f"{weight:+.3g}" if weight else "0", gain, *judged, *clipped]))
+    return "\n".join(lines)
 
 
 def comparison_text(records: Sequence[EvaluationRecord]) -> str:

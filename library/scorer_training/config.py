@@ -12,7 +12,7 @@ from library.scorer_data.pixel_augmentation import PixelAugmentation
 from library.scorer_training.dataset_config import DataConfig, PretrainingConfig
 from library.scorers.base import SCORER_KINDS
 from library.settings.options import check_above, check_at_least, key_value_pairs, option
-from library.settings.shared import LoggingConfig, OptimizerConfig
+from library.settings.shared import LoggingConfig, OptimizerConfig, output_stem
 
 BALANCING = ("sum", "independent")
 INDEPENDENT_OPTIMIZER, INDEPENDENT_LEARNING_RATE = "Lion", 1e-4
@@ -119,8 +119,7 @@ class OutputConfig:
     output_name: str = option("scorer", help="File name of the scorer, without its extension.")
 
     def __post_init__(self) -> None:
-        if not self.output_name or self.output_name != Path(self.output_name).name:
-            raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
+        object.__setattr__(self, "output_name", output_stem(self.output_name))
 
     def path(self, ending: str = "") -> Path:
         """Where the scorer goes, or with an ending to its name, a file beside it."""

@@ -11,6 +11,14 @@ from library.settings.options import check_above, check_at_least, key_value_pair
 from library.settings.sd_scripts_keys import LOG_ARGS
 
 
+def output_stem(name: str) -> str:
+    """The name of a result, without the ending that some people give it. Raises UserError: it is no file name."""
+    stem = name.removesuffix(".safetensors")
+    if not stem or stem != Path(stem).name:
+        raise UserError(f"output_name is {name!r}, but it must be a file name; the folder is output_dir")
+    return stem
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """The LoRA."""
@@ -145,8 +153,7 @@ class RunFilesConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
-        if self.output_name != Path(self.output_name).name or not self.output_name:
-            raise UserError(f"output_name is {self.output_name!r}, but it must be a file name; the folder is output_dir")
+        object.__setattr__(self, "output_name", output_stem(self.output_name))
         if self.save_last_n_steps is not None and self.save_every_n_steps is None:
             raise UserError("save_last_n_steps is set without save_every_n_steps; say how often to save")
 

@@ -9,16 +9,18 @@ from typing import Any
 from library.atomic_files import atomic_write_bytes, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
-from library.reports.plots import calibration_plot
+from library.models.config import ModelConfig
+from library.reports.plots import calibration_plot, png_bytes
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.outcome import Outcome
+from library.slider_training.previews import card_picture, thumbnail
 from library.training.finite_losses import LastGood
 from library.training.run_files import RunFiles
 from library.training.run_state import RunState
 from library.training.runtime import weight_dtype
 from networks.lora import LoRANetwork
-from networks.lora_metadata import LoRARecord, lora_metadata, write_sidecar
+from networks.lora_metadata import Card, LoRARecord, lora_metadata, model_file_hashes, write_cards
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +43,29 @@ class SliderFiles(RunFiles):
     Args:
         training: more `ss_` metadata: learning rate, optimizer, seed and the like.
         size: (height, width) of the training pictures.
+        model: where the model came from.
+        timesteps: (lowest, highest) that were trained on; None for all.
     """
 
-    endings = RunFiles.endings + r"|\.json|_calibration\.png"
+    endings = RunFiles.endings + r"|(\.metadata)?\.json|\.preview\.png|_calibration\.png"
 
-    def __init__(self, saving: SavingConfig, network: NetworkConfig, spec: ModelSpec, size: Size, training: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        saving: SavingConfig,
+        network: NetworkConfig,
+        spec: ModelSpec,
+        size: Size,
+        training: dict[str, Any],
+        model: ModelConfig | None = None,
+        timesteps: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(saving)
         self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
+        self.model, self.timesteps = model, timesteps
         self.started_at = time.time()
         self.slider_path = self.weights_path()
         self.calibration_path = saving.output_dir / f"{saving.output_name}_calibration.png"
+        self.preview_path = self.slider_path.with_suffix(".preview.png")
 
     def save(
         self,
@@ -60,12 +75,12 @@ class SliderFiles(RunFiles):
         final: bool = False,
         outcome: Outcome | None = None,
     ) -> Path:
-        """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets a sidecar card.
+        """Write the LoRA as it is now, and delete what save_last_n_steps says is too old. The final file gets its cards.
 
         Args:
             step: updates made.
             outcome: what the run came to; the calibration in it is already folded into the network's alphas. It goes into the metadata, the
-                card and a plot.
+                cards, a picture and a plot.
 
         Raises:
             UserError: the file cannot be written, or a weight is not finite in the precision of the file; then none is written.
@@ -79,8 +94,8 @@ class SliderFiles(RunFiles):
                 f"step {step}: the slider's weights are not finite in {saving.save_precision}, so {path.name} was not written; lower "
                 "learning_rate, or use save_precision bf16 or float"
             )
-        calibration = None if outcome is None else outcome.calibration
-        usage_hint = None if outcome is None else outcome.note
+        card = Card(notes=saving.training_comment or "") if outcome is None else outcome.card(saving.training_comment)
+        picture = None if outcome is None else card_picture(outcome)
         rank, alpha, network_args = self._dimensions(network)
         record = LoRARecord(
             output_name=saving.output_name,
@@ -92,19 +107,24 @@ class SliderFiles(RunFiles):
             finished_at=time.time(),
             steps=step,
             resolution=(width, height),
-            modelspec={"usage_hint": usage_hint},
+            modelspec=self._modelspec(outcome, card, None if picture is None else thumbnail(picture)),
             training={
                 **self.training,
+                **(self._model_files() if final else {}),
                 **(outcome.metadata() if outcome is not None else {}),
                 "training_comment": saving.training_comment,
             },
         )
         network.save_weights(path, dtype, lora_metadata(self.spec, record, no_metadata=saving.no_metadata))
         if final:
-            weight = 1.0 if calibration is None else calibration.preferred_weight
-            write_sidecar(path, self.spec, preferred_weight=weight, description=usage_hint or "", notes=saving.training_comment or "")
-            if calibration is not None and calibration.curve is not None:
-                atomic_write_bytes(self.calibration_path, calibration_plot(calibration, saving.output_name))
+            write_cards(path, self.spec, card)
+            calibration = None if outcome is None else outcome.calibration
+            plot = calibration_plot(calibration, saving.output_name) if calibration is not None and calibration.curve is not None else None
+            for beside, content in ((self.preview_path, None if picture is None else png_bytes(picture)), (self.calibration_path, plot)):
+                if content is None:
+                    beside.unlink(missing_ok=True)  # of an earlier run of this name
+                else:
+                    atomic_write_bytes(beside, content)
         else:
             self.prune_weights(step)
         return path
@@ -126,6 +146,26 @@ class SliderFiles(RunFiles):
             return " and no slider was written"
         last_good.restore(network)
         return f" and the weights of step {last_good.step}, the last good ones, were saved as {self.save(network, last_good.step)}"
+
+    def _modelspec(self, outcome: Outcome | None, card: Card, picture: str | None) -> dict[str, str | None]:
+        clip_skip = None if self.model is None else self.model.clip_skip
+        return {
+            "usage_hint": card.hint or None,
+            "description": None if outcome is None else outcome.note,
+            "thumbnail": picture,
+            "encoder_layer": None if clip_skip is None else str(clip_skip),
+            "timestep_range": None if self.timesteps is None else "{},{}".format(*self.timesteps),
+        }
+
+    def _model_files(self) -> dict[str, Any]:
+        """Names and hashes of the files that were trained on, as A1111 knows them."""
+        if self.model is None:
+            return {}
+        vae = self.model.vae
+        return {
+            **model_file_hashes(Path(self.model.pretrained_model_name_or_path)),
+            "vae_name": None if vae is None else vae.name,
+        }
 
     def _dimensions(self, network: LoRANetwork) -> tuple[int, float, dict[str, str]]:
         """Rank, alpha and network_args as they are in the weights: calibration scales alphas, and dim_from_weights brings its own."""

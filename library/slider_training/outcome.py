@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 from library.measuring.calibration import Calibration
 from library.measuring.record import EvaluationRecord
+from library.measuring.response_curve import ResponseCurve, curve_of, summarise_curve
 from library.measuring.warnings import SliderWarning
+from library.reports.text import curve_table
 from library.scorers.worth import Worth
+from networks.lora_metadata import Card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +41,35 @@ class Outcome:
             return f"The last measurement was lost ({self.error}), so this slider is as trained: neither checked nor calibrated."
         if self.record is None:
             return "Nothing was measured: what this slider does was never looked at."
-        gamed = any(warning.kind == "gamed" for warning in self.warnings)
-        if gamed or (self.stop is not None and self.stop.endswith("gamed")):
+        if self.gamed:
             return "The score was gamed: do not trust this slider before you have looked at its pictures."
         if self.warnings:
             return f"{len(self.warnings)} warning{'s' if len(self.warnings) > 1 else ''}: " + " ".join(map(str, self.warnings))
         judged = "" if self.record.judges else " No independent judge was asked."
         return f"Nothing speaks against it.{judged}"
+
+    @property
+    def gamed(self) -> bool:
+        return any(warning.kind == "gamed" for warning in self.warnings) or (self.stop is not None and self.stop.endswith("gamed"))
+
+    @property
+    def curve(self) -> ResponseCurve | None:
+        """What was measured of the weights as they are in the file; None where it has no gains."""
+        if self.calibration is not None and self.calibration.curve is not None:
+            return self.calibration.curve
+        scores = [] if self.record is None or self.error is not None else [*self.record.training_scores, *self.record.judges]
+        return curve_of(self.record, scores[0].name) if self.record is not None and scores else None
+
+    def card(self, comment: str | None = None) -> Card:
+        """What is shown beside the file; `comment` is the user's own."""
+        curve = self.curve
+        if curve is None:
+            return Card(hint=self.verdict, notes="\n\n".join(filter(None, [self.note, comment])))
+        line = summarise_curve(curve, self.calibration.target.max_drift if self.calibration and self.calibration.target else None)
+        begin = f"; begin with {line.preferred_weight:+.3g}" if line.preferred_weight else ""
+        hint = f"{line.usable_words[0].upper()}{line.usable_words[1:]}{begin}." + (" The score was gamed." if self.gamed else "")
+        notes = "\n\n".join(filter(None, [self.note, curve_table(curve), comment]))
+        return Card(hint=hint, notes=notes, preferred_weight=line.preferred_weight, usable=line.usable)
 
     @property
     def note(self) -> str:

@@ -29,6 +29,7 @@ MAX_STRENGTHS = 3  # measured for the calibration besides those that observation
 CALIBRATION_SHARE = 0.2  # of the training's evaluations, that a calibration may take
 FEWEST_FRESH = 9  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
+SHOWN_PROMPTS = 4  # whose pictures are kept for the slider's card
 SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
 
 
@@ -131,6 +132,7 @@ class SliderPictures:
         base = [part.base(self.network).scores[REWARD] for part in (self.measurer, fresh)]
         unit_scores = np.concatenate(base) if base[0].shape[1] == base[1].shape[1] else None
         calibration = confirm(curve, curve_of(record, REWARD, unit_scores), target)
+        calibration = replace(calibration, confirmed_at=scale / calibration.scale)
         return calibration, replace(record, multipliers=tuple(weight / scale for weight in record.multipliers))
 
     def _curve(self, strength: float) -> ResponseCurve:
@@ -148,6 +150,7 @@ class SliderPictures:
             seeds=seed_table(prompts, seeds, offset=seed_offset),
             sampling=sampling,
             encoder=self.encoder,
+            num_pictures=SHOWN_PROMPTS,
         )
 
     def state_dict(self) -> dict[str, Any]:

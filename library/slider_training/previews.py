@@ -1,15 +1,22 @@
-"""What the slider does so far, in pictures: a grid written while it trains."""
+"""What the slider does, in pictures: a grid written while it trains, and the picture of the finished file."""
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
-from library.reports.plots import multiplier_grid
+from library.reports.plots import image_grid, multiplier_grid, signed
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
+from library.slider_training.outcome import Outcome
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
+
+THUMBNAIL = 256  # pixels of the longer side, as ModelSpec recommends
 
 
 def preview_path(output_dir: str | Path, output_name: str, step: int) -> Path:
@@ -39,3 +46,20 @@ def write_preview(
         rows.append((decode(model, latents, sampling.batch_size).clamp(0, 1) * 255).round().byte())
     labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
     atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))
+
+
+def card_picture(outcome: Outcome) -> Image.Image | None:
+    """The pictures that the last measurement made, a row a prompt, with their weights above; None where there are none."""
+    record = outcome.record
+    if record is None or not record.pictures:
+        return None
+    unit = 1.0 if outcome.calibration is None else outcome.calibration.confirmed_at
+    return image_grid(record.pictures, None, [signed(round(weight * unit, 1)) for weight in record.multipliers])
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A small copy as ModelSpec has it: a data URL."""
+    small, buffer = picture.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.save(buffer, format="jpeg", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

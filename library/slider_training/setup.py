@@ -157,7 +157,16 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
     model.rest_vae()  # until something is measured
-    files = SliderFiles(config.saving, config.network, model.spec, sampling.size, _training_metadata(config, accelerator.mixed_precision))
+    scored = config.parts["score"]
+    files = SliderFiles(
+        config.saving,
+        config.network,
+        model.spec,
+        sampling.size,
+        _training_metadata(config, accelerator.mixed_precision),
+        model=config.model,
+        timesteps=(scored.min_timestep, scored.max_timestep - 1) if "score" in terms else None,
+    )
     return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
 
 
