@@ -148,7 +148,37 @@ def running_gain() -> list[Row]:
                     running = [before[f"running_gain_at_{end}"], low, high]
                     rows.append({"run": folder.name, "step": int(entry["step"] or 0) + 1, "end": end, "running": running, "measured": gain})
             before = entry if entry.get("running_gain_at_+1") is not None else before
+    plot_running_gain(sorted(OUTPUT.glob("calibration_*_*")), ROOT / "docs" / "images" / "running_gain.png")
     return rows
+
+
+def plot_running_gain(folders: Sequence[Path], path: Path) -> None:
+    """A panel a run: the running gain with its interval over the updates, and what observations measured."""
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(folders))
+    figure, axes = plt.subplots(
+        -(-len(folders) // columns), columns, figsize=(4 * columns, 2.4 * -(-len(folders) // columns)), squeeze=False
+    )
+    for axis, folder in zip(axes.flat, folders, strict=False):
+        entries = read_metrics(folder / "metrics.jsonl")
+        for end, colour in (("+1", "#2563eb"), ("-1", "#d97706")):
+            known = [entry for entry in entries if entry.get(f"running_gain_at_{end}_low") is not None]
+            steps = [entry["step"] for entry in known]
+            value, low, high = ([entry[f"running_gain_at_{end}{part}"] for entry in known] for part in ("", "_low", "_high"))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(steps, value, color=colour, label=f"running gain at {end}")
+            seen = [entry for entry in entries if f"gain_at_{end}" in entry and entry["step"]]
+            axis.plot([entry["step"] for entry in seen], [entry[f"gain_at_{end}"] for entry in seen], "o", color=colour, label="measured")
+        axis.axhline(0, color="#9ca3af", linewidth=0.8)
+        axis.set_ylim(-4, 4)
+        axis.set_title(folder.name.removeprefix("calibration_").replace("_", ", seed "), fontsize=10)
+    axes[0, 0].legend(fontsize=7, loc="upper left")
+    figure.supxlabel("updates", fontsize=10)
+    figure.supylabel("gain, within-prompt standard deviations", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def elsewhere() -> list[Row]:

@@ -74,9 +74,9 @@ def test_the_gain_is_in_within_prompt_standard_deviations() -> None:
     up, down = gains(monitor)
     sampling = SamplingConfig(num_steps=3, guidance_scale=2.0, size=(64, 64), batch_size=24)
     scores = {}
-    for multiplier, count in ((1.0, 8), (0.0, 24), (-1.0, 8)):
+    for multiplier, count in ((1.0, 8), (0.0, 32), (-1.0, 8)):
         rows = [
-            sample(model, network, [prompt] * count, range(24 * row, 24 * row + count), multiplier, sampling=sampling)
+            sample(model, network, [prompt] * count, range(32 * row, 32 * row + count), multiplier, sampling=sampling)
             for row, prompt in enumerate(PROMPTS)
         ]
         scores[multiplier] = torch.stack([latents[:, 0].mean((1, 2)) for latents in rows])
@@ -98,13 +98,13 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
 
 
 def test_an_observation_goes_on_while_its_answer_is_open() -> None:
-    """16 pairs where they say it; all 48 where the interval of a gain holds the one that training is to stop at."""
+    """16 pairs where they say it; all 64 where the interval of a gain holds the one that training is to stop at."""
     monitor, _, _ = monitor_for()
     first = monitor.observe(50).record
     assert first.num_pairs == 16
     gain = max((first.gain("reward", place) for place in first.ends), key=lambda gain: gain.value)
     monitor.config = replace(monitor.config, early_stop_gain=gain.value + 0.001 * (gain.high - gain.value))
-    assert monitor.observe(50).record.num_pairs == 48
+    assert monitor.observe(50).record.num_pairs == 64
 
 
 def test_what_a_run_measures_is_counted() -> None:
@@ -113,16 +113,16 @@ def test_what_a_run_measures_is_counted() -> None:
     monitor.start()
     monitor.observe(50)
     # steps, branches of the guidance, pictures
-    assert monitor.pictures.spent == model.num_unet_evaluations - before == 3 * 2 * (48 + 2 * 16 * 2)
+    assert monitor.pictures.spent == model.num_unet_evaluations - before == 3 * 2 * (64 + 2 * 16 * 2)
 
 
 def test_full_measures_all_pictures_as_the_training_samples() -> None:
     light, full = monitor_for(num_steps=500)[0], monitor_for(measure="full")[0]
-    for monitor, sampler, num_steps in ((light, "dpmpp_2m", 10), (full, "ddim", 20)):
+    for monitor, sampler, num_calls, num_evaluations in ((light, "dpmpp_2m", 10, 15), (full, "ddim", 20, 40)):
         monitor.pictures.sampling = replace(monitor.pictures.sampling, num_steps=20)
         sampling = monitor.pictures.measurer_of(PROMPTS).sampling
-        assert (sampling.sampler, sampling.num_steps) == (sampler, num_steps)
-    assert full.observe(50).record.num_pairs == 48 and [light.interval, full.interval] == [167, 50]
+        assert (sampling.sampler, sampling.num_calls, sampling.num_evaluations) == (sampler, num_calls, num_evaluations)
+    assert full.observe(50).record.num_pairs == 64 and [light.interval, full.interval] == [167, 50]
 
 
 def test_off_does_nothing() -> None:
@@ -377,10 +377,10 @@ def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
     assert step < 300 and seen is not None and "nothing more to gain" in (seen.stop or "")
 
 
-@pytest.mark.parametrize(("trained", "confirmed"), [(0, 9), (10**6, 12)])
+@pytest.mark.parametrize(("trained", "confirmed"), [(0, 12), (10**6, 16)])
 def test_a_short_training_is_calibrated_by_fewer_pictures(trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(12)]
+    prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(16)]
     monitor, _, _ = monitor_for(prompts, early_stop_gain=None)
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
     _, record = monitor.pictures.calibration(Target(gain=0.01), None)
-    assert len(record.prompts) == confirmed and len(record.seeds[0]) == 4
+    assert len(record.prompts) == confirmed and len(record.seeds[0]) == 2

@@ -1,6 +1,7 @@
 """Sampling against diffusers' pipelines, and against itself: batches, seeds and multipliers must not leak into each other."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from library.diffusion.solvers import ddim_step
 from library.errors import UserError
 from library.models.single_file import bundled_config
 from library.rollouts.prompt_encoder import PromptEncoder
@@ -82,6 +84,25 @@ def test_equals_diffusers(kind, guidance_scale):
     torch.testing.assert_close(ours, expected, **ROUNDING)
     pixels = pipeline.image_processor.denormalize(pipeline.vae.decode(expected / model.spec.scaling_factor, return_dict=False)[0])
     torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
+
+
+def test_a_part_of_the_steps_and_of_the_unconditional_branch() -> None:
+    """Against the steps by hand; and as many rows as it says."""
+    model, cond = tiny_model(), [PROMPTS[0]]
+    sampling = replace(SAMPLING, num_steps=6, guidance_scale=4.0, size=(64, 64), stride=2, guidance_every=2)
+    encoder, (latents, _) = PromptEncoder(model, None), initial_noise(SEEDS[:1], (4, 8, 8))
+    asked, empty = encoder.cond(cond, (64, 64), [0.0]), encoder.uncond(cond, (64, 64), [0.0])
+    timesteps = [*model.schedule.inference_timesteps(6)[:6:2], torch.tensor(-1)]
+    with torch.no_grad():
+        for call, (now, after) in enumerate(pairwise(timesteps)):
+            eps = model.predict_eps(latents, now[None], asked)
+            if call != 1:
+                difference = eps - model.predict_eps(latents, now[None], empty)
+            abar, next_abar = model.schedule.abar(now[None]), model.schedule.abar(after[None])
+            latents = ddim_step(latents, eps + 3.0 * difference, abar, next_abar)
+    before = model.num_unet_evaluations
+    torch.testing.assert_close(sample(model, None, cond, SEEDS[:1], sampling=sampling), latents, **ROUNDING)
+    assert model.num_unet_evaluations - before == sampling.num_evaluations == 5 and sampling.num_calls == 3
 
 
 def their_latents(model, scheduler, num_steps: int, **arguments):

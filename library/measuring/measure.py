@@ -224,7 +224,7 @@ class Measurer:
             seed_distance=base_looks["latent_diversity"],
             visibility=np.insert(np.stack(visibility), zero, 0.0, axis=2) if visibility else None,
             settings={
-                "num_steps": self.sampling.num_steps,
+                "num_steps": self.sampling.num_calls,
                 "guidance_scale": self.sampling.guidance_scale,
                 "solver": self.sampling.sampler,
                 "timesteps": self.sampling.spacing or "the model's own",
@@ -259,7 +259,7 @@ class Measurer:
         wanted = [self.prompts[row] for row in part.rows]
         chosen = [self.seeds[row][part.places] for row in part.rows]
         per_prompt = len(chosen[0]) * count
-        total = per_prompt * sum(self.sampling.of(prompt).num_steps for prompt in wanted)
+        total = per_prompt * sum(self.sampling.of(prompt).num_calls for prompt in wanted)
         with progress_bar(total=total, desc=label, leave=False, unit="step") as bar:
             for chunk in self._chunks(wanted, batch_size // per_prompt):
                 pairs = [(wanted[row], seed) for row in chunk for seed in chosen[row] for _ in multipliers]

@@ -33,6 +33,9 @@ class SamplingConfig:
         sampler: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
         spacing: of the timesteps; None is the model's own.
         guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
+        stride: of the num_steps timesteps, every such one is taken.
+        guidance_every: of the steps taken, every such one evaluates the unconditional branch; the others keep its distance from the
+            conditional one.
         batch_size: pictures in one call of the U-Net or the VAE.
     """
 
@@ -42,7 +45,19 @@ class SamplingConfig:
     sampler: str = "ddim"
     spacing: TimestepSpacing | None = None
     guidance_rescale: float = 0.0
+    stride: int = 1
+    guidance_every: int = 1
     batch_size: int = 48
+
+    @property
+    def num_calls(self) -> int:
+        """Steps that are taken."""
+        return -(-self.num_steps // self.stride)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Rows through the U-Net for a picture."""
+        return self.num_calls + (0 if self.guidance_scale == 1 else -(-self.num_calls // self.guidance_every))
 
     def of(self, prompt: PromptSpec) -> "SamplingConfig":
         """As this prompt is sampled."""
@@ -86,7 +101,7 @@ def sample(
         prompts, seeds: N of each. All prompts of one call have one size and number of steps.
         multipliers: of the network, one a sample [N] or one for all.
         encoder: where the texts' encodings are kept; None encodes them here.
-        progress: called with the number of samples that went one step further, N * num_steps in all.
+        progress: called with the number of samples that went one step further, N * num_calls in all.
 
     Returns:
         Scaled clean latents [N, C, h, w], float32, on the model's device.
@@ -154,11 +169,18 @@ def predict_guided_eps(
         scales: of guidance [B].
         rescale: phi of `solvers.rescale_guidance`.
     """
+    return guide(model, latents, timesteps, *predict_branches(model, latents, timesteps, cond, uncond), scales, rescale)
+
+
+def predict_branches(
+    model: DiffusionModel, latents: Tensor, timesteps: Tensor, cond: Conditioning, uncond: Conditioning | None
+) -> tuple[Tensor, Tensor | None]:
+    """The conditional prediction [B, C, h, w] and the unconditional one, or None without `uncond`; one U-Net call."""
     if uncond is None:
-        return model.predict_eps(latents, timesteps, cond)
+        return model.predict_eps(latents, timesteps, cond), None
     both = model.predict_eps(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), Conditioning.cat([uncond, cond]))
     uncond_eps, cond_eps = both.chunk(2)
-    return guide(model, latents, timesteps, cond_eps, uncond_eps, scales, rescale)
+    return cond_eps, uncond_eps
 
 
 def guide(
@@ -192,10 +214,19 @@ def _sample_batch(
     latents = noise.to(device)
     schedule = solver.schedule(model.schedule)
     timesteps = schedule.inference_timesteps(sampling.num_steps, sampling.spacing).to(device)
+    timesteps = torch.cat([timesteps[:-1][:: sampling.stride], timesteps[-1:]])
     history: History | None = None
-    for now, after in zip(timesteps[:-1], timesteps[1:], strict=True):
+    difference: Tensor | None = None  # of the two branches
+    for call, (now, after) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):
         now, after = now.expand(count), after.expand(count)
-        eps = predict_guided_eps(model, latents, now, cond, uncond, scales, sampling.guidance_rescale)
+        if uncond is None or call % sampling.guidance_every == 0:
+            cond_eps, uncond_eps = predict_branches(model, latents, now, cond, uncond)
+            difference = None if uncond_eps is None else cond_eps - uncond_eps
+        else:
+            assert difference is not None
+            cond_eps, _ = predict_branches(model, latents, now, cond, None)
+            uncond_eps = cond_eps - difference
+        eps = guide(model, latents, now, cond_eps, uncond_eps, scales, sampling.guidance_rescale)
         noise = _draw(generators, shape).to(device) if solver.needs_noise else None
         abar = schedule.abar(now)
         moved = solver.step(latents, eps, abar, schedule.abar(after), noise, history)

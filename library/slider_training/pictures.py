@@ -22,12 +22,12 @@ from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
 FRESH_SEEDS = 1_000_000  # added to the seeds of pictures that check what others have chosen
-NUM_PROMPTS, NUM_PICTURES = 16, 48  # of the base model; with fewer prompts, more seeds of each
+NUM_PROMPTS, NUM_PICTURES = 16, 64  # of the base model; with fewer prompts, more seeds of each
 FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
-QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # whose gains agree with those of 20 steps of ddim (docs/experiments.md)
+QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
-CALIBRATION_SHARE = 0.2  # of the training's evaluations, that a calibration may take
-FEWEST_FRESH = 9  # prompts that confirm it all the same
+CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
+FEWEST_FRESH = 12  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 SHOWN_PROMPTS = 4  # whose pictures are kept for the slider's card
 SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
@@ -122,16 +122,22 @@ class SliderPictures:
             curve = curve.joined(self._curve(strength))
         scale = choose_scale(curve, target).scale
         sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
-        of_a_picture = sampling.num_steps * (1 if sampling.guidance_scale == 1 else 2)
-        left = (CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)) / of_a_picture  # pictures
-        prompts = spread(self.others, max(FEWEST_FRESH, int(left / (3 * seeds))))
-        if max(curve.multipliers) < FARTHER * scale and left > 3 * seeds * len(prompts) + 2 * FIRST_PAIRS:  # for the usable range
+        pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
+        left = CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)
+        left /= sampling.num_evaluations  # pictures
+        prompts = spread(self.others, max(FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
+        spare = left - (seeds + 2 * pairs.stop) * len(prompts)
+        if max(curve.multipliers) < FARTHER * scale and spare > 2 * FIRST_PAIRS:  # for the usable range
             curve = curve.joined(self._curve(2 * scale))
         fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
-        record = fresh.measure(self.network, (-scale, scale), name="weight 1")
+        record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
         base = [part.base(self.network).scores[REWARD] for part in (self.measurer, fresh)]
-        unit_scores = np.concatenate(base) if base[0].shape[1] == base[1].shape[1] else None
-        calibration = confirm(curve, curve_of(record, REWARD, unit_scores), target)
+        level = curve_of(record, REWARD, np.concatenate(base))
+        calibration = confirm(curve, level, target)
+        if not calibration.reached and calibration.curve is not None:  # other pictures gain less: perhaps a little farther out
+            strength = next_strength(calibration.curve.rescaled(1 / calibration.scale), target)
+            if strength is not None:
+                calibration = confirm(curve.joined(self._curve(strength)), level, target)
         calibration = replace(calibration, confirmed_at=scale / calibration.scale)
         return calibration, replace(record, multipliers=tuple(weight / scale for weight in record.multipliers))
 
@@ -141,7 +147,7 @@ class SliderPictures:
     def measurer_of(self, prompts: Sequence[PromptSpec], seed_offset: int = 0, seeds: int | None = None) -> Measurer:
         sampling = self.sampling
         if not self.full and sampling.num_steps > QUICK_STEPS and detect(self.model) is None:
-            sampling = replace(sampling, sampler=QUICK_SAMPLER, num_steps=QUICK_STEPS, spacing=None)
+            sampling = replace(sampling, sampler=QUICK_SAMPLER, stride=round(sampling.num_steps / QUICK_STEPS), guidance_every=2)
         seeds = seeds or max(3, -(-NUM_PICTURES // max(len(prompts), 1)))
         return Measurer(
             model=self.model,
