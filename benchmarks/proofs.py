@@ -6,6 +6,7 @@ calibration  three scores, three seeds: what the file promises of +1 and -1, the
 hard_calibration  the same of two that a scorer learns less well
 running_gain  what those runs' running gain said before each observation, and what that measured
 elsewhere    one of them at other guidance scales, samplers and numbers of steps
+worlds       other learning rates, a score ten times as steep, other drawings and prompts, a full-width SD1.5 with random weights
 hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
@@ -21,6 +22,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks import ROOT
+from benchmarks.random_models import random_model, untrained_scorer
 from benchmarks.shapes_runs import MODEL, drawn_pictures, independent_judge, learned_from_few, learned_scorer, written_prompts
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
@@ -36,6 +39,7 @@ from library.measuring.record import EvaluationRecord
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.rollouts.sample import SamplingConfig
+from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
 from library.settings.options import build, options
@@ -124,14 +128,9 @@ def calibration(scores: Sequence[str] = ("brightness", "size", "warmth"), seeds:
     for seed in seeds:
         for score in scores:
             path = slider(f"calibration_{score}_{seed}", scorer=[str(scorer(score))], seed=seed, calibrate="visible")
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
             measured = measure(path, [judge_name(score), CAPTIONS], prompts()[1], count=48, seeds=2)
-            promised = {f"promised {end}": json.loads(metadata[f"ss_leco_gain_{name}"]) for end, name in (("-1", "down"), ("+1", "up"))}
             seen = [measured.visible_share(place) for place in (0, 2)]
-            rows.append(
-                {"run": f"{score}, seed {seed}", **promised, **ends(measured, score), "told apart": seen, "steps": metadata["ss_steps"]}
-            )
+            rows.append({"run": f"{score}, seed {seed}", **promised(path), **ends(measured, score), "told apart": seen})
     return rows
 
 
@@ -191,6 +190,58 @@ def elsewhere() -> list[Row]:
         measured = measure(path, [judge_name("brightness"), CAPTIONS], prompts()[1], count=16, seeds=2, **sampling)
         rows.append({"run": ", ".join(f"{name} {value}" for name, value in sampling.items()), **ends(measured, "brightness")})
     return rows
+
+
+def worlds() -> list[Row]:
+    """Trainings that nobody tuned anything for: each ends calibrated, or says why not."""
+    bright = {"scorer": [str(scorer("brightness"))], "calibrate": "visible"}
+    steep, others = OUTPUT / "brightness" / "steep.safetensors", OUTPUT / "prompts" / "other_prompts.txt"
+    spec = load_scorer(scorer("brightness"))
+    spec.spec = replace(spec.spec, std=spec.spec.std / 10)  # its standardised score is ten times as steep
+    save_scorer(steep, spec)
+    others.write_text("\n".join(plain_prompts(prompts()[1])[::2]) + "\n", encoding="utf-8")
+    other_data = str(learned_scorer(OUTPUT, "brightness", name="other_drawings", seed=2))
+    runs: dict[str, dict[str, Any]] = {
+        **{f"learning rate {rate:g}": bright | {"learning_rate": rate} for rate in (1e-4, 1e-3, 5e-3)},
+        "score ten times as steep": bright | {"scorer": [str(steep)]},
+        "other drawings and prompts": bright | {"scorer": [other_data], "prompts_file": str(others)},
+    }
+    rows = []
+    for name, changes in runs.items():
+        path = slider(f"worlds_{name.replace(' ', '_')}", **changes)
+        rows.append(
+            {"run": name, **promised(path), **ends(measure(path, [judge_name("brightness"), CAPTIONS], prompts()[1]), "brightness")}
+        )
+    path = slider("worlds_sd15", **random_sd15(OUTPUT / "random_sd15"))
+    return [*rows, {"run": "SD1.5, full width, random weights, 64 pixels", **promised(path)}]
+
+
+def promised(path: Path) -> Row:
+    """What the file says of weight +1 and -1, and in words."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    gains = {f"promised {end}": json.loads(metadata.get(f"ss_leco_gain_{name}", "null")) for end, name in (("-1", "down"), ("+1", "up"))}
+    note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["description"]
+    return {**{name: gain for name, gain in gains.items() if gain}, "says": note.partition(". ")[0]}
+
+
+def random_sd15(folder: Path) -> dict[str, Any]:
+    """Settings for a short training of a full-width SD1.5 without weights, which is written if it is not there."""
+    if not (folder / "model_index.json").is_file():
+        from tests.helpers.tiny_models import save_folder  # the tests need not be there for the rest
+
+        torch.manual_seed(0)
+        model = random_model("sd1")
+        save_folder(model, folder)
+        save_scorer(folder / "scorer.safetensors", untrained_scorer(model, "tiny"))
+    short = {
+        "resolution": [64, 64],
+        "max_train_steps": 8,
+        "train_batch_size": 2,
+        "max_denoising_steps": 4,
+        "leco_denoise_guidance_scale": 1.0,
+    }
+    return {"pretrained_model_name_or_path": str(folder), "scorer": [str(folder / "scorer.safetensors")], "calibrate": "visible", **short}
 
 
 # What takes the guards away: the score pushes for ever, nothing holds the model, and nothing stops the run or turns back.
@@ -361,6 +412,7 @@ PROOFS: dict[str, Callable[[], list[Row]]] = {
     "hard_calibration": lambda: calibration(("contrast", "centredness"), (0,)),
     "running_gain": running_gain,
     "elsewhere": elsewhere,
+    "worlds": worlds,
     "hacking": hacking,
     "opposites": opposites,
     "two_scores": two_scores,
@@ -372,7 +424,7 @@ PROOFS: dict[str, Callable[[], list[Row]]] = {
 
 COLUMNS = {"promised -1": "promised at -1", "true -1": "true gain at -1", "promised +1": "promised at +1", "true +1": "true gain at +1"}
 COLUMNS |= {"other -1": "other score at -1", "other +1": "at +1", "running": "running gain", "measured": "measured", "step": "step"}
-COLUMNS |= {"captions": "captions at -1 / 0 / +1", "told apart": "told from base at -1 / +1"}
+COLUMNS |= {"captions": "captions at -1 / 0 / +1", "told apart": "told from base at -1 / +1", "says": "says"}
 
 
 def markdown(proof: str, rows: Sequence[Mapping[str, Any]]) -> str:
