@@ -169,7 +169,9 @@ def test_weight_1_is_strong_enough_to_be_seen():
     chosen = choose_scale(seen(lambda m: m if m > 0 else -0.8 * m), SEEN)
     assert chosen.reached and chosen.scale == pytest.approx(1.25, rel=0.01) and chosen.gain == pytest.approx(2.5, rel=0.01)
     assert chosen.visible == pytest.approx(1.0, rel=0.01)
-    assert "so that it can be seen; 1 standard deviation would be weight 0.40" in chosen.note and "plainly seen in 90%" in chosen.note
+    assert (
+        "so that it can be seen; 1 standard deviation would be weight 0.40" in chosen.note and "plainly seen in nine of ten" in chosen.note
+    )
 
 
 def test_a_gain_that_is_visible_already_is_left_at_one_standard_deviation():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import scipy
 
-from library.measuring.response_curve import VISIBLE_SHARE, CurveSummary, ResponseCurve, summarise_curve
+from library.measuring.response_curve import CurveSummary, ResponseCurve, summarise_curve
 from library.measuring.statistics import Interval
 
 WEAKEST, STRONGEST = 0.02, 50.0  # of the trained strength: beyond these a training went wrong, and no weight can repair it
@@ -278,7 +278,7 @@ def _with_note(calibration: Calibration) -> Calibration:
         f"Weight +1 moves the training score by {_gain(up)} standard deviations, -1 by {_gain(down)}; slope {line}.",
     ]
     if not math.isnan(calibration.visible):
-        seen = f"plainly seen in {VISIBLE_SHARE:.0%} of the pictures" if calibration.visible > 0.99 else "hard to see in some pictures"
+        seen = "plainly seen in nine of ten pictures" if calibration.visible > 0.99 else "hard to see in some pictures"
         words.append(f"At weight 1 the change is {seen} ({calibration.visible:.2g} times a visible one).")
     if calibration.verified_up is not None and calibration.verified_down is not None:
         words.append(f"On other seeds: {_gain(calibration.verified_up)} at +1, {_gain(calibration.verified_down)} at -1.")

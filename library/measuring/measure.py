@@ -14,17 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.measuring.image_statistics import (
-    channel_statistics_distance,
-    chroma,
-    clipped_share,
-    edge_energy,
-    nyquist_share,
-    perceptual_distance,
-    rms_distance,
-    rms_diversity,
-    vae_features,
-)
+from library.measuring.against_base import Comparison, as_shown, looks_of, mean_of, statistics_of
 from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.statistics import summarise_response, within_prompt_std
@@ -36,9 +26,6 @@ from library.scorers.base import Scorer
 from library.training.tracking import progress_bar
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
-
-NOTICEABLE = 10 / 255  # of the pixels' range: so much brighter, a picture is told from itself (docs/experiments.md)
-SHARES = ("clipped",)  # kept as they are; the other statistics of pictures alone are divided by the base model's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +128,10 @@ class Measurer:
             with network.disabled():
                 for made in self._sampled(network, [0.0], "sampling the base model", self.everything):
                     scores.append({name: score[:, 0] for name, score in made.scores.items()})
-                    looks.append(_looks(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
+                    looks.append(looks_of(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
                     latents.append(made.latents[:, 0])
                     if made.decoded is not None:
-                        shown.append(_shown(made.decoded[:, 0]))
+                        shown.append(as_shown(made.decoded[:, 0]))
             self._base = BasePictures(scores=_stack(scores), looks=looks, latents=latents, shown=shown)
         return self._base
 
@@ -181,7 +168,7 @@ class Measurer:
             nothing = dict.fromkeys(
                 ["latent_drift", "latent_statistics", *(("pixel_drift", "perceptual_distance") if base.shown else ())], 0.0
             )
-            looks, distances = [[_mean(base.looks)]] * len(others), [[nothing]] * len(others)
+            looks, distances = [[mean_of(base.looks)]] * len(others), [[nothing]] * len(others)
             pictures = [shown[:1].repeat(len(others) + 1, 1, 1, 1) for shown in base.shown[: self.num_pictures]]
             if base.shown:
                 visibility = [np.zeros((len(shown), len(others))) for shown in base.shown]
@@ -194,7 +181,7 @@ class Measurer:
                 seen = []
                 for place in range(len(others)):
                     decoded = None if made.decoded is None else made.decoded[:, place]
-                    looks[place].append(_looks(made.latents[:, place], decoded))
+                    looks[place].append(looks_of(made.latents[:, place], decoded))
                     found = compare(made.latents[:, place], decoded)
                     if decoded is not None:
                         seen.append((found["perceptual_distance"] / compare.noticeable).sqrt().double().numpy())
@@ -202,7 +189,7 @@ class Measurer:
                 if made.decoded is not None:
                     visibility.append(np.stack(seen, axis=-1))
                     if len(pictures) < self.num_pictures:
-                        own = _shown(made.decoded[0])
+                        own = as_shown(made.decoded[0])
                         pictures.append(torch.cat([own[:zero], base.shown[made.row][:1], own[zero:]]))
             scores = _stack(tables)
         strengths = (*others[:zero], 0.0, *others[zero:])
@@ -213,14 +200,14 @@ class Measurer:
             table = np.insert(values, zero, base.scores[key], axis=2)
             role = self.raters.judges.roles.get(key, "judge") if key in self.raters.judges.names else "scorer"
             responses[key] = summarise_response(key, role, table, strengths, rng, directions, units[key])
-        base_looks = _mean(base.looks)
+        base_looks = mean_of(base.looks)
         return EvaluationRecord(
             name=name,
             multipliers=strengths,
             prompts=tuple(prompt.prompt for prompt in prompts),
             seeds=tuple(tuple(map(int, self.seeds[row][part.places])) for row in part.rows),
             responses=responses,
-            statistics=_statistics(base_looks, [*map(_mean, looks)], [*map(_mean, distances)], zero),
+            statistics=statistics_of(base_looks, [*map(mean_of, looks)], [*map(mean_of, distances)], zero),
             seed_distance=base_looks["latent_diversity"],
             visibility=np.insert(np.stack(visibility), zero, 0.0, axis=2) if visibility else None,
             settings={
@@ -318,71 +305,11 @@ class Part:
     places: slice
 
 
-class Comparison:
-    """The pictures of a prompt beside the base model's [S], latents and pixels as shown (or None).
-
-    Attributes:
-        noticeable: perceptual distance [S] between each base picture and itself, brighter or darker by `NOTICEABLE`.
-    """
-
-    def __init__(self, model: DiffusionModel, latents: Tensor, shown: Tensor | None) -> None:
-        self.model, self.latents = model, latents
-        if shown is not None:
-            self.pixels = shown / 255
-            away = torch.where(self.pixels.mean((1, 2, 3), keepdim=True) > 0.5, -NOTICEABLE, NOTICEABLE)  # not into black or white
-            with model.vae_at_work():
-                self.features = vae_features(model.vae, self.pixels)
-                shifted = vae_features(model.vae, (self.pixels + away).clamp(0, 1))
-            self.noticeable = perceptual_distance(shifted, self.features).cpu().clamp_min(1e-12)
-
-    def __call__(self, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
-        """Distances [S] by name."""
-        distances = {
-            "latent_drift": rms_distance(latents, self.latents),
-            "latent_statistics": channel_statistics_distance(latents, self.latents),
-        }
-        if decoded is not None:
-            pixels = _shown(decoded) / 255
-            distances["pixel_drift"] = rms_distance(pixels, self.pixels)
-            with self.model.vae_at_work():
-                features = vae_features(self.model.vae, pixels)
-            distances["perceptual_distance"] = perceptual_distance(features, self.features).cpu()
-        return distances
-
-
 def seed_table(prompts: Sequence[PromptSpec], count: int, first: int = 0, offset: int = 0) -> list[list[int]]:
     """Seeds [P][S]: no two pairs of prompt and seed share one, counted from `first`; but a prompt that brings a seed begins with that.
     `offset` is added to all."""
     firsts = [first + row * count if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
     return [[offset + own + number for number in range(count)] for own in firsts]
-
-
-def _looks(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:
-    """Statistics of the S pictures of one prompt alone, in their own units."""
-    looks = {"latent_diversity": rms_diversity(latents), "latent_nyquist": nyquist_share(latents).mean().item()}
-    if decoded is not None:
-        pixels = decoded.clamp(0, 1)
-        looks["pixel_diversity"] = rms_diversity(pixels)
-        looks["clipped"] = clipped_share(decoded).mean().item()
-        functions = {"saturation": chroma, "edges": edge_energy, "nyquist": nyquist_share}
-        looks |= {name: function(pixels).mean().item() for name, function in functions.items()}
-    return looks
-
-
-def _statistics(
-    base: Mapping[str, float], looks: Sequence[Mapping[str, float]], distances: Sequence[Mapping[str, float]], zero: int
-) -> dict[str, tuple[float, ...]]:
-    """Those of the K multipliers and, at place `zero`, of the base model [M]; NaN where the base model has nothing to be divided by."""
-    columns = {name: [*(own[name] for own in distances[:zero]), 0.0, *(own[name] for own in distances[zero:])] for name in distances[0]}
-    for name, own in base.items():
-        column = [*(part[name] for part in looks[:zero]), own, *(part[name] for part in looks[zero:])]
-        columns[name] = column if name in SHARES else [value / own if own > 0 else float("nan") for value in column]
-    return {name: tuple(map(float, column)) for name, column in columns.items()}
-
-
-def _shown(decoded: Tensor) -> Tensor:
-    """Pixels as a picture file holds them, uint8."""
-    return (decoded.clamp(0, 1) * 255).round().byte()
 
 
 def _is_null(network: LoRANetwork) -> bool:
@@ -393,7 +320,3 @@ def _is_null(network: LoRANetwork) -> bool:
 def _stack(scores: Sequence[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
     """Scores of P prompts as [P, ...], by name."""
     return {name: torch.stack([own[name] for own in scores]).double().numpy() for name in scores[0]}
-
-
-def _mean(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([own[name] for own in statistics])) for name in statistics[0]}

@@ -47,7 +47,7 @@ class EvaluationRecord:
         settings: how it was sampled.
         origin: what the slider's file says of how it was made.
         visibility: root of each picture's perceptual distance (a square) from the base model's, over that of a visible change of brightness
-            (`measure.NOTICEABLE`) [P, S, M]; None where no pixels were decoded. Above 1, a person tells the two apart.
+            (`against_base.NOTICEABLE`) [P, S, M]; None where no pixels were decoded. Above 1, a person tells the two apart.
         pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
     """
 
