@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 import torch
 
-from library.atomic_files import only_process, remove_unfinished
+from library.atomic_files import check_outputs, only_process, remove_unfinished
 from library.models.vae import VaeFingerprint
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.setup import make_backbone, make_prompt_encoder, make_source
@@ -34,8 +34,8 @@ from library.settings.cli import parse_config, run_main
 from library.settings.shared import TrainingConfig
 from library.training.interrupts import interruptible
 from library.training.optimizers import check_optimizer
-from library.training.runtime import any_process, check_writable, create_accelerator, describe_device, set_num_threads
-from library.training.tracking import Tracker
+from library.training.runtime import any_process, create_accelerator, describe_device, set_num_threads
+from library.training.tracking import METRICS_FILE, Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,7 +57,7 @@ def train(config: LatentScorerConfig) -> Path:
     check_optimizer(optimizer, settings.max_train_steps)
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
-    check_writable(output.output_dir)
+    check_outputs(output.path(), output.path("-backbone"), output.output_dir / METRICS_FILE)
     accelerator = create_accelerator(TrainingConfig(mixed_precision=settings.mixed_precision))
     logger.info("%s", describe_device(accelerator))
     folder, name = output.output_dir, output.output_name

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 import torch
 
+from library.atomic_files import expendable
 from library.errors import UserError
 from library.objectives.base import FiniteLosses, mean_metrics
 from library.rollouts.sample import model_autocast
@@ -91,6 +92,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
         files.remove_unfinished()
     folder = find_state(saving.resume, saving.output_dir, saving.output_name)
     if folder is not None:
+        files.owns_names = True
         saved = SliderState.load(folder)
         saved.check_shared(made.shared, folder, with_changes=saving.resume_with_changes)
         saved.restore(parts, folder)
@@ -167,11 +169,13 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                         raise SystemExit(interrupts.exit_code)
                     if accelerator.is_main_process:
                         if due(done, config.monitor.sample_every_n_steps):
-                            tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
+                            with expendable(f"step {done}"):
+                                tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
                         if due(done, saving.save_every_n_steps):
-                            files.save(network, done)
-                            if saving.save_state:
-                                files.save_state(state(done), done)
+                            with expendable(f"step {done}"):
+                                files.save(network, done)
+                                if saving.save_state:
+                                    files.save_state(state(done), done)
                 progress.update()
                 if stop is not None:
                     break
@@ -179,10 +183,11 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
             logger.info("training ends after step %d: %s; the best of the measured steps is looked for and kept", done, stop)
 
     with in_use(network, optimizer.optimizer):
-        if (saving.save_state_on_train_end or saving.save_state) and accelerator.is_main_process:
-            files.save_state(state(done), done, final=True)
         if accelerator.is_main_process:  # as trained: whatever the last measurements meet, it is on disk
             files.save(network, done, final=True)
+            if saving.save_state_on_train_end or saving.save_state:
+                with expendable("the state at the end"):
+                    files.save_state(state(done), done, final=True)
         outcome = monitor.finish(done)
         if accelerator.is_main_process:
             files.save(network, outcome.step, final=True, outcome=outcome)

@@ -1,33 +1,60 @@
 """Files that are whole or not there: a full disk or a killed process never leaves half of one, nor destroys the one before.
 
-Written beside the target, flushed to the disk, then renamed over it, which POSIX and Windows do in one step.
+Written beside the target, flushed to the disk, then renamed over it, which POSIX and Windows do in one step. Also here: reading
+files of tensors, which are trusted with nothing.
 """
 
 import contextlib
+import errno
+import itertools
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from library.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+
+class CannotWrite(UserError):
+    """The operating system refused to write: no space, no permission, no such name."""
+
+
+_ADVICE = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota", errno.ENAMETOOLONG: "give a shorter name"}
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """An OSError of the block as CannotWrite."""
+    try:
+        yield
+    except OSError as error:
+        reason, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0, "mend that")
+        raise CannotWrite(
+            f"{path} could not be written ({reason}): what stood there is unchanged; {advice}, or choose another folder"
+        ) from error
+
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes its name when the block ends well, and is deleted when it does not. Makes missing folders.
 
-    Raises UserError for what the operating system refuses: no space, no permission, not a folder.
+    Raises CannotWrite for what the operating system refuses: no space, no permission, not a folder.
     """
     path = Path(path)
     # open() and not tempfile: a temporary file of tempfile's would keep its 0600 permissions. The pid keeps processes apart.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    unfinished = _unfinished(path)
+    with _refused(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with unfinished.open("wb") as file:
@@ -39,23 +66,18 @@ def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{path} could not be written ({reason}): what stood there is unchanged; free the space or choose another folder"
-        ) from error
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder that takes its name when the block ends well, in the place of one that was there, and is deleted when it does not.
 
-    A process that is killed between the two renames leaves the old folder as .NAME.PID.old: see `remove_unfinished`. Raises UserError
+    A process that is killed between the two renames leaves the old folder as .NAME.PID.old: see `remove_unfinished`. Raises CannotWrite
     for what the operating system refuses.
     """
     path = Path(path)
-    unfinished, old = (path.with_name(f".{path.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
-    try:
+    unfinished, old = _unfinished(path), _unfinished(path, "old")
+    with _refused(path):
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
@@ -69,25 +91,86 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{path} could not be written ({reason}): what stood there is unchanged; free the space or choose another folder"
-        ) from error
 
 
-def remove_unfinished(folder: str | Path, names: str) -> None:
+def _unfinished(path: Path, ending: str = "tmp") -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
+def check_outputs(*files: Path, folders: Iterable[Path] = (), space: int = 0) -> None:
+    """Find at the start what would keep a run from writing its files at the end; nothing is left behind, also no folder that was made.
+
+    Every name is tried out beside its place, or where the first folder that exists is. What a killed process left of it is deleted.
+
+    Args:
+        folders: of the names, those that are to be folders.
+        space: bytes that the run is sure to write.
+
+    Raises:
+        CannotWrite: a folder stands where a file is to be, or a file where a folder; a name is too long; no permission; too little space.
+    """
+    for path, is_folder in [*((path, False) for path in files), *((path, True) for path in folders)]:
+        with _refused(path):
+            if path.exists() and path.is_dir() != is_folder:
+                kinds = ("a file", "a folder") if is_folder else ("a folder", "a file")
+                raise CannotWrite(f"{path} is {kinds[0]}, and {kinds[1]} of that name is to be written; move it, or give another name")
+            place = _first_folder(path.parent)
+            trial = _unfinished(place / path.name)
+            trial.open("wb").close()
+            trial.unlink()
+            remove_unfinished(place, re.escape(path.name))
+            free = shutil.disk_usage(place).free
+        if free < space:
+            raise CannotWrite(f"{place} has {free / 2**20:.0f} MiB free, and {space / 2**20:.0f} MiB are to be written; free some space")
+
+
+def _first_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists. Raises OSError where that is no folder."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+    return folder
+
+
+@contextlib.contextmanager
+def expendable(what: str) -> Iterator[None]:
+    """What cannot be written inside the block is logged, and the program goes on without it; `what` begins the message."""
+    try:
+        yield
+    except CannotWrite as error:
+        logger.error("%s: %s. It goes on without it", what, error)
+
+
+def keep_earlier(folder: str | Path, name: str, names: str) -> list[Path]:
+    """Give what an earlier run left other names: NAME becomes NAME-1 at their beginning, or the first number that is free -> the new names.
+
+    Args:
+        names: a regular expression of the names; each begins with `name`.
+    """
+    folder = Path(folder)
+    present = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    found = [other for other in present if re.fullmatch(names, other)]
+    number = next(n for n in itertools.count(1) if not any(re.match(rf"{re.escape(name)}-{n}(\D|$)", other) for other in present))
+    with _refused(folder):
+        return [(folder / other).rename(folder / f"{name}-{number}{other.removeprefix(name)}") for other in found]
+
+
+def remove_unfinished(folder: str | Path, names: str, *, older_than: float = 0.0) -> None:
     """Delete what killed processes were writing in a folder: hidden files and folders that never took their names.
 
     Args:
         names: a regular expression of the names that they were to take. Nothing else is touched.
+        older_than: seconds; for a folder that processes of other machines write to as well, whose lives nobody here can see.
     """
-    pattern = re.compile(rf"\.(?P<name>{names})\.\d+\.(?P<ending>tmp|old)")
+    pattern = re.compile(rf"\.(?P<name>{names})\.(?P<pid>\d+)\.(?P<ending>tmp|old)")
     for path in Path(folder).glob(".*"):
         match = pattern.fullmatch(path.name)
-        if match is None:
+        if match is None or (int(match["pid"]) != os.getpid() and _is_running(int(match["pid"]))):
             continue
         with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime < older_than:
+                continue
             if match["ending"] == "old" and not path.with_name(match["name"]).exists():
                 path.rename(path.with_name(match["name"]))
             elif path.is_dir() and not path.is_symlink():
@@ -96,16 +179,31 @@ def remove_unfinished(folder: str | Path, names: str) -> None:
                 path.unlink()
 
 
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return False  # nothing that another process has open is deleted there
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def only_process(path: str | Path, what: str) -> Iterator[None]:
     """Hold a lock file for the block; the system gives it back when the process dies, however it does.
 
     Raises:
         UserError: another process holds it; `what` begins the sentence.
+        CannotWrite: the file cannot be made.
     """
     path = Path(path)
     while True:
-        file = path.open("a+", encoding="ascii")
+        with _refused(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="ascii")
         try:
             _lock(file)
         except OSError:
@@ -155,3 +253,33 @@ def atomic_save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, met
     """Write tensors (any device; copied when they share memory or are not contiguous) and string metadata."""
     whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     atomic_write_bytes(path, safetensors.torch.save(whole, None if metadata is None else dict(metadata)))
+
+
+class NoTensors(ValueError):
+    """Why a file cannot be read as one of tensors, as a part of a sentence."""
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a foreign file of tensors holds, on the CPU, and its metadata: a .safetensors, or else a file of torch.save, of which nothing
+    but tensors and plain values is read. Its values are not checked.
+
+    Raises:
+        NoTensors: whatever is wrong with it, or if there is no such file.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (it is no dict)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
+    except safetensors.SafetensorError as error:
+        raise NoTensors(f"not a whole safetensors file: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # the words of torch's own would advise to turn its guard off
+        raise NoTensors("not a whole file of torch.save of plain tensors alone, and nothing else is read") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise NoTensors(f"it holds a {type(content).__name__}, and not tensors by name")
+    return content, {}

@@ -6,17 +6,16 @@ What is another function than up(down(x)) is refused by its name.
 
 import json
 import logging
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import safetensors
 import torch
 from torch import Tensor
 
+from library.atomic_files import load_tensors
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -152,23 +151,17 @@ class PlacedBranches:
 
 def read_lora(file: str | Path) -> LoRAFile:
     """Raises UserError: cannot be read, malformed, or another function than a LoRA's."""
-    path, metadata = Path(file), {}
+    path = Path(file)
     try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as content:
-                tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
-                metadata = content.metadata() or {}
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, metadata = load_tensors(path)
         config = path.with_name("adapter_config.json")  # PEFT's own files have their alpha there
         peft = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
         if not peft and path.stem == "adapter_model" and config.is_file():
             peft = {f"unet.{key}": value for key, value in dict(json.loads(config.read_text(encoding="utf-8"))).items()}
-    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} could not be read as a LoRA ({reason}); give a .safetensors file, or a .pt of plain tensors") from error
-    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-    return parse_lora(tensors if isinstance(tensors, dict) else {}, str(file), peft)
+    return parse_lora(tensors, str(file), peft)
 
 
 def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Mapping[str, Any] | None = None) -> LoRAFile:

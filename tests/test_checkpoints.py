@@ -4,10 +4,12 @@ import errno
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +286,15 @@ def test_no_state_is_deleted_before_the_newest_is_whole(tmp_path: Path, caplog: 
     (state_path(tmp_path, "a", 20) / STATE_FILE).write_bytes(b"cut")
     assert prune_steps(tmp_path, "a", step=20, last_n_steps=5, states=True) == []
     assert load_state(state_path(tmp_path, "a", 10)) == {} and "the states before it stay" in caplog.text
+
+
+def test_a_state_larger_than_the_free_space_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state(tmp_path / "x-state", {"step": 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * 999))
+    with pytest.raises(UserError, match="MiB free"):
+        save_state(tmp_path / "x-state", {"parts": [{"weights": torch.zeros(1000)}]})
+    assert load_state(tmp_path / "x-state") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    save_state(tmp_path / "x-state", {"parts": [{"weights": torch.zeros(999)}]})
 
 
 def test_a_state_is_not_written_over_other_files(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -12,7 +11,6 @@ from library.settings.shared import TrainingConfig
 from library.training import runtime
 from library.training.runtime import (
     all_reduce_grads,
-    check_writable,
     choose_precision,
     create_accelerator,
     describe_device,
@@ -129,25 +127,6 @@ def test_one_process_keeps_its_gradients():
     param = torch.nn.Parameter(torch.zeros(2))
     all_reduce_grads([param], create_accelerator(TrainingConfig()))
     assert param.grad is None
-
-
-def test_the_folder_is_made(tmp_path: Path):
-    check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-@pytest.mark.parametrize("below", ["", "sub"])
-def test_a_file_in_the_way(below: str, tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output_dir .*file.* cannot be written to \((File exists|Not a directory)\); give another folder"):
-        check_writable(tmp_path / "file" / below)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
-        check_writable(tmp_path)
 
 
 def test_the_device_in_words():

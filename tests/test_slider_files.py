@@ -4,13 +4,17 @@ import base64
 import hashlib
 import io
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import safetensors
 import torch
 from PIL import Image
 
+from library.errors import UserError
 from library.measuring.calibration import Calibration, Target, choose_scale
 from library.measuring.response_curve import ResponseCurve, summarise_curve
 from library.measuring.warnings import SliderWarning
@@ -131,7 +135,45 @@ def test_where_the_model_came_from_is_in_the_metadata(files, tmp_path):
 def test_what_a_killed_run_left_of_the_plot_is_removed(files, tmp_path):
     slider_files, _ = files
     for name in ("tiny_calibration.png", "tiny.preview.png", "tiny.metadata.json"):
-        (tmp_path / f".{name}.123.tmp").touch()
-    (tmp_path / ".other_calibration.png.123.tmp").touch()
+        (tmp_path / f".{name}.99999999.tmp").touch()
+    (tmp_path / ".other_calibration.png.99999999.tmp").touch()
     slider_files.remove_unfinished()
-    assert [path.name for path in tmp_path.iterdir()] == [".other_calibration.png.123.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [".other_calibration.png.99999999.tmp"]
+
+
+def test_an_earlier_run_of_the_name_keeps_its_slider(files, tmp_path, monkeypatch, caplog):
+    slider_files, network = files
+    slider_files.save(network, 3, final=True, outcome=OUTCOME)
+    before = (tmp_path / "tiny.safetensors").read_bytes()
+
+    def again(**saving):
+        config = SavingConfig(output_dir=tmp_path, output_name="tiny", **saving)
+        return SliderFiles(config, NetworkConfig(), slider_files.spec, (64, 64), {})
+
+    files = again()
+    for final in (False, True, True):  # its own files it may write again
+        files.save(network, 5, final=final)
+    endings = (".json", ".metadata.json", ".safetensors")
+    own = {"tiny-step00000005.safetensors", *(f"tiny{ending}" for ending in endings)}
+    kept = {"tiny-1_calibration.png", *(f"tiny-1{ending}" for ending in endings)}
+    assert {path.name for path in tmp_path.iterdir()} == kept | own
+    assert (tmp_path / "tiny-1.safetensors").read_bytes() == before
+    again(overwrite=True).save(network, 6, final=True)
+    resumed = again()
+    resumed.owns_names = True
+    resumed.save(network, 7, final=True)
+    assert {path.name for path in tmp_path.iterdir()} == kept | own
+
+
+def test_less_space_than_the_run_takes_is_found_before_it(files, tmp_path, monkeypatch):
+    slider_files, network = files
+    weights = sum(weight.numel() for weight in network.state_dict().values())
+    saving = SavingConfig(
+        output_dir=tmp_path, output_name="tiny", save_every_n_steps=10, save_last_n_steps=20, save_state=True, save_precision="fp16"
+    )
+    files = SliderFiles(saving, NetworkConfig(), slider_files.spec, (64, 64), {})
+    least = 4 * weights * 2 + 4 * weights * 4  # three on the way and the last one
+    for free, refused in ((least, False), (least - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match="to be written") if refused else nullcontext():
+            files.check_space(network, 100)

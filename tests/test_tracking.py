@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import sys
@@ -51,6 +52,40 @@ def test_resuming_drops_the_steps_that_are_run_again(tmp_path: Path):
         tracker.log({"loss": 1}, 0)
     assert len(lines(tmp_path)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_lines_that_cannot_be_written_are_lost_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Full:
+        def write(self, content: bytes) -> None:
+            real.write(content[:7])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None: ...
+
+    with Tracker(LoggingConfig(), tmp_path) as tracker:
+        (sink,) = tracker._sinks
+        tracker.log({"loss": 1}, 0)
+        real, sink._file = sink._file, Full()
+        tracker.log({"loss": 2}, 1)
+        tracker.log({"loss": 3}, 2)
+        sink._file = real  # somebody has made room
+        tracker.log({"loss": 4}, 3)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 3]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "No space left on device" in said
+
+
+def test_lines_of_other_programs_are_passed_over_and_no_link_is_followed(tmp_path: Path):
+    (tmp_path / "elsewhere").write_text('[1]\nnull\n{"a": 1}\n{"step": "x"}\n{"step": 0}\n{"step": true}\n\xff{{\n')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "out" / "metrics.tmp").symlink_to(tmp_path / "precious")
+    with Tracker(LoggingConfig(), tmp_path / "out", first_step=5) as tracker:
+        tracker.log({"loss": 1}, 5)
+    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 5]
+    assert (tmp_path / "elsewhere").read_text().startswith("[1]") and not (tmp_path / "precious").exists()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metrics(tmp_path)
 
 
 def test_resuming_without_a_file(tmp_path: Path):

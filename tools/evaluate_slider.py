@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.atomic_files import atomic_write_bytes, atomic_write_text
+from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, remove_unfinished
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
@@ -44,7 +44,7 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
-from library.training.runtime import check_writable, choose_precision, set_num_threads, weight_dtype
+from library.training.runtime import choose_precision, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
 
 ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
@@ -155,7 +155,8 @@ def main() -> None:
     model = config.model.load(dtype=weight_dtype(choose_precision(settings.mixed_precision, device)), device=device)
     for scorer in [*scorers.values(), *judges.scorers.values()]:
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
-    check_writable(settings.output_dir)
+    check_outputs(*(settings.output_dir / name for name in ("evaluation.json", "report.html", "curve.png")))
+    remove_unfinished(settings.output_dir, r".+\.(png|json|html|csv)")
 
     choice = recommended(
         detect(model), num_steps=settings.num_steps, guidance_scale=settings.guidance_scale, sampler=settings.sampler, ordinary=ORDINARY

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
+from library.atomic_files import check_outputs
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint, encode_images, place_vae, probe_picture
@@ -82,6 +83,7 @@ class MakePixelScorerConfig:
 def main() -> None:
     config = parse_config(MakePixelScorerConfig, description="Make a scorer file of a ready-made image scorer.")
     settings = config.pixel_scorer
+    check_outputs(settings.output)
     set_num_threads(settings.num_threads)
     vae = load_vae(config.vae.path, family=config.vae.model_family)
     scorer = make_scorer(vae, settings)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.atomic_files import atomic_write_bytes, atomic_write_text
+from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, remove_unfinished
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
 from library.models.registry import FAMILIES
@@ -47,7 +47,7 @@ from library.scorers.judges import Judge, load_judge
 from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_above, check_at_least, check_not_set, option
-from library.training.runtime import check_writable, set_num_threads
+from library.training.runtime import set_num_threads
 
 THUMBNAIL = 512  # pixels of a picture on the sheet before it is fitted into its cell
 
@@ -123,7 +123,8 @@ def main() -> None:
     if not images:
         raise UserError(f"there are no pictures at {settings.images}" + (f": {skipped.first()}" if skipped else ""))
     raters = make_raters(settings, config.buckets, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    check_writable(settings.output_dir)
+    check_outputs(*(settings.output_dir / name for name in ("scores.csv", "histogram.png")))
+    remove_unfinished(settings.output_dir, r".+\.(png|json|html|csv)")
 
     outcomes: dict[str, list[Outcome]] = {}
     for rater in raters:

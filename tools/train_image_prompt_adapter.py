@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
+from library.atomic_files import check_outputs
 from library.errors import UserError
 from library.models.config import ModelConfig
 from library.prompts.files import load_prompts
@@ -81,6 +82,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     """Train and write the adapter. Raises UserError for bad input."""
     settings, recipe = config.adapter, config.recipe
     assert settings.prompts_file is not None and settings.clip_model is not None
+    check_outputs(settings.output)
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # the adapter's initial weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -52,7 +52,7 @@ def main() -> None:
     run(
         "3. Train a slider from the learned score alone",
         *("train_leco_score.py", "--config_file", "examples/shapes/slider.toml", "--scorer", scorer),
-        *("--prompts_file", pictures / "prompts.txt", "--output_dir", output, "--output_name", slider.stem, "--seed", seed),
+        *("--prompts_file", pictures / "prompts.txt", "--output_dir", output, "--output_name", slider.stem, "--seed", seed, "--overwrite"),
     )
     judges = [f"examples.shapes.scores:{args.score}", "examples.shapes.judge:caption_obeyed"]
     run(

@@ -22,6 +22,7 @@ KARRAS_RHO = 7.0
 # 2**-24 (sigma = 4096) is what diffusers' EulerDiscreteScheduler puts there. It is also where the two errors balance: pretending
 # that some x0 is left costs x0 about sqrt(abar), float32 rounding of eps about 2**-24 / sqrt(abar).
 ABAR_FLOOR = 2.0**-24
+MOST_TIMESTEPS = 100_000  # models have 1000
 
 
 def per_sample(abar: Tensor, like: Tensor) -> Tensor:
@@ -80,6 +81,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
     num_steps = config.get("num_train_timesteps", 1000)
+    if type(num_steps) is not int or not 1 < num_steps <= MOST_TIMESTEPS:
+        raise UserError(f"The model's scheduler has num_train_timesteps {str(num_steps)[:40]}; it must be from 2 to {MOST_TIMESTEPS}.")
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     match config.get("beta_schedule", "linear"):
         case "linear":
@@ -124,7 +127,10 @@ class NoiseSchedule:
             raise UserError(f"The model's scheduler has timestep_spacing {spacing!r}; use {', '.join(CONFIG_SPACINGS)}.")
         if scheduler_config.get("_class_name") == "LCMScheduler":  # which does not heed timestep_spacing
             spacing = "lcm"
-        alphas_cumprod = torch.cumprod(1 - _betas(scheduler_config), dim=0)
+        betas = _betas(scheduler_config)
+        if betas.ndim != 1 or not ((betas >= 0) & (betas <= 1)).all() or not betas.any():
+            raise UserError("The model's scheduler has betas that are no noise schedule; they must be from 0 to 1, and rise.")
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if scheduler_config.get("rescale_betas_zero_snr", False):
             alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
         alphas_cumprod = alphas_cumprod.clamp(min=ABAR_FLOOR)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SIZE = 1 << 20  # a width, a vocabulary, a side of a picture
+MOST_LAYERS = 200  # of one kind, in one place
 SAME_PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}  # the same parts, another sampler
 
 
@@ -55,7 +59,9 @@ def load_model(
     _check_family_name(family)
     logger.info("loading the model %s", path)
     load = _load_folder if path.is_dir() else _load_file
-    model = load(path, family, v_parameterization, dtype)
+    with _foreign(path):
+        model = load(path, family, v_parameterization, dtype)
+        _check_scaling_factor(model.vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
     if vae is not None:
@@ -72,28 +78,51 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
     Raises:
         UserError: there is no VAE at the path, or it does not say its scaling factor and `family` is "auto".
     """
-    from diffusers import AutoencoderKL
-
     path = _existing(path)
     _check_family_name(family)
     logger.info("loading the VAE of %s", path)
+    with _foreign(path):
+        vae = _load_vae(path, family)
+        _check_scaling_factor(vae)
+    vae.requires_grad_(False).eval()
+    place_vae(vae, dtype=torch.float32)
+    return vae
+
+
+def _load_vae(path: Path, family: str) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         if not (folder / "config.json").is_file():
             raise UserError(f"The folder {path} has no VAE: neither config.json nor vae/config.json is in it.")
-        vae = _component(AutoencoderKL, folder, torch.float32)
-    else:
-        tensors, _ = single_file.read_tensors(path)
-        if family == "auto":
-            if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
-                raise UserError(
-                    f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
-                )
-            family = single_file.detect_family(tensors, path).name
-        vae = single_file.build_vae(tensors, family, path)
-    vae.requires_grad_(False).eval()
-    place_vae(vae, dtype=torch.float32)
-    return vae
+        return _component(AutoencoderKL, folder, torch.float32)
+    tensors, _ = single_file.read_tensors(path)
+    if family == "auto":
+        if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
+            raise UserError(
+                f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
+            )
+        family = single_file.detect_family(tensors, path).name
+    return single_file.build_vae(tensors, family, path)
+
+
+@contextmanager
+def _foreign(path: Path) -> Iterator[None]:
+    """Diffusers and transformers raise what they like on files that are not what they should be; the user is told in a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} cannot be loaded as a model, it is damaged or of another layout ({reason}); download it again.") from error
+
+
+def _check_scaling_factor(vae: AutoencoderKL) -> None:
+    factor = vae.config["scaling_factor"]
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise ValueError(f"the scaling_factor of the VAE is {str(factor)[:40]}")
 
 
 def _existing(path: str | Path) -> Path:
@@ -181,10 +210,26 @@ def _component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     if not weights:
         raise UserError(f"{folder} has no weights (*.safetensors or *.bin); the diffusers model is not complete.")
     variant = "fp16" if all(".fp16." in file.name for file in weights) else None
+    _check_sizes(_read_json(folder / "config.json", "the diffusers model is not complete"), folder / "config.json")
     try:
         return cls.from_pretrained(folder, torch_dtype=dtype, variant=variant, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, single_file.SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:300]}); download or copy it again.") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if "weights_only" in reason:  # torch's own words advise to turn its guard off
+            reason = "its .bin holds more than tensors, or is not whole"
+        raise UserError(f"{folder} cannot be loaded ({reason}); download or copy it again.") from error
+
+
+def _check_sizes(value: Any, path: Path, name: str = "") -> None:
+    """Refuse a config that would build for hours, or more than fits into memory, before its weights are compared with it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_sizes(inner, path, key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner, path, name)
+    elif isinstance(value, int | float) and abs(value) > (MOST_LAYERS if "layers" in name else LARGEST_SIZE):
+        raise UserError(f"{path} has {name} = {str(value)[:40]}, which no model has; download it again.")
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
@@ -234,6 +279,9 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}; {advice}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {advice}.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); {advice}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where a table of settings is expected; {advice}.")
+    return content

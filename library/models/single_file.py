@@ -7,16 +7,15 @@ the shapes, so that checkpoints of another size load too; the bundled config ans
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
 from library.models.base import Family, TextEncoderSlot
 from library.models.registry import FAMILIES
@@ -43,24 +42,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file cannot be read; it holds no tensors; another ending.
     """
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); download or copy it again.") from error
-    if path.suffix not in (".ckpt", ".pt", ".pth"):
+    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
         raise UserError(f"{path} does not end in .safetensors or .ckpt; give a checkpoint file or the folder of a diffusers model.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors ({reason}); convert it to safetensors.") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        content, metadata = load_tensors(path)
+    except NoTensors as error:
+        raise UserError(f"{path} cannot be read ({error}); download or copy it again, or convert it to safetensors.") from error
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; give a Stable Diffusion checkpoint.")
-    return tensors, {}
+    return tensors, metadata
 
 
 def detect_family(tensors: StateDict, path: Path) -> Family:

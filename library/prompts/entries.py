@@ -78,9 +78,12 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
 def from_tsv(text: str, path: Path) -> list[PromptSpec]:
     """PartiPrompts: column Prompt."""
     # Parti's prompts hold unpaired quotes, so quoting is off.
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise UserError(f"prompts file {path} cannot be read as a .tsv: {error}") from error
     if rows and "Prompt" not in rows[0]:
-        raise UserError(f"prompts file {path} has the columns {', '.join(rows[0])}; a .tsv needs a column Prompt")
+        raise UserError(f"prompts file {path} has the columns {', '.join(filter(None, rows[0]))}; a .tsv needs a column Prompt")
     return [PromptSpec(prompt=prompt) for row in rows if (prompt := (row["Prompt"] or "").strip())]
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from library.atomic_files import atomic_write_text
+from library.atomic_files import atomic_write_text, remove_unfinished
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data.buckets import BucketConfig
@@ -36,6 +36,7 @@ DESCRIPTION_NAME = "cache.json"
 DAMAGED_NAME = "damaged.txt"  # lines "shard row"
 MAX_MAPPED_BYTES = 3 * 2**28  # a block of `library.scorer_data.batches`, and half as much for pairs and late variants
 LOOK_UP_CHUNK = 2**14
+OTHER_MACHINES = 600.0  # seconds after which what no process here is writing is taken to be left over: writing a shard takes a few
 
 
 class DamagedLatentsError(Exception):
@@ -56,6 +57,7 @@ class LatentCache:
     def __init__(self, folder: Path, vae: VaeFingerprint) -> None:
         """Open the cache in `folder`; see `open_cache`. Shards that cannot be read count as not there."""
         self.folder, self.vae = folder, vae
+        remove_unfinished(folder, r".+\.safetensors", older_than=OTHER_MACHINES)
         self._index = open_index(folder)
         self._reader = ShardReader(folder, MAX_MAPPED_BYTES)
         self._forget_damaged()
@@ -202,6 +204,7 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
     sizing = {**asdict(buckets), "min_bucket_reso": buckets.shortest, "max_bucket_reso": buckets.longest}
     del sizing["max_crop"]  # which pictures, not how they are sized
     text = json.dumps({"format": FORMAT, "vae": vae.to_dict(), "buckets": sizing}, indent=1)
+    remove_unfinished(cache_dir, r"\d+x\d+-[0-9a-f]{8}-\d+", older_than=OTHER_MACHINES)
     for description in cache_dir.glob(f"*/{DESCRIPTION_NAME}"):
         if b'"format"' not in description.read_bytes():
             logger.info("latent cache: %s is of an earlier version and is not used; it can be deleted", description.parent)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from library.atomic_files import atomic_save_safetensors
+from library.atomic_files import NoTensors, atomic_save_safetensors, load_tensors
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorers.base import SCORER_KINDS, Backbone, Scorer, ScorerSpec
@@ -112,10 +111,8 @@ def _read(path: Path) -> tuple[str, ScorerSpec, dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"there is no scorer file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
+        tensors, metadata = load_tensors(path)
+    except NoTensors as error:
         raise UserError(f"{path} is not a readable .safetensors file ({error}); it may be truncated: copy or train it again") from error
     file_format = metadata.get(FORMAT_KEY, "")
     if file_format not in (SCORER_FORMAT, BACKBONE_FORMAT):

@@ -150,6 +150,7 @@ class RunFilesConfig:
         expert=True,
         only_with="resume",
     )
+    overwrite: bool = option(False, help="Write over files that an earlier run of this output_name left; else they are kept as NAME-1, ...")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.atomic_files import atomic_write_bytes, remove_unfinished
+from library.atomic_files import atomic_write_bytes, check_outputs, expendable, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
 from library.models.config import ModelConfig
@@ -115,19 +115,31 @@ class SliderFiles(RunFiles):
                 "training_comment": saving.training_comment,
             },
         )
+        self.keep_earlier()
         network.save_weights(path, dtype, lora_metadata(self.spec, record, no_metadata=saving.no_metadata))
         if final:
-            write_cards(path, self.spec, card)
-            calibration = None if outcome is None else outcome.calibration
-            plot = calibration_plot(calibration, saving.output_name) if calibration is not None and calibration.curve is not None else None
-            for beside, content in ((self.preview_path, None if picture is None else png_bytes(picture)), (self.calibration_path, plot)):
-                if content is None:
-                    beside.unlink(missing_ok=True)  # of an earlier run of this name
-                else:
-                    atomic_write_bytes(beside, content)
+            with expendable("what stands beside the slider"):
+                write_cards(path, self.spec, card)
+                calibration = None if outcome is None else outcome.calibration
+                plot = (
+                    calibration_plot(calibration, saving.output_name) if calibration is not None and calibration.curve is not None else None
+                )
+                for beside, content in (
+                    (self.preview_path, None if picture is None else png_bytes(picture)),
+                    (self.calibration_path, plot),
+                ):
+                    if content is None:
+                        beside.unlink(missing_ok=True)  # of an earlier run of this name
+                    else:
+                        atomic_write_bytes(beside, content)
         else:
             self.prune_weights(step)
         return path
+
+    def check_outputs(self, space: int = 0) -> None:
+        """Previews and card, too."""
+        super().check_outputs(space)
+        check_outputs(self.slider_path.with_suffix(".json"), self.calibration_path, folders=[self.saving.output_dir / "sample"])
 
     def remove_unfinished(self) -> None:
         """Previews, too."""
@@ -136,8 +148,8 @@ class SliderFiles(RunFiles):
 
     def save_interrupted(self, network: LoRANetwork, state: SliderState, step: int) -> None:
         """Write the slider as trained and the state, and say how to go on."""
+        path = self.save(network, step)  # first, since it is the smaller one of the two
         folder = self.save_state(state, step)
-        path = self.save(network, step)
         logger.info("stopped after step %d; saved: %s and %s; the same command with --resume auto goes on from there", step, path, folder)
 
     def save_last_good(self, network: LoRANetwork, last_good: LastGood) -> str:
@@ -166,6 +178,15 @@ class SliderFiles(RunFiles):
             **model_file_hashes(Path(self.model.pretrained_model_name_or_path)),
             "vae_name": None if vae is None else vae.name,
         }
+
+    def check_space(self, network: LoRANetwork, num_steps: int) -> None:
+        """Raises UserError if there is less space than the run will take for sure: its sliders, and of states the weights alone."""
+        saving = self.saving
+        kept = self.num_on_the_way(num_steps)
+        weights = sum(weight.numel() for weight in network.state_dict().values())
+        states = kept + 1 if saving.save_state else int(saving.save_state_on_train_end)
+        space = (kept + 1) * weights * weight_dtype(saving.save_precision).itemsize + 4 * states * weights
+        self.check_outputs(space=space)
 
     def _dimensions(self, network: LoRANetwork) -> tuple[int, float, dict[str, str]]:
         """Rank, alpha and network_args as they are in the weights: calibration scales alphas, and dim_from_weights brings its own."""

@@ -28,7 +28,8 @@ from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
-from library.training.runtime import any_process, check_writable, generator, weight_dtype
+from library.training.run_files import RunFiles
+from library.training.runtime import any_process, generator, weight_dtype
 from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class SliderParts:
 
 def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     """Load and build everything, in the order in which a user's mistake costs least. Raises UserError."""
+    RunFiles(config.saving).check_outputs()
     seed = config.training.seed
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
     prompts = load_prompts(file, config.prompts, generator(seed, "prompts")) if file else []
@@ -115,7 +117,6 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         model=model,
         allow_code=config.reward.allow_code,
     )
-    check_writable(config.saving.output_dir)
 
     model.set_attention("xformers" if config.training.xformers else "sdpa")
     network = build_network(
@@ -167,6 +168,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         model=config.model,
         timesteps=(scored.min_timestep, scored.max_timestep - 1) if "score" in terms else None,
     )
+    files.check_space(network, config.training.max_train_steps)
     return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
 
 

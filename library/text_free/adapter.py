@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.atomic_files import atomic_save_safetensors
+from library.atomic_files import NoTensors, atomic_save_safetensors, load_tensors
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.types import Conditioning
@@ -154,17 +153,15 @@ def load_adapter(path: str | Path) -> ImagePromptAdapter:
     if not Path(path).is_file():
         raise UserError(f"there is no image_prompt_adapter {path}; tools/train_image_prompt_adapter.py makes one")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
+        tensors, metadata = load_tensors(path)
+    except NoTensors as error:
         raise UserError(f"image_prompt_adapter {path} is not a readable .safetensors file ({error}); copy or train it again") from error
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise UserError(f"{path} is not an image prompt adapter; give a file that tools/train_image_prompt_adapter.py wrote")
     try:
         adapter = ImagePromptAdapter(AdapterSpec.from_json(metadata[SPEC_KEY]))
         adapter.load_state_dict(tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a header that is not ours makes of the parts
         raise UserError(f"image_prompt_adapter {path} is damaged or of another version; train it again") from error
     return adapter.eval().requires_grad_(False)
 

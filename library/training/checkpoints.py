@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_folder
+from library.atomic_files import atomic_folder, check_outputs
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     _check_loadable(state, "state")
     if folder.is_dir() and (strangers := {path.name for path in folder.iterdir()} - {STATE_FILE, CHECKSUM_FILE}):
         raise UserError(f"{folder} holds {min(strangers)}, which is no part of a state, so none is written there; move it, or the folder")
+    check_outputs(folders=[folder], space=_num_bytes(state))
     with atomic_folder(folder) as unfinished:
         with (unfinished / STATE_FILE).open("wb") as file:
             torch.save({"format": STATE_FORMAT, "state": state}, file)
@@ -170,6 +171,14 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, device)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of the tensors in a state."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_num_bytes, parts))
 
 
 def _step_suffix(step: int | None) -> str:

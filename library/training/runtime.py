@@ -1,13 +1,11 @@
-"""Where a run happens: processes, devices, precision, threads, random numbers, and the folder it writes to."""
+"""Where a run happens: processes, devices, precision, threads, random numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -116,20 +114,6 @@ def any_process(wanted: bool, accelerator: Accelerator) -> bool:
     votes = accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), reduction="sum")
     assert isinstance(votes, Tensor)
     return bool(votes > 0)
-
-
-def check_writable(output_dir: Path) -> None:
-    """Make the folder, and refuse one that cannot be made or written to before hours of training are lost on it.
-
-    Raises:
-        UserError: naming the folder and the reason.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir} cannot be written to ({error.strerror}); give another folder") from error
 
 
 def describe_device(accelerator: Accelerator) -> str:

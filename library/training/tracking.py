@@ -1,10 +1,11 @@
 """Numbers and pictures of a run: a JSON-lines file always, TensorBoard and wandb when asked, and the progress bar."""
 
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -15,8 +16,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.settings.shared import LoggingConfig
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 QUIET_SECONDS = 30.0
@@ -115,18 +119,20 @@ class JsonLinesSink:
     """One JSON object a line: {"step": 3, "time": 1700000000.0, "loss": 0.1}. Pictures are left out."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_before(path, first_step)
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        rewritten.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        atomic_write_text(path, "".join(_lines_before(path, first_step)))
+        self._path, self._lost = path, 0
+        self._file = path.open("ab", buffering=0)  # a line is written whole, or cut short by a full disk; nothing waits to be written
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """A line that cannot be written is lost, and the run goes on; the first of them is told."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(("\n" if self._lost else "").encode() + line.encode() + b"\n")  # what came before may be cut short
+        except OSError as error:
+            if not self._lost:
+                logger.warning("%s cannot be written (%s): training goes on without its lines", self._path, error.strerror)
+            self._lost += 1
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         pass
@@ -218,19 +224,25 @@ def to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The lines of a metrics.jsonl, without a last one that a crash cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [record for record in map(_parse_line, lines) if record is not None]
+    return [record for _, record in _records(path)]
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
     if first_step <= 0 or not path.exists():
         return []
-    records = ((line, _parse_line(line)) for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
-    return [line for line, record in records if record is not None and record["step"] < first_step]
+    return [line + "\n" for line, record in _records(path) if record["step"] < first_step]
 
 
-def _parse_line(line: str) -> dict | None:
+def _records(path: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of a metrics.jsonl that are whole, each with its record; others, of a crash or of another program, are passed over."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away, or give another folder") from error
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield line, record

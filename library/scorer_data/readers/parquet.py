@@ -22,9 +22,11 @@ def open_parquet(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f"reading {path} needs the package pyarrow: pip install pyarrow") from error
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {error}") from error
+        file = pyarrow.parquet.ParquetFile(path)
+        _ = file.schema_arrow  # read now
+    except Exception as error:  # pyarrow raises OSError, its own, and what Python makes of names that are no text
+        raise UserError(f"{path} is not a parquet file: {' '.join(str(error).split())[:200]}") from error
+    return file
 
 
 def text_columns(schema: "pyarrow.Schema") -> list[str]:

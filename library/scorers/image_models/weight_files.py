@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
 from library.scorers.image_models.preprocessing import Preprocessing
 
@@ -35,17 +34,10 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"image model: there is no file {path}; give a local path")
     try:
-        if Path(path).suffix == ".safetensors":
-            tensors: Any = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"image model: {path} cannot be read ({str(error).splitlines()[0]}); download it again") from error
-    except Exception as error:  # pickle.UnpicklingError: code in the file, or not of torch.save at all
-        raise UserError(f"image model: {path} is not a file of weights alone, and nothing else is read from a file") from error
-    if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        tensors, _ = load_tensors(path)
+    except NoTensors as error:
+        raise UserError(f"image model: {path} cannot be read ({error}); download it again") from error
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"image model: {path} holds no state dict (names and tensors); save one with torch.save(model.state_dict(), ...)")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
