@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from library.slider_training.run_state import RunState
 from safetensors.torch import save, save_file
 
 from library.models.loading import load_model
 from library.scorers.io import FORMAT_KEY, SPEC_KEY, load_scorer
 from library.settings.shared import OptimizerConfig
+from library.slider_training.files import SliderState
 from library.training.checkpoints import STATE_FILE, _checksums, save_state
 from library.training.optimizers import create_optimizer, create_scheduler
 from networks.lora_files import read_lora
@@ -136,7 +136,7 @@ def run_parts() -> tuple[dict[str, Any], dict[str, Any]]:
     from library.types import PromptSpec
 
     parts["belt"] = Belt(context.trajectories([PromptSpec(prompt="a")], torch.Generator().manual_seed(0)))
-    state = RunState.of(parts, step=1, unet_evaluations=3, watched=True, shared={"seed": 0})
+    state = SliderState.of(parts, step=1, unet_evaluations=3, watched=True, shared={"seed": 0})
     return parts, {name: getattr(state, name) for name in ("step", "unet_evaluations", "watched", "shared", "rng", "parts")}
 
 
@@ -151,12 +151,12 @@ def test_a_state(data: st.DataObject) -> None:
         save_state(Path(folder, "x-state"), own)
 
         def resume() -> None:
-            state = RunState.load(Path(folder, "x-state"))
+            state = SliderState.load(Path(folder, "x-state"))
             state.check_shared({"seed": 0}, Path(folder), with_changes=True)
             state.restore(parts, Path(folder))
 
         only_user_errors(folder, resume)
-    RunState(**content).restore(parts, Path())  # the next case begins with parts that are whole
+    SliderState(**content).restore(parts, Path())  # the next case begins with parts that are whole
 
 
 @fuzzed(0.5)
@@ -169,7 +169,7 @@ def test_bytes_of_a_state(data: st.DataObject) -> None:
         file.write_bytes(data.draw(edited_bytes(file.read_bytes())))
         if data.draw(st.booleans()):  # by somebody who knows of the checksum
             (file.parent / "sha256sums").write_text(_checksums(file.parent))
-        only_user_errors(folder, lambda: RunState.load(file.parent))
+        only_user_errors(folder, lambda: SliderState.load(file.parent))
 
 
 # ---- model folders ----

@@ -65,16 +65,16 @@ class RunState:
                 part.load_state_dict(saved["state"])
             except UserError:
                 raise
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            except Exception as error:  # whatever a part makes of a state that is not its own
                 raise UserError(advice) from error
         try:
             restore_rng_state(dict(self.rng))
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except Exception as error:
             raise UserError(f"the random generators in {folder} are none: resume from another state") from error
 
     def check_shared(self, own: Mapping[str, Any], folder: Path, *, with_changes: bool) -> None:
         """Refuse a run that differs from the saved one in what they must share; `with_changes` logs it instead."""
-        names = [name for name in {**self.shared, **own} if self.shared.get(name) != own.get(name)]
+        names = [name for name in {**self.shared, **own} if repr(self.shared.get(name)) != repr(own.get(name))]
         changes = [f"{name} is {own.get(name)!r} and was {self.shared.get(name)!r}" for name in names]
         if changes and not with_changes:
             raise UserError(
