@@ -1,0 +1,1 @@
+"""A person's opinion while it is given: what was answered, what a small scorer makes of it, what to ask next."""
