@@ -1,13 +1,14 @@
-"""Set up LECO score in a virtual environment, then run its demonstration or its tests there.
+"""Set up LECO score in a virtual environment, then open its page, run its demonstration or its tests there.
 
+    python setup_and_run.py rate [--project_dir DIR] [--prompts_file FILE] [--pretrained_model_name_or_path FILE] [...]
     python setup_and_run.py demo [--output_dir DIR] [--score NAME] [--seed N] [...]
     python setup_and_run.py test [arguments of pytest]
 
 The environment is the folder .venv beside this file; `--venv PATH` takes another. It is made if it is not there, and
 packages are installed only if one of them is missing or is not the version that constraints.txt names. So a build of
-torch that you installed into it yourself stays, if it has that version. All that follows the command goes to the
-demonstration or to pytest, which run in this file's folder. `test` without arguments also runs the tests of what needs
-optional packages, which it puts into the folder .optional, where nothing else sees them.
+torch that you installed into it yourself stays, if it has that version. All that follows the command goes to the page
+(tools/rate.py), the demonstration or pytest, which run in this file's folder. `test` without arguments also runs the tests
+of what needs optional packages, which it puts into the folder .optional, where nothing else sees them.
 """
 
 from __future__ import annotations  # so that an old Python gets as far as being told that it is too old
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 CONSTRAINTS = "constraints.txt"
 OPTIONAL, OPTIONAL_FOLDER = "requirements-optional.txt", ".optional"
-REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "requirements-test.txt"]}
+UI = "requirements-ui.txt"
+REQUIREMENTS = {"rate": ["requirements.txt", UI], "demo": ["requirements.txt"], "test": ["requirements.txt", "requirements-test.txt", UI]}
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    parser = argparse.ArgumentParser(usage="python setup_and_run.py {demo,test} [--venv PATH] ...", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="python setup_and_run.py {rate,demo,test} [--venv PATH] ...", add_help=False, allow_abbrev=False)
     parser.add_argument("command", choices=sorted(REQUIREMENTS))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     given, rest = parser.parse_known_args(argv)
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"This is Python {found}, but the packages need Python {needed} or newer; install one and call it by its name.")
     python = make_environment(given.venv.absolute())
     install_missing(python, REQUIREMENTS[given.command])
-    return run_demo(python, rest) if given.command == "demo" else run_tests(python, rest)
+    return {"rate": run_page, "demo": run_demo, "test": run_tests}[given.command](python, rest)
 
 
 def make_environment(folder: Path) -> Path:
@@ -110,6 +112,12 @@ def read_lines(file: str) -> list[str]:
     """The lines of a requirements file, without comments."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
+
+
+def run_page(python: Path, arguments: list[str]) -> int:
+    """The page on which a person rates pictures; without arguments, those of the embedded model."""
+    say("Opening the page.")
+    return run([python, "tools/rate.py", *arguments])
 
 
 def run_demo(python: Path, arguments: list[str]) -> int:

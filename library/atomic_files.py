@@ -4,6 +4,8 @@ Written beside the target, flushed to the disk, then renamed over it, which POSI
 files of tensors, which are trusted with nothing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import itertools
@@ -14,14 +16,12 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
-
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from library.errors import UserError
+
+if TYPE_CHECKING:  # processes that hold no tensor write files, too, and torch takes seconds to import
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,9 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def atomic_save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors (any device; copied when they share memory or are not contiguous) and string metadata."""
+    import safetensors.torch
+    import torch
+
     whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     atomic_write_bytes(path, safetensors.torch.save(whole, None if metadata is None else dict(metadata)))
 
@@ -266,6 +269,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         NoTensors: whatever is wrong with it, or if there is no such file.
     """
+    import safetensors
+    import torch
+
     path = Path(path)
     try:
         if path.suffix == ".safetensors":

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 import setup_and_run
 
-FILES = ("requirements.txt", "requirements-test.txt", "requirements-gpu.txt")
+FILES = ("requirements.txt", "requirements-test.txt", "requirements-gpu.txt", "requirements-ui.txt")
 
 
 @pytest.fixture

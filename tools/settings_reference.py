@@ -10,6 +10,7 @@ from library.settings.options import Option, options
 from tools.cache_latents import CacheLatentsConfig
 from tools.evaluate_slider import EvaluateSliderConfig
 from tools.make_pixel_scorer import MakePixelScorerConfig
+from tools.rate import RateScriptConfig
 from tools.score_images import ScoreImagesConfig
 from tools.train_image_prompt_adapter import TrainImagePromptAdapterConfig
 from train_latent_scorer import LatentScorerConfig
@@ -20,6 +21,7 @@ SCRIPTS: Mapping[str, type] = {
     "train_leco_score.py": leco_score_config(),
     "train_latent_scorer.py": LatentScorerConfig,
     "tools/evaluate_slider.py": EvaluateSliderConfig,
+    "tools/rate.py": RateScriptConfig,
     "tools/score_images.py": ScoreImagesConfig,
     "tools/make_pixel_scorer.py": MakePixelScorerConfig,
     "tools/cache_latents.py": CacheLatentsConfig,

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from library.rating.taste import LOGISTIC_VARIANCE, Taste
 
-REPEAT_SHARE = 1 / 15  # of the questions is one of before, unannounced: how far a person agrees with themselves
-REPEAT_AFTER = 10  # answers, at the earliest
-RANDOM_SHARE = 1 / 4  # of the questions is drawn by chance, so that held-out figures speak of all pictures and not of the chosen ones
+RANDOM_SHARE = 1 / 3  # of the questions is drawn by chance, so that held-out figures speak of all pictures and not of the chosen ones
 CANDIDATES, REFERENCE = 300, 300  # pictures or pairs that are compared, and those that an answer is to teach about
 PARTNERS = 600  # pairs that are looked at
 
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures to show, by number: one, or two to choose from. reason: "random", "chosen" or "repeat"."""
+    """Pictures to show, by number: one, or two to choose from. reason: "random" or "chosen"."""
 
     pictures: tuple[int, ...]
     reason: str
@@ -31,7 +28,6 @@ def choose(
     count: int,
     *,
     pairs: bool,
-    repeatable: Sequence[tuple[int, ...]],
     rng: np.random.Generator,
     at_random: bool = False,
 ) -> list[Question]:
@@ -42,18 +38,15 @@ def choose(
 
     Args:
         fresh: numbers of the pictures that were not asked about yet. size: of all pictures.
-        repeatable: what may be asked again.
-        at_random: choose nothing, for comparison.
+        at_random: choose nothing, as long as too little is known for it.
     """
     per_question = 2 if pairs else 1
     order = rng.permutation(fresh)
-    repeats = list(repeatable)
     questions: list[Question] = []
     chosen = 0
-    for draw in rng.random(count):
-        if repeats and draw < REPEAT_SHARE:
-            questions.append(Question(repeats.pop(int(rng.integers(len(repeats)))), "repeat"))
-        elif len(order) >= per_question and (at_random or draw < REPEAT_SHARE + RANDOM_SHARE):
+    # the share is kept in every batch, so that an interval is never left to luck
+    for draw in rng.permutation(count):
+        if len(order) >= per_question and (at_random or draw < RANDOM_SHARE * count):
             questions.append(Question(tuple(map(int, order[:per_question])), "random"))
             order = order[per_question:]
         else:

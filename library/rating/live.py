@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from library.rating.choice import REPEAT_AFTER, Question, choose
+from library.rating.choice import Question, choose
 from library.rating.progress import Progress, find_drift, measure_progress
 from library.rating.space import FeatureSpace
 from library.rating.store import Opinion, Project, Rating, StoredPicture
@@ -19,7 +19,11 @@ from library.rating.taste import Answers, Taste
 
 QUEUE = 16  # questions that wait, so that none is waited for
 LEARN_EVERY = 5  # answers
+FIRST_BY_CHANCE = 10  # answers: before that many, what is chosen teaches less than what is drawn
+REPEAT_AFTER = 10  # answers, at the earliest, a question is asked again
+REPEAT_EVERY = (11, 19)  # answers lie between two that are asked again, unannounced: about one in fifteen
 MEASURE_EVERY = 10
+WEIGHED = 20  # answers, from which on assumptions change little by little
 LEASE = 600.0  # seconds for which a picture that one tab shows is not shown in another
 GROWTH = 1.1  # of the pictures, after which features are made comparable anew
 MOST_LEARNED = 1500  # of the newest answers
@@ -67,6 +71,8 @@ class LiveOpinion:
         self._rng = np.random.default_rng(seed)
         self._queues: dict[bool, list[Question]] = {False: [], True: []}
         self._leases: dict[int, float] = {}
+        self._reasons: dict[str, str] = {}
+        self._repeat_at = int(self._rng.integers(*REPEAT_EVERY, endpoint=True))
         self._lock = threading.RLock()
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -80,10 +86,12 @@ class LiveOpinion:
             asked: list[Asked] = []
             queue = self._queues[pairs]
             kept: list[Question] = []
+            if prompt is None and (again := self._again(pairs)):
+                asked.append(self._hand_out(again, "repeat", now))
             while queue and len(asked) < count:
                 question = queue.pop(0)
                 ids = self._ids(question)
-                free = all(picture not in self._leases for picture in ids) and (question.reason == "repeat" or not taken & set(ids))
+                free = not taken & set(ids)
                 if prompt is not None and any(self._picture(picture).prompt != prompt for picture in ids):
                     kept.append(question)
                 elif free:
@@ -94,9 +102,26 @@ class LiveOpinion:
                 asked += [self._hand_out(ids, "random", now) for ids in self._by_chance(count - len(asked), pairs, prompt, taken)]
             return asked
 
+    def _again(self, pairs: bool) -> tuple[int, ...]:
+        """Pictures to ask about a second time, if one is due; the older answers are, the likelier they are forgotten."""
+        given = [rating for rating in self.ratings if rating.mode == ("pair" if pairs else "stars")]
+        if len(given) < self._repeat_at:
+            return ()
+        again = {_pictures_of(rating) for rating in given if rating.reason == "repeat"}
+        old = [_pictures_of(rating) for rating in given[:-REPEAT_AFTER] if rating.reason != "repeat"]
+        old = [pictures for pictures in old if pictures not in again and not self._leases.keys() & set(pictures)]
+        self._repeat_at = len(given) + int(self._rng.integers(*REPEAT_EVERY, endpoint=True))
+        return old[int(self._rng.integers(len(old)))] if old else ()
+
     def _hand_out(self, ids: tuple[int, ...], reason: str, now: float) -> Asked:
         self._leases.update(dict.fromkeys(ids, now + LEASE))
-        return Asked(uuid.uuid4().hex, ids, reason)
+        asked = Asked(uuid.uuid4().hex, ids, reason)
+        self._reasons[asked.token] = reason
+        return asked
+
+    def reason_of(self, token: str) -> str:
+        """Why this was asked; "picked" of what nobody here asked."""
+        return self._reasons.get(token, "picked")
 
     def _by_chance(self, count: int, pairs: bool, prompt: str | None, taken: set[int]) -> list[tuple[int, ...]]:
         fresh = [p.id for p in self.gallery.pictures if p.id not in taken and (prompt is None or p.prompt == prompt)]
@@ -110,7 +135,7 @@ class LiveOpinion:
         with self._lock:
             known = [replace(rating, predicted=self._predict(rating)) for rating in ratings]
             new = self.project.add_ratings(self.opinion, known)
-            self._reload()
+            self.reload()
             for rating in ratings:
                 for picture in (rating.first, rating.second):
                     self._leases.pop(picture or 0, None)
@@ -119,10 +144,11 @@ class LiveOpinion:
     def undo(self, token: str) -> Rating | None:
         with self._lock:
             taken_back = self.project.undo(self.opinion, token)
-            self._reload()
+            self.reload()
             return taken_back
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Read the answers anew, where somebody else may have written some."""
         self.ratings = self.project.ratings(self.opinion)
 
     def _predict(self, rating: Rating) -> float | None:
@@ -145,14 +171,15 @@ class LiveOpinion:
             ratings, space = self.ratings, self.gallery.space
             stars, pairs = self._answers(ratings, space.size)
             seen = self._seen() | self._leases.keys()
-            before = self.taste.choices if self.taste is not None and len(self.taste.answers) >= 2 * REPEAT_AFTER else None
+            before = self.taste.choices if self.taste is not None and len(self.taste.answers) >= WEIGHED else None
         answers = Answers.of([s[:2] for s in stars], [p[:3] for p in pairs], self.opinion.levels)
         taste = Taste(space, answers, near=before)
         fresh = np.array([row for row in range(space.size) if self.gallery.pictures[row].id not in seen], dtype=int)
         chosen = {}
         for in_pairs in (False, True):
-            again = self._repeatable(ratings, in_pairs, space.size)
-            chosen[in_pairs] = choose(taste, fresh, space.size, QUEUE, pairs=in_pairs, repeatable=again, rng=self._rng)
+            chosen[in_pairs] = choose(
+                taste, fresh, space.size, QUEUE, pairs=in_pairs, rng=self._rng, at_random=len(answers) < FIRST_BY_CHANCE
+            )
         with self._lock:
             self.taste, self._queues, self.learned = taste, chosen, len(ratings)
 
@@ -192,13 +219,6 @@ class LiveOpinion:
         known = [r for r in ratings if r.first in row and (r.second is None or r.second in row)][-MOST_LEARNED:]
         stars = [(row[r.first], r.value, r) for r in known if r.mode == "stars"]
         return stars, [(row[r.first], row[r.second], r.value, r) for r in known if r.mode == "pair" and r.second is not None]
-
-    def _repeatable(self, ratings: Sequence[Rating], pairs: bool, size: int) -> list[tuple[int, ...]]:
-        mode = "pair" if pairs else "stars"
-        own = [_pictures_of(rating) for rating in ratings if rating.mode == mode and rating.reason != "repeat"]
-        again = {_pictures_of(rating) for rating in ratings if rating.reason == "repeat"}
-        rows = ([self.gallery.row_of.get(p, size) for p in pictures] for pictures in own[:-REPEAT_AFTER] if pictures not in again)
-        return [tuple(places) for places in rows if max(places) < size]
 
     def _seen(self) -> set[int]:
         return {picture for rating in self.ratings for picture in _pictures_of(rating)}

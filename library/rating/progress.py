@@ -14,10 +14,11 @@ from library.measuring.statistics import Interval
 from library.rating.space import FeatureSpace
 from library.rating.taste import Answers, Choice, Taste
 
-FEWEST = 12  # answers before anything is said about how well they are predicted
+FEWEST = 20  # answers before anything is said about how well they are predicted
+FEWEST_BY_CHANCE = 10  # of them, that were asked at random
 FOLDS = 10
 CURVE_SIZES = (10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)
-CURVE_DRAWS = 4
+CURVE_DRAWS = 8
 BOOTSTRAPS = 300
 FEWEST_REPEATS = 4
 NEAR_ENOUGH = 0.9  # of the ceiling
@@ -157,9 +158,9 @@ def learning_curve(
             learned[rng.choice(count, size, replace=False)] = True
             taste = Taste(space, answers.part(learned[:stars], learned[stars:]), choices)
             asked = answers.part((~learned & at_random)[:stars], (~learned & at_random)[stars:])
-            if len(asked.rated) >= 4:
+            if len(asked.rated) >= 6:
                 values.append(rank_correlation(taste.means(asked.rated), asked.stars))
-            elif len(asked.first) >= 4:
+            elif len(asked.first) >= 6:
                 leads = taste.means(asked.first) - taste.means(asked.second)
                 values.append(pair_accuracy(leads, asked.preference))
         if len(values) > 1:
@@ -230,7 +231,7 @@ def measure_progress(
     own[:stars] &= not pairs
     own[stars:] &= pairs
     basis = {"answers": count, "measure": "accuracy" if pairs else "rank correlation", "repeats": len(repeats), "drift": drift}
-    if own.sum() < 8 or count < FEWEST:
+    if own.sum() < FEWEST_BY_CHANCE or count < FEWEST:
         progress = Progress(**basis)
         verdict, words = say(progress)
         return Progress(**basis, verdict=verdict, words=words)

@@ -1,0 +1,224 @@
+"""The page, by a simulated person in a real browser: how few ratings make a slider, and what the running scorer says of itself.
+
+    python -m benchmarks.rating session --scores brightness --seeds 0           # rate 60 pictures on the page, train, measure
+    python -m benchmarks.rating curves --folder PROJECT --seeds 0 1 2            # ratings in random and in chosen order, stars and pairs
+
+A session needs Playwright and Chromium (`--chromium`, where Debian has it). The person has a true score of pixels, gives stars with an
+error of 0.4 standard deviations, and sees what the page shows: nothing is handed to the scorer but keys that are pressed.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import ROOT
+from examples.shapes.scores import SCORES
+from library.rating.choice import choose
+from library.rating.live import LEARN_EVERY
+from library.rating.progress import measure_progress, rank_correlation
+from library.rating.space import FeatureSpace
+from library.rating.store import Project, StoredPicture
+from library.rating.taste import Answers, Taste
+from tests.helpers.rating_project import served, stars_of
+from tools.rate import EMBEDDED, RateConfig, embedded_prompts, make_recipe, make_source
+
+NOISE = 0.4  # standard deviation of an answer's error, where pictures' true scores have 1
+TIE = 0.25  # a lead below which the person calls two pictures equal
+SIZES = (20, 40, 60, 100, 200)
+CHROMIUM = "/usr/bin/chromium"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def true_worth(project: Project, pictures: Sequence[StoredPicture], score: str) -> np.ndarray:
+    """What the person thinks of pictures [N], in standard deviations."""
+    values = []
+    for picture in pictures:
+        array = np.asarray(Image.open(project.path_of(picture.file)).convert("RGB"), dtype=np.float32) / 255
+        values.append(SCORES[score](torch.from_numpy(array).permute(2, 0, 1)[None]).item())
+    worth = np.array(values)
+    return (worth - worth.mean()) / worth.std()
+
+
+def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One person, from an empty folder to a slider that is measured by the true score."""
+    from playwright.sync_api import sync_playwright
+
+    folder = args.folder / f"{score}-{seed}"
+    project = Project(folder)
+    config = RateConfig(scorer_steps=args.scorer_steps, train_steps=args.train_steps)
+    prompts = embedded_prompts(folder)
+    recipe = make_recipe(config, str(EMBEDDED), prompts)
+    judges = [f"examples.shapes.scores:{score}", "examples.shapes.judge:caption_obeyed"]
+    recipe.check["evaluation"].update({"judges": judges, "num_prompts": 12, "seeds_per_prompt": 3, "multipliers": [-1.0, 0.0, 1.0]})  # pyright: ignore[reportAttributeAccessIssue]
+    rng, started = np.random.default_rng(seed), time.monotonic()
+    with served(project, recipe=recipe, source=dict(make_source(config, str(EMBEDDED), prompts))) as (address, workbench):
+        while len(workbench.gallery.pictures) < args.pictures:
+            assert workbench.worker.get("state") != "error", workbench.worker
+            time.sleep(1)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1440, "height": 900})
+            page.goto(address)
+            began = time.monotonic()
+            for _ in range(args.ratings):
+                image = page.wait_for_selector(".stage figure img", timeout=120_000)
+                assert image is not None
+                source = str(image.get_attribute("src"))
+                workbench.gallery.refresh()
+                worth = true_worth(project, workbench.gallery.pictures, score)
+                own = float(worth[workbench.gallery.row_of[int(source.rpartition("/")[2])]])
+                page.keyboard.press(str(stars_of(own, rng, NOISE)))
+                page.wait_for_function("s => document.querySelector('.stage figure img')?.getAttribute('src') !== s", arg=source)
+            rating_seconds = time.monotonic() - began
+            live = workbench.opinion("beauty")
+            while live.measured < args.ratings - 2 * LEARN_EVERY:
+                time.sleep(0.5)
+            worth = true_worth(project, workbench.gallery.pictures, score)
+            rated = {workbench.gallery.row_of[rating.first] for rating in live.ratings}
+            rest = np.array([row for row in range(live.taste.size if live.taste else 0) if row not in rated])
+            found: dict[str, Any] = {
+                "score": score,
+                "seed": seed,
+                "ratings": args.ratings,
+                "rating_seconds": round(rating_seconds, 1),
+                "page": live.progress.to_dict(),
+                "true_srcc_of_unrated": rank_correlation(live.worths()[0][rest], worth[rest]),
+            }
+            page.goto(f"{address}/#train")
+            page.get_by_role("button", name="Train", exact=True).click()
+            seen = ""
+            while seen not in ("done", "failed", "stopped"):
+                page.wait_for_timeout(3000)
+                run = workbench.runs.latest(live.opinion)
+                seen = (
+                    ""
+                    if run is None
+                    else json.loads((run / "progress.json").read_text())["state"]
+                    if (run / "progress.json").exists()
+                    else ""
+                )
+                if run is not None and args.shots and list((run / "slider" / "sample").glob("*.png")):
+                    page.screenshot(path=args.shots / "train_running.png")
+            page.wait_for_timeout(3000)
+            if args.shots:
+                for width in (1440, 1024, 390):
+                    page.set_viewport_size({"width": width, "height": 900 if width > 400 else 844})
+                    page.wait_for_timeout(500)
+                    page.screenshot(path=args.shots / f"train_{width}.png")
+            browser.close()
+        assert seen == "done", (folder, seen)
+        run = workbench.runs.latest(live.opinion)
+    measured = json.loads((run / "check" / "evaluation.json").read_text())["sliders"][0]
+    for name, response in measured["responses"].items():
+        found[name] = (
+            response["gains_std"] if response["role"] != "share" and "obeyed" not in name else [mean[0] for mean in response["means"]]
+        )
+    return found | {"minutes": round((time.monotonic() - started) / 60, 1)}
+
+
+def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
+    """True rank correlation on 300 pictures that are never asked about, at SIZES answers, in each order and mode."""
+    pictures = project.pictures()
+    space, worth = FeatureSpace(np.stack([picture.features for picture in pictures])), true_worth(project, pictures, score)
+    order = np.random.default_rng(seed).permutation(len(worth))
+    asked_of, test = order[:-300], order[-300:]
+    rows = []
+    for pairs in (False, True):
+        for at_random in (True, False):
+            rng = np.random.default_rng([seed, pairs])
+            answers: list[tuple[Any, ...]] = []
+            reasons: list[bool] = []
+            seen: set[int] = set()
+            taste = Taste(space, Answers.of())
+            while len(answers) < SIZES[-1]:
+                fresh = np.array([row for row in asked_of if row not in seen])
+                questions = choose(taste, fresh, len(worth), LEARN_EVERY, pairs=pairs, rng=rng, at_random=at_random)
+                if not questions:
+                    break
+                for question in questions:
+                    seen.update(question.pictures)
+                    felt = worth[list(question.pictures)] + NOISE * rng.normal(size=len(question.pictures))
+                    value = float(np.clip(round(1.2 * felt[0] + 3), 1, 5))
+                    if pairs:
+                        value = 0.5 if abs(felt[0] - felt[1]) < TIE else float(felt[0] > felt[1])
+                    answers.append((*question.pictures, value))
+                    reasons.append(question.reason == "random")
+                told = Answers.of(pairs=answers) if pairs else Answers.of(answers)
+                taste = Taste(space, told, near=taste.choices if len(answers) > 4 * LEARN_EVERY else None)
+                if len(answers) in SIZES:
+                    row = {
+                        "score": score,
+                        "seed": seed,
+                        "mode": "pairs" if pairs else "stars",
+                        "order": "random" if at_random else "chosen",
+                    }
+                    row |= {"answers": len(answers), "true_srcc": rank_correlation(taste.means(test), worth[test])}
+                    if not pairs:  # what the page says of itself, and the same figure on new answers of this person
+                        page = measure_progress(
+                            space,
+                            told,
+                            taste.choices,
+                            at_random=np.array(reasons),
+                            ahead=np.full(len(answers), np.nan),
+                            repeats=np.zeros((0, 2)),
+                        )
+                        new = np.clip(np.round(1.2 * (worth[test] + NOISE * rng.normal(size=len(test))) + 3), 1, 5)
+                        row |= {"page": None if page.held_out is None else page.held_out.to_list()}
+                        row |= {"on_new_answers": rank_correlation(taste.means(test), new)}
+                    rows.append(row)
+    return rows
+
+
+def curve_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean of the true rank correlation over scores and seeds, and a 95 % interval of that mean."""
+    lines = ["| mode | order | " + " | ".join(map(str, SIZES)) + " |", "|---|---|" + "---|" * len(SIZES)]
+    for mode in ("stars", "pairs"):
+        for order in ("random", "chosen"):
+            cells = []
+            for size in SIZES:
+                values = [r["true_srcc"] for r in rows if (r["mode"], r["order"], r["answers"]) == (mode, order, size)]
+                half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+                cells.append(f"{np.mean(values):.3f} ± {half:.3f}" if values else "")
+            lines.append(f"| {mode} | {order} | " + " | ".join(cells) + " |")
+    honest = [r["page"][1] <= r["on_new_answers"] <= r["page"][2] for r in rows if r.get("page")]
+    if honest:
+        lines.append(f"\nThe page's interval holds the figure on new answers in {sum(honest)} of {len(honest)} cases.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("session", "curves"))
+    parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=["brightness", "size", "warmth"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ratings", type=int, default=60)
+    parser.add_argument("--pictures", type=int, default=160, help="that a session waits for; of curves, those of the project in --folder")
+    parser.add_argument("--scorer_steps", type=int, default=None)
+    parser.add_argument("--train_steps", type=int, default=None)
+    parser.add_argument("--folder", type=Path, default=ROOT / "output" / "rating_benchmark")
+    parser.add_argument("--chromium", default=CHROMIUM)
+    parser.add_argument("--shots", type=Path, default=None, help="folder for screenshots of a session")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for score in args.scores:
+        for seed in args.seeds:
+            rows += [session(score, seed, args)] if args.part == "session" else curves(score, seed, Project(args.folder))
+            (RESULTS / f"rating_{args.part}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(rows[-1]), flush=True)
+    if args.part == "curves":
+        print(curve_table(rows))
+        (RESULTS / "rating_curves.md").write_text(curve_table(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Training from the page: the TOML files of the two scripts, the process that runs them, and what the page shows of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.atomic_files import atomic_write_text, only_process
+from library.errors import UserError
+from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json
+from library.rating.store import Opinion, Project
+from library.rating.tables import write_tables
+
+RUNS = "runs"
+FEWEST = 20  # answers that a training is begun with
+LOG_TAIL = 60_000  # bytes
+CURVES = ("running_gain_at_+1", "running_gain_at_-1", "gain_at_+1", "gain_at_-1")
+WARNING = re.compile(r"^WARNING: (.*)$", re.MULTILINE)
+ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
+FILES: Mapping[str, tuple[str, str]] = {  # what the page may ask for: its place in the run, and its type
+    "slider.safetensors": ("slider/slider.safetensors", "application/octet-stream"),
+    "slider.json": ("slider/slider.json", "application/json"),
+    "scorer.safetensors": ("scorer/scorer.safetensors", "application/octet-stream"),
+    "scorer.toml": ("scorer.toml", "text/plain"),
+    "slider.toml": ("slider.toml", "text/plain"),
+    "check.toml": ("check.toml", "text/plain"),
+    "report.html": ("check/report.html", "text/html"),
+    "grid.png": ("check/grid.png", "image/png"),
+    "calibration.png": ("slider/slider_calibration.png", "image/png"),
+    "log.txt": ("log.txt", "text/plain"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the scripts are to be set, beside what follows from the project: values by section, for each of the three.
+
+    Attributes:
+        model: checkpoint or diffusers folder. prompts_file: what the slider is trained on.
+        scorer, slider, check: of train_latent_scorer.py, train_leco_score.py and tools/evaluate_slider.py.
+    """
+
+    model: str
+    prompts_file: str | None
+    scorer: Mapping[str, Mapping[str, Any]]
+    slider: Mapping[str, Mapping[str, Any]]
+    check: Mapping[str, Mapping[str, Any]]
+
+
+def toml_text(script: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A config file of a script. JSON's texts, numbers and lists are TOML's, too."""
+    lines = [f"# script: {script}"]
+    for title, values in sections.items():
+        lines += ["", f"[{title}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def merged(*parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sections joined; later values count."""
+    result: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for title, values in part.items():
+            result.setdefault(title, {}).update(values)
+    return result
+
+
+class Runs:
+    """The trainings of a project, one at a time: `runs/OPINION-NUMBER/` each."""
+
+    def __init__(self, project: Project, recipe: Recipe) -> None:
+        self.project, self.recipe, self.folder = project, recipe, project.folder / RUNS
+
+    def latest(self, opinion: Opinion) -> Path | None:
+        """The newest run of an opinion."""
+        own = [path for path in self.folder.glob(f"{slug(opinion)}-*") if re.fullmatch(rf"{re.escape(slug(opinion))}-\d+", path.name)]
+        return max(own, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def running(self) -> Path | None:
+        """The run that trains now, whoever started it."""
+        return next((path for path in self.folder.glob("*") if is_running(path)), None)
+
+    def start(self, opinion: Opinion) -> Path:
+        """Write tables and TOML files, and train. Raises UserError if that cannot be done now."""
+        if (busy := self.running()) is not None:
+            raise UserError(f"{busy.name} is being trained; one training at a time: stop it, or wait for it")
+        if self.recipe.prompts_file is None:
+            raise UserError("a slider is trained on prompts, and there are none; start the page with --prompts_file")
+        answers = [rating for rating in self.project.ratings(opinion) if rating.mode != "skip"]
+        if len(answers) < FEWEST:
+            raise UserError(f"{opinion.name} has {len(answers)} answers; give at least {FEWEST}")
+        last = self.latest(opinion)
+        folder = self.folder / f"{slug(opinion)}-{1 if last is None else int(last.name.rpartition('-')[2]) + 1}"
+        ratings, pairs = write_tables(self.project, opinion, folder)
+        sections = self.toml(folder, ratings, pairs)
+        scripts = {"scorer": "train_latent_scorer.py", "slider": "train_leco_score.py", "check": "tools/evaluate_slider.py"}
+        for name, script in scripts.items():
+            atomic_write_text(folder / f"{name}.toml", toml_text(script, sections[name]))
+        steps = {name: [script, "--config_file", str(folder / f"{name}.toml")] for name, script in scripts.items()}
+        atomic_write_text(folder / PLAN, json.dumps({"opinion": opinion.name, "answers": len(answers), "steps": steps}, indent=1))
+        launch(folder)
+        return folder
+
+    def toml(self, folder: Path, ratings: Path | None, pairs: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
+        """The values of the three TOML files, by section. Stars are learned as ordered levels, pairs as choices; where there are both, in
+        one backbone, and the score is that of the stars."""
+        recipe = self.recipe
+        data: dict[str, Any] = {"train_data_file": str(ratings or pairs), "image_dir": str(self.project.folder)}
+        data["criterion"] = "ordinal" if ratings is not None else "pairwise"
+        if ratings is not None and pairs is not None:
+            mixture = folder / "dataset.toml"
+            parts = [("stars", "ordinal", "table", ratings), ("pairs", "pairwise", "pairs", pairs)]
+            tables = [
+                f'[[datasets]]\nname = "{name}"\ncriterion = "{criterion}"\n[[datasets.subsets]]\nreader = "{reader}"\n'
+                f"path = {json.dumps(str(path))}\nimage_dir = {json.dumps(str(self.project.folder))}\n"
+                for name, criterion, reader, path in parts
+            ]
+            atomic_write_text(mixture, "\n".join(tables))
+            data = {"train_data_file": str(mixture)}
+        model = {"model": {"pretrained_model_name_or_path": recipe.model}}
+        data["cache_dir"] = str(self.project.folder / "latent_cache")
+        scorer, slider = folder / "scorer" / "scorer.safetensors", folder / "slider" / "slider.safetensors"
+        return {
+            "scorer": merged(model, recipe.scorer, {"data": data, "output": _output(scorer)}),
+            "slider": merged(
+                model,
+                recipe.slider,
+                {
+                    "score": {"scorer": [str(scorer)]},
+                    "rollout": {"prompts_file": recipe.prompts_file},
+                    "saving": {**_output(slider), "save_state": True, "resume": "auto"},
+                },
+            ),
+            "check": merged(
+                model,
+                recipe.check,
+                {
+                    "evaluation": {
+                        "network_weights": [str(slider)],
+                        "scorer": [str(scorer)],
+                        "prompts_file": recipe.prompts_file,
+                        "output_dir": str(folder / "check"),
+                    }
+                },
+            ),
+        }
+
+    def stop(self) -> None:
+        """Interrupt the run that trains: its script saves the best so far, and `resume` goes on."""
+        folder = self.running()
+        if folder is not None:
+            interrupt(folder)
+
+    def resume(self, opinion: Opinion) -> None:
+        """Go on with an opinion's newest run. Raises UserError if there is nothing to go on with."""
+        folder = self.latest(opinion)
+        if folder is None or read_json(folder / PROGRESS).get("state") == "done":
+            raise UserError(f"there is no training of {opinion.name} to go on with; start one")
+        if (busy := self.running()) is not None:
+            raise UserError(f"{busy.name} is being trained already")
+        kill_orphans(folder)
+        launch(folder)
+
+
+def launch(folder: Path) -> None:
+    """Start the runner in a session of its own: it goes on when the page's server ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "library.rating.runner", str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    atomic_write_text(folder / "pid", str(process.pid))
+    _children.append(process)
+
+
+_children: list[subprocess.Popen] = []  # so that those that ended are waited for
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a runner holds this run."""
+    for child in _children:
+        child.poll()
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with only_process(folder / LOCK, ""):
+            return False
+    except (UserError, OSError):
+        return True
+
+
+def interrupt(folder: Path) -> None:
+    """As Ctrl-C to the runner, which hands it on."""
+    try:
+        os.kill(int((folder / "pid").read_text(encoding="ascii")), signal.SIGINT)
+    except (OSError, ValueError):
+        return
+
+
+def kill_orphans(folder: Path) -> None:
+    """End a script whose runner was killed: it belongs to the runner's process group."""
+    if os.name == "posix" and not is_running(folder):
+        try:
+            os.killpg(int((folder / "pid").read_text(encoding="ascii")), signal.SIGKILL)
+        except (OSError, ValueError):
+            return
+
+
+def slug(opinion: Opinion) -> str:
+    """An opinion's name as that of a folder."""
+    return re.sub(r"\W+", "-", opinion.name.lower()).strip("-") or f"opinion-{opinion.id}"
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the page shows of a run, as JSON values."""
+    plan, progress = read_json(folder / PLAN), read_json(folder / PROGRESS)
+    state = progress.get("state", "starting")
+    if state in ("running", "starting") and not is_running(folder):
+        state = "interrupted" if progress else "starting"
+    step = progress.get("step", "")
+    log = _tail(folder / LOG)
+    errors = ERROR.findall(log)
+    scorer, slider = (_metrics(folder / name / "metrics.jsonl") for name in ("scorer", "slider"))
+    previews = sorted((folder / "slider" / "sample").glob("slider_*.png"))
+    card = read_json(folder / "slider" / "slider.json")
+    return {
+        "name": folder.name,
+        "state": state,
+        "step": step,
+        "done": progress.get("done", []),
+        "answers": plan.get("answers"),
+        "warnings": list(dict.fromkeys(WARNING.findall(log)))[-8:],
+        "error": errors[-1] if state == "failed" and errors else "",
+        "log": log[-4000:],
+        "progress": {"scorer": _progress(folder, "scorer", scorer), "slider": _progress(folder, "slider", slider)},
+        "curves": {name: [[line["step"], line[name]] for line in slider if line.get(name) is not None] for name in CURVES},
+        "loss": [[line["step"], line["loss/score"]] for line in scorer if line.get("loss/score") is not None][-400:],
+        "preview": previews[-1].name if previews else "",
+        "toml": {name: _text(folder / f"{name}.toml") for name in ("scorer", "slider", "check")},
+        "commands": [f"python {' '.join(words)}" for words in plan.get("steps", {}).values()],
+        "description": card.get("description", ""),
+        "weight": card.get("preferred weight"),
+        "files": [name for name, (place, _) in FILES.items() if (folder / place).is_file()],
+    }
+
+
+def file_of(folder: Path, name: str) -> tuple[Path, str] | None:
+    """A file that the page may have, and its type; None for every other name."""
+    if re.fullmatch(r"slider_\d{6,9}\.png", name):
+        place, kind = f"slider/sample/{name}", "image/png"
+    elif name in FILES:
+        place, kind = FILES[name]
+    else:
+        return None
+    return (folder / place, kind) if (folder / place).is_file() else None
+
+
+def _output(path: Path) -> dict[str, str]:
+    return {"output_dir": str(path.parent), "output_name": path.stem}
+
+
+def _progress(folder: Path, name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    match = re.search(r"^max_train_steps = (\d+)", _text(folder / f"{name}.toml"), re.MULTILINE)
+    return {"step": lines[-1]["step"] + 1 if lines else 0, "of": int(match[1]) if match else 0}
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in _text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a last line that a kill cut short
+        lines.append({key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)})
+    return lines
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

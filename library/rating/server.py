@@ -1,0 +1,217 @@
+"""The page's server: what the browser asks for, as JSON, and pictures and files by names that we gave them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from library.errors import UserError
+from library.rating.guard import Guard
+from library.rating.runs import file_of
+from library.rating.store import Rating
+from library.rating.tables import import_ratings, pairs_csv, ratings_csv
+from library.rating.workbench import Workbench, question_dict
+
+PAGE = Path(__file__).with_name("page")
+MOST_ASKED, MOST_ANSWERS = 24, 50
+KEPT = "private, max-age=31536000, immutable"  # a picture's number is never given to another one
+REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
+Body = dict[str, Any]
+
+
+def make_app(workbench: Workbench, hosts: tuple[str, ...], token: str | None = None) -> Starlette:
+    """The server as an ASGI application. See `library.rating.guard.Guard` for hosts and token."""
+
+    def state(body: Body) -> Body:
+        first = next(iter(workbench.live.values()))  # for a page that was open on another project
+        return workbench.state(workbench.live.get(str(body.get("opinion")).casefold(), first))
+
+    def ask(body: Body) -> Body:
+        live = workbench.opinion(text(body, "opinion"))
+        count, prompt = body.get("count", 1), body.get("prompt")
+        if not isinstance(count, int) or not 1 <= count <= MOST_ASKED:
+            raise UserError(f"count is {count!r}; it goes from 1 to {MOST_ASKED}")
+        asked = live.ask(count, pairs=body.get("pairs") is True, prompt=prompt if isinstance(prompt, str) and prompt else None)
+        return {"questions": [question_dict(workbench, question) for question in asked]}
+
+    def rate(body: Body) -> Body:
+        live = workbench.opinion(text(body, "opinion"))
+        answers = body.get("answers")
+        if not isinstance(answers, list) or not 0 < len(answers) <= MOST_ANSWERS:
+            raise UserError(f"answers is a list of 1 to {MOST_ANSWERS}")
+        new = workbench.answer(live, [to_rating(live.reason_of, answer) for answer in answers])
+        return {"new": new, "answers": sum(rating.mode != "skip" for rating in live.ratings)}
+
+    def undo(body: Body) -> Body:
+        rating = workbench.opinion(text(body, "opinion")).undo(text(body, "token"))
+        pictures = [] if rating is None else [number for number in (rating.first, rating.second) if number is not None]
+        return {"pictures": [workbench.picture(number) for number in pictures]}
+
+    def look(body: Body) -> Body:
+        return workbench.look(workbench.opinion(text(body, "opinion")))
+
+    def correct(body: Body) -> Body:
+        live = workbench.opinion(text(body, "opinion"))
+        workbench.correct(live, whole(body, "picture"), whole(body, "value"), text(body, "token"))
+        return {}
+
+    def add_opinion(body: Body) -> Body:
+        return {"name": workbench.add_opinion(text(body, "name"), whole(body, "levels")).opinion.name}
+
+    def train(body: Body) -> Body:
+        return {"run": workbench.runs.start(workbench.opinion(text(body, "opinion")).opinion).name}
+
+    def stop(body: Body) -> Body:
+        workbench.runs.stop()
+        return {}
+
+    def resume(body: Body) -> Body:
+        workbench.runs.resume(workbench.opinion(text(body, "opinion")).opinion)
+        return {}
+
+    async def index(request: Request) -> Response:
+        return FileResponse(PAGE / "index.html", headers={"cache-control": "no-store"})
+
+    async def picture(request: Request) -> Response:
+        row = workbench.gallery.row_of.get(request.path_params["number"])
+        if row is None:
+            return PlainTextResponse("there is no such picture", status_code=404)
+        path = workbench.project.path_of(workbench.gallery.pictures[row].shown)
+        if not path.is_file():
+            return PlainTextResponse("the picture's file is gone", status_code=404)
+        return FileResponse(path, headers={"cache-control": KEPT})
+
+    async def table(request: Request) -> Response:
+        write = ratings_csv if request.path_params["name"] == "ratings" else pairs_csv
+        try:
+            live = workbench.opinion(request.query_params.get("opinion", ""))
+        except UserError as error:
+            return PlainTextResponse(str(error), status_code=400)
+        content = await run_in_threadpool(write, workbench.project, live.opinion)
+        name = f"{request.path_params['name']}.csv"
+        return Response(content, media_type="text/csv", headers={"content-disposition": f'attachment; filename="{name}"'})
+
+    async def run_file(request: Request) -> Response:
+        try:
+            folder = workbench.runs.latest(workbench.opinion(request.query_params.get("opinion", "")).opinion)
+        except UserError as error:
+            return PlainTextResponse(str(error), status_code=400)
+        found = None if folder is None else file_of(folder, request.path_params["name"])
+        if found is None:
+            return PlainTextResponse("the training has not written this", status_code=404)
+        path, kind = found
+        headers = {"cache-control": "no-store", "content-security-policy": REPORT_POLICY}
+        saved = path.name if path.suffix in (".safetensors", ".json") else None
+        return FileResponse(path, media_type=kind, headers=headers, filename=saved)
+
+    async def import_table(request: Request) -> Response:
+        async def work() -> Body:
+            live = workbench.opinion(request.query_params.get("opinion", ""))
+            content = await request.body()
+
+            def read() -> tuple[int, int]:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder, "table.csv")
+                    path.write_bytes(content)
+                    return import_ratings(workbench.project, live.opinion, path)
+
+            new, missing = await run_in_threadpool(read)
+            live.reload()
+            return {"new": new, "missing": missing}
+
+        return await answered(work)
+
+    functions = {
+        "state": state,
+        "ask": ask,
+        "rate": rate,
+        "undo": undo,
+        "look": look,
+        "correct": correct,
+        "opinions": add_opinion,
+        "train": train,
+        "stop": stop,
+        "resume": resume,
+    }
+    routes = [
+        Route("/", index),
+        *(Route(f"/api/{name}", in_thread(function), methods=["POST"]) for name, function in functions.items()),
+        Route("/api/import", import_table, methods=["POST"]),
+        Route("/pictures/{number:int}", picture),
+        Route("/tables/{name}.csv", table),
+        Route("/run/{name}", run_file),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, token=token)])
+
+
+def in_thread(function: Callable[[Body], Body]) -> Callable[[Request], Awaitable[Response]]:
+    """A function of a JSON object as an endpoint; what it refuses is a sentence with code 400."""
+
+    async def endpoint(request: Request) -> Response:
+        async def work() -> Body:
+            try:
+                body = await request.json()
+            except (ValueError, RecursionError) as error:
+                raise UserError("the request is no JSON") from error
+            if not isinstance(body, dict):
+                raise UserError("the request is no JSON object")
+            return await run_in_threadpool(function, body)
+
+        return await answered(work)
+
+    return endpoint
+
+
+async def answered(work: Callable[[], Awaitable[Body]]) -> Response:
+    try:
+        return JSONResponse(await work(), headers={"cache-control": "no-store"})
+    except UserError as error:
+        return JSONResponse({"error": str(error)}, status_code=400)
+    except ClientDisconnect:
+        return JSONResponse({}, status_code=400)
+
+
+def to_rating(reason_of: Callable[[str], str], answer: object) -> Rating:
+    """An answer of the page. Raises UserError for what cannot be one; the rest is the store's to check."""
+    if not isinstance(answer, dict):
+        raise UserError("an answer is a JSON object")
+    pictures, value = answer.get("pictures"), answer.get("value")
+    numbers = (
+        isinstance(pictures, list) and len(pictures) in (1, 2) and all(type(number) is int and 0 < number < 2**62 for number in pictures)
+    )
+    if not numbers or not (value is None or type(value) in (int, float)):
+        raise UserError("an answer names one or two pictures, and its value is a number")
+    token = text(answer, "token")
+    return Rating(
+        token=token,
+        mode=text(answer, "mode"),
+        first=pictures[0],  # pyright: ignore[reportOptionalSubscript]
+        second=pictures[1] if len(pictures) == 2 else None,  # pyright: ignore[reportOptionalSubscript, reportArgumentType]
+        value=value,
+        reason=reason_of(token),
+    )
+
+
+def text(body: Body, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{name} is {value!r:.60}; give a text")
+    return value
+
+
+def whole(body: Body, name: str) -> int:
+    value = body.get(name)
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise UserError(f"{name} is {value!r:.60}; give a whole number")
+    return value
