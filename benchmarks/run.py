@@ -110,7 +110,7 @@ def measure(case: Case) -> dict[str, Any]:
         setattr(found[TRAIN], name, getattr(found[TRAIN], name) + getattr(found[LOAD], name))
         setattr(found[LOAD], name, 0)
     parts = {name: asdict(counts) | {"evaluations": counts.evaluations} for name, counts in found.items()}
-    samples = counter["updates"] * config.rollout.train_batch_size * config.training.gradient_accumulation_steps
+    samples = counter["updates"] * config.rollout.batch_size * config.training.gradient_accumulation_steps
     total = sum(part["evaluations"] for part in parts.values())
     return {
         "case": case.name,
@@ -118,7 +118,7 @@ def measure(case: Case) -> dict[str, Any]:
         "words": [word.removeprefix(f"{ROOT}{os.sep}") for word in case.words],
         "max_train_steps": config.training.max_train_steps,
         "updates": counter["updates"],
-        "train_batch_size": config.rollout.train_batch_size,
+        "train_batch_size": config.rollout.batch_size,
         "graded_samples": samples,
         "evaluations": total,
         "evaluations_a_sample": total / samples,

@@ -59,7 +59,7 @@ class Step:
 
     def __init__(self, config: LecoScoreConfig, accelerator: Accelerator) -> None:
         self.accelerator, self.max_grad_norm = accelerator, config.optimizer.max_grad_norm
-        self.batch_size = config.rollout.train_batch_size
+        self.batch_size = config.rollout.batch_size
         made = prepare(config, accelerator)
         self.model, self.network, self.terms = made.model, made.network, made.terms
         check_attention(self.model, "xformers" if config.training.xformers else "sdpa")
@@ -229,7 +229,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--random_weights", choices=FAMILIES, help="measure a family's published size with random weights")
     parser.add_argument("--tiny", action="store_true", help="with --random_weights: the model of the tests, with latents of 8 x 8")
-    parser.add_argument("--train_batch_size", nargs="+", type=int, default=[RolloutConfig().train_batch_size])
+    parser.add_argument("--train_batch_size", nargs="+", type=int, default=[RolloutConfig().batch_size])
     parser.add_argument("--gradient_checkpointing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--scorer_size", default="base", help="size of the untrained scorer: tiny, small or base")
     parser.add_argument("--warm_up_steps", type=int, default=3, help="steps before the timed ones")

@@ -59,10 +59,10 @@ def test_every_combination_is_measured_and_written(tmp_path: Path) -> None:
 
 def test_the_trainers_own_defaults_are_measured() -> None:
     given, settings = step.parse([*TINY, *QUICK])
-    assert given.train_batch_size == [RolloutConfig().train_batch_size]
+    assert given.train_batch_size == [RolloutConfig().batch_size]
     made = step.build_step(given, settings)[0]
     assert type(made.terms["score"].objective.estimator) is ESTIMATORS[ScoreConfig().score_estimator]  # type: ignore[attr-defined]
-    assert made.batch_size == RolloutConfig().train_batch_size
+    assert made.batch_size == RolloutConfig().batch_size
 
 
 def test_what_a_rollout_samples_counts_into_its_evaluations() -> None:

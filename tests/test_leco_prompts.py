@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.prompts.leco_files import LecoSetting, is_leco_file, load_leco_settings
+from library.prompts.leco_files import LecoSetting, is_leco_file, load_leco_settings, unused_leco_keys
 
 Write = Callable[[str], Path]
 
@@ -216,6 +216,27 @@ def test_what_cannot_be_understood_is_refused(write: Write, text: str, message: 
 def test_a_missing_file_is_a_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_leco_settings(tmp_path / "none.toml")
+
+
+def test_leco_in_yaml_is_the_same(write: Write, tmp_path: Path) -> None:
+    path = tmp_path / "leco.yaml"
+    path.write_text('- target: "a"\n  positive: # the target\n  neutral: ""\n  resolution: [96, 64]\n  action: enhance\n', encoding="utf-8")
+    assert is_leco_file(path)
+    in_toml = write('[[prompts]]\ntarget = "a"\nneutral = ""\nresolution = [96, 64]\naction = "enhance"\n')
+    assert load_leco_settings(path) == load_leco_settings(in_toml)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ('guidance_scale = 2\n[[prompts]]\ntarget = "a"\nweight = 2\naction = "erase"', ["action", "guidance_scale"]),
+        ('[slider]\n[[slider.targets]]\npositive = "b"\nresolution = 64', ["positive"]),
+        ('target_class = "a"\nnegative = "b"', ["negative"]),
+        ('[[prompts]]\nprompt = "a"\nguidance_scale = 3', []),
+    ],
+)
+def test_keys_that_only_leco_reads(write: Write, text: str, keys: list[str]) -> None:
+    assert unused_leco_keys(write(text)) == keys
 
 
 @pytest.mark.parametrize(

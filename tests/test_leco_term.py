@@ -12,11 +12,13 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.objectives.base import TrainingContext
+from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.terms.leco import LecoConfig, LecoTerm, possible_sizes, random_crops, with_statistics_of
 from library.prompts.leco_files import LecoSetting
 from library.rollouts.belt import Belt
-from library.types import RolloutBatch
+from library.types import PromptSpec, RolloutBatch
 from tests.helpers.context import assert_resumes, evaluations_of, make_context, train_steps
+from tests.helpers.scorers import a_scorer
 
 SETTINGS = [
     LecoSetting(target="a red circle", positive="a red circle", action="erase", guidance_scale=1.5),
@@ -253,7 +255,13 @@ def test_statistics_are_those_of_the_model() -> None:
 def test_what_is_not_used_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make_term(make_context(), [LecoSetting(target="a", positive="b", batch_size=4, dynamic_crops=True)])
-    assert "train_batch_size is 3" in caplog.text and "only SDXL" in caplog.text
+    assert "have 3 trajectories" in caplog.text and "only SDXL" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "count"), [(None, 4), (2, 2)])
+def test_the_files_batch_size_counts_unless_one_is_given(given: int | None, count: int) -> None:
+    settings = [LecoSetting(target=name, positive="b", batch_size=size) for name, size in (("a", 1), ("c", 4), ("d", None))]
+    assert len(make_term(make_context(train_batch_size=given), settings)().sample_losses) == count
 
 
 @pytest.fixture
@@ -264,6 +272,16 @@ def leco_file(tmp_path: Path) -> Callable[[], Path]:
         return path
 
     return write
+
+
+@pytest.mark.parametrize(("objective", "warns"), [((), False), (("leco",), False), (("score",), True)])
+def test_keys_of_an_objective_in_use_are_not_complained_of(
+    leco_file: Callable[[], Path], caplog: pytest.LogCaptureFixture, objective: tuple[str, ...], warns: bool
+) -> None:
+    scorers = [a_scorer()] if "score" in objective else []
+    context = make_context(prompts_file=str(leco_file()), scorers=scorers, prompts=[PromptSpec(prompt="a")])
+    build_terms(context, ObjectiveConfig(objective=objective))
+    assert ("negative, positive are for objective leco" in caplog.text) is warns
 
 
 def test_build_reads_its_own_file_or_prompts_file(leco_file: Callable[[], Path]) -> None:

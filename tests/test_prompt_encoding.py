@@ -1,13 +1,17 @@
 """Weighted and long prompts as conditioning: against the text encoders called by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import apply_weights
+from library.models.textual_inversion import load_embeddings
 from library.rollouts.prompt_encoder import PromptEncoder, time_ids_of
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import Conditioning, PromptSpec
@@ -48,9 +52,47 @@ def model(request: pytest.FixtureRequest) -> DiffusionModel:
 
 @torch.no_grad()
 def test_plain_prompts_keep_their_bits(model: DiffusionModel) -> None:
-    texts = ["a red circle", "", "Größe 例 🙂, a \\ b: {c|d} -- e", "cat " * 75]
+    texts = ["a red circle", "", "Größe 例 🙂, a b: {c|d} -- e", "cat " * 75]
     assert torch.equal(model.encode_prompts(texts).text, by_hand(model, texts))
     assert torch.equal(model.encode_prompts(["a (red:1.0) [(circle)]"]).text, by_hand(model, ["a red circle"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILY_NAMES)
+def test_words_of_textual_inversion_are_their_vectors(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(kind)
+    plain = model.encode_prompts(["a (red blue:1.3) cat", "red blue"])
+    ids = model.tokenizers[0]("red blue", add_special_tokens=False).input_ids
+    vectors = [encoder.get_input_embeddings().weight[ids].clone() for encoder in model.text_encoders]
+    if kind == "sdxl":
+        save_file(dict(zip(("clip_l", "clip_g"), vectors, strict=True)), tmp_path / "My-Word.safetensors")
+    else:
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors[0]}, "name": "x"}, tmp_path / "My-Word.pt")
+    load_embeddings(model, [tmp_path])
+    found = model.encode_prompts(["a (my-word:1.3) cat", "embedding:My-Word"])
+    assert torch.equal(found.text, plain.text)
+    if plain.pooled is not None and found.pooled is not None:
+        assert torch.equal(found.pooled, plain.pooled)
+    model.expect_prompts(["embedding:my-word"])
+    assert caplog.text == ""
+    model.expect_prompts(["not-my-word AND", "embedding:other"])
+    assert "AND is read as text, in 'not-my-word AND'" in caplog.text and "textual inversion is read as text" in caplog.text
+
+
+def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.zeros(2, 5)}, tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(2, 5, 3)}, tmp_path / "none.safetensors")
+    (tmp_path / "broken.pt").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("other.safetensors", "is 5 wide .* made for another family"),
+        ("none.safetensors", "is no textual-inversion embedding"),
+        ("broken.pt", "is no embedding of plain tensors"),
+        ("gone.pt", "there is no such file"),
+        ("empty", "a folder without embeddings"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_embeddings(tiny_model("sd1"), [tmp_path / name])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
-from library.models.prompt_syntax import apply_weights, tokenize
+from library.models.prompt_syntax import apply_weights, read_as_text, tokenize
 from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.models.vae_slices import in_slices
 from library.types import Conditioning
@@ -149,6 +149,7 @@ class DiffusionModel(ABC):
         clip_skip: as sd-scripts means it: the clip_skip-th hidden state from the end; None is the family's own. Set by `set_clip_skip`.
         embedded_guidance: the guidance scale of a U-Net that takes it as an input (`embeds_guidance`); 1 is none.
         prompt_chunks: prompts are encoded as at least this many chunks of 75 tokens; raised by `expect_prompts`.
+        embeddings: words of textual inversion, in lower case: the places of their tokens behind the tokenizer's.
         num_unet_evaluations: rows that the U-Net has predicted so far; one with gradient counts 3, for its backward pass is about two.
         told_size: whether the U-Net is told the picture's size and crop.
     """
@@ -174,6 +175,7 @@ class DiffusionModel(ABC):
         self.clip_skip: int | None = None
         self.embedded_guidance = 8.0  # of the published latent consistency models
         self.prompt_chunks = 1
+        self.embeddings: dict[str, range] = {}
         self.num_unet_evaluations = 0
 
     def encode_prompts(
@@ -200,8 +202,13 @@ class DiffusionModel(ABC):
         return Conditioning(text, None if pooled is None else pooled[:count], self.time_ids(count, size, time_ids, text.device))
 
     def expect_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise `prompt_chunks` to what these prompts need, so that their conditionings can be joined with each other's."""
+        """Raise `prompt_chunks` to what these prompts need, so that their conditionings can be joined with each other's.
+
+        What other programs would read in them and this one takes for text is named in a warning.
+        """
         assert self.tokenizers, "the text encoders were freed"
+        for name, prompt in read_as_text(prompts, self.embeddings).items():
+            logger.warning("%s is read as text, in %r", name, prompt if len(prompt) < 100 else f"{prompt[:100]}...")
         if prompts:
             self.prompt_chunks = len(self._tokenize(prompts, self.tokenizers[0], self.text_encoders[0])[0])
 
@@ -357,4 +364,4 @@ class DiffusionModel(ABC):
     def _tokenize(self, prompts: Sequence[str], tokenizer: Any, text_encoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """Token ids and their weights, both [N, B, 77], on the CPU."""
         length = text_encoder.config.max_position_embeddings
-        return tokenize(prompts, tokenizer, length, min_chunks=self.prompt_chunks)
+        return tokenize(prompts, tokenizer, length, min_chunks=self.prompt_chunks, embeddings=self.embeddings)

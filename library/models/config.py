@@ -9,6 +9,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.models.registry import FAMILIES
+from library.models.textual_inversion import load_embeddings
 from library.settings.options import check_at_least, option
 
 
@@ -25,6 +26,9 @@ class ModelConfig:
     clip_skip: int | None = option(
         None, help="Take the text encoder's output this many layers before its end (1 = the last layer).", expert=True
     )
+    textual_inversion_embeddings: tuple[Path, ...] = option(
+        (), help="Embeddings (.safetensors, .pt, .bin) or folders of them; prompts name them by the files' names.", expert=True
+    )
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
@@ -33,7 +37,7 @@ class ModelConfig:
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiffusionModel:
         """The model, frozen and in eval mode; see `library.models.loading.load_model`."""
-        return load_model(
+        model = load_model(
             self.pretrained_model_name_or_path,
             family=self.model_family,
             v_parameterization=self.v_parameterization,
@@ -42,3 +46,5 @@ class ModelConfig:
             dtype=dtype,
             device=device,
         )
+        load_embeddings(model, self.textual_inversion_embeddings)
+        return model

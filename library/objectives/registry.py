@@ -1,12 +1,15 @@
 """Which terms a training is made of, and how they are put together."""
 
+import logging
 import math
 from dataclasses import dataclass
 
 from library.errors import UserError
 from library.objectives.base import TERMS, Term, TrainingContext
-from library.prompts.leco_files import is_leco_file
+from library.prompts.leco_files import is_leco_file, unused_leco_keys
 from library.settings.options import key_value_pairs, option
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +48,19 @@ def build_terms(context: TrainingContext, config: ObjectiveConfig) -> dict[str, 
     Raises:
         UserError: a term lacks what it learns from.
     """
-    names = list(dict.fromkeys(config.objective or _default_objective(context)))
+    prompts_file = context.rollout.prompts_file
+    leco_file = context.settings["leco"].leco_prompts_file or prompts_file
+    is_words = not context.reward.goals and leco_file and is_leco_file(leco_file)
+    names = list(dict.fromkeys(config.objective or (["leco"] if is_words else ["score"])))
     if "score" not in names and context.reward.goals:
         raise UserError(f"a scorer is given, but objective is {', '.join(names)}; add score to it, or leave the scorer out")
     if context.settings["anchors"].anchor_prompts_file and "anchors" not in names:
         names.append("anchors")
     if lacking := config.weights.keys() - set(names):
         raise UserError(f"objective_weights has {', '.join(sorted(lacking))}, but objective is {', '.join(names)}; weigh one of these")
+    if prompts_file and (prompts_file != leco_file or "leco" not in names) and (unused := unused_leco_keys(prompts_file)):
+        logger.warning("%s: %s are for objective leco; %s does not use them", prompts_file, ", ".join(unused), " and ".join(names))
     terms = {name: TERMS[name].build(context, context.settings.get(name)) for name in names}
     for name, weight in config.weights.items():
         terms[name].weight = weight
     return terms
-
-
-def _default_objective(context: TrainingContext) -> list[str]:
-    file = context.settings["leco"].leco_prompts_file or context.rollout.prompts_file
-    return ["score"] if context.reward.goals or not (file and is_leco_file(file)) else ["leco"]

@@ -1,6 +1,5 @@
-"""The entries of prompt files: lines with sd-scripts' options, TOML tables, LECO's tables and rows of PartiPrompts become `PromptSpec`s."""
+"""The entries of prompt files: lines with sd-scripts' options, tables, LECO's tables and rows become `PromptSpec`s."""
 
-import csv
 import logging
 import math
 import re
@@ -21,7 +20,8 @@ SIDES = ("width", "height")
 WHOLE = {"seed": 0, "num_steps": 1, "original_width": 1, "original_height": 1, "crop_top": 0, "crop_left": 0}
 LARGEST = 2**53
 KEYS = (*TEXTS, *SIDES, "guidance_scale", "weight", "direction", *WHOLE)
-# sd-scripts' sample prompts, and the size conditioning of its gen_img.py; --direction and --weight are ours.
+# Names in lines: sd-scripts' sample prompts, the size conditioning of its gen_img.py, and A1111's prompts from a file; --direction and
+# --weight are ours.
 LINE_OPTIONS = {
     "n": "negative_prompt",
     "w": "width",
@@ -35,10 +35,26 @@ LINE_OPTIONS = {
     "cl": "crop_left",
     "weight": "weight",
     "direction": "direction",
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "seed": "seed",
+    "cfg_scale": "guidance_scale",
+    "steps": "num_steps",
 }
-SAMPLER_OPTION = "ss"
-# Keys of sd-scripts' LECO files that say the same in other words, and those that only LECO's own objective reads.
-LECO_NAMES = {"target": "prompt", "target_class": "prompt", "unconditional": "negative_prompt"}
+# The same in tables: sd-scripts' sample prompts and LECO files.
+TABLE_NAMES = {
+    "scale": "guidance_scale",
+    "sample_steps": "num_steps",
+    "target": "prompt",
+    "target_class": "prompt",
+    "unconditional": "negative_prompt",
+}
+# What says something of other models, of the sampler, which is the run's, or of how many pictures to make.
+UNUSED_OPTIONS = ("ss", "g", "cn", "ctr", "rcfg", "fs", "am", "nl", "t", "f", "nw", "nh", "sampler_name", "batch_size", "n_iter")
+UNUSED_KEYS = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum")
+# Keys of LECO files that only LECO's own objective reads, and those of its sliders that a prompt has.
 LECO_UNUSED = ("positive", "neutral", "action", "guidance_scale", "batch_size", "dynamic_resolution", "dynamic_crops", "multiplier")
 SLIDER_USED = ("target_class", "resolution", "resolutions", "weight")
 
@@ -50,76 +66,93 @@ class Entry(NamedTuple):
 
 def from_lines(lines: Iterable[str], path: Path) -> list[Entry]:
     """A prompt a line; empty lines and lines that begin with # are passed over."""
-    entries, own_samplers = [], False
+    entries, unused = [], {}
     for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if line and not line.startswith("#"):
+        if line.strip() and not line.lstrip().startswith("#"):
             where = f"{path} line {number}"
-            values = _read_line(line, where)
-            own_samplers |= values.pop(SAMPLER_OPTION, None) is not None
-            entries.append(Entry(where, _spec(values, where)))
-    if own_samplers:
-        logger.warning("%s: --ss does nothing here: all prompts have the run's sampler", path)
+            entries.append(Entry(where, _spec(_read_line(line, where, unused), where)))
+    _warn_of_unused(path, unused)
     return entries
 
 
-def _read_line(line: str, where: str) -> dict[str, Any]:
-    prompt, *options = re.split(r"\s--(?=[a-z]+\b)", " " + line)
+def _read_line(line: str, where: str, unused: dict[str, None]) -> dict[str, Any]:
+    """A prompt and its options as a table; those that do nothing here go into `unused`."""
+    prompt, *options = re.split(r"\s--(?=[a-z_]+\b)", " " + line.strip(), flags=re.IGNORECASE)
     values: dict[str, Any] = {"prompt": prompt.strip()}
     for option in options:
         name, _, value = option.partition(" ")
-        if name not in LINE_OPTIONS and name != SAMPLER_OPTION:
-            known = ", ".join(f"--{known}" for known in (*LINE_OPTIONS, SAMPLER_OPTION))
+        name = name.lower()
+        if name in UNUSED_OPTIONS:
+            unused[f"--{name}"] = None
+        elif name in LINE_OPTIONS:
+            values[LINE_OPTIONS[name]] = _unquoted(value.strip()) if len(name) > 2 else value.strip()
+        else:
+            known = ", ".join(f"--{known}" for known in LINE_OPTIONS)
             raise UserError(f"{where}: --{name} is not an option of a prompt; known are {known}")
-        values[LINE_OPTIONS.get(name, name)] = value.strip()
     return values
 
 
-def from_tsv(text: str, path: Path) -> list[PromptSpec]:
-    """PartiPrompts: column Prompt."""
-    # Parti's prompts hold unpaired quotes, so quoting is off.
-    try:
-        rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
-    except csv.Error as error:
-        raise UserError(f"prompts file {path} cannot be read as a .tsv: {error}") from error
-    if rows and "Prompt" not in rows[0]:
-        raise UserError(f"prompts file {path} has the columns {', '.join(filter(None, rows[0]))}; a .tsv needs a column Prompt")
-    return [PromptSpec(prompt=prompt) for row in rows if (prompt := (row["Prompt"] or "").strip())]
+def _unquoted(value: str) -> str:
+    """A1111 reads its lines as a shell does."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def from_toml(content: dict[str, Any], path: Path) -> list[Entry]:
-    """`[[prompts]]` with the fields of PromptSpec or of LECO, or LECO's `[[targets]]`; keys above the tables are their defaults."""
+def from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
+    """Rows of a table by column, each with its place; columns that say nothing of a prompt are passed over."""
+    known = {**TABLE_NAMES, **{key: key for key in KEYS}}
+    return [Entry(where, _spec({known[key]: row[key] for key in row if key in known}, where)) for where, row in rows if "prompt" in row]
+
+
+def from_tables(content: dict[str, Any], path: Path) -> list[Entry]:
+    """`[[prompts]]` with the fields of PromptSpec, of sd-scripts' sample prompts or of LECO (or lines), or LECO's `[[targets]]`; keys
+    above the tables are their defaults."""
+    unused: dict[str, None] = {}
+    entries = []
+    for where, values in tables_with_defaults(content, path, unused):
+        if "scale" in values:  # there guidance_scale is another one, of models that were distilled with it
+            values.pop("guidance_scale", None)
+        unused |= dict.fromkeys(key for key in UNUSED_KEYS if key in values)
+        passed_over = {*leco_keys(values), *UNUSED_KEYS}
+        entries += _from_table({key: value for key, value in values.items() if key not in passed_over}, where)
+    _warn_of_unused(path, unused)
+    return entries
+
+
+def tables_with_defaults(content: dict[str, Any], path: Path, unused: dict[str, None]) -> list[tuple[str, dict[str, Any]]]:
+    """The tables of a prompt file, each with its place and with the keys above them. `unused` as in `_read_line`."""
     if isinstance(slider := content.get("slider"), dict):
         content = {**content, **slider}
         del content["slider"]
     kind = "prompts" if "prompts" in content else "targets"
-    tables = content.pop(kind, [{}] if "target_class" in content else [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+    common = {key: value for key, value in content.items() if key != kind}
+    tables = content.get(kind, [{}] if "target_class" in content else [])
+    if not isinstance(tables, list) or not all(isinstance(table, (dict, str)) for table in tables):
         raise UserError(f"prompts file {path}: `{kind}` must be a list of [[{kind}]] tables")
-    unused: set[str] = set()
-    entries = []
+    result = []
     for number, table in enumerate(tables, start=1):
         where = f"{path} [[{kind}]] number {number}"
-        values = content | table
+        values = common | (_read_line(table, where, unused) if isinstance(table, str) else table)
         if kind == "targets" and "target" not in values:  # a slider of whatever is asked for, as in sd-scripts
             values.setdefault("target_class", "")
-        passed_over = _unused_keys(values)
-        unused |= passed_over
-        entries += _from_table({key: value for key, value in values.items() if key not in passed_over}, where)
-    if unused:
-        logger.warning("%s: %s are for objective leco; a score does not use them", path, ", ".join(sorted(unused)))
-    return entries
+        result.append((where, values))
+    return result
 
 
-def _unused_keys(table: Mapping[str, Any]) -> set[str]:
+def leco_keys(table: Mapping[str, Any]) -> set[str]:
+    """The keys of a table that only LECO's objective reads; none if it is not one of LECO's."""
     if "target_class" in table:
         return set(table) - set(SLIDER_USED)
     return set(table) & set(LECO_UNUSED) if "target" in table else set()
 
 
+def _warn_of_unused(path: Path, unused: Iterable[str]) -> None:
+    if names := ", ".join(unused):
+        logger.warning("%s: these do nothing here, where all prompts have the run's sampler: %s", path, names)
+
+
 def _from_table(table: Mapping[str, Any], where: str) -> list[Entry]:
     """An entry for each of its resolutions, which share the weight."""
-    values = {LECO_NAMES.get(key, key): value for key, value in table.items() if key not in ("resolution", "resolutions")}
+    values = {TABLE_NAMES.get(key, key): value for key, value in table.items() if key not in ("resolution", "resolutions")}
     if "resolution" not in table and "resolutions" not in table:
         return [Entry(where, _spec(values, where))]
     given = table.get("resolutions", table.get("resolution"))

@@ -9,13 +9,16 @@ import torch
 
 from library.errors import UserError
 from library.models.prompt_syntax import escape
-from library.prompts.entries import Entry, from_lines, from_toml, from_tsv
+from library.prompts.contents import LINE_ENDINGS, ROW_ENDINGS, TABLE_ENDINGS, read_prompt_lines, read_prompt_rows, read_tables
+from library.prompts.entries import Entry, from_lines, from_rows, from_tables
 from library.prompts.wildcards import Wildcards
 from library.scorer_data.buckets import BucketConfig, bucket_sizes
 from library.settings.options import check_at_least, option
-from library.settings.toml_files import read_toml
 from library.types import PromptSpec
 
+PONY_TAG = re.compile(r"score_\d(_up)?|source_(anime|furry|pony|cartoon)|rating_(safe|questionable|explicit)", re.IGNORECASE)
+RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}  # of Danbooru since 2022
+PONY_RATINGS = {"general": "safe", "sensitive": "safe"}  # it knows three
 TAG_VARIANTS = 4  # prompts made of each line of tags that are shuffled or dropped
 
 
@@ -64,45 +67,43 @@ class PromptOptions:
 
 
 def load_prompts(path: str | Path, options: PromptOptions | None = None, generator: torch.Generator | None = None) -> list[PromptSpec]:
-    """Read a prompt list; the file's ending says of which kind.
+    """Read a prompt list; the file's ending says of which kind, and docs/prompts.md shows each.
 
-    `.toml`: `[[prompts]]` tables with the fields of `PromptSpec`, or the `target`s and `target_class`es of an sd-scripts LECO file;
-    top-level keys are defaults for every table. `.tsv`: PartiPrompts, column `Prompt`, taken literally. Anything else: a prompt a
-    line, `#` begins a comment line, with sd-scripts' options (`library.prompts.entries.LINE_OPTIONS`). A prompt with choices
-    (`library.prompts.wildcards`) becomes several, which share its weight.
+    `.toml`, `.yaml`, `.json`: `[[prompts]]` tables with the fields of `PromptSpec` or of sd-scripts' sample prompts, or the `target`s and
+    `target_class`es of a LECO file; keys above the tables are their defaults. `.csv`: a column `prompt`, and others with the names of
+    those fields. `.tsv`: PartiPrompts, taken literally. `.txt`, or no ending: a prompt a line with sd-scripts' options
+    (`library.prompts.entries.LINE_OPTIONS`). A prompt with choices (`library.prompts.wildcards`) becomes several, which share its weight.
 
     Args:
         options: None is the defaults.
         generator: of choices and tags that are drawn; None is one with seed 0.
 
     Raises:
-        UserError: no such file, nothing in it, or a line or key that cannot be understood; it names file and line.
+        UserError: no such file, nothing in it, no list of prompts, or a line or key that cannot be understood; it names file and line.
     """
     path, options = Path(path), options or PromptOptions()
     generator = generator or torch.Generator().manual_seed(0)
+    ending = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
-    if options.prompt_format == "danbooru" and path.suffix in (".toml", ".tsv"):
+    if ending not in (endings := (*LINE_ENDINGS, *TABLE_ENDINGS, *ROW_ENDINGS)):
+        raise UserError(f"prompts file {path} ends in {path.suffix!r}; a list of prompts ends in {', '.join(filter(None, endings))}")
+    is_tags = options.prompt_format == "danbooru"
+    if is_tags and ending not in LINE_ENDINGS:
         raise UserError(f"prompt_format danbooru reads a .txt, a picture's tags on each line, but the prompts file is {path}")
-    match path.suffix:
-        case ".toml":
-            prompts = _written_out(from_toml(read_toml(path, "prompts file"), path), options, generator)
-        case ".tsv":
-            prompts = [replace(spec, prompt=escape(spec.prompt)) for spec in from_tsv(_text(path), path)]
-        case _ if options.prompt_format == "danbooru":
-            prompts = _of_tags(from_lines(_text(path).splitlines(), path), options, generator)
-        case _:
-            prompts = _written_out(from_lines(_text(path).splitlines(), path), options, generator)
+    if ending in TABLE_ENDINGS:
+        entries = from_tables(read_tables(path), path)
+    elif ending in ROW_ENDINGS:
+        entries = from_rows(read_prompt_rows(path))
+    else:
+        entries = from_lines(read_prompt_lines(path), path)
+    if ending == ".tsv":
+        prompts = [replace(spec, prompt=escape(spec.prompt)) for _, spec in entries]
+    else:
+        prompts = (_of_tags if is_tags else _written_out)(entries, options, generator)
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompts; write one a line")
     return prompts
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _written_out(entries: Iterable[Entry], options: PromptOptions, generator: torch.Generator) -> list[PromptSpec]:
@@ -165,14 +166,21 @@ def _split_tags(line: str) -> list[str]:
     return [tag.strip() for tag in (line.split(",") if by_commas else line.split()) if tag.strip()]
 
 
-def _in_words(tag: str) -> str:
-    """Underscores to spaces, but for emoticons such as ^_^ and x_x: tags without two letters in a row."""
-    return tag.replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag
+def _in_words(tag: str, *, pony: bool) -> str:
+    """A tag as models know it: with spaces, but for emoticons such as ^_^ and x_x (tags without two letters in a row) and Pony's own.
+
+    Danbooru's `rating:g` or `rating:general` is Pony's rating_safe, and `general` to models of Danbooru's tags (Illustrious, NoobAI).
+    """
+    if rating := re.fullmatch(r"rating:(\w+)", tag, re.IGNORECASE):
+        name = RATINGS.get(rating[1].lower(), rating[1].lower())
+        return f"rating_{PONY_RATINGS.get(name, name)}" if pony else name
+    return tag if PONY_TAG.fullmatch(tag) or not re.search(r"[^\W\d_]{2}", tag) else tag.replace("_", " ")
 
 
 def _tag_prompt(tags: Sequence[str]) -> str:
     """A prompt of these tags, their brackets escaped, which would be read as weights."""
-    return escape(", ".join(map(_in_words, tags)))
+    pony = any(map(PONY_TAG.fullmatch, tags))
+    return escape(", ".join(_in_words(tag, pony=pony) for tag in tags))
 
 
 def _vary(tags: Sequence[str], options: PromptOptions, generator: torch.Generator) -> list[str]:

@@ -1,4 +1,5 @@
-"""The prompt files of sd-scripts' train_leco.py, which run unchanged: what a slider is to do, said in words.
+"""The prompt files of sd-scripts' train_leco.py, which run unchanged: what a slider is to do, said in words. Those of LECO and Concept
+Sliders are the same in YAML.
 
 Two formats, and one file may hold tables of both. `[[prompts]]` of the original LECO (arXiv 2303.07345) with `target`:
 
@@ -29,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.prompts.contents import TABLE_ENDINGS, read_lines, read_tables
+from library.prompts.entries import leco_keys, tables_with_defaults
 from library.settings.options import nearest
-from library.settings.toml_files import read_toml
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def load_leco_settings(path: str | Path) -> list[LecoSetting]:
         UserError: no such file, nothing in it, or a key or value that cannot be understood.
     """
     path = Path(path)
-    top, tables = _tables(_read_file(path), path)
+    top, tables = _tables(read_tables(path, "LECO prompts file"), path)
     known = {key for table, _ in tables for key in (SLIDER_KEYS if _is_slider(table) else PROMPT_KEYS)}
     _warn_of_unknown(top, known, path)
     settings: list[LecoSetting] = []
@@ -99,24 +101,25 @@ def load_leco_settings(path: str | Path) -> list[LecoSetting]:
 
 
 def is_leco_file(path: str | Path) -> bool:
-    """Whether a prompt file says what to learn, and not only what to draw: a .toml with a target, a target_class or [[targets]].
+    """Whether a prompt file says what to learn, and not only what to draw: tables with a target, a target_class or [[targets]].
 
     Raises:
-        UserError: a .toml that does not exist or is not valid.
+        UserError: a .toml, .yaml or .json that does not exist or is not valid.
     """
     path = Path(path)
-    if path.suffix != ".toml":
+    if path.suffix.lower() not in TABLE_ENDINGS:
         return False
-    content = _read_file(path)
+    content = read_tables(path)
     tables = content.get("prompts", [content])
     said = ("target", "target_class", "targets", "slider")
     return isinstance(tables, list) and any(isinstance(table, dict) and not table.keys().isdisjoint(said) for table in tables)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"LECO prompts file {path} does not exist; give a .toml file with [[prompts]] or [[targets]]")
-    return read_toml(path, "LECO prompts file")
+def unused_leco_keys(path: str | Path) -> list[str]:
+    """The keys of a prompt file that only LECO's objective reads; none where it is no LECO file."""
+    path = Path(path)
+    tables = tables_with_defaults(read_tables(path), path, {}) if is_leco_file(path) else []
+    return sorted({key for _, table in tables for key in leco_keys(table)})
 
 
 def _tables(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]:
@@ -225,11 +228,7 @@ def _listed(value: Any, key: str, folder: Path, where: str) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UserError(f'{where}: neutrals is {value!r}; it must be a list of prompts, such as ["", "a photo"]')
         return value
-    file = folder / str(value)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: {key} {file} cannot be read ({error}); give a text file beside the .toml") from error
+    lines = read_lines(folder / str(value), f"{where}: {key}")
     return [line.strip() for line in lines if line.strip()]
 
 

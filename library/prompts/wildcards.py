@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
+from library.prompts.contents import read_lines
 from library.settings.options import nearest
 
 MAX_COMBINATIONS = 10_000  # of one {2$$...}: more are not to be listed
+MAX_DEPTH = 50
 _MARK = re.compile(
     r"\\(?P<escaped>[{}|])|(?P<open>\{)(?:(?P<least>\d+)(?:-(?P<most>\d+))?\$\$(?:(?P<joiner>[^{}|$]*)\$\$)?)?"
     r"|(?P<next>\|)|(?P<close>\})|__(?P<name>\w[\w ./-]*?)__"
@@ -110,6 +112,8 @@ class Wildcards:
             elif mark["name"]:
                 parts.append(self._list(mark["name"], where, inside))
             elif mark["open"]:
+                if len(opened) == MAX_DEPTH:
+                    raise UserError(f"{where}: braces nest more than {MAX_DEPTH} deep; write \\{{ for the character")
                 opened.append((mark, [parts]))  # the parts before the brace, then the options
                 parts = []
             elif mark["next"]:
@@ -139,13 +143,9 @@ class Wildcards:
             near = nearest(name, known)
             hint = f"did you mean __{near}__?" if near else f"it has {', '.join(known) or 'none'}"
             raise UserError(f"{where}: wildcards_dir {self.folder} has no list {name}.txt; {hint}")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{where}: the list {path} cannot be read as UTF-8 text: {error}") from error
         options = [
             self._parse(line.strip(), f"{path} line {number}", (*inside, name))
-            for number, line in enumerate(lines, start=1)
+            for number, line in enumerate(read_lines(path, f"{where}: the list"), start=1)
             if line.strip() and not line.lstrip().startswith("#")
         ]
         if not options:

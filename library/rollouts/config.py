@@ -10,12 +10,14 @@ from library.rollouts.base import ROLLOUTS
 from library.rollouts.prompt_encoder import Size
 from library.settings.options import check_above, check_at_least, option
 
+DEFAULT_BATCH_SIZE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How training pictures come about. What is not set (None) is decided by the model: `library.rollouts.few_step.resolve_sampling`."""
 
-    prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml ([[prompts]]) or PartiPrompts .tsv.")
+    prompts_file: str = option("", help="Prompts to train on: .txt (one a line), .toml, .yaml or .json (tables), .csv or .tsv.")
     rollout: str | None = option(
         None,
         choices=ROLLOUTS,
@@ -24,7 +26,9 @@ class RolloutConfig:
         expert=True,
         only_with="scorer",
     )
-    train_batch_size: int = option(8, help="Trajectories on the belt, which is also the samples of one U-Net call.")
+    train_batch_size: int | None = option(
+        None, help="Trajectories on the belt, which is also the samples of one U-Net call. Not set: 8, or batch_size of a LECO file."
+    )
     max_denoising_steps: int | None = option(None, help="Steps of the sampler's schedule. Not set: 20, or a few-step base's own.")
     leco_denoise_guidance_scale: float | None = option(
         None, help="Classifier-free guidance of the rollout; 1 is none, and faster. Not set: 5, or a few-step base's own."
@@ -51,6 +55,11 @@ class RolloutConfig:
             raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
             raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
+
+    @property
+    def batch_size(self) -> int:
+        """Of all but LECO, whose file may have its own."""
+        return self.train_batch_size or DEFAULT_BATCH_SIZE
 
     def size(self, native: int) -> Size:
         """(height, width) in pixels."""

@@ -211,7 +211,7 @@ def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingCo
         sampler=choice.sampler,
         spacing=choice.spacing,
         guidance_rescale=config.guidance_rescale,
-        batch_size=config.train_batch_size,
+        batch_size=config.batch_size,
     )
 
 

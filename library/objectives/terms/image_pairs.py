@@ -94,7 +94,7 @@ class ImagePairsTerm(KnownNoiseTerm):
         self.pairs = pairs
 
     def __call__(self) -> LossOutput:
-        model, count = self.context.model, max(self.context.rollout.train_batch_size // 2, 1)
+        model, count = self.context.model, max(self.context.rollout.batch_size // 2, 1)
         chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
         clean = torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]).to(model.device)
         multipliers = torch.ones(count, device=model.device)

@@ -72,7 +72,7 @@ class ImagesTerm(KnownNoiseTerm):
         self.pictures = pictures
 
     def __call__(self) -> LossOutput:
-        model, count = self.context.model, self.context.rollout.train_batch_size
+        model, count = self.context.model, self.context.rollout.batch_size
         places = draw_alike([picture.latents for picture in self.pictures], count, self.generator)
         chosen = [self.pictures[place] for place in places]
         clean = torch.stack([picture.latents for picture in chosen]).to(model.device)

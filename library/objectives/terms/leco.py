@@ -37,7 +37,7 @@ class LecoConfig:
 
     leco_prompts_file: str = option(
         "",
-        help="Prompt file of sd-scripts' train_leco.py ([[prompts]] with target, or [[targets]]). Default: prompts_file.",
+        help="Prompt file of sd-scripts' train_leco.py, LECO or Concept Sliders (.toml, .yaml). Default: prompts_file.",
         only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
     leco_keep_norm: bool = option(
@@ -69,7 +69,7 @@ class FrozenPredictions:
 class LecoTerm(Term):
     """Settings drawn alike, each as a trajectory of its own with its own multiplier; `weight` of a setting weighs its loss.
 
-    A setting's batch_size is not used: train_batch_size trajectories hold the settings of one picture size side by side.
+    As many trajectories hold the settings of one picture size side by side: train_batch_size, else the largest batch_size of the file.
     """
 
     config_class: ClassVar[type | None] = LecoConfig
@@ -78,12 +78,14 @@ class LecoTerm(Term):
     def build(cls, context: TrainingContext, settings: LecoConfig) -> "LecoTerm":
         path = settings.leco_prompts_file or context.rollout.prompts_file
         if not path:
-            raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a .toml with [[prompts]] or [[targets]]")
+            raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a file with [[prompts]] or [[targets]]")
         return cls(context, load_leco_settings(path), settings)
 
     def __init__(self, context: TrainingContext, settings: Sequence[LecoSetting], config: LecoConfig) -> None:
         self.context, self.settings, self.config = context, settings, config
         self.generator = context.generator("leco")
+        own = [setting.batch_size for setting in settings if setting.batch_size is not None]
+        self.batch_size = context.rollout.train_batch_size or max(own, default=context.rollout.batch_size)
         native = context.sampling.size
         self._sizes = [possible_sizes(setting, native) for setting in settings]
         self._belts: dict[Size, Belt] = {}  # a size has one from its first batch on: dynamic_resolution knows many, and each costs a start
@@ -162,7 +164,7 @@ class LecoTerm(Term):
                 for setting, sizes in zip(self.settings, self._sizes, strict=True)
                 if size in sizes
             ]
-            self._belts[size] = Belt(self.context.trajectories(prompts, self.generator))
+            self._belts[size] = Belt(self.context.trajectories(prompts, self.generator, self.batch_size))
         return self._belts[size]
 
     def _predict_plain(
@@ -198,9 +200,8 @@ class LecoTerm(Term):
         return replace(batch.cond, time_ids=time_ids), replace(batch.uncond, time_ids=time_ids)
 
     def _log_what_is_not_used(self) -> None:
-        batch_size = self.context.rollout.train_batch_size
-        if any(setting.batch_size not in (None, batch_size) for setting in self.settings):
-            logger.warning("batch_size of the LECO prompts file is not used: train_batch_size is %d for all settings", batch_size)
+        if any(setting.batch_size not in (None, self.batch_size) for setting in self.settings):
+            logger.warning("the batches of all LECO settings have %d trajectories, whatever batch_size each has", self.batch_size)
         if any(setting.dynamic_resolution and len(sizes) == 1 for setting, sizes in zip(self.settings, self._sizes, strict=True)):
             logger.warning("dynamic_resolution is for squares of 128 pixels and more; other settings keep their resolution")
         if any(setting.dynamic_crops for setting in self.settings) and self.context.model.spec.family != "sdxl":
