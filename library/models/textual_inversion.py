@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,18 @@ def load_embeddings(model: DiffusionModel, paths: Sequence[Path]) -> None:
         UserError: no such file, no embedding in it, or one that was made for another family.
     """
     for file in (file for path in paths for file in _files(path)):
-        vectors = _vectors(file, [encoder.get_input_embeddings().weight.shape[1] for encoder in model.text_encoders])
+        tables: list[Any] = [encoder.get_input_embeddings() for encoder in model.text_encoders]
+        vectors = _vectors(file, [table.weight.shape[1] for table in tables])
         offset = sum(map(len, model.embeddings.values()))
         model.embeddings[file.stem.lower()] = range(offset, offset + len(vectors[0]))
-        for encoder, added in zip(model.text_encoders, vectors, strict=True):
-            table = encoder.get_input_embeddings()
+        for table, added in zip(tables, vectors, strict=True):
             joined = torch.cat([table.weight.detach(), added.to(table.weight)])
             table.weight = nn.Parameter(joined, requires_grad=table.weight.requires_grad)
             table.num_embeddings = len(joined)
-    for module in (module for encoder in model.text_encoders for module in encoder.modules()):
+    if not paths:
+        return
+    modules: list[Any] = [module for encoder in model.text_encoders for module in encoder.modules()]
+    for module in modules:
         if getattr(module, "eos_token_id", None) == 2:  # transformers' sign to pool at the highest id, which is now an embedding's
             module.eos_token_id = model.tokenizers[0].eos_token_id
 
