@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, decode_latents
 from library.objectives.rewards import RewardConfig, load_reward
+from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec, build_scorer
 from library.scorers.image_models.base import Loaded, read_image_model
 from library.scorers.io import load_scorer, save_scorer
@@ -241,8 +242,8 @@ def test_a_decoder_for_other_latents_is_refused(tmp_path: Path) -> None:
 
 
 def make(vae: AutoencoderKL, image_model: str, **changes) -> BackboneScorer:
-    settings = make_pixel_scorer.PixelScorerConfig(image_model=image_model, output=Path("x.safetensors"), resolution=64)
-    return make_pixel_scorer.make_scorer(vae, dataclasses.replace(settings, **changes))
+    settings = make_pixel_scorer.PixelScorerConfig(image_model=image_model, output=Path("x.safetensors"))
+    return make_pixel_scorer.make_scorer(vae, dataclasses.replace(settings, **changes), 64)
 
 
 @pytest.fixture
@@ -400,11 +401,21 @@ def test_the_tool(tmp_path: Path, nsfw: str, monkeypatch: pytest.MonkeyPatch, ca
 def test_the_unit_is_the_spread_over_the_reference_pictures(tmp_path: Path, nsfw: str) -> None:
     vae = tiny_vae()
     write_pictures(tmp_path / "pictures", 6)
-    settings = make_pixel_scorer.PixelScorerConfig(image_model=nsfw, reference_dir=tmp_path / "pictures", resolution=64)
-    scorer = make_pixel_scorer.make_scorer(vae, settings)
-    scores = torch.tensor(list(make_pixel_scorer.reference_scores(vae, scorer.backbone, settings)))
+    settings = make_pixel_scorer.PixelScorerConfig(image_model=nsfw, reference_dir=tmp_path / "pictures")
+    scorer = make_pixel_scorer.make_scorer(vae, settings, 64)
+    scores = torch.tensor(list(make_pixel_scorer.reference_scores(vae, scorer.backbone, settings, 64)))
     assert len(scores) == 6
     torch.testing.assert_close(torch.tensor([scorer.spec.mean, scorer.spec.std]), torch.stack([scores.mean(), scores.std(correction=0)]))
+
+
+def test_the_reference_is_scored_at_the_models_size(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "model" / "vae")
+    (tmp_path / "model" / "unet").mkdir()
+    (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 96}', encoding="utf-8")
+    model = VaeConfig(pretrained_model_name_or_path=str(tmp_path / "model"))
+    assert make_pixel_scorer.native_size(model, tiny_vae()) == 768
+    vae = VaeConfig(vae=tmp_path / "model" / "vae")
+    assert make_pixel_scorer.native_size(vae, tiny_vae()) == tiny_vae().config["sample_size"]
 
 
 def test_pictures_that_all_score_alike_are_no_reference(tmp_path: Path) -> None:

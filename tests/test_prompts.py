@@ -160,13 +160,16 @@ def test_parti_rows(tmp_path: Path) -> None:
 
 
 def test_danbooru_tags(tmp_path: Path) -> None:
-    lines = "1girl solo long_hair ^_^ miku_(vocaloid) --n lowres\n1girl, solo, long hair, x_x\n1boy,hat\n||_|| 3d\n"
+    lines = (
+        "1girl solo long_hair ^_^ miku_(vocaloid) --n lowres\n1girl, solo, long hair, x_x\n1boy,hat\n||_|| 3d\nmiku_\\(vocaloid\\) \\m/\n"
+    )
     found = load_prompts(write(tmp_path / "t.txt", lines), options=PromptOptions(prompt_format="danbooru"))
     assert [prompt.prompt for prompt in found] == [
         r"1girl, solo, long hair, ^_^, miku \(vocaloid\)",
         "1girl, solo, long hair, x_x",
         "1boy, hat",
         "||_||, 3d",
+        r"miku \(vocaloid\), \\m/",
     ]
     assert found[0].negative_prompt == "lowres"
 
@@ -223,6 +226,8 @@ def test_choices_of_several(tmp_path: Path, text: str, expected: list[str]) -> N
 def test_wildcards_are_lists_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "w" / "colour.txt", "# colours\nred\n\n{dark|light} blue\n")
     write(tmp_path / "w" / "clothes" / "hat.txt", "__colour__ cap\ntop hat\n")
+    write(tmp_path / "w" / "clothes" / "shoe.txt", "boot\n")
+    assert texts(tmp_path / "p.txt", "{__clothes/*__|x} --d -1", wildcards_dir=tmp_path / "w")[-3:] == ["top hat", "boot", "x"]
     found = texts(tmp_path / "p.txt", "a __clothes/hat__, snake_case", wildcards_dir=tmp_path / "w")
     assert found == [f"a {hat}, snake_case" for hat in ("red cap", "dark blue cap", "light blue cap", "top hat")]
 
@@ -273,7 +278,10 @@ def test_wildcards_need_their_folder(tmp_path: Path) -> None:
         ("p.txt", "cat --w", "width is '', which is not a number"),
         ("p.txt", "cat --x 3", "--x is not an option"),
         ("p.txt", "ok\n\ncat --s 2.5", "line 3: num_steps is 2.5; it must be a whole number from 1"),
-        ("p.txt", "cat --d -1", "seed is -1; it must be a whole number from 0"),
+        ("p.txt", "a girl -w 640 -d -1", "begin with two dashes; write --w for -w"),
+        ("p.txt", "{prompt}, film grain", "the place of a prompt in a style"),
+        ("p.txt", "a {3::red|1::blue} cat", r"weights of choices \(3::\) are not known"),
+        ("p.txt", "cat --d -2", "seed is -2; it must be a whole number from 0"),
         ("p.txt", "cat --l 0", "guidance_scale is 0; it must be above 0"),
         ("p.txt", "cat --l inf", "not a number"),
         ("p.toml", "[[prompts]]\nprmpt = 'cat'", "unknown key 'prmpt'; did you mean prompt?"),

@@ -126,7 +126,7 @@ def test_what_is_left_out_is_reported_by_its_number(tmp_path: Path) -> None:
     ]
     images, skipped = read(write_posts(tmp_path / "posts.json", posts), age_correction=False)
     assert [image.name for image in images] == ["1.png"]
-    assert {record.kind: record.count for record in skipped} == {
+    assert counts(skipped) == {
         "post is deleted": 2,
         "post is banned": 1,
         "post is pending": 1,
@@ -136,7 +136,7 @@ def test_what_is_left_out_is_reported_by_its_number(tmp_path: Path) -> None:
         "picture is listed twice": 1,
         "id is not a finite number": 1,
     }
-    assert any("line 10" in record.reason and "the first of 2 such" in record.reason for record in skipped)
+    assert any("line 10" in record.reason for record in skipped)
 
 
 def test_what_s_means_goes_by_the_dump(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

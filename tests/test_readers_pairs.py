@@ -41,6 +41,40 @@ def test_a_table_of_pairs(tmp_path: Path) -> None:
         read(tmp_path / "x.csv")
 
 
+def test_a_comparison_in_label_studio(tmp_path: Path) -> None:
+    add_pictures(tmp_path, ["a.png", "b.png"])
+    result = [{"from_name": "pw", "type": "pairwise", "value": {"selected": "right"}}]
+    data = {"prompt": "cats", "image1": "/data/upload/1/cb044c20-a.png", "image2": "/data/upload/1/ab044c21-b.png"}
+    path = write(tmp_path / "x.json", json.dumps([{"id": 1, "data": data, "annotations": [{"result": result}]}]))
+    [pair], skipped = read_pairs(path)
+    assert (pair.name, pair.preference, pair.prompt) == ("a.png | b.png", 0, "cats") and skipped == []
+
+
+@pytest.mark.parametrize("name", ["validation.csv", "validation.jsonl"])
+def test_an_export_of_pick_a_pic(tmp_path: Path, name: str) -> None:
+    add_pictures(tmp_path, ["u0.jpg", "u1.png"])
+    uids = {"image_0_uid": "u0", "image_1_uid": "u1"}
+    rows = [
+        {"caption": "a cat", "has_label": True, **uids, "label_0": 0.0, "label_1": 1.0, "ranking_id": 11},
+        {
+            "caption": "a cat",
+            "has_label": False,
+            "image_0_uid": "u0",
+            "image_1_uid": "u1",
+            "label_0": 0.5,
+            "label_1": 0.5,
+            "ranking_id": 12,
+        },
+    ]
+    if name.endswith(".csv"):
+        text = "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+    else:
+        text = "\n".join(map(json.dumps, rows))
+    [pair], skipped = read_pairs(write(tmp_path / name, text))
+    assert (pair.name, pair.preference, pair.prompt, pair.split) == ("11", 0, "a cat", "val")
+    assert counts(skipped) == {"pair has no label": 1}
+
+
 def test_the_training_pairs_of_hpdv2(tmp_path: Path) -> None:
     add_pictures(tmp_path, ["train/00001.jpg", "train/00002.jpg"])
     items = [

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from library.errors import UserError
 from library.scorer_data.readers.parquet import ParquetPicture
-from tests.helpers.rated_files import add_pictures, read, read_pairs, write
+from tests.helpers.rated_files import add_pictures, counts, read, read_pairs, write
 
 
 def encoded(grey: int) -> bytes:
@@ -97,7 +97,7 @@ def test_pick_a_pic(tmp_path: Path) -> None:
     pairs, skipped = read_pairs(tmp_path)
     assert [(pair.preference, pair.prompt, pair.name) for pair in pairs[:2]] == [(1.0, "a cat", "11"), (0.5, "a cat", "12")]
     assert [pair.split for pair in pairs] == [None, None, None, None, "val", "val"]
-    assert {record.kind: record.count for record in skipped} == {"pair has no label": 3, "both pictures are the same": 3}
+    assert counts(skipped) == {"pair has no label": 3, "both pictures are the same": 3}
     second = pairs[1]
     assert isinstance(second.first, ParquetPicture) and isinstance(second.second, ParquetPicture)
     assert (grey_of(second.first), grey_of(second.second)) == (1, 11)

@@ -1,6 +1,7 @@
 """Tables of one's own: what people's files look like, and what is said about the bad rows."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ SEMICOLONS = "path;score\na.png;1.5\nsub dir/ü.png;-3\n"
         ("x.jsonl", JSONL),
         ("x.jsonl", "\ufeff" + JSONL),
         ("x.json", JSONL),
+        ("x.jsonl", JSONL.replace("}\n\n{", "} {")),
         ("x.json", LIST),
         ("x.json", "\ufeff" + LIST),
     ],
@@ -154,7 +156,7 @@ def test_a_json_list_of_any_length_is_read_piece_by_piece(folder: Path, monkeypa
     [
         ("x.csv", "", "is empty"),
         ("x.csv", "path,rating\na.png,1\n", "has no column 'score' or 'votes' or 'votes_1'; it has path, rating"),
-        ("x.txt", "path,score\na.png,1\n", "ends in '.txt'; it can be .csv, .tsv, .jsonl, .ndjson, .json, .parquet"),
+        ("x.xlsx", "PK", "ends in '.xlsx'; it can be .csv, .tsv, .jsonl, .ndjson, .json, .parquet: save it as .csv"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused(folder: Path, name: str, text: str, complaint: str) -> None:
@@ -199,20 +201,100 @@ def test_a_folder_or_a_pattern_of_tables(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "scores"),
     [
-        ("path;score\na.png;7,5\nb.png;-0,25\n", [7.5, -0.25]),
+        ("path;score\na.png;7,125\nb.png;-0,25\n", [7.125, -0.25]),
+        ("path\tscore\na.png\t7,5\n", [7.5]),
+        ('path,score\na.png,"7,5"\nb.png,"1,234"\n', [7.5]),  # the second could be a thousand
         ("sep=;\npath;score\na.png;7\n", [7.0]),
+        ("sep=|\npath|score\na.png|7\n", [7.0]),
         ("path\tscore\na.png\t7.5\n", [7.5]),
+        ("path,score,,\na.png,1,,\nb.png,2,,,,\n", [1.0, 2.0]),
         ("path,score\ra.png,1\rb.png,2\r", [1.0, 2.0]),
     ],
 )
 def test_what_spreadsheets_write(folder: Path, text: str, scores: list[float]) -> None:
-    images, skipped = read(write(folder / "x.csv", text))
-    assert [image.score for image in images] == scores and skipped == []
+    for name in ("x.csv", "x.txt"):
+        images, skipped = read(write(folder / name, text))
+        assert [image.score for image in images] == scores and len(skipped) == text.count("1,234")
 
 
-def test_a_quote_that_never_closes_is_named_by_the_line_that_opens_it(folder: Path) -> None:
-    images, (skipped,) = read(write(folder / "x.csv", 'path,score,prompt\na.png,1,x\nb.png,2,"open\n' + "c.png,3,x\n" * 9))
-    assert len(images) == 1 and "line 3 to 12" in skipped.reason and skipped.count == 10
+@pytest.mark.parametrize(
+    ("text", "opened", "bad"),
+    [
+        ('b.png,2,"open\n' + "".join(f"{number}.png,3,x\n" for number in range(150)), 3, 1),
+        ('b.png,2,"5 inch\n' + "".join(f"{number}.png,3,x\n" for number in range(9)) + 'none.png,4,"red, blue"\n', 3, 2),
+        ('b.png,2,"open\n' + "".join(f"{number}.png,3,x\n" for number in range(9)) + 'none.png,4,close"\n', 3, 2),
+        ('b.png,2,"a text\nof two, or more\nlines"\n0.png,3,x\n', None, 0),
+    ],
+)
+def test_a_quote_that_never_closes_loses_its_own_row(folder: Path, text: str, opened: int | None, bad: int) -> None:
+    add_pictures(folder, [f"{number}.png" for number in range(150)])
+    images, skipped = read(write(folder / "x.csv", f"path,score,prompt\na.png,1,x\n{text}"))
+    assert len(images) == 1 + text.count(",3,x") + (opened is None) and len(skipped) == bad
+    if opened:
+        assert f"line {opened}: this is not a row" in skipped[0].reason and "a quote opens here" in skipped[0].reason
+        assert images[-1].where.endswith(f"line {text.count(chr(10)) + 2 - (bad == 2)}")  # the numbers of lines go on
+
+
+def test_metadata_of_hugging_face(folder: Path) -> None:
+    line = '{"file_name": "%s", "text": "a cat", "score": %d}\n'
+    write(folder / "metadata.jsonl", line % ("a.png", 1) + line % ("sub dir/ü.png", 2))
+    images, skipped = read(folder)
+    assert [(image.name, image.score, image.prompt) for image in images] == [("a.png", 1, "a cat"), ("sub dir/ü.png", 2, "a cat")]
+    assert skipped == []
+    add_pictures(folder / "parts", ["train/a.png", "train/b.png", "validation/a.png"])
+    write(folder / "parts" / "train" / "metadata.csv", "file_name,score\na.png,1\ntrain/b.png,2\n")
+    write(folder / "parts" / "validation" / "metadata.csv", "file_name,score\na.png,3\n")
+    images, skipped = read(folder / "parts")
+    expected = [("train/a.png", "train"), ("train/b.png", "train"), ("validation/a.png", "val")]
+    assert [(image.name, image.split) for image in images] == expected and skipped == []
+
+
+def test_an_id_is_enough_and_a_web_address_is_not(folder: Path) -> None:
+    add_pictures(folder, ["0.jpg", "12.png", "v1.5.png"])
+    text = '[{"id": 0, "s": 1}, {"id": 12.0, "s": 2}, {"id": "v1.5", "s": 3}, {"id": "13", "s": 4}, {"id": "https://x.org/a.png", "s": 5}]'
+    images, skipped = read(write(folder / "x.json", text), path_column="id", score_column="s")
+    assert [Path(image.picture.key).name for image in images] == ["0.jpg", "12.png", "v1.5.png"]
+    assert counts(skipped) == {"picture is missing": 1, "path is a web address": 1}
+
+
+def test_the_json_of_idealo(folder: Path) -> None:
+    text = '[{"image_id": "a", "label": [0,0,1,2,3,2,1,0,0,0]}, {"image_id": "b", "label": [0,0,0,0,0,0,0,0,0,0]}]'
+    [image], [skipped] = read(write(folder / "x.json", text), target="votes")
+    assert image.votes == (0, 0, 1, 2, 3, 2, 1, 0, 0, 0) and skipped.kind == "votes are negative or none"
+
+
+def label_studio(picture: str, *answers: dict, cancelled: bool = False) -> dict:
+    kinds = {"quality": "rating", "style": "choices"}
+    results = [
+        {"from_name": name, "type": kinds[name], "value": {kinds[name]: value}} for given in answers for name, value in given.items()
+    ]
+    return {"id": 7, "data": {"image": picture, "text": "a cat"}, "annotations": [{"was_cancelled": cancelled, "result": results}]}
+
+
+def test_exports_of_label_studio(folder: Path) -> None:
+    tasks = [
+        label_studio("/data/upload/3/cb044c20-a.png", {"quality": 4, "style": ["photo"]}, {"quality": 1, "style": ["photo"]}),
+        label_studio("/data/local-files/?d=sub%20dir/%C3%BC.png", {"quality": 5, "style": ["ink"]}),
+        label_studio("/data/upload/3/cb044c20-b.png", {"quality": 5}, cancelled=True),
+    ]
+    path = write(folder / "x.json", json.dumps(tasks))
+    images, [skipped] = read(path)
+    assert [(image.name, image.score, image.prompt) for image in images] == [("a.png", 2.5, "a cat"), ("sub dir/ü.png", 5, "a cat")]
+    assert "there is no 'score'" in skipped.reason
+    assert [image.label for image in read(path, target="label")[0]] == ["photo", "ink"]
+    assert [image.tags for image in read(path, target="tags")[0]] == [("photo",), ("ink",)]
+    short = '[{"image": "/data/upload/cb044c20-a.png", "id": 1, "quality": [{"rating": 4}], "annotation_id": 7, "lead_time": 6.7}]'
+    assert [image.score for image in read(write(folder / "min.json", short))[0]] == [4]
+    table = 'annotation_id,id,image,lead_time,quality,style\n7,1,/data/upload/1/cb044c20-a.png,6.7,"[{""rating"": 4}]",ink\n'
+    path = write(folder / "x.csv", table)
+    assert [image.score for image in read(path)[0]] == [4]
+    assert [image.score for image in read(path, score_column="quality")[0]] == [4]
+
+
+def test_how_many_rows_were_used_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        read(write(folder / "x.csv", "path,score\na.png,1\nb.png,bad\nnone.png,1\n"))
+    assert f"{folder}/x.csv: used 1 of 3 rows" in caplog.text
 
 
 def test_a_broken_header_is_one_sentence(folder: Path) -> None:

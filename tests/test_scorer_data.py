@@ -61,7 +61,7 @@ def test_sixteen_bits_and_cmyk_and_grey(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "sixteen.tif")
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
     Image.new("L", (4, 4), 77).save(tmp_path / "grey.png")
-    Image.new("1", (1, 1), 1).save(tmp_path / "bit.png")
+    Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
     Image.new("YCbCr", (8, 8), (100, 128, 128)).save(tmp_path / "luma.tif")
     for value in (0.5, 100.0):
         Image.fromarray(np.full((4, 4), value, dtype=np.float32)).save(tmp_path / f"float_{value}.tif")
@@ -89,6 +89,12 @@ def test_a_part_of_a_file(tmp_path: Path) -> None:
     assert pixel(read_picture(SlicePicture(tmp_path / "x.tar", 6, len(content), "a.png"))) == (0, 255, 0)
     with pytest.raises(UserError, match=r"x\.tar#7.* cannot be read"):
         read_picture(SlicePicture(tmp_path / "x.tar", 7, len(content), "a.png"))
+
+
+def test_a_placeholder_of_one_pixel_is_no_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"gone\.png cannot be read: it has 1 x 1 pixels; give pictures of at least 2 a side"):
+        read(tmp_path / "gone.png")
 
 
 def test_pictures_that_are_too_big_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

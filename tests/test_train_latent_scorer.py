@@ -33,7 +33,7 @@ from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.scorers.kinds.latent_resnet import LatentResNet
-from library.settings.cli import run_main
+from library.settings.cli import parse_config, run_main
 from library.settings.options import build
 from library.training.tracking import Tracker, read_metrics
 from tests.helpers.golden_scorer import GOLDEN_FILE, golden_losses
@@ -520,3 +520,17 @@ def test_the_command_ends_with_two_and_one_line(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit) as caught:
         run_main(train_latent_scorer.main)
     assert caught.value.code == 2 and "learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("in_file", "on_command_line"), [("train_data_file", "dataset_config"), ("dataset_config", "train_data_file")])
+def test_the_command_lines_data_beat_the_files(tmp_path: Path, in_file: str, on_command_line: str) -> None:
+    (tmp_path / "run.toml").write_text(f'vae = "x"\n{in_file} = "old.toml"\n', encoding="utf-8")
+    config = parse_config(LatentScorerConfig, ["--config_file", str(tmp_path / "run.toml"), f"--{on_command_line}", "new.toml"])
+    assert config.data.train_data_file == Path("new.toml")
+
+
+def test_columns_are_named_on_the_command_line(tmp_path: Path) -> None:
+    config = parse_config(
+        LatentScorerConfig, ["--vae", "x", "--train_data_file", "x.csv", "--path_column", "file", "--score_column", "mos"]
+    )
+    assert config.data.datasets()[0].subsets[0].reader_options == {"path_column": "file", "score_column": "mos"}

@@ -9,6 +9,7 @@ score_estimator x0. docs/pixel_scorers.md lists what there is and how it is writ
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ class PixelScorerConfig:
     decode_checkpointing: bool = option(True, help="Decode again in the backward pass rather than to keep activations.")
     reference_dir: Path | None = option(None, help="Pictures whose scores' mean and standard deviation become the unit of the reward.")
     num_reference: int | None = option(None, help="How many of them to take, evenly over the folder; not set: 200.")
-    resolution: int = option(512, help="Longer side in pixels at which they are scored.")
+    resolution: int | None = option(None, help="Longer side in pixels at which they are scored; not set: the model's own size.")
     output: Path = option(Path("pixel_scorer.safetensors"), help="The scorer file to write.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
 
@@ -86,13 +87,21 @@ def main() -> None:
     check_outputs(settings.output)
     set_num_threads(settings.num_threads)
     vae = load_vae(config.vae.path, family=config.vae.model_family)
-    scorer = make_scorer(vae, settings)
+    scorer = make_scorer(vae, settings, settings.resolution or native_size(config.vae, vae))
     save_scorer(settings.output, scorer)
     print(f"wrote {settings.output}")
 
 
-def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig) -> BackboneScorer:
-    """Build, measure and describe the scorer."""
+def native_size(model: VaeConfig, vae: AutoencoderKL) -> int:
+    """Side in pixels of the pictures that the model makes: its U-Net's if that is in a folder, else that of its family's VAE."""
+    unet = Path(model.pretrained_model_name_or_path or "") / "unet" / "config.json"
+    if unet.is_file():
+        return json.loads(unet.read_text(encoding="utf-8"))["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return vae.config["sample_size"]
+
+
+def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int) -> BackboneScorer:
+    """Build, measure and describe the scorer; `resolution` is the longer side in pixels of what it is measured on."""
     from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
     from library.scorers.pixel_decoder import load_tiny_autoencoder
 
@@ -113,9 +122,9 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig) -> BackboneScor
     place_vae(vae, device)
     backbone.to(device).eval().requires_grad_(False)
 
-    gradient = measure_gradient(backbone, test_latents(vae, settings.resolution))
+    gradient = measure_gradient(backbone, test_latents(vae, resolution))
     print(gradient)
-    scores = torch.tensor(list(reference_scores(vae, backbone, settings)))
+    scores = torch.tensor(list(reference_scores(vae, backbone, settings, resolution)))
     if len(scores):
         mean, std = float(scores.mean()), float(scores.std(correction=0))
         if std == 0:
@@ -148,7 +157,7 @@ def test_latents(vae: AutoencoderKL, resolution: int) -> Tensor:
 
 
 @torch.no_grad()
-def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: PixelScorerConfig) -> Iterator[float]:
+def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: PixelScorerConfig, resolution: int) -> Iterator[float]:
     """Scores of the reference pictures, through VAE and decoder as those of a training run are. A prompt is read from a .txt beside."""
     if settings.reference_dir is None:
         return
@@ -158,7 +167,7 @@ def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: Pi
     count = min(settings.num_reference or 200, len(files))
     for file in tqdm([files[index * len(files) // count] for index in range(count)], desc="reference pictures", unit="picture"):
         picture = read_picture(FilePicture(str(file.absolute())))
-        scale = settings.resolution / max(picture.size)
+        scale = resolution / max(picture.size)
         width, height = (max(8, round(side * scale / 8) * 8) for side in picture.size)
         latents = encode_images(vae, to_pixels([cover(picture, (width, height))]).to(vae.device))
         caption = file.with_suffix(".txt")

@@ -57,7 +57,7 @@ def _vectors(path: Path, widths: Sequence[int]) -> list[Tensor]:
     tensors = {name: value.reshape(-1, value.shape[-1]) for name, value in _tensors(path).items() if value.dim() in (1, 2)}
     found = [tensors[name] for name in SDXL_NAMES if name in tensors] or list(tensors.values())
     if len(found) == 0 or len({len(vectors) for vectors in found}) > 1:
-        raise UserError(f"{path} is no textual-inversion embedding: it has {', '.join(tensors) or 'no vectors'}; leave it out")
+        raise UserError(f"{path} is no textual-inversion embedding: it has {', '.join(list(tensors)[:5]) or 'no vectors'}; leave it out")
     if [vectors.shape[1] for vectors in found] != list(widths):
         own, wanted = (" and ".join(map(str, sizes)) for sizes in ([vectors.shape[1] for vectors in found], widths))
         raise UserError(f"the embedding {path} is {own} wide and the model's text encoders {wanted}: it was made for another family")

@@ -29,7 +29,7 @@ def read_text(path: Path, what: str = "prompts file") -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{what} {path} cannot be read as UTF-8 text: {error}") from error
+        raise UserError(f"{what} {path} cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
     if "\0" in text:
         raise UserError(f"{what} {path} is no text; give a file of prompts")
     return text

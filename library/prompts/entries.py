@@ -79,6 +79,8 @@ def _read_line(line: str, where: str, unused: dict[str, None]) -> dict[str, Any]
     """A prompt and its options as a table; those that do nothing here go into `unused`."""
     prompt, *options = re.split(r"\s--(?=[a-z_]+\b)", " " + line.strip(), flags=re.IGNORECASE)
     values: dict[str, Any] = {"prompt": prompt.strip()}
+    if one_dash := re.search(r"\s-([wnhdlsg])\s", f"{prompt} "):
+        raise UserError(f"{where}: options of a prompt begin with two dashes; write --{one_dash[1]} for -{one_dash[1]}")
     for option in options:
         name, _, value = option.partition(" ")
         name = name.lower()
@@ -184,6 +186,8 @@ def _spec(values: Mapping[str, Any], where: str) -> PromptSpec:
         if not isinstance(values.get(key, ""), str):
             raise UserError(f"{where}: `{key}` is missing or is not text")
     numbers = {key: _number(value, key, where) for key, value in values.items() if key not in TEXTS}
+    if numbers.get("seed") == -1:  # any, in A1111 and its descendants
+        del numbers["seed"]
     for key in numbers.keys() & set(SIDES):
         if numbers[key] <= 0 or numbers[key] % PIXELS_PER_LATENT:
             raise UserError(f"{where}: {key} is {values[key]}; it must be a positive multiple of {PIXELS_PER_LATENT} pixels")

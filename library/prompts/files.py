@@ -102,7 +102,7 @@ def load_prompts(path: str | Path, options: PromptOptions | None = None, generat
     else:
         prompts = (_of_tags if is_tags else _written_out)(entries, options, generator)
     if not prompts:
-        raise UserError(f"prompts file {path} holds no prompts; write one a line")
+        raise UserError(f"prompts file {path} holds no prompts; write {'[[prompts]] tables' if ending in TABLE_ENDINGS else 'one a line'}")
     return prompts
 
 
@@ -161,7 +161,11 @@ def with_aspect_buckets(prompts: Sequence[PromptSpec], resolution: tuple[int, in
 
 
 def _split_tags(line: str) -> list[str]:
-    """The tags of a picture: parted by commas when the line has ", " or no space at all, else by spaces, as in danbooru's tag_string."""
+    r"""The tags of a picture: parted by commas when the line has ", " or no space at all, else by spaces, as in danbooru's tag_string.
+
+    Brackets may be escaped already, miku_\(vocaloid\), as in prompts for A1111.
+    """
+    line = re.sub(r"\\\(([^()]*)\\\)", r"(\1)", line)
     by_commas = ", " in line or " " not in line.strip()
     return [tag.strip() for tag in (line.split(",") if by_commas else line.split()) if tag.strip()]
 

@@ -1,7 +1,8 @@
 r"""Prompts with choices: `{a|b}`, `{2$$a|b|c}` and `__name__`, the lists of a folder, as the dynamic-prompts extension of A1111 has them.
 
 `{a|b|c}` is one of them, `{2$$a|b|c}` two of them joined by ", ", `{1-2$$ and $$a|b|c}` one or two joined by " and ". `__colour__` is a
-line of colour.txt, `__clothes/hat__` one of clothes/hat.txt. Choices nest, in lists too. `\{`, `\}` and `\|` are only characters.
+line of colour.txt, `__clothes/hat__` one of clothes/hat.txt, `__clothes/*__` one of any list there. Choices nest, in lists too. `\{`,
+`\}` and `\|` are only characters.
 """
 
 import math
@@ -21,7 +22,7 @@ MAX_COMBINATIONS = 10_000  # of one {2$$...}: more are not to be listed
 MAX_DEPTH = 50
 _MARK = re.compile(
     r"\\(?P<escaped>[{}|])|(?P<open>\{)(?:(?P<least>\d+)(?:-(?P<most>\d+))?\$\$(?:(?P<joiner>[^{}|$]*)\$\$)?)?"
-    r"|(?P<next>\|)|(?P<close>\})|__(?P<name>\w[\w ./-]*?)__"
+    r"|(?P<next>\|)|(?P<close>\})|__(?P<name>[\w*][\w* ./-]*?)__"
 )
 
 
@@ -123,6 +124,7 @@ class Wildcards:
                 raise UserError(f"{where}: there is a }} without its {{; write \\}} for the character")
             else:
                 brace, (before, *options) = opened.pop()
+                _refuse_templates(text[brace.start() : mark.end()], where)
                 parts = [*before, _choice(brace, [_joined(own) for own in (*options, parts)], where)]
         if opened:
             raise UserError(f"{where}: a {{ is not closed; write \\{{ for the character")
@@ -137,6 +139,10 @@ class Wildcards:
             raise UserError(
                 f"{where}: the prompt names the wildcard __{name}__, but wildcards_dir is not set; give the folder of the lists"
             )
+        if "*" in name:
+            names = sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in self.folder.glob(f"{name}.txt"))
+            if found := [self._list(own, where, inside) for own in names if own not in inside]:
+                return Choice(found)
         path = self.folder / f"{name}.txt"
         if not path.is_file():
             known = sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in self.folder.rglob("*.txt"))
@@ -167,6 +173,14 @@ def _joined(parts: Sequence[Pattern]) -> Pattern:
     if all(isinstance(part, Text) for part in parts):
         return Text("".join(part.text for part in parts if isinstance(part, Text)))
     return Joined(parts)
+
+
+def _refuse_templates(choice: str, where: str) -> None:
+    """What braces mean in other programs and would be words here."""
+    if choice == "{prompt}":
+        raise UserError(f"{where}: {{prompt}} is the place of a prompt in a style; write the prompt there")
+    if weight := re.search(r"[{|](?:\d+\$\$)?\s*(\d*\.?\d+)::", choice):
+        raise UserError(f"{where}: weights of choices ({weight[1]}::) are not known; write a choice as many times as it is to count")
 
 
 def _choice(brace: re.Match[str], options: list[Pattern], where: str) -> Choice:

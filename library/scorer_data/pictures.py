@@ -14,6 +14,7 @@ from library.scorer_data.records import Picture
 
 EXIF_ORIENTATION = 0x0112
 MOST_PIXELS = 1 << 26  # 8192 x 8192, 200 MB as RGB: a file of 20 kB can claim more than any training shows of it
+LEAST_SIDE = 2  # pixels: 1 x 1 stands for a picture that was not there when it was downloaded
 DRAFT = (4096, 4096)  # a JPEG beyond MOST_PIXELS is decoded at an 8th, a quarter or half of its size, but not below this
 _UNGUARDED = nullcontext()
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -29,7 +30,7 @@ def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUA
         opening: entered while its bytes are fetched, such as a lock.
 
     Raises:
-        UserError: if it is not a whole picture, or has more than MOST_PIXELS (a JPEG is reduced first).
+        UserError: if it is not a whole picture, has more than MOST_PIXELS (a JPEG is reduced first), or a side below LEAST_SIDE.
     """
     try:
         with opening:
@@ -39,6 +40,8 @@ def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUA
                 file.draft("RGB", DRAFT)
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"it has {file.width} x {file.height} pixels; make it no larger than {MOST_PIXELS >> 20} million")
+            if min(file.size) < LEAST_SIDE:
+                raise ValueError(f"it has {file.width} x {file.height} pixels; give pictures of at least {LEAST_SIDE} a side")
             file.load()
             return _to_rgb(_turned(file))
     except UnidentifiedImageError as error:

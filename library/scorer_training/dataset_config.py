@@ -90,6 +90,7 @@ class DataConfig:
     image_dir: Path | None = option(None, help="What the paths in the file are relative to; not set: the file's own folder.")
     criterion: str | None = option(None, choices=CRITERIA, help="What is learned from train_data_file, and how; not set: mse.")
     score_column: str | None = option(None, help="Column to take as the score, such as year; not set: score.")
+    path_column: str | None = option(None, help="Column with the pictures' paths; not set: path, file_name, filename, image ...")
     target_class: str | None = option(None, help="Class or tag whose log odds are the score; not set: the first.")
     validation_split: float = option(0.1, help="Share of the pictures kept for validation, chosen by a hash of their path.")
     cache_dir: Path | None = option(None, help="Folder of the latent cache; not set: output_dir/latent_cache.")
@@ -98,7 +99,7 @@ class DataConfig:
         if self.train_data_file is None:
             raise UserError("train_data_file is not set; give a table with the columns path and score, or a mixture as a dataset.toml")
         if _is_mixture(self.train_data_file):
-            of_one = ("data_reader", "image_dir", "criterion", "score_column", "target_class")
+            of_one = ("data_reader", "image_dir", "criterion", "score_column", "path_column", "target_class")
             check_not_set(self, "the mixture of train_data_file says it for each dataset", *of_one)
         if self.criterion is not None and not CRITERIA[self.criterion].gives_score:
             raise UserError(f"criterion {self.criterion} gives no score; it is for pretrain_criterion")
@@ -109,7 +110,7 @@ class DataConfig:
         """What is to be learned, the score's own first. Raises UserError when a mixture is not as it must be."""
         assert self.train_data_file is not None
         if not _is_mixture(self.train_data_file):
-            options = {"score_column": self.score_column} if self.score_column else {}
+            options = {name: value for name in ("score_column", "path_column") if (value := getattr(self, name))}
             reader = self.data_reader or "auto"
             subset = Subset(path=self.train_data_file, reader=reader, image_dir=self.image_dir, reader_options=options)
             return (Dataset(name="score", criterion=self.criterion or "mse", subsets=(subset,), target_class=self.target_class),)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.settings.options import Option, construct, nearest, options, resolve
 from library.settings.removed import REMOVED
-from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
+from library.settings.sd_scripts_keys import REPLACEMENTS, SAME, UNUSED, translate
 from library.settings.toml_files import key_lines, read_toml
 
 ConfigT = TypeVar("ConfigT")
@@ -57,6 +57,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None,
     on_command_line |= _unknown_to_argparse(rest, table)
 
     in_file = read_config_file(config_file, table) if config_file is not None else {}
+    in_file = {name: value for name, value in in_file.items() if SAME.get(name) not in on_command_line}
     given = translate(in_file | on_command_line, table)
     lines = key_lines(config_path(config_file)) if config_file is not None else {}
     resolved = resolve(config_class, given, {name: line for name, line in lines.items() if name not in on_command_line})

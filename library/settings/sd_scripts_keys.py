@@ -13,6 +13,9 @@ from library.errors import UserError
 WORD_LISTS = ("optimizer_args", "lr_scheduler_args", "network_args")
 LOG_ARGS = ("log_prefix", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 
+SAME: Mapping[str, str] = {"dataset_config": "train_data_file", "train_data_file": "dataset_config"}
+"""Two names of one setting, of which the command line's beats the file's."""
+
 REPLACEMENTS: Mapping[str, str] = {
     "epoch": "use max_train_steps",
     "optimizer": "use optimizer_type",

@@ -1,27 +1,19 @@
 """AVA (Murray et al., CVPR 2012): 255,500 photographs, each with some 200 votes from 1 to 10, from contests of dpchallenge.com."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from library.errors import UserError
-from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, mean_vote, score_in_range, ten_votes
+from library.scorer_data.readers.base import READERS, VOTES, Reader, ReaderOptions, Source, mean_vote, score_in_range, ten_votes
 from library.scorer_data.readers.files import PictureFiles, own_folder
-from library.scorer_data.readers.rows import read_rows
-from library.scorer_data.records import RatedImage, Records, Skipped, SkipReport
+from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
+from library.scorer_data.records import RatedImage, Records, Skipped
 
-COLUMNS = 15  # of AVA.txt: index, image, counts of the votes 1 to 10, two semantic tags, contest
+# of AVA.txt, as pyiqa calls them
+NAMES = ("index", "img_name", *(f"c{rating}" for rating in range(1, VOTES + 1)), "semantic_tag1", "semantic_tag2", "contest")
+COLUMNS = len(NAMES)
 LIST_FOLDERS = (".", "aesthetics_image_lists", "..", "../aesthetics_image_lists")
 PYIQA_SPLITS: Mapping[str, str] = {"": "official split", "official": "official split", "ilgnet": "ilgnet split"}
-
-
-@dataclass(frozen=True)
-class _Photograph:
-    where: str
-    name: str
-    votes: tuple[float, ...]
-    tag_ids: tuple[str, ...]
-    split: str | None
 
 
 @READERS.register("ava")
@@ -56,68 +48,50 @@ class Ava(Reader):
         nearby = [folder / name for name in ("images", "image") if (folder / name).is_dir()]
         files = PictureFiles(options.image_dir or next(iter(nearby), folder))
         names = _tag_names(folder)
-        tally = SkipReport()
-        photographs = _pyiqa(source, options.split) if source.suffix.lower() == ".csv" else _ava_txt(source, options.split, tally)
-        for photograph in photographs:
-            if isinstance(photograph, Skipped):
-                yield photograph
-                continue
-            try:
-                yield RatedImage(
-                    picture=files.find(photograph.name),
-                    name=photograph.name,
-                    where=photograph.where,
-                    score=score_in_range(mean_vote(photograph.votes), options),
-                    votes=photograph.votes,
-                    tags=tuple(names.get(number, number) for number in dict.fromkeys(photograph.tag_ids) if number != "0"),
-                    split=photograph.split,
-                )
-            except BadValue as error:
-                yield error.at(photograph.where)
-        yield from tally.skipped()
+
+        def photograph(row: Row) -> RatedImage:
+            name, votes = str(row.get("img_name")), ten_votes([row.get(f"c{rating}") for rating in range(1, VOTES + 1)])
+            numbers = dict.fromkeys(str(row.get(f"semantic_tag{number}") or "0") for number in (1, 2))
+            return RatedImage(
+                picture=files.find(name),
+                name=name,
+                where=row.where,
+                score=score_in_range(mean_vote(votes), options),
+                votes=votes,
+                tags=tuple(names.get(number, number) for number in numbers if number != "0"),
+                split=row.get("split"),
+            )
+
+        rows = _pyiqa(source, options.split) if source.suffix.lower() == ".csv" else _ava_txt(source, options.split)
+        yield from records_of(rows, photograph)
 
 
-def _ava_txt(path: Path, split: str, tally: SkipReport) -> Iterator[_Photograph | Skipped]:
+def _ava_txt(path: Path, split: str) -> Rows:
+    """Its lines under pyiqa's names, with their split."""
     splits, only_listed = _lists(path.parent, split)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line, text in enumerate(file, start=1):
             parts = text.split()
             where = f"{path}, line {line}"
-            if not parts:
-                continue
-            if len(parts) != COLUMNS or not parts[1].isdecimal():
+            if len(parts) == COLUMNS and parts[1].isdecimal():
+                if only_listed and parts[1] not in splits:
+                    yield Skipped(f"{where}: picture {parts[1]} is not in the lists of split {split}", "picture is not in the split")
+                else:
+                    yield Row(where, {**dict(zip(NAMES, parts, strict=True)), "img_name": f"{parts[1]}.jpg", "split": splits.get(parts[1])})
+            elif parts:
                 kind = "line is not one of AVA.txt"
-                yield BadValue(kind, f"this line has {len(parts)} columns; a line of AVA.txt has {COLUMNS}, the second an image ID").at(
-                    where
-                )
-                continue
-            if only_listed and parts[1] not in splits:
-                tally.add(Skipped(f"{where}: picture {parts[1]} is not in the lists of split {split}", "picture is not in the split"))
-                continue
-            try:
-                yield _Photograph(where, f"{parts[1]}.jpg", ten_votes(parts[2:12]), tuple(parts[12:14]), splits.get(parts[1]))
-            except BadValue as error:
-                yield error.at(where)
+                yield Skipped(f"{where}: this line has {len(parts)} columns; one of AVA.txt has {COLUMNS}, the second an image ID", kind)
 
 
-def _pyiqa(path: Path, split: str) -> Iterator[_Photograph | Skipped]:
+def _pyiqa(path: Path, split: str) -> Rows:
     if split not in (*PYIQA_SPLITS, "none"):
         raise UserError(f"split is {split!r}; for pyiqa's table of AVA it can be official, ilgnet or none")
     column = PYIQA_SPLITS.get(split)
     for row in read_rows(path, [["img_name"], ["c1"], ["c10"], *([[column]] if column and split else [])]):
-        if isinstance(row, Skipped):
-            yield row
-            continue
-        try:
-            yield _Photograph(
-                row.where,
-                str(row.get("img_name")),
-                ten_votes([row.get(f"c{rating}") for rating in range(1, 11)]),
-                tuple(str(row.get(f"semantic_tag{number}") or "0") for number in (1, 2)),
-                {"1": "val", "2": "test"}.get(str(row.get(column)).strip()) if column else None,
-            )
-        except BadValue as error:
-            yield error.at(row.where)
+        if isinstance(row, Row):
+            own = {"1": "val", "2": "test"}.get(str(row.get(column)).strip()) if column else None
+            row = Row(row.where, {**row.values, "split": own})
+        yield row
 
 
 def _lists(folder: Path, split: str) -> tuple[dict[str, str | None], bool]:

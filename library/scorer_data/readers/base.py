@@ -1,6 +1,5 @@
 """What every reader is given and gives back, and the values that are the same in all of them."""
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from library.errors import UserError
+from library.scorer_data.readers.exports import VOTES, from_json, plain_answer
 from library.scorer_data.records import Records, Skipped
 from library.settings.options import nearest
 from library.settings.registry import Registry
@@ -20,7 +20,6 @@ SPLIT_NAMES: Mapping[str, str] = {
     **{name: "test" for name in ("test", "testing")},
 }
 _KINDS: Mapping[Any, str] = {str: "a text", bool: "true or false", list: "a list"}
-VOTES = 10  # ratings 1 to 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +159,7 @@ class BadValue(ValueError):
 
 def number(value: object, name: str) -> float:
     """Finite. A bool is none."""
+    value = plain_answer(value)
     try:
         result = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -179,6 +179,7 @@ def score_in_range(value: float, options: ReaderOptions) -> float:
 
 def label_text(value: object) -> str:
     """The name of a class; the number of one becomes its digits."""
+    value = plain_answer(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None or value != value else str(value).strip()
@@ -189,7 +190,7 @@ def label_text(value: object) -> str:
 
 def ten_votes(values: object) -> tuple[float, ...]:
     """Counts of the ratings 1 to 10, as a list or as JSON text of one."""
-    values = _from_json(values)
+    values = from_json(values)
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != VOTES:
         raise BadValue("votes are not ten counts", f"votes {_shown(values)} are not ten counts, of the ratings 1 to 10")
     counts = tuple(number(value, "a count of votes") for value in values)
@@ -205,7 +206,7 @@ def mean_vote(votes: Sequence[float]) -> float:
 
 def tag_names(value: object) -> tuple[str, ...]:
     """Tags from a list, JSON text of one, or text parted by commas, or by spaces where it has no comma. Each once."""
-    value = _from_json(value)
+    value = plain_answer(value)
     if isinstance(value, str):
         value = value.split(",") if "," in value else value.split()
     if not isinstance(value, Sequence) or not all(isinstance(tag, str) for tag in value):
@@ -227,15 +228,6 @@ def weight_value(value: object) -> float:
     if weight <= 0:
         raise BadValue("weight is not above 0", f"weight {weight:g} is not above 0; leave the row out instead")
     return weight
-
-
-def _from_json(value: object) -> object:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
 
 
 def _shown(value: object, longest: int = 60) -> str:

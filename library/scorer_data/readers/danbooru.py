@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +17,8 @@ from typing import Any
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, number, score_in_range, tag_names
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, own_folder, source_files, subfolders
-from library.scorer_data.readers.rows import Row, read_rows
-from library.scorer_data.records import FilePicture, RatedImage, Records, Skipped, SkipReport
+from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
+from library.scorer_data.records import FilePicture, RatedImage, Records
 
 logger = logging.getLogger(__name__)
 
@@ -79,26 +79,21 @@ class Danbooru(Reader):
         model = _popularity(shards, column) if corrected else None
         classes = _classes(shards, options.extra.get("ratings", "auto")) if options.target == "label" else {}
         categories = _categories(options.extra.get("tags", "general"))
-        tally = SkipReport()
-        for row in _rows(shards):
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            try:
-                _check_status(row)
-                score = label = tags = None
-                if options.target == "score":
-                    votes = _votes(row, column)
-                    score = score_in_range(model.score(votes, _day(row), _rating(row)) if model else votes, options)
-                elif options.target == "label":
-                    label = _label(row, classes)
-                else:
-                    tags = _tags(row, categories)
-                picture, name = pictures.find(_id(row), _suffix(row))
-                yield RatedImage(picture=picture, name=name, where=row.where, score=score, label=label, tags=tags)
-            except BadValue as error:
-                tally.add(error.at(row.where))
-        yield from tally.skipped()
+
+        def post(row: Row) -> RatedImage:
+            _check_status(row)
+            score = label = tags = None
+            if options.target == "score":
+                votes = _votes(row, column)
+                score = score_in_range(model.score(votes, _day(row), _rating(row)) if model else votes, options)
+            elif options.target == "label":
+                label = _label(row, classes)
+            else:
+                tags = _tags(row, categories)
+            picture, name = pictures.find(_id(row), _suffix(row))
+            return RatedImage(picture=picture, name=name, where=row.where, score=score, label=label, tags=tags)
+
+        yield from records_of(_rows(shards), post)
 
 
 def _shards(path: Path) -> list[Path]:
@@ -108,7 +103,7 @@ def _shards(path: Path) -> list[Path]:
     return posts or [file for file in files if not file.name.startswith("tags")] or files
 
 
-def _rows(shards: Sequence[Path]) -> Iterator[Row | Skipped]:
+def _rows(shards: Sequence[Path]) -> Rows:
     for shard in shards:
         yield from read_rows(shard, [["id"]], COLUMNS)
 

@@ -41,11 +41,13 @@ class PictureFiles:
         """The picture of that name, which may be a path with either slash. Raises BadValue if there is none, or if it was found before."""
         picture = self.look(name)
         if picture is None:
+            if name.startswith(("http://", "https://")):
+                raise BadValue("path is a web address", f"{name} is a web address; download the pictures and give their paths")
             raise BadValue("picture is missing", f"there is no picture {os.path.join(self.folder, name)}")
         return picture
 
     def look(self, name: str) -> FilePicture | None:
-        """As `find`, but None if there is none."""
+        """As `find`, but None if there is none. A name without the ending of a picture may be found with one: an ID is enough."""
         name = name.replace("\\", "/")
         path = os.path.normpath(os.path.join(self._root, name))
         if not os.path.isabs(name) and not path.startswith(os.path.join(self._root, "")):
@@ -54,7 +56,9 @@ class PictureFiles:
         hashes, found = self._listing(folder)
         if not len(hashes):
             return None
-        forms = (file,) if file.isascii() else dict.fromkeys((file, *(unicodedata.normalize(form, file) for form in ("NFC", "NFD"))))
+        forms = [file] if file.isascii() else list(dict.fromkeys((file, *(unicodedata.normalize(form, file) for form in ("NFC", "NFD")))))
+        if os.path.splitext(file)[1].lower() not in PICTURE_SUFFIXES:
+            forms += [form + suffix for suffix in PICTURE_SUFFIXES for form in forms]
         for form in forms:  # an archive made on macOS has decomposed accents, a list made elsewhere has not
             code = _code(form)
             place = int(np.searchsorted(hashes, code))

@@ -16,11 +16,12 @@ from library.scorer_data.readers.base import (
     split_name,
     weight_value,
 )
+from library.scorer_data.readers.exports import plain_answer
 from library.scorer_data.readers.files import PictureFiles, own_folder, source_files
 from library.scorer_data.readers.parquet import ParquetPicture, open_parquet, picture_column
-from library.scorer_data.readers.rows import ROW_FORMATS, Row, read_rows
-from library.scorer_data.readers.tables import path_text
-from library.scorer_data.records import FilePicture, Picture, RatedPair, Records, Skipped, SkipReport
+from library.scorer_data.readers.rows import ROW_FORMATS, Row, read_rows, records_of
+from library.scorer_data.readers.tables import PROMPTS, find_picture, path_text
+from library.scorer_data.records import FilePicture, Picture, RatedPair, Records, Skipped
 
 PREFERENCES: Mapping[str, float] = {
     **{word: 1.0 for word in ("1", "a", "first", "left")},
@@ -34,7 +35,7 @@ HPD_FOLDERS = ("", "train", "test")  # names in the lists are relative to one of
 class Pairs(Reader):
     """A table with path_a, path_b and label: 1, a, first or left: the first is better; 0, b, second or right: the second is; 0.5 or tie.
 
-    Also read: prompt, weight, split. Options: image_dir.
+    Label Studio's export of comparisons is one. Also read: prompt, weight, split. Options: image_dir.
     """
 
     targets = ("pair",)
@@ -47,32 +48,28 @@ class Pairs(Reader):
     @staticmethod
     def read(path: Path, options: ReaderOptions) -> Records:
         files = PictureFiles(options.image_dir or own_folder(path), once=False)
-        columns = ("path_a", "path_b", "label", "prompt", "weight", "split")
+
+        def pair(row: Row) -> RatedPair:
+            (first_name, first), (second_name, second) = (find_picture(files, row.get(side)) for side in ("path_a", "path_b"))
+            return _pair(
+                first,
+                second,
+                name=f"{first_name} | {second_name}",
+                where=row.where,
+                preference=preference_value(row.get("label")),
+                prompt=str(row.get(*PROMPTS) or ""),
+                weight=weight_value(row.get("weight")),
+                split=split_name(row.get("split")),
+            )
+
+        columns = ("path_a", "path_b", "label", *PROMPTS, "weight", "split")
         for source in source_files(path, ROW_FORMATS):
-            for row in read_rows(source, [["path_a"], ["path_b"], ["label"]], columns):
-                if isinstance(row, Skipped):
-                    yield row
-                    continue
-                try:
-                    names = path_text(row.get("path_a")), path_text(row.get("path_b"))
-                    first, second = (files.find(name) for name in names)
-                    yield _pair(
-                        first,
-                        second,
-                        name=" | ".join(names),
-                        where=row.where,
-                        preference=preference_value(row.get("label")),
-                        prompt=str(row.get("prompt") or ""),
-                        weight=weight_value(row.get("weight")),
-                        split=split_name(row.get("split")),
-                    )
-                except BadValue as error:
-                    yield error.at(row.where)
+            yield from records_of(read_rows(source, [["path_a"], ["path_b"], ["label"]], columns), pair)
 
 
 def preference_value(value: object) -> float:
     """1, 0 or 0.5. Raises BadValue."""
-    text = str(value).strip().lower()
+    text = str(plain_answer(value)).strip().lower()
     if text in PREFERENCES:
         return PREFERENCES[text]
     try:
@@ -89,10 +86,11 @@ def _pair(first: Picture, second: Picture, **fields) -> RatedPair:
 
 @READERS.register("pick_a_pic")
 class PickAPic(Reader):
-    """Pick-a-Pic's parquet files (v1, v2): a file, a folder or a pattern of them.
+    """Pick-a-Pic's parquet files (v1, v2), or what was exported of them as CSV or JSON: a file, a folder or a pattern.
 
-    The pictures are in the cells jpg_0 and jpg_1; where a file has none (the version without pictures), they are UID.jpg (.png, .webp) in
-    `image_dir`. A file train-... is open, validation... is for validation, test... for testing. Rows without a label are left out.
+    The pictures are in the cells jpg_0 and jpg_1 of a parquet file; where it has none (the version without pictures, and exports), they are
+    UID.jpg (.png, .webp) in `image_dir`. A file train-... is open, validation... is for validation, test... for testing. Rows without a
+    label are left out.
     """
 
     targets = ("pair",)
@@ -106,47 +104,40 @@ class PickAPic(Reader):
     def read(path: Path, options: ReaderOptions) -> Records:
         needed = [["label_0"], ["image_0_uid"], ["image_1_uid"]]
         columns = ("label_0", "label_1", "has_label", "caption", "image_0_uid", "image_1_uid", "ranking_id")
-        tally = SkipReport()
         files = None
-        for source in source_files(path, (".parquet",)):
-            location, schema = source.absolute(), open_parquet(source).schema_arrow
-            stored = [picture_column(schema, name) for name in ("jpg_0", "jpg_1")]
+        for source in source_files(path, ROW_FORMATS):
+            location, split = source.absolute(), _split_of_file(source)
+            schema = open_parquet(source).schema_arrow if source.suffix.lower() == ".parquet" else None
+            stored = [picture_column(schema, name) if schema else None for name in ("jpg_0", "jpg_1")]
             if None in stored and files is None:
                 files = PictureFiles(options.image_dir or own_folder(path), once=False)
-            split = _split_of_file(source)
-            for row in read_rows(source, needed, columns):
-                assert isinstance(row, Row) and row.place is not None, "parquet rows are never unreadable"
-                try:
-                    if row.get("has_label") is False:
-                        raise BadValue("pair has no label")
-                    uids = str(row.get("image_0_uid")), str(row.get("image_1_uid"))
-                    if uids[0] == uids[1]:
-                        raise BadValue("both pictures are the same")
-                    first, second = (
-                        ParquetPicture(location, *row.place, column) if column else _by_uid(files, uid)
-                        for column, uid in zip(stored, uids, strict=True)
-                    )
-                    yield _pair(
-                        first,
-                        second,
-                        name=str(row.get("ranking_id") or " | ".join(uids)),
-                        where=row.where,
-                        preference=preference_value(row.get("label_0")),
-                        prompt=str(row.get("caption") or ""),
-                        split=split,
-                    )
-                except BadValue as error:
-                    tally.add(error.at(row.where))
-        yield from tally.skipped()
+
+            def pair(row: Row, files=files, location=location, stored=stored, split=split) -> RatedPair:
+                if str(row.get("has_label")).lower() in ("false", "0"):
+                    raise BadValue("pair has no label")
+                uids = str(row.get("image_0_uid")), str(row.get("image_1_uid"))
+                if uids[0] == uids[1]:
+                    raise BadValue("both pictures are the same")
+                first, second = (
+                    ParquetPicture(location, *row.place, column) if column and row.place else _by_uid(files, uid)
+                    for column, uid in zip(stored, uids, strict=True)
+                )
+                return _pair(
+                    first,
+                    second,
+                    name=str(row.get("ranking_id") or " | ".join(uids)),
+                    where=row.where,
+                    preference=preference_value(row.get("label_0")),
+                    prompt=str(row.get("caption") or ""),
+                    split=split,
+                )
+
+            yield from records_of(read_rows(source, needed, columns), pair)
 
 
 def _by_uid(files: PictureFiles | None, uid: str) -> FilePicture:
     assert files is not None
-    for suffix in (".jpg", ".png", ".webp"):
-        picture = files.look(uid + suffix)
-        if picture is not None:
-            return picture
-    raise BadValue("picture is missing", f"there is no picture {uid}.jpg in {files.folder}")
+    return files.find(uid)
 
 
 def _split_of_file(path: Path) -> str | None:

@@ -1,12 +1,16 @@
 """From a path to its records: by the reader that is named, or by the one that recognises it."""
 
+import logging
 from pathlib import Path
 
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS, ReaderOptions, Source, check_options
 from library.scorer_data.readers.files import source_files, subfolders
 from library.scorer_data.readers.rows import ROW_FORMATS, first_row
-from library.scorer_data.records import Records
+from library.scorer_data.readers.tables import metadata_files
+from library.scorer_data.records import Records, Skipped
+
+logger = logging.getLogger(__name__)
 
 
 def read_records(path: Path, reader: str = "auto", options: ReaderOptions | None = None) -> Records:
@@ -22,7 +26,19 @@ def read_records(path: Path, reader: str = "auto", options: ReaderOptions | None
     options = options or ReaderOptions()
     name = recognise(path) if reader == "auto" else reader
     check_options(name, options)
-    return READERS[name].read(path, options)
+    return _counted(READERS[name].read(path, options), path)
+
+
+def _counted(records: Records, path: Path) -> Records:
+    """The same records; how many there were of how many rows is said in the log."""
+    used = left_out = 0
+    for record in records:
+        if isinstance(record, Skipped):
+            left_out += record.count
+        else:
+            used += 1
+        yield record
+    logger.info("%s: used %s of %s rows", path, f"{used:,}", f"{used + left_out:,}")
 
 
 def recognise(path: Path) -> str:
@@ -39,7 +55,7 @@ def look_at(path: Path) -> Source:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
         folders = subfolders(path)
-        tables = [file for file in files if file.suffix.lower() == ".parquet"]
+        tables = [file for file, _, _ in metadata_files(path)] or [file for file in files if file.suffix.lower() == ".parquet"]
         return Source(
             path=path,
             is_table=bool(tables),
@@ -53,6 +69,8 @@ def look_at(path: Path) -> Source:
     file = path if path.exists() else source_files(path, ROW_FORMATS)[0]  # of a pattern
     if suffix == ".txt":
         with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            return Source(path=path, first_words=tuple(stream.readline().split()))
-    is_table = suffix in ROW_FORMATS
+            line = stream.readline()
+        if not any(mark in line for mark in ",;\t|"):
+            return Source(path=path, first_words=tuple(line.split()))
+    is_table = suffix in (*ROW_FORMATS, ".txt")
     return Source(path=path, is_table=is_table, columns=frozenset(first_row(file) if is_table else ()))

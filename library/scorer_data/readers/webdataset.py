@@ -107,7 +107,7 @@ def _record(shard: Path, tar: tarfile.TarFile, key: str, sample: Sample, columns
             raise BadValue("sample's .json is no object")
         values = _flat(values)
         values.setdefault(columns.label, texts.get(".cls"))
-        values.setdefault(columns.prompt, texts.get(".txt", "").strip())
+        values.setdefault(columns.prompt[0], texts.get(".txt", "").strip())
         picture = SlicePicture(shard, member.offset_data, member.size, member.name)
         return rated_image(Row(where, values), picture, f"{shard.name}/{member.name}", columns, options)
     except BadValue as error:

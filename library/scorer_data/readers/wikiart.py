@@ -1,7 +1,6 @@
 """WikiArt as ArtGAN's authors packed it (Tan et al., 2016): 81,444 paintings, in one folder for each of 27 styles."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -9,14 +8,13 @@ from library.errors import UserError
 from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, label_text, score_in_range
 from library.scorer_data.readers.files import PictureFiles, own_folder
 from library.scorer_data.readers.folders import pictures_in_folders
-from library.scorer_data.readers.rows import read_rows
+from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
 from library.scorer_data.records import RatedImage, Records, Skipped, SkipReport
 
 TASKS = ("style", "artist", "genre")
 STYLES = ("Abstract_Expressionism", "Color_Field_Painting", "Naive_Art_Primitivism", "Post_Impressionism", "Ukiyo_e")  # some of the 27
 # claude-monet_water-lilies-1919-3, carl-larsson_portrait-of-alma-1887(1), someone_untitled-1960-61: the last number of four digits
 _YEAR = re.compile(r"-(1\d{3}|20[0-2]\d)(?:-\d{1,2})?(?:\(\d+\))?$")
-Painting = tuple[str, str, str | None, str | None]  # where, path, label, split
 
 
 @READERS.register("wikiart")
@@ -50,20 +48,15 @@ class WikiArt(Reader):
         if options.score_column not in ("", "year"):
             raise UserError(f"score_column is {options.score_column!r}; of WikiArt it can be year, which stands in the names of the files")
         task = options.extra.get("label", "style")
-        tally = SkipReport()
         files = PictureFiles(options.image_dir or own_folder(path))
-        for painting in _paintings(path, task, tally):
-            if isinstance(painting, Skipped):
-                yield painting
-                continue
-            where, name, label, split = painting
-            try:
-                score = score_in_range(year_of(name), options) if options.target == "score" else None
-                label = label_text(label) if options.target == "label" else None
-                yield RatedImage(picture=files.find(name), name=name, where=where, score=score, label=label, split=split)
-            except BadValue as error:
-                tally.add(error.at(where))
-        yield from tally.skipped()
+
+        def painting(row: Row) -> RatedImage:
+            name = row.get("path")
+            score = score_in_range(year_of(name), options) if options.target == "score" else None
+            label = label_text(row.get("label")) if options.target == "label" else None
+            return RatedImage(picture=files.find(name), name=name, where=row.where, score=score, label=label, split=row.get("split"))
+
+        yield from records_of(_paintings(path, task), painting)
 
 
 def year_of(name: str) -> int:
@@ -74,7 +67,8 @@ def year_of(name: str) -> int:
     return int(match.group(1))
 
 
-def _paintings(path: Path, task: str, tally: SkipReport) -> Iterator[Painting | Skipped]:
+def _paintings(path: Path, task: str) -> Rows:
+    """Rows with path, label and split."""
     if path.is_file():
         if "filename" in path.open(encoding="utf-8-sig", errors="replace").readline():
             yield from _classes_csv(path, task)
@@ -87,15 +81,17 @@ def _paintings(path: Path, task: str, tally: SkipReport) -> Iterator[Painting | 
     if not lists:
         if task == "genre":
             raise UserError(f"label is genre, but there is no genre_train.csv in {path}; folders have style and artist only")
+        tally = SkipReport()
         for split, folder, name in pictures_in_folders(path, tally):
-            yield f"{path}/{name}", name, folder if task == "style" else _artist(name), split
+            yield Row(f"{path}/{name}", {"path": name, "label": folder if task == "style" else _artist(name), "split": split})
+        yield from tally.skipped()
 
 
 def _artist(name: str) -> str:
     return PurePosixPath(name).name.split("_")[0]
 
 
-def _list(path: Path, task: str, split: str | None) -> Iterator[Painting | Skipped]:
+def _list(path: Path, task: str, split: str | None) -> Rows:
     classes = {}
     for file in sorted(path.parent.glob(f"{task}_class*")):
         pairs = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8-sig").splitlines())
@@ -105,16 +101,16 @@ def _list(path: Path, task: str, split: str | None) -> Iterator[Painting | Skipp
             name, comma, number = text.strip().rpartition(",")
             where = f"{path}, line {line}"
             if comma:
-                yield where, name.strip('" '), classes.get(number.strip(), number.strip()), split
+                label = classes.get(number.strip(), number.strip())
+                yield Row(where, {"path": name.strip('" '), "label": label, "split": split})
             elif number:
                 yield Skipped(f"{where}: this is not a path, a comma and the number of a class", "row cannot be read")
 
 
-def _classes_csv(path: Path, task: str) -> Iterator[Painting | Skipped]:
+def _classes_csv(path: Path, task: str) -> Rows:
     for row in read_rows(path, [["filename"]]):
-        if isinstance(row, Skipped):
-            yield row
-            continue
-        name = str(row.get("filename")).replace("\\", "/")
-        label = {"style": name.split("/")[0], "artist": row.get("artist"), "genre": row.get("genre")}[task]
-        yield row.where, name, label, {"train": "train", "test": "test"}.get(str(row.get("subset")))
+        if isinstance(row, Row):
+            name = str(row.get("filename")).replace("\\", "/")
+            label = {"style": name.split("/")[0], "artist": row.get("artist"), "genre": row.get("genre")}[task]
+            row = Row(row.where, {"path": name, "label": label, "split": {"train": "train", "test": "test"}.get(str(row.get("subset")))})
+        yield row
