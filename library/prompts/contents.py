@@ -81,7 +81,10 @@ def read_tables(path: Path, what: str = "prompts file") -> dict[str, Any]:
 def read_prompt_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a .csv or .tsv, each with its place: by column, in lower case, without empty cells. Raises UserError."""
     if path.suffix.lower() == ".tsv":  # Parti's prompts hold unpaired quotes, so quoting is off
-        header, *rows = csv.reader(read_text(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            header, *rows = csv.reader(read_text(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+        except csv.Error as error:
+            raise UserError(f"prompts file {path} cannot be read as a .tsv: {error}") from error
         names = [name.strip().lower() for name in header]
         found = [(f"{path} line {line}", dict(zip(names, cells, strict=False))) for line, cells in enumerate(rows, start=2)]
     else:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from library.prompts.entries import LINE_OPTIONS, UNUSED_OPTIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "docs" / "experiments.md"  # history: it may name what is gone
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -14,10 +16,11 @@ SOURCES = sorted([path for package in PACKAGES for path in (ROOT / package).rglo
 
 # Options of other programs (pip, ruff, pytest, torch, accelerate), and those that a line of a prompt file takes.
 OTHER_OPTIONS = {"help", "fix", "check", "junitxml", "standalone", "nproc_per_node", "num_processes", "cpu", "rate", "memory"}
-PROMPT_OPTIONS = {"weight", "n", "w", "h", "l", "d", "s", "ss", "ow", "oh", "ct", "cl", "direction"}
+PROMPT_OPTIONS = {*LINE_OPTIONS, *UNUSED_OPTIONS}
 # Words that look like names of ours and are not: of other programs and their files, of columns, or made up as an example.
 OTHER_WORDS = {
     *("strength_model", "load_lora_weights", "generic_ls_train", "generic_ss_train", "ss_leco_", "pickscore.PickScorer", "module.Class"),
+    *("score_9", "score_8_up", "source_anime", "rating_safe"),
     *("votes_1", "votes_10", "layers.N.weight", "scoring_head.N.weight", "__colour__"),
     *(f"{column}_column" for column in ("label", "tags", "prompt", "weight", "split", "image")),
 }
