@@ -68,12 +68,13 @@ def create_network_from_weights(
     """The network that is in a file (or in weights_sd), its modules, ranks and alphas -> it and its weights under our names.
 
     Modules that these models do not have, and those of a text encoder when text_encoder is None, are named in one warning.
-    for_inference: no gradients, no dropout. Of --network_args those that do not speak of ranks. Raises UserError for keys that are no LoRA.
+    for_inference: no gradients, no dropout; and files of LoHa, LoKr, DoRA and the like are taken as well, each module's change of its
+    weight as a branch of full rank. Of --network_args those that do not speak of ranks. Raises UserError for keys that are no LoRA.
     """
     kwargs.pop("generator", None)  # every value comes from the file
     options = NetworkOptions.of(kwargs, neuron_dropout, unet=unet, from_file=True)
     assert weights_sd is not None or file is not None, "file or weights_sd"
-    lora_file = parse_lora(weights_sd) if weights_sd is not None else read_lora(str(file))
+    lora_file = parse_lora(weights_sd, fixed=for_inference) if weights_sd is not None else read_lora(str(file), fixed=for_inference)
     targets = {target.name: target for target in find_targets(text_encoder, unet, with_convs=True)}
     placed = lora_file.place(targets.values())
     placed.warn_of_the_rest(missing_begin_at_zero=False)

@@ -1,7 +1,7 @@
 """A LoRA file of any program -> low-rank branches by module, checked, and where each has its place in a model.
 
 Read: kohya's names (also LyCORIS' LoCon), those of PEFT and of Diffusers, in .safetensors files and in pickles of plain tensors.
-What is another function than up(down(x)) is refused by its name.
+What is another function than up(down(x)) is refused by its name; LyCORIS' and DoRA's are taken as fixed changes where nothing is trained.
 """
 
 import json
@@ -17,18 +17,16 @@ from torch import Tensor
 
 from library.atomic_files import load_tensors
 from library.errors import UserError
+from networks.lora_changes import KINDS, change_of, factors_of
+from networks.lora_targets import Target
 
 logger = logging.getLogger(__name__)
 
-# The last part of a key, dots as they are, of files that hold something else than a LoRA.
+# The last part of a key, dots as they are, of files that hold what no weight's change expresses, or what is not read.
 _OTHER_FUNCTIONS = {
-    r"(dora_scale|lora_magnitude_vector.*)": "DoRA",
-    r"hada_.+": "LoHa",
-    r"lokr_.+": "LoKr",
-    r"lora_mid\.weight": "a LoCon with a CP (Tucker) decomposition",
     r"(oft|boft)_.+": "OFT",
     r"[ab][12]\.weight": "GLoRA",
-    r"(on_input|lora_[AB](\.\w+)?\.bias|scalar|diff|diff_b|w_norm|b_norm)": "a LoRA with weights beside down and up",
+    r"(on_input|lora_[AB](\.\w+)?\.bias|scalar|diff_b|w_norm|b_norm)": "a LoRA with weights beside down and up",
 }
 _FACTORS = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_linear_layer.down": "down"}
 _FACTORS |= {"lora_up": "up", "lora_B": "up", "lora.up": "up", "lora_linear_layer.up": "up"}
@@ -54,6 +52,17 @@ class Branch(NamedTuple):
         return self.down.shape[2:].numel() > 1
 
 
+class FixedChange(NamedTuple):
+    """The tensors of one module whose change of a weight is no product of two (see `networks.lora_changes.KINDS`), and their name."""
+
+    part: Mapping[str, Tensor]
+    kind: str
+
+    @property
+    def is_large_conv(self) -> bool:
+        return any(tensor.shape[2:].numel() > 1 for tensor in self.part.values())
+
+
 class Place(Protocol):
     """A module of ours that a branch may belong to: a Target or a LoRAModule."""
 
@@ -76,7 +85,7 @@ class LoRAFile:
     """
 
     source: str
-    branches: Mapping[str, Branch]
+    branches: Mapping[str, Branch | FixedChange]
     incomplete: Sequence[str]
 
     def place(self, places: Iterable[Place]) -> "PlacedBranches":
@@ -89,7 +98,7 @@ class LoRAFile:
                 place = by_name[name]
                 if place.name in found:
                     raise UserError(f"{self.source} holds {place.name} twice, in two styles of naming; give a file with one")
-                found[place.name] = self._fitted(branch, name, place.weight_shape)
+                found[place.name] = self._fitted(branch, name, place)
         if not found:
             raise UserError(
                 f"{self.source} has no module of this network, but for example {next(iter(self.branches), 'none at all')}: it was made for "
@@ -98,8 +107,15 @@ class LoRAFile:
         found = {place.name: found[place.name] for place in places if place.name in found}  # in our order, not the file's
         return PlacedBranches(self, found, [place.name for place in places if place.name not in found], set(by_name))
 
-    def _fitted(self, branch: Branch, name: str, weight_shape: Sequence[int]) -> Branch:
-        out_channels, *inside = weight_shape
+    def _fitted(self, branch: Branch | FixedChange, name: str, place: Place) -> Branch:
+        if isinstance(branch, FixedChange):
+            assert isinstance(place, Target) and isinstance(place.base.weight, Tensor), "only what is not trained has fixed changes"
+            try:
+                down, up = factors_of(change_of(branch.part, place.base.weight))
+            except UserError as error:
+                raise UserError(f"{self.source}: {name}, {branch.kind}: {error}") from error
+            return Branch(down, up, float(len(down)))
+        out_channels, *inside = place.weight_shape
         rank = len(branch.down)
         wanted = (rank, *inside), (out_channels, rank, *[1] * (len(inside) - 1))
         for tensor, shape in zip(branch[:2], wanted, strict=True):
@@ -149,8 +165,8 @@ class PlacedBranches:
             logger.warning("%s: %d modules are taken; %s", self.file.source, len(self.branches), text)
 
 
-def read_lora(file: str | Path) -> LoRAFile:
-    """Raises UserError: cannot be read, malformed, or another function than a LoRA's."""
+def read_lora(file: str | Path, *, fixed: bool = False) -> LoRAFile:
+    """See `parse_lora`. Raises UserError: cannot be read, malformed, or another function than a LoRA's."""
     path = Path(file)
     try:
         tensors, metadata = load_tensors(path)
@@ -161,13 +177,16 @@ def read_lora(file: str | Path) -> LoRAFile:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} could not be read as a LoRA ({reason}); give a .safetensors file, or a .pt of plain tensors") from error
-    return parse_lora(tensors, str(file), peft)
+    return parse_lora(tensors, str(file), peft, fixed=fixed)
 
 
-def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Mapping[str, Any] | None = None) -> LoRAFile:
+def parse_lora(
+    tensors: Mapping[str, Any], source: str = "weights_sd", peft: Mapping[str, Any] | None = None, *, fixed: bool = False
+) -> LoRAFile:
     """The checked record of a file's tensors.
 
     Args:
+        fixed: take LyCORIS' functions and DoRA, too, as changes that are not trained.
         peft: settings of PEFT by "unet.lora_alpha" and the like, for files whose alphas are no tensors. Without either, alpha is
             the rank, as every client reads it.
     """
@@ -176,16 +195,22 @@ def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Map
     for key, tensor in tensors.items():
         if str(key).startswith("bundle_emb."):  # LyCORIS' way to put an embedding into the file: it works by its own word
             continue
-        path, role = _split(str(key), source)
+        path, role = _split(str(key), source, fixed)
         name = _kohya_name(path)
         dotted[name] = path
         if role in parts.setdefault(name, {}):
             raise UserError(f"{source} holds {role} of {name} twice; give a file with one adapter")
-        parts[name][role] = _checked(tensor, f"{source}: {key}", is_alpha=role == "alpha")
-    incomplete = [name for name, part in parts.items() if not {"down", "up"} <= part.keys()]
-    branches = {}
+        parts[name][role] = _checked(
+            tensor, f"{source}: {key}", is_alpha=role == "alpha", ranks=(1, 2, 4) if _kind(role) == "DoRA" else (2, 4)
+        )
+    incomplete, branches = [], {}
     for name, part in parts.items():
-        if name in incomplete:
+        kinds = [_kind(role) for role in part if role not in ("down", "up", "alpha")]
+        if kinds:
+            branches[name] = FixedChange(_with_peft_alpha(part, peft, dotted[name], source), str(kinds[-1]))
+            continue
+        if not {"down", "up"} <= part.keys():
+            incomplete.append(name)
             continue
         down, up = part["down"], part["up"]
         if not 0 < len(down) == up.shape[1] or up.shape[2:].numel() != 1:
@@ -195,11 +220,24 @@ def parse_lora(tensors: Mapping[str, Any], source: str = "weights_sd", peft: Map
     return LoRAFile(source, branches, incomplete)
 
 
-def _split(key: str, source: str) -> tuple[str, str]:
-    """The module's path in a key, and "down", "up" or "alpha"."""
+def _kind(role: str) -> str | None:
+    """What the function of a key's last part is called; None of a LoRA's own."""
+    return next((kind for pattern, kind in KINDS.items() if re.fullmatch(pattern, role)), None)
+
+
+def _split(key: str, source: str, fixed: bool) -> tuple[str, str]:
+    """The module's path in a key, and "down", "up", "alpha" or the last part of a fixed change's."""
     key = _PROCESSOR.sub(lambda match: f".{match[1].replace('to_out', 'to_out.0')}.lora.", key)
     if match := _KEY.fullmatch(key):
         return (match[1], _FACTORS[match[2]]) if match[2] else (match[3], "alpha")
+    for pattern, kind in KINDS.items():
+        if match := re.fullmatch(rf"(.+?)\.({pattern})", key):
+            if fixed:
+                return match[1], match[2]
+            raise UserError(
+                f"{source} is {kind} (see {key}), which is another function than a LoRA's; give it as base_weights, which are merged into "
+                "the model before training"
+            )
     for pattern, name in _OTHER_FUNCTIONS.items():
         if re.fullmatch(rf".+\.{pattern}", key):
             raise UserError(
@@ -216,10 +254,10 @@ def _kohya_name(path: str) -> str:
     return kohya + path.removeprefix(prefix).replace(".", "_")
 
 
-def _checked(tensor: Any, what: str, *, is_alpha: bool) -> Tensor:
+def _checked(tensor: Any, what: str, *, is_alpha: bool, ranks: Sequence[int]) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise UserError(f"{what} is no tensor; give a LoRA file")
-    shape_is_right = tensor.numel() == 1 if is_alpha else tensor.ndim in (2, 4) and tensor.is_floating_point()
+    shape_is_right = tensor.numel() == 1 if is_alpha else tensor.ndim in ranks and tensor.is_floating_point()
     if not shape_is_right:
         wanted = "one number" if is_alpha else "a matrix or the kernel of a convolution"
         raise UserError(f"{what} has shape {tuple(tensor.shape)} and type {tensor.dtype}, and it must be {wanted}; the file is malformed")
@@ -228,11 +266,17 @@ def _checked(tensor: Any, what: str, *, is_alpha: bool) -> Tensor:
     return tensor
 
 
-def _peft_alpha(peft: Mapping[str, Any], path: str, rank: int, source: str) -> float:
+def _with_peft_alpha(part: dict[str, Tensor], peft: Mapping[str, Any] | None, path: str, source: str) -> dict[str, Tensor]:
+    if "down" not in part or "alpha" in part:
+        return part
+    return part | {"alpha": torch.tensor(_peft_alpha(peft or {}, path, len(part["down"]), source, dora=True))}
+
+
+def _peft_alpha(peft: Mapping[str, Any], path: str, rank: int, source: str, *, dora: bool = False) -> float:
     part, _, inside = path.partition(".")
     if f"{part}.lora_alpha" not in peft:
         part, inside = "unet", path
-    if peft.get(f"{part}.use_dora"):
+    if peft.get(f"{part}.use_dora") and not dora:
         raise UserError(f"{source} is DoRA (see use_dora in its settings of PEFT), which is another function than a LoRA's")
     try:
         patterns = peft.get(f"{part}.alpha_pattern") or {}

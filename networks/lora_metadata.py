@@ -151,8 +151,8 @@ class Card:
     usable: tuple[float, float] | None = None
 
 
-def write_cards(lora_file: str | Path, spec: BaseModel, card: Card) -> list[Path]:
-    """Write NAME.json beside NAME.safetensors, which A1111 and Forge show and SD.Next reads, and NAME.metadata.json, LoRA Manager's."""
+def write_cards(lora_file: str | Path, spec: BaseModel, card: Card, folder: Path | None = None) -> list[Path]:
+    """Write NAME.json, which A1111 and Forge show and SD.Next reads, and NAME.metadata.json, LoRA Manager's; None: beside the LoRA."""
     file = Path(lora_file)
     webui = {
         "description": card.hint,
@@ -179,7 +179,7 @@ def write_cards(lora_file: str | Path, spec: BaseModel, card: Card) -> list[Path
         "notes": card.notes,
         "from_civitai": False,
     }
-    paths = [file.with_suffix(".json"), file.with_suffix(".metadata.json")]
+    paths = [(folder or file.parent) / f"{file.stem}{ending}" for ending in (".json", ".metadata.json")]
     for path, content in zip(paths, (webui, manager), strict=True):
         atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return paths

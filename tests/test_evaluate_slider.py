@@ -71,6 +71,7 @@ def test_two_sliders_side_by_side(files, tmp_path, monkeypatch, capsys):
         "grid_first.png",
         "grid_second.png",
         "report.html",
+        *(f"{name}{ending}" for name in ("first", "second") for ending in (".json", ".metadata.json", ".preview.png")),
     }
     first, second = json.loads((tmp_path / "evaluation.json").read_text())["sliders"]
     assert (first["name"], second["name"]) == ("first", "second") and first["multipliers"] == [-1, 0, 1]
@@ -112,7 +113,7 @@ def test_steps_by_a_pattern_with_a_scorer_as_judge_beyond_weight_1(files, tmp_pa
 
 
 def test_what_a_slider_says_of_itself_is_in_the_report(files, tmp_path, monkeypatch):
-    metadata = {"ss_leco_scorer": '["bright.safetensors"]', "modelspec.usage_hint": "Weight 1 is strong.", "ss_secret": "no"}
+    metadata = {"ss_leco_scorer": '["bright.safetensors"]', "modelspec.description": "Weight 1 is strong.", "ss_secret": "no"}
     save_file(load_file(files / "first.safetensors"), tmp_path / "told.safetensors", metadata)
     changes = {"network_weights": [str(tmp_path / "told.safetensors")], "num_prompts": ["1"], "multipliers": ["1"]}
     run(monkeypatch, arguments(files, tmp_path / "out", **changes))
@@ -120,6 +121,34 @@ def test_what_a_slider_says_of_itself_is_in_the_report(files, tmp_path, monkeypa
     assert slider["origin"] == {"scorer": "bright.safetensors", "what it promises": "Weight 1 is strong."}
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Weight 1 is strong." in report and "ss_secret" not in report
+
+
+def test_a_loha_in_a_pickle_is_measured_also_with_other_samplings_and_an_empty_lora_is_told_so(files, tmp_path, monkeypatch, capsys):
+    """The LoHa is the first slider (rank 4) written as two factors of which the second is a matrix of ones."""
+    first, loha = load_file(files / "first.safetensors"), {}
+    for name in {key.partition(".")[0] for key in first}:
+        down, up = first[f"{name}.lora_down.weight"].flatten(1), first[f"{name}.lora_up.weight"].flatten(1)
+        rows, columns = torch.zeros(len(up), 4), torch.zeros(4, down.shape[1])
+        rows[:, 0], columns[0] = 1, 1
+        loha |= {f"{name}.hada_w1_a": up, f"{name}.hada_w1_b": down, f"{name}.hada_w2_a": rows, f"{name}.hada_w2_b": columns}
+    torch.save(loha, tmp_path / "loha.pt")
+    save_file({key: value * ("lora_up" not in key) for key, value in first.items()}, tmp_path / "empty.safetensors")
+    sliders = [str(files / "first.safetensors"), str(tmp_path / "loha.pt"), str(tmp_path / "empty.safetensors")]
+    changes = {"network_weights": sliders, "num_prompts": ["1"], "also": ["guidance_scale=1", "num_steps=3"]}
+    run(monkeypatch, arguments(files, tmp_path / "out", **changes))
+    one, two, empty = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sliders"]
+    for there in (lambda slider: slider, lambda slider: slider["elsewhere"][0], lambda slider: slider["elsewhere"][1]):
+        ours, theirs = (torch.tensor(there(slider)["responses"]["brightness"]["values"]) for slider in (one, two))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # float32 in another order, through two or three steps
+    assert [other["name"] for other in one["elsewhere"]] == ["guidance_scale 1", "num_steps 3"]
+    assert [other["settings"]["num_steps"] for other in one["elsewhere"]] == [2, 3]
+    output = capsys.readouterr().out
+    assert output.count("with guidance_scale 1: scorer ") == 3 and output.count("This LoRA changes nothing") == 1
+    assert empty["summary"]["recommended_weight"] is None
+    card = json.loads((tmp_path / "out" / "empty.json").read_text())
+    assert card["preferred weight"] == 0.01 and "This LoRA changes nothing" in card["notes"]
+    assert "with num_steps 3: " in json.loads((tmp_path / "out" / "first.json").read_text())["notes"]
+    assert "Sampled otherwise" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_patterns_are_sorted_by_number_and_name_each_file_once(tmp_path):
@@ -172,6 +201,9 @@ def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
         ({"network_weights": []}, "network_weights"),
         ({"network_weights": ["nothing-*.safetensors"]}, "nothing-*.safetensors does not exist"),
         ({"guidance_rescale": ["1.5"]}, "between 0 and 1"),
+        ({"also": ["guidance=3"]}, "also has 'guidance=3'; give guidance_scale, num_steps or sampler"),
+        ({"also": ["sampler=best"]}, "samplers are ddim"),
+        ({"also": ["num_steps="]}, "names no value"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, monkeypatch, capsys, changes, message):

@@ -135,7 +135,7 @@ def test_adapter_config_beside_pefts_own_file(tmp_path: Path) -> None:
         ("lokr_w1", "LoKr"),
         ("lora_mid.weight", "CP"),
         ("oft_blocks", "OFT"),
-        ("diff", "beside down and up"),
+        ("diff", "full difference"),
         ("lora_B.bias", "beside down and up"),
         ("strange", "no tensor of a LoRA"),
     ],

@@ -5,8 +5,10 @@
 
 Every prompt is sampled with several seeds at several weights of the LoRA; the pictures are scored by the slider's own scorer and by
 judges that training never saw. Writes evaluation.json, curve.png, grid.png and report.html (one file, to be attached to the page where
-the slider is offered), and prints the table. Several LoRA files, also by a pattern such as "output/slider-step*.safetensors", are
-measured on the same prompts and seeds and shown side by side, each with its difference from the first.
+the slider is offered), the cards NAME.json, NAME.metadata.json and NAME.preview.png for the programs that show LoRAs, and prints the table.
+The LoRA may be anybody's: kohya's, LyCORIS' (LoCon, LoHa, LoKr, DoRA), PEFT's or Diffusers', as .safetensors or .pt. Several files, also
+by a pattern such as "output/slider-step*.safetensors", are measured on the same prompts and seeds and shown side by side, each with
+its difference from the first.
 """
 
 import glob
@@ -17,24 +19,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
-import safetensors
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, remove_unfinished
+from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, load_tensors, remove_unfinished
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
 from library.measuring.judges import Judges, split_role
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import FORMAT, EvaluationRecord
+from library.measuring.warnings import final_warnings
 from library.models.config import ModelConfig
 from library.prompts.files import load_prompts, spread
-from library.reports.plots import multiplier_grid, score_curves
+from library.reports.plots import multiplier_grid, png_bytes, score_curves
 from library.reports.report import html_report
 from library.reports.text import comparison_text, text_table
 from library.rollouts.few_step import SamplingChoice, detect, recommended
@@ -44,8 +47,11 @@ from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
+from library.slider_training.outcome import Outcome
+from library.slider_training.previews import CARD_PROMPTS, card_picture
 from library.training.runtime import choose_precision, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
+from networks.lora_metadata import write_cards
 
 ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
 # Metadata of a LoRA file, and what the report calls it.
@@ -59,7 +65,8 @@ ORIGIN = {
     "ss_learning_rate": "learning rate",
     "ss_optimizer": "optimizer",
     "ss_seed": "training seed",
-    "modelspec.usage_hint": "what it promises",
+    "modelspec.usage_hint": "how to use it",
+    "modelspec.description": "what it promises",
     "ss_leco_verdict": "what its training found",
     "ss_leco_scorer_worth": "what its scorer is worth",
     "ss_training_comment": "comment",
@@ -95,6 +102,11 @@ class EvaluationConfig:
     )
     guidance_rescale: float = option(0.0, help="How far the guided prediction is rescaled to the contrast of the unguided, 0 to 1.")
     sampler: str | None = option(None, choices=(*SOLVERS, *ALIASES), help="Sampler; not set: ddim, or that of a few-step base.")
+    also: tuple[str, ...] = option(
+        (),
+        help="Other ways of sampling to measure weights +1 and -1 with, each changing one thing: guidance_scale=3,8 sampler=euler_a "
+        "num_steps=30.",
+    )
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
     batch_size: int = option(8, help="Pictures sampled together.")
     num_grid_prompts: int = option(6, help="Rows of the picture grid.")
@@ -123,6 +135,30 @@ class EvaluationConfig:
             raise UserError(f"guidance_rescale is {self.guidance_rescale:g}; it must be between 0 and 1")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
             raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
+
+        _ = self.otherwise
+
+    @property
+    def otherwise(self) -> list[tuple[str, dict[str, Any]]]:
+        """`also` as names and changes of a SamplingConfig. Raises UserError."""
+        found: list[tuple[str, dict[str, Any]]] = []
+        for words in self.also:
+            name, _, values = words.partition("=")
+            for value in filter(None, values.split(",")):
+                try:
+                    changed = {"guidance_scale": float, "num_steps": int, "sampler": str}[name](value)
+                except (KeyError, ValueError):
+                    changed = None
+                unknown = name == "sampler" and value not in (*SOLVERS, *ALIASES)
+                if changed is None or unknown or (name != "sampler" and changed < 1):
+                    raise UserError(
+                        f"also has {words!r}; give guidance_scale, num_steps or sampler with what to try, for example guidance_scale=3,8; "
+                        f"samplers are {', '.join(SOLVERS)}"
+                    )
+                found.append((f"{name} {value}", {name: changed}))
+            if not values:
+                raise UserError(f"also has {words!r}, which names no value; write for example guidance_scale=3,8")
+        return found
 
     def size(self, native: int) -> tuple[int, int]:
         """(height, width) in pixels, for a model of this native resolution."""
@@ -180,32 +216,44 @@ def main() -> None:
         prompts=prompts,
         seeds=seed_table(prompts, settings.seeds_per_prompt, settings.seed),
         sampling=sampling,
-        num_pictures=settings.num_grid_prompts,
+        num_pictures=max(settings.num_grid_prompts, CARD_PROMPTS),
     )
-    records = [measure(measurer, file, name, settings) for file, name in zip(files, names, strict=True)]
-    paths = write_results(settings.output_dir, records, settings.title)
+    others = {name: replace(measurer, sampling=replace(sampling, **changes), num_pictures=0) for name, changes in settings.otherwise}
+    records = [measure(measurer, others, file, name, settings) for file, name in zip(files, names, strict=True)]
+    paths = write_results(settings.output_dir, records, settings.title, settings.num_grid_prompts)
+    for file, record in zip(files, records, strict=True):
+        outcome = Outcome(step=0, record=record, warnings=tuple(final_warnings(record)))
+        folder = settings.output_dir / Path(record.name).parent  # sliders of one file name keep the folders that tell them apart
+        folder.mkdir(parents=True, exist_ok=True)
+        paths += write_cards(file, model.spec, outcome.card(), folder)
+        if (picture := card_picture(outcome)) is not None:
+            paths.append(folder / f"{file.stem}.preview.png")
+            atomic_write_bytes(paths[-1], png_bytes(picture))
     print("\n\n".join(map(text_table, records)))
     print(f"\n{comparison_text(records)}\n\n" + "\n".join(map(str, paths)))
 
 
-def measure(measurer: Measurer, file: Path, name: str, settings: EvaluationConfig) -> EvaluationRecord:
-    """Attach one LoRA, measure it, and take it off again."""
+def measure(measurer: Measurer, others: Mapping[str, Measurer], file: Path, name: str, settings: EvaluationConfig) -> EvaluationRecord:
+    """Attach one LoRA, measure it, also as the others sample, and take it off again."""
     model = measurer.model
     network, _ = create_network_from_weights(1.0, file, model.vae, model.text_encoders, model.unet, for_inference=True)
     network.to(model.device)
     network.apply_to(model.text_encoders, model.unet)
     try:
         record = measurer.measure(network, settings.multipliers, name=name)
+        ends = [record.multipliers[place] for place in record.ends]
+        elsewhere = tuple(other.measure(network, ends, name=words) for words, other in others.items())
     finally:
         network.remove()
     assert settings.prompts_file is not None
     judges = ", ".join(measurer.raters.judges.names)
     files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": judges}
-    return replace(record, settings=files | record.settings, origin=origin_of(file))
+    return replace(record, settings=files | record.settings, origin=origin_of(file), elsewhere=elsewhere)
 
 
-def write_results(output_dir: Path, records: Sequence[EvaluationRecord], title: str | None = None) -> list[Path]:
-    """Write the JSON, the PNGs and the report, and return their paths."""
+def write_results(output_dir: Path, records: Sequence[EvaluationRecord], title: str | None, num_rows: int) -> list[Path]:
+    """Write the JSON, the PNGs and the report, with pictures of num_rows prompts, and return their paths."""
+    records = [replace(record, pictures=record.pictures[:num_rows]) for record in records]
     pngs = {output_dir / "curve.png": score_curves(records)}
     for record in records:
         labels = [f"{record.prompts[row]} (seed {record.seeds[row][0]})" for row in range(len(record.pictures))]
@@ -238,8 +286,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 
 def origin_of(file: Path) -> dict[str, str]:
     """What a LoRA file's metadata says of how it was made."""
-    with safetensors.safe_open(file, "pt") as content:
-        metadata = content.metadata() or {}
+    _, metadata = load_tensors(file)
     return {name: _plain(metadata[key]) for key, name in ORIGIN.items() if key in metadata}
 
 

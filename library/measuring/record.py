@@ -49,6 +49,7 @@ class EvaluationRecord:
         visibility: root of each picture's perceptual distance (a square) from the base model's, over that of a visible change of brightness
             (`against_base.NOTICEABLE`) [P, S, M]; None where no pixels were decoded. Above 1, a person tells the two apart.
         pictures: of the first seed of the first prompts, uint8 [M, 3, H, W] each; not part of the dictionary.
+        elsewhere: the same slider measured otherwise, at its ends; their names say how.
     """
 
     name: str
@@ -62,6 +63,7 @@ class EvaluationRecord:
     origin: dict[str, str] = field(default_factory=dict)
     visibility: np.ndarray | None = field(default=None, repr=False)
     pictures: tuple[Tensor, ...] = field(default=(), repr=False)
+    elsewhere: tuple["EvaluationRecord", ...] = ()
 
     def joined(self, other: "EvaluationRecord") -> "EvaluationRecord":
         """With the pictures of `other`, which are of other prompts, or of other seeds of the same prompts, at the same multipliers."""
@@ -249,6 +251,7 @@ class EvaluationRecord:
                 {"prompt": prompt, "gains_std": {name: [*map(nan_to_none, gains[row].tolist())] for name, gains in prompt_gains.items()}}
                 for row, prompt in enumerate(self.prompts)
             ],
+            "elsewhere": [other.to_dict() for other in self.elsewhere],
         }
 
     @staticmethod
@@ -265,6 +268,7 @@ class EvaluationRecord:
             statistics={name: tuple(map(none_to_nan, values)) for name, values in data["statistics"].items()},
             seed_distance=none_to_nan(data["seed_distance"]),
             visibility=None if data.get("visibility") is None else np.array(data["visibility"]),
+            elsewhere=tuple(map(EvaluationRecord.from_dict, data.get("elsewhere", ()))),
         )
 
     def _mean_gain(self, responses: list[Response], place: int) -> float:

@@ -30,7 +30,7 @@ class SliderWarning:
 
     Attributes:
         kind: gamed, unconfirmed, one-sided, share, side effect, held, beyond, clipping, saturation, nyquist, diversity, few pairs, flat; of
-            a finished slider also unclear, not monotone.
+            a finished slider also nothing, unclear, not monotone.
         subject: what it is about among others of its kind: a score, a statistic, a weight.
         text: a sentence.
     """
@@ -75,6 +75,12 @@ def find_warnings(record: EvaluationRecord, goals: Sequence[Goal] = ()) -> list[
 def final_warnings(record: EvaluationRecord) -> list[SliderWarning]:
     """`find_warnings` and what is wrong with a finished slider only."""
     found = find_warnings(record)
+    if record.relative_drift < HARDLY_MOVED:
+        drift = record.relative_drift
+        hardly = f"hardly changes anything: the pictures move by {drift:.2%} of the distance between two seeds"
+        does = hardly if drift else "changes nothing: its pictures are the base model's"
+        text = f"This LoRA {does}. It is empty, far too weak, or was made for another model."
+        return [*found, SliderWarning("nothing", "", text)]
     for score in record.training_scores:
         for place in record.ends:
             if record.gain(score.name, place).low <= 0:

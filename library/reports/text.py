@@ -54,7 +54,19 @@ def text_table(record: EvaluationRecord) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*columns, strict=True)]
     title = f"{record.name}: {len(record.prompts)} prompts, {record.num_pairs} pairs of prompt and seed"
     warnings = [f"warning: {warning}" for warning in final_warnings(record)]
-    return "\n".join([title, *lines[:2], "-" * len(lines[0]), *lines[2:], *warnings])
+    return "\n".join([title, *lines[:2], "-" * len(lines[0]), *lines[2:], *elsewhere_lines(record), *warnings])
+
+
+def elsewhere_lines(record: EvaluationRecord) -> list[str]:
+    """A line for each other way of sampling that was measured: what the scores gain at the ends, in standard deviations."""
+    lines = []
+    for other in record.elsewhere:
+        gains = (
+            f"{response.name} {', '.join(f'{response.gains_std[place]} at {_weight(other.multipliers[place])}' for place in other.ends)}"
+            for response in other.scaled
+        )
+        lines.append(f"with {other.name}: {'; '.join(gains)}")
+    return lines
 
 
 def curve_table(curve: ResponseCurve) -> str:

@@ -7,7 +7,7 @@ from library.measuring.calibration import Calibration
 from library.measuring.record import EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of, summarise_curve
 from library.measuring.warnings import SliderWarning
-from library.reports.text import curve_table
+from library.reports.text import curve_table, elsewhere_lines
 from library.scorers.worth import Worth
 from networks.lora_metadata import Card
 
@@ -66,9 +66,10 @@ class Outcome:
         if curve is None:
             return Card(hint=self.verdict, notes="\n\n".join(filter(None, [self.note, comment])))
         line = summarise_curve(curve, self.calibration.target.max_drift if self.calibration and self.calibration.target else None)
+        table = "\n".join([curve_table(curve), *(elsewhere_lines(self.record) if self.record is not None else [])])
         begin = f"; begin with {line.preferred_weight:+.3g}" if line.preferred_weight else ""
         hint = f"{line.usable_words[0].upper()}{line.usable_words[1:]}{begin}." + (" The score was gamed." if self.gamed else "")
-        notes = "\n\n".join(filter(None, [self.note, curve_table(curve), comment]))
+        notes = "\n\n".join(filter(None, [self.note, table, comment]))
         return Card(hint=hint, notes=notes, preferred_weight=line.preferred_weight, usable=line.usable)
 
     @property

@@ -18,6 +18,7 @@ from library.prompts.files import spread
 from library.rollouts.few_step import detect
 from library.rollouts.prompt_encoder import PromptEncoder, size_of
 from library.rollouts.sample import SamplingConfig
+from library.slider_training.previews import CARD_PROMPTS
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
@@ -29,7 +30,6 @@ MAX_STRENGTHS = 3  # measured for the calibration besides those that observation
 CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
 FEWEST_FRESH = 12  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
-SHOWN_PROMPTS = 4  # whose pictures are kept for the slider's card
 SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
 
 
@@ -156,7 +156,7 @@ class SliderPictures:
             seeds=seed_table(prompts, seeds, offset=seed_offset),
             sampling=sampling,
             encoder=self.encoder,
-            num_pictures=SHOWN_PROMPTS,
+            num_pictures=CARD_PROMPTS,
         )
 
     def state_dict(self) -> dict[str, Any]:

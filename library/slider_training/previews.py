@@ -16,6 +16,7 @@ from library.slider_training.outcome import Outcome
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
+CARD_PROMPTS = 4  # rows of the picture
 THUMBNAIL = 256  # pixels of the longer side, as ModelSpec recommends
 
 
@@ -54,7 +55,9 @@ def card_picture(outcome: Outcome) -> Image.Image | None:
     if record is None or not record.pictures:
         return None
     unit = 1.0 if outcome.calibration is None else outcome.calibration.confirmed_at
-    return image_grid(record.pictures, None, [signed(round(weight * unit, 1)) for weight in record.multipliers])
+    places = sorted({*record.ends, record.base})
+    rows = [pictures[places] for pictures in record.pictures[:CARD_PROMPTS]]
+    return image_grid(rows, None, [signed(round(record.multipliers[place] * unit, 1)) for place in places])
 
 
 def thumbnail(picture: Image.Image) -> str:
