@@ -43,10 +43,8 @@ def create_network(
     for target in find_targets(text_encoder, unet, with_convs=options.has_convs):
         rank, alpha = options.rank_and_alpha(target)
         if rank:
-            factors = options.lr_factors(target)
-            loras.append(
-                LoRAModule(target, strength, rank=rank, alpha=alpha, dropouts=options.dropouts, lr_factors=factors, generator=generator)
-            )
+            rates: dict[str, Any] = {"lr_factors": options.lr_factors(target), "own_lr": options.own_lr(target)}
+            loras.append(LoRAModule(target, strength, rank=rank, alpha=alpha, dropouts=options.dropouts, generator=generator, **rates))
     if not loras:
         raise UserError("network_args leave no module to train: every rank or learning rate is 0, or everything is excluded")
     network = LoRANetwork(loras, strength)
@@ -81,9 +79,9 @@ def create_network_from_weights(
     strength = Strength(1.0)
     loras = []
     for name, branch in placed.branches.items():
-        factors = options.lr_factors(targets[name])
-        rank, alpha = len(branch.down), branch.alpha
-        loras.append(LoRAModule(targets[name], strength, rank=rank, alpha=alpha, dropouts=options.dropouts, lr_factors=factors))
+        target, rank, alpha = targets[name], len(branch.down), branch.alpha
+        rates: dict[str, Any] = {"lr_factors": options.lr_factors(target), "own_lr": options.own_lr(target)}
+        loras.append(LoRAModule(target, strength, rank=rank, alpha=alpha, dropouts=options.dropouts, **rates))
     network = LoRANetwork(loras, strength)
     network.set_multiplier(multiplier)
     network.load_state_dict(placed.state)

@@ -70,6 +70,7 @@ class LoRAModule(nn.Module):
         alpha: 0 stands for rank, that is scale 1.
         dropouts: they draw from torch's global generator, the only one that gradient checkpointing rewinds.
         lr_factors: what the learning rate is multiplied with, for down and for up.
+        own_lr: the learning rate in place of the model's; None for that.
         generator: for the initial values, on the CPU; None is torch's global one.
     """
 
@@ -84,12 +85,13 @@ class LoRAModule(nn.Module):
         alpha: float,
         dropouts: Dropouts,
         lr_factors: tuple[float, float] = (1.0, 1.0),
+        own_lr: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.name, self.aliases, self.part, self.path = target.name, target.aliases, target.part, target.path
         self.rank = rank
-        self.lr_factors = lr_factors
+        self.lr_factors, self.own_lr = lr_factors, own_lr
         self.dropouts = dropouts
         self._strength = strength
         self._base: tuple[nn.Module, Any] | None = None  # in a tuple, so that it does not become a submodule

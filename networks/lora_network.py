@@ -123,7 +123,7 @@ class LoRANetwork(nn.Module):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups, one per model and factor of the learning rate, and their names for the log.
+        """Parameter groups, one per model, learning rate of its own and factor of it, and their names for the log.
 
         None takes default_lr; 0 freezes the model's branches and leaves the group out. text_encoder_lr may be one per text encoder.
         """
@@ -132,17 +132,19 @@ class LoRANetwork(nn.Module):
         groups, descriptions = [], []
         for part, rate in rates.items():
             rate = default_lr if rate is None else rate
-            by_factor: dict[float, list[nn.Parameter]] = {}
+            by_rate: dict[tuple[float, float], list[nn.Parameter]] = {}
             for lora in self.loras:
                 if lora.part == part:
+                    own = rate if lora.own_lr is None or rate == 0 else lora.own_lr
                     for parameter, factor in zip(lora.parameters(), lora.lr_factors, strict=True):
-                        parameter.requires_grad_(rate * factor != 0)
-                        by_factor.setdefault(factor, []).append(parameter)
-            for factor, parameters in by_factor.items():
-                if rate * factor == 0:
+                        parameter.requires_grad_(own * factor != 0)
+                        by_rate.setdefault((own, factor), []).append(parameter)
+            for (own, factor), parameters in by_rate.items():
+                if own * factor == 0:
                     continue
-                groups.append({"params": parameters, "lr": rate * factor})
+                groups.append({"params": parameters, "lr": own * factor})
                 name = part.replace("text_encoder", "textencoder").replace("_", " ")
+                name = name if own == rate else f"{name} at {own:g}"
                 descriptions.append(name if factor == 1 else f"{name} x{factor:g}")
         if not groups:
             raise UserError("nothing is left to train: every learning rate is 0 or its model has no LoRA modules; set unet_lr above 0")

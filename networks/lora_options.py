@@ -18,11 +18,13 @@ _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 _RATES = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_lr_zero_threshold")
 _SIDES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")  # a number for each block of one direction, or the name of a curve
 _BLOCKS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")  # a number for each block
+_BY_NAME = ("network_reg_dims", "network_reg_lrs")  # numbers, each with a regular expression that is searched for in a module's name
 _PATTERNS = ("exclude_patterns", "include_patterns")  # regular expressions that a module's whole path matches
-NETWORK_ARGS = ("conv_dim", "conv_alpha", *_DROPOUTS, *_RATES, *_SIDES, *_BLOCKS, *_PATTERNS)
-_NOT_FROM_FILE = ("conv_dim", "conv_alpha", *_BLOCKS, *_PATTERNS)
-_ELSEWHERE = {"network_reg_dims": "use block_dims", "network_reg_lrs": "use down_lr_weight, mid_lr_weight and up_lr_weight"}
-_ELSEWHERE |= dict.fromkeys(("algo", "preset", "factor", "dora_wd"), "it is LyCORIS', whose LoCon is conv_dim here; leave it out")
+NETWORK_ARGS = ("conv_dim", "conv_alpha", *_DROPOUTS, *_RATES, *_SIDES, *_BLOCKS, *_BY_NAME, *_PATTERNS)
+_NOT_FROM_FILE = ("conv_dim", "conv_alpha", "network_reg_dims", *_BLOCKS, *_PATTERNS)
+_ELSEWHERE: Mapping[str, str] = dict.fromkeys(
+    ("algo", "preset", "factor", "dora_wd"), "it is LyCORIS', whose LoCon is conv_dim here; leave it out"
+)
 _CURVES = {
     "sine": lambda share: math.sin(math.pi * share / 2),
     "cosine": lambda share: math.sin(math.pi * (1 - share) / 2),
@@ -107,12 +109,20 @@ class NetworkOptions:
             block = block_index(target.path, self.config)
             rank = self.values[f"{prefix}block_dims"][block] if f"{prefix}block_dims" in self.values else rank
             alpha = self.values[f"{prefix}block_alphas"][block] if f"{prefix}block_alphas" in self.values else alpha
-        return int(rank), alpha
+        own = self._by_name("network_reg_dims", target)
+        return (int(rank), alpha) if own is None else (int(own), self.alpha)
+
+    def own_lr(self, target: Target) -> float | None:
+        """The learning rate that network_reg_lrs give a module in place of its model's."""
+        return self._by_name("network_reg_lrs", target)
+
+    def _by_name(self, key: str, target: Target) -> float | None:
+        return next((number for pattern, number in self.values.get(key, ()) if pattern.search(target.name)), None)
 
     def lr_factors(self, target: Target) -> tuple[float, float]:
         """What the learning rate is multiplied with, for down and for up: weights of the blocks, and LoRA+ (arXiv 2402.12354)."""
         weight = 1.0
-        if target.part == "unet" and self.values.keys() & set(_SIDES):
+        if target.part == "unet" and self.values.keys() & set(_SIDES) and self.own_lr(target) is None:
             sides = [self.values.get(name, [1.0] * length) for name, length in zip(_SIDES, num_blocks(self.config), strict=True)]
             ahead = 1 if len(sides[1]) == 3 else 0  # SDXL counts a block before the first
             weight = [1.0] * ahead + [weight for side in sides for weight in side]
@@ -122,11 +132,26 @@ class NetworkOptions:
         return weight, weight * self.values.get(own, self.values.get("loraplus_lr_ratio", 1.0))
 
 
+def _numbers_by_pattern(key: str, value: str) -> Sequence[tuple[re.Pattern[str], float]]:
+    found = []
+    for pair in filter(None, map(str.strip, value.split(","))):
+        pattern, _, number = pair.rpartition("=")
+        try:
+            found.append((re.compile(pattern), _rank(key, float(number)) if key == "network_reg_dims" else float(number)))
+        except (re.error, ValueError) as error:
+            raise UserError(
+                f"network_args: {key} has {pair!r} ({error}); write pattern=number, for example {key}=attn1=8,ff_net=4"
+            ) from error
+    return found
+
+
 def _parsed(key: str, value: Any, config: Mapping[str, Any]) -> Any:
     if key not in NETWORK_ARGS:
         nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
         raise UserError(f"network_args: {key} is not an option of networks.lora; {_ELSEWHERE.get(key, hint)}")
+    if key in _BY_NAME:
+        return _numbers_by_pattern(key, str(value))
     if key in _PATTERNS:
         return _patterns(key, str(value))
     sizes: dict[str, int] = dict(zip(_SIDES, num_blocks(config), strict=True))

@@ -102,3 +102,21 @@ def test_patterns_choose_modules_by_their_whole_path() -> None:
     expected = {path for path in everything if "attn2" not in path or (path.startswith("up_blocks") and path.endswith("to_k"))}
     assert {lora.path for lora in network.loras} == expected < everything
     assert {lora.path for lora in network_of(exclude_patterns=".*attn1.*").loras} == {path for path in everything if "attn1" not in path}
+
+
+def test_patterns_of_names_give_ranks_and_learning_rates() -> None:
+    """The first that is found in a name counts; LoRA+ multiplies, block weights do not; a model that is frozen stays so."""
+    options = {
+        "network_reg_dims": "attn1_to_q=2,attn1=3",
+        "network_reg_lrs": "attn1_to_k=1e-5",
+        "loraplus_lr_ratio": "4",
+        "mid_lr_weight": "0.5",
+    }
+    network = network_of(text=True, **options)
+    for lora in network.unet_loras:
+        assert (lora.rank, lora.alpha.item()) == (2 if "attn1_to_q" in lora.name else 3 if "attn1" in lora.name else 4, 2.0)
+    groups, names = network.prepare_optimizer_params(0.0, None, 1e-4)
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    lora = next(lora for lora in network.loras if lora.name == "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k")
+    assert [rates[parameter] for parameter in lora.parameters()] == pytest.approx([1e-5, 4e-5])
+    assert "unet at 1e-05" in names and "unet at 1e-05 x4" in names and not any(name.startswith("textencoder") for name in names)

@@ -111,6 +111,12 @@ def stub(*names: str) -> None:
             setattr(sys.modules[parent], child, module)
 
 
+def bare(folder: Path, *names: str) -> None:
+    """Packages without what their __init__ imports, which is the whole program."""
+    for name in names:
+        sys.modules.setdefault(name, types.ModuleType(name)).__path__ = [str(folder / name.replace(".", "/"))]
+
+
 class Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Packages that the programs import beside what is used here, where they are not installed."""
 
@@ -290,10 +296,7 @@ def diffusers(folder: Path, family: Family) -> Loader:
 
 def invokeai(folder: Path, family: Family) -> Loader:
     sys.path.insert(0, str(folder))
-    for name in ("", ".load", ".load.model_cache"):  # the packages without what their __init__ imports: the whole application
-        package = types.ModuleType(f"invokeai.backend.model_manager{name}")
-        package.__path__ = [str(folder / package.__name__.replace(".", "/"))]
-        sys.modules[package.__name__] = package
+    bare(folder, *(f"invokeai.backend.model_manager{name}" for name in ("", ".load", ".load.model_cache")))
     stub("invokeai.backend.model_manager.load.model_cache.model_cache", "invokeai.backend.model_manager.taxonomy")
     from invokeai.backend.patches.layer_patcher import LayerPatcher
     from invokeai.backend.patches.lora_conversions.sd_lora_conversion_utils import lora_model_from_sd_state_dict
@@ -316,7 +319,38 @@ def invokeai(folder: Path, family: Family) -> Loader:
     return load
 
 
-CLIENTS = {function.__name__: function for function in (comfyui, forge, a1111, sd_scripts, diffusers, invokeai)}
+def sdnext(folder: Path, family: Family) -> Loader:
+    bare(folder, "modules")
+    stub(*(f"modules.{name}" for name in ("shared", "devices", "errors", "logger", "sd_models", "sd_models_compile", "sd_checkpoint")))
+    stub("modules.hashes", "modules.files_cache")
+    shared, devices = sys.modules["modules.shared"], sys.modules["modules.devices"]
+    devices.device = devices.cpu = torch.device("cpu")
+    devices.dtype = torch.float32
+    sys.modules["modules.sd_models"].read_state_dict = lambda file, what: load_file(file)
+    shared.sd_model_type = "sdxl" if family.name == "sdxl" else "sd"
+    from modules.lora import lora_apply, lora_common, lora_load
+
+    def load(file: Path) -> dict[str, Tensor]:
+        parts = {"unet": diffusers_unet(family)} | {part: zero(tree(tensors)) for part, tensors in family.text_encoders.items()}
+        shared.sd_model = types.SimpleNamespace(**parts)
+        lora_load.lora_cache.clear()
+        network = lora_load.load_safetensors(file.stem, types.SimpleNamespace(filename=str(file)))
+        network.te_multiplier = network.unet_multiplier = 1.0
+        lora_common.loaded_networks[:] = [network]
+        lora_common.extra_network_lora = MagicMock(errors={})
+        found = {}
+        for part, model in parts.items():
+            for name, module in model.named_modules():
+                change, _ = lora_apply.network_calc_weights(module, module.network_layer_name)
+                if change is not None:
+                    found[f"diffusers:{part}.{name}.weight"] = change
+        assert not lora_common.extra_network_lora.errors
+        return found
+
+    return load
+
+
+CLIENTS = {function.__name__: function for function in (comfyui, forge, a1111, sd_scripts, diffusers, invokeai, sdnext)}
 
 
 def main() -> None:

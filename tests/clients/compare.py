@@ -15,6 +15,7 @@ VARIABLES = {
     "sd_scripts": "LECO_SCORE_SD_SCRIPTS",
     "diffusers": "LECO_SCORE_DIFFUSERS",
     "invokeai": "LECO_SCORE_INVOKEAI",
+    "sdnext": "LECO_SCORE_SDNEXT",
 }
 """The environment variable that names a program's folder. `LECO_SCORE_CLIENTS_PYTHON` is a Python that has what they import."""
 TOLERANCE = 1e-6  # of the largest change of a weight: float32 products in another order
