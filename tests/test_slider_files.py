@@ -68,7 +68,7 @@ def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_
     assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 20 % of the pixel values
     assert json.loads(metadata["ss_leco_judges"]) == {"my judge": [0.75, -0.75]}
     card = json.loads((tmp_path / "tiny.json").read_text())
-    hint = "Usable from -0.5 to +2 (no farther measured); begin with +1. The score was gamed."
+    hint = "Usable from -0.5 to +2; begin with +1. The score was gamed."
     assert card["preferred weight"] == 1.0 and card["description"] == metadata["modelspec.usage_hint"] == hint
     table = (
         "weight | gain of the score | my judge | clipped\n-2 | -2.00 | -1.50 | 80.0%\n-1 | -1.00 | -0.75 | 40.0%\n0 | +0.00 | +0.00 | 0.0%"
@@ -107,7 +107,7 @@ def test_the_pictures_of_the_last_measurement_are_the_preview_and_the_thumbnail(
 @pytest.mark.parametrize(
     ("gains", "hint", "weight"),
     [
-        ((-1.0, -0.5, 0.0, -0.5, -1.0), "Usable from -1 (no farther measured) to 0; begin with -1.", -1.0),
+        ((-1.0, -0.5, 0.0, -0.5, -1.0), "Usable from -1 to 0; begin with -1.", -1.0),
         ((1.0, 0.5, 0.0, -0.5, -1.0), "Usable at no weight.", 0.01),
     ],
 )

@@ -68,7 +68,9 @@ class Outcome:
         line = summarise_curve(curve, self.calibration.target.max_drift if self.calibration and self.calibration.target else None)
         table = "\n".join([curve_table(curve), *(elsewhere_lines(self.record) if self.record is not None else [])])
         begin = f"; begin with {line.preferred_weight:+.3g}" if line.preferred_weight else ""
-        hint = f"{line.usable_words[0].upper()}{line.usable_words[1:]}{begin}." + (" The score was gamed." if self.gamed else "")
+        low, high = (f"{end:+.3g}" if end else "0" for end in line.usable)
+        usable = "at no weight" if line.usable == (0, 0) else f"from {low} to {high}"
+        hint = f"Usable {usable}{begin}." + (" The score was gamed." if self.gamed else "")
         notes = "\n\n".join(filter(None, [self.note, table, comment]))
         return Card(hint=hint, notes=notes, preferred_weight=line.preferred_weight, usable=line.usable)
 
