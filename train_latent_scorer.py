@@ -11,9 +11,11 @@ table of how well it does at each noise level.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
-import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +24,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 import torch
 
-from library.atomic_files import check_outputs, only_process, remove_unfinished
 from library.models.vae import VaeFingerprint
 from library.scorer_training.config import LatentScorerConfig
+from library.scorer_training.folds import choose_steps
+from library.scorer_training.run import PretrainingScorer, ScorerRun
 from library.scorer_training.setup import make_backbone, make_prompt_encoder, make_source
-from library.scorer_training.tasks import Stage, load_tasks
-from library.scorer_training.trainer import PretrainingScorer, ScorerTrainer
+from library.scorer_training.stages import Chosen, Stage
+from library.scorer_training.tasks import Task, load_tasks
+from library.scorer_training.trainer import ScorerFiles, ScorerTrainer
 from library.scorers.base import BackboneScorer, ScorerSpec
-from library.scorers.io import load_backbone_weights, save_backbone, save_scorer
+from library.scorers.io import load_backbone_weights, save_backbone
+from library.scorers.worth import worth_of
 from library.settings.cli import parse_config, run_main
 from library.settings.shared import TrainingConfig
 from library.training.interrupts import interruptible
 from library.training.optimizers import check_optimizer
-from library.training.runtime import any_process, create_accelerator, describe_device, set_num_threads
-from library.training.tracking import METRICS_FILE, Tracker
+from library.training.runtime import create_accelerator, describe_device, set_num_threads
+from library.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,30 +54,32 @@ def train(config: LatentScorerConfig) -> Path:
     """Run the whole training and return the path of the scorer.
 
     Raises:
-        UserError: bad input, a loss that is not finite, another process that trains a scorer of this name.
-        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when the best scorer so far is saved.
+        UserError: bad input, too many losses that are not finite, another process that trains a scorer of this name.
+        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when scorer and state are saved.
     """
     settings, output = config.training, config.output
     optimizer = settings.optimizer_config()
     check_optimizer(optimizer, settings.max_train_steps)
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
-    check_outputs(output.path(), output.path("-backbone"), output.output_dir / METRICS_FILE)
+    files = ScorerFiles(output)
+    files.check_outputs()
     accelerator = create_accelerator(TrainingConfig(mixed_precision=settings.mixed_precision))
     logger.info("%s", describe_device(accelerator))
-    folder, name = output.output_dir, output.output_name
-    with only_process(folder / f".{name}.lock", f"{name} in {folder} is trained") if accelerator.is_main_process else nullcontext():
-        return fit(config, optimizer, accelerator)
+    with files.only_run() if accelerator.is_main_process else nullcontext():
+        return fit(config, optimizer, accelerator, files)
 
 
-def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Accelerator) -> Path:
+def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Accelerator, files: ScorerFiles) -> Path:
     """Load everything, train, and write the scorer."""
     settings, output = config.training, config.output
     if accelerator.is_main_process:
-        remove_unfinished(output.output_dir, rf"{re.escape(output.output_name)}(-backbone)?\.safetensors")
+        files.remove_unfinished()
     source = make_source(config.model, accelerator)
     tasks, pretraining_tasks = load_tasks(config, source, accelerator)
-    backbone, architecture = make_backbone(config.scorer, source, gradient_checkpointing=settings.gradient_checkpointing)
+    backbone, architecture = make_backbone(
+        config.scorer, source, tasks[0].train.latent_area, gradient_checkpointing=settings.gradient_checkpointing
+    )
     spec = ScorerSpec(
         kind=config.scorer.scorer_kind,
         architecture=architecture,
@@ -86,37 +93,63 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
         load_backbone_weights(config.scorer.backbone_weights, backbone, spec)
     encode_prompts = make_prompt_encoder(source, accelerator) if spec.uses_prompt else None
     del source  # the rest of the model is not needed
+    files.shared = shared_settings(config, spec, [*tasks, *pretraining_tasks], accelerator)
+    resumed = files.load_state()
+
+    def run_of(scorer: BackboneScorer, stage: Stage) -> ScorerRun:
+        return ScorerRun(accelerator, settings, scorer, stage, encode_prompts)
 
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings) | {"mixed_precision": accelerator.mixed_precision}}
-    tracker = Tracker(config.logging, output.output_dir, settings=record["settings"], enabled=accelerator.is_main_process)
+    first_step = resumed[1].step if resumed else 0
+    tracker = Tracker(
+        config.logging, output.output_dir, first_step=first_step, settings=record["settings"], enabled=accelerator.is_main_process
+    )
     with tracker, interruptible() as interrupts:
-        trainer = ScorerTrainer(accelerator, settings, tracker, encode_prompts, interrupts)
-        first_step = 0
-        if pretraining_tasks:
+        trainer = ScorerTrainer(accelerator, tracker, files, interrupts)
+        first_step = config.pretraining.steps if pretraining_tasks else 0
+        if resumed and not resumed[1].pretraining:
+            record |= resumed[1].record
+        elif pretraining_tasks:
             names = [task.name for task in pretraining_tasks]
             pretrained = dataclasses.replace(spec, heads=tuple(task.head for task in pretraining_tasks), score_head=names[0])
-            first_step = config.pretraining.steps
-            stage = Stage("pretraining", pretraining_tasks, names, first_step, optimizer)
-            record["pretraining"] = trainer.fit(PretrainingScorer(pretrained, backbone), stage)
+            stage = Stage("pretraining", pretraining_tasks, names, first_step, optimizer, pretraining=True)
+            record["pretraining"] = trainer.fit(run_of(PretrainingScorer(pretrained, backbone), stage), record, resumed)
+            resumed = None
             if accelerator.is_main_process:
-                save_backbone(output.path("-backbone"), backbone, dataclasses.replace(spec, training=record))
-            if any_process(bool(interrupts), accelerator):
-                logger.info("pretraining stopped early; its best backbone so far is %s, for --backbone_weights", output.path("-backbone"))
-                raise SystemExit(interrupts.exit_code)
+                files.keep_earlier()
+                save_backbone(files.backbone_path, backbone, dataclasses.replace(spec, training=record))
         scorer = BackboneScorer(spec, backbone)
         stage = Stage("training", tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
-        record |= trainer.fit(scorer, stage)
-        mean, std = trainer.reference_scale(scorer, tasks[0])
+        if tasks[0].folds is not None and "folds" not in record:
+            record["folds"] = choose_steps(run_of, scorer, stage, interrupts).to_dict()
+        if "folds" in record:
+            stage = dataclasses.replace(stage, chosen=Chosen.from_dict(record["folds"]))
+        run = run_of(scorer, stage)
+        record |= trainer.fit(run, record, resumed)
+        path = files.save_scorer(run, record)
+    logger.info("scorer saved to %s", path)
+    if worth := worth_of(scorer.spec, output.output_name):
+        logger.log(logging.WARNING if worth.doubtful else logging.INFO, "%s", worth)
+    return path
 
-    record["validation"] = record["validation_by_task"][spec.score_head]
-    scorer.spec = dataclasses.replace(spec, mean=mean, std=std, training=record)
-    if accelerator.is_main_process:
-        save_scorer(output.path(), scorer)
-        logger.info("scorer saved to %s", output.path())
-    if record["steps"] < settings.max_train_steps and any_process(bool(interrupts), accelerator):
-        logger.info("training stopped after step %d of %d; what is saved is the best until then", record["steps"], settings.max_train_steps)
-        raise SystemExit(interrupts.exit_code)
-    return output.path()
+
+def shared_settings(config: LatentScorerConfig, spec: ScorerSpec, tasks: Sequence[Task], accelerator: Accelerator) -> dict[str, Any]:
+    """What a run that goes on from a state must have in common with it. The batch may be parted among other processes."""
+    settings = config.training
+    return {
+        "seed": settings.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "optimizer_type": settings.optimizer_config().optimizer_type,
+        "balancing": settings.balancing,
+        "pictures in a step": settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes,
+        "scorer": f"{spec.kind} with hash {digest(spec.architecture)}",
+        "VAE": digest(spec.vae.to_dict()),
+        "ratings": {task.name: task.ratings for task in tasks},
+    }
+
+
+def digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 
 from library.atomic_files import expendable
 from library.errors import UserError
-from library.objectives.base import FiniteLosses, mean_metrics
+from library.objectives.base import mean_metrics
 from library.rollouts.sample import model_autocast
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.slider_training.check import check_reward
@@ -31,7 +31,7 @@ from library.slider_training.files import SliderState
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
 from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare
-from library.training.finite_losses import LastGood
+from library.training.finite_losses import FiniteLosses, LastGood
 from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
 from library.training.run_state import find_state

@@ -31,8 +31,8 @@ from benchmarks.shapes_runs import (
 )
 from library.scorer_data.batches import LatentDataset
 from library.scorer_training.criteria.base import CRITERIA, get_criterion
-from library.scorer_training.trainer import add_noise
-from library.scorer_training.validation import validate
+from library.scorer_training.noise import NoisyBatch
+from library.scorer_training.validation import table_of, validate
 from library.scorers.base import BackboneScorer
 from library.scorers.heads import HeadSpec
 
@@ -80,12 +80,8 @@ def run(kind: str, criterion: str, pictures: Path, folder: Path, steps: int, tru
 def true_correlations(scorer: BackboneScorer, truth: LatentDataset) -> list[dict[str, float]]:
     """SRCC and PLCC of the score against the true one, at each noise level."""
     mse, scores = get_criterion("mse"), HeadSpec()  # a head whose outputs are scores
-    return validate(
-        lambda batch, sigmas, rng: scorer(add_noise(batch.latents, sigmas, rng), sigmas),
-        truth,
-        lambda outputs, targets: mse.metrics(outputs[:, None], targets, scores),
-        batch_size=100,
-    )
+    found = validate(lambda batch, sigmas, rng: scorer(NoisyBatch.of(batch, sigmas, rng).latents, sigmas)[:, None], truth, batch_size=100)
+    return table_of(found, mse, scores)
 
 
 @torch.no_grad()

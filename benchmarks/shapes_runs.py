@@ -28,6 +28,7 @@ BASE: Mapping[str, Any] = {
     "bucket_no_upscale": True,
     "bucket_reso_steps": 8,
     "scorer_size": "tiny",
+    "validation_folds": 0,
     "validate_every_n_steps": 100,
     "lr_warmup_steps": 0.1,
     "ema_decay": 0.99,

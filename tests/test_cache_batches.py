@@ -1,5 +1,6 @@
 """Batches out of the latent cache: of one bucket, in random order, in variants, as pairs, and without what is damaged."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data import batches
-from library.scorer_data.batches import LatentBatch, LatentDataset
+from library.scorer_data.batches import Epochs, LatentBatch, LatentDataset
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.records import FilePicture
@@ -89,7 +90,7 @@ def test_validation_is_every_picture_once_as_it_is(make: Make) -> None:
 def test_the_same_seed_draws_the_same_batches_and_epochs_differ(make: Make) -> None:
     data = dataset(*make(9), flips=True)
     first, second, other = (
-        [numbers(batch).tolist() for _, batch in zip(range(8), data.endless(2, rng(seed)), strict=False)] for seed in (3, 3, 4)
+        [numbers(batch).tolist() for _, batch in zip(range(8), Epochs(data, 2, rng(seed)), strict=False)] for seed in (3, 3, 4)
     )
     assert first == second != other
     epochs = [
@@ -154,10 +155,10 @@ def test_blocks_hold_every_picture_once_and_batches_are_full(make: Make, monkeyp
         assert all(torch.equal(numbers(batch), batch.indices.float()) for batch in found)
         orders.append(torch.cat([batch.indices for batch in found]).tolist())
     assert len({tuple(order) for order in orders}) == 3
-    blocks = data._blocks(rng())
+    blocks = data.blocks(rng())
     assert len(blocks) >= 6 and all(len(cache.shards_of(data._rows[block, 0, 0])[0].unique()) <= 7 for block in blocks)
     # and the blocks are made of other shards every time
-    assert {tuple(block.tolist()) for block in blocks} != {tuple(block.tolist()) for block in data._blocks(rng(1))}
+    assert {tuple(block.tolist()) for block in blocks} != {tuple(block.tolist()) for block in data.blocks(rng(1))}
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------------
@@ -206,4 +207,20 @@ def test_training_ends_in_a_sentence_when_nothing_is_left(make: Make) -> None:
     for shard in cache.folder.glob("00*.safetensors"):
         shard.unlink()
     with pytest.raises(UserError, match="no latent of .* can be read"):
-        next(data.endless(2, rng()))
+        next(Epochs(data, 2, rng()))
+
+
+def test_a_state_goes_on_at_the_next_batch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an epoch of several blocks, with part of a bucket carried from one to the next."""
+    cache, pictures = make(90)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 6 * max(path.stat().st_size for path in cache.folder.glob("00*.safetensors")))
+    data, generator = dataset(cache, pictures), rng()
+    epochs = Epochs(data, 8, generator)
+    while not all(epochs.state_dict().values()):  # blocks, queue and carried
+        next(epochs)
+    state, drawn = copy.deepcopy(epochs.state_dict()), generator.get_state()
+    expected = [next(epochs).indices.tolist() for _ in range(20)]
+    again = Epochs(data, 8, rng(1))
+    again.load_state_dict(state)
+    again.generator.set_state(drawn)
+    assert [next(again).indices.tolist() for _ in range(20)] == expected

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -333,3 +334,31 @@ def test_shards_are_samples_of_the_pictures_however_they_are_sorted(cache: Laten
     [shard] = encoding_cache.folder.glob("00*.safetensors")
     first_half = [Path(key).parent.name for key, _ in read_names(shard)[:40]]
     assert 10 < first_half.count("a") < 30
+
+
+class Overflowing(torch.nn.Module):
+    """Stands in for a VAE whose activations reach `largest`; half precision ends at 65504."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(largest))
+        self.config, self.device = {"scaling_factor": 1.0}, torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def encode(self, pixels: torch.Tensor, return_dict: bool) -> list:
+        large = torch.nn.functional.avg_pool2d(pixels, 8) * self.weight
+        return [SimpleNamespace(mode=lambda: large / self.weight)]
+
+
+@pytest.mark.parametrize(("largest", "is_half"), [(10.0, True), (1e5, False)])
+def test_a_vae_encodes_in_half_precision_where_that_is_the_same(largest: float, is_half: bool) -> None:
+    vae, pixels = Overflowing(largest), torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encode = encoding.make_encoder(vae, torch.float16)  # type: ignore[arg-type]
+    whole = encoding.make_encoder(vae)(pixels)  # type: ignore[arg-type]
+    assert torch.equal(encode(pixels), whole) is not is_half
+    torch.testing.assert_close(encode(pixels), whole, rtol=2e-3, atol=1e-3)
+    pixels[1] *= 1e4  # too large for half precision alone
+    assert encode(pixels).isfinite().all()

@@ -189,7 +189,7 @@ def test_hidden_latents_are_not_seen_and_only_they_are_predicted(patch: int) -> 
     hidden = nn.functional.interpolate(hidden, (6, 8), mode="nearest")
 
     def loss(given: Tensor, wanted: Tensor) -> Tensor:
-        return pretraining(given, sigmas, wanted, torch.Generator().manual_seed(5))
+        return pretraining(given, sigmas, wanted, visible)
 
     plain = loss(latents, latents)
     torch.testing.assert_close(loss(latents + 9 * hidden, latents), plain)
@@ -206,7 +206,7 @@ def test_it_learns_to_fill_in_what_repeats() -> None:
     losses = []
     for _ in range(80):
         clean = torch.randn(32, 4, 1, 1, generator=generator).expand(-1, -1, 4, 6)
-        loss = pretraining(clean, torch.zeros(32), clean, generator).mean()
+        loss = pretraining(clean, torch.zeros(32), clean, pretraining.draw_visible(clean, generator)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,6 +11,7 @@ from library.settings.shared import TrainingConfig
 from library.training import runtime
 from library.training.runtime import (
     all_reduce_grads,
+    any_process,
     choose_precision,
     create_accelerator,
     describe_device,
@@ -44,6 +45,33 @@ def test_a_precision_that_the_device_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(accelerate, "Accelerator", refuse)
     with pytest.raises(UserError, match="^mixed_precision bf16 cannot be used here: bf16 needs a supported device.$"):
         create_accelerator(TrainingConfig(mixed_precision="bf16"))
+
+
+def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Not two runs that each believe to be alone, as torchrun on a machine without a GPU would start them."""
+    given: dict = {}
+
+    def alone(**kwargs: object) -> SimpleNamespace:
+        given.update(kwargs)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerate, "Accelerator", alone)
+    for launcher in runtime.LAUNCHERS:
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="^2 processes were started together, but this one has met 0"):
+            patch.setenv(launcher, "2")
+            create_accelerator(TrainingConfig())
+        assert given["cpu"] is not torch.accelerator.is_available()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert create_accelerator(TrainingConfig()).num_processes == 1 and given["cpu"] is False
+
+
+def test_a_process_that_has_ended_is_one_sentence():
+    def broken(flat: torch.Tensor, reduction: str) -> torch.Tensor:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore")
+
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=broken)
+    with pytest.raises(UserError, match=r"^another process .* does not answer any more \(Connection closed .*:1\); .*--resume auto"):
+        any_process(True, accelerator)  # type: ignore[arg-type]
 
 
 def test_a_precision_that_nobody_chose_is_float32_on_a_cpu():

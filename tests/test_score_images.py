@@ -409,6 +409,7 @@ def test_an_opinion_is_distilled_into_a_latent_scorer(tmp_path, monkeypatch, cap
         "min_bucket_reso": 32,
         "bucket_reso_steps": 16,
         "validation_split": 0.3,
+        "validation_folds": 0,
         "scorer_size": "tiny",
         "max_train_steps": 30,
         "train_batch_size": 16,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.objectives.base import FiniteLosses
+from library.training.finite_losses import FiniteLosses
 from library.types import Conditioning
 from tests.helpers.objective import Stage, gradients, make_stage
 from tests.helpers.scorers import ChannelScorer, CutScorer

@@ -5,14 +5,16 @@ import pytest
 from scipy import stats
 
 from library.objectives.rewards import Goal, Reward, ScorerEnsemble
-from library.scorers.worth import Worth, worth_of
+from library.scorers.worth import Worth, worth_in, worth_of
 from tests.helpers.tiny_leco_run import tiny_scorer
 from tests.helpers.tiny_models import tiny_model
 
 
 def training(correlation: float, pictures: int) -> dict:
     table = [{"sigma": sigma, "srcc": correlation - sigma / 10} for sigma in (1.0, 0.0)]
-    return {"validation": table, "tasks": {"score": {"pictures": {"train": 100, "validation": pictures}}}}
+    worth = worth_in(table, pictures)
+    assert worth is not None
+    return {"worth": worth.to_dict()}
 
 
 def test_the_interval_holds_the_true_rank_correlation() -> None:
@@ -31,7 +33,8 @@ def test_four_pictures_say_nothing() -> None:
     worth = worth_of(tiny_scorer(tiny_model().vae_fingerprint(), training=training(-0.8, 4)).spec, "cosy")
     assert worth is not None and worth.doubtful
     assert str(worth) == (
-        "scorer cosy: rank correlation -0.80 (-1.00 to 1.00) on 4 pictures that it never saw: what it says is in doubt, rate more pictures"
+        "scorer cosy: rank correlation -0.80 (-1.00 to 1.00) on 4 pictures that it never saw: too few to tell whether it learned anything, "
+        "rate more pictures"
     )
 
 
@@ -45,4 +48,5 @@ def test_of_an_ensemble_every_member_says_it_and_of_a_file_that_says_nothing_non
     members = [tiny_scorer(vae, training=training(0.5, 50)), tiny_scorer(vae, training=training(0.7, 50)), tiny_scorer(vae)]
     reward = Reward([Goal(scorer=ScorerEnsemble(members))])
     assert [worth.correlation for worth in reward.worth] == [0.5, 0.7]
-    assert worth_of(tiny_scorer(vae, training={"validation": 3, "tasks": []}).spec, "a") is None
+    assert worth_of(tiny_scorer(vae, training={"worth": [3]}).spec, "a") is None
+    assert worth_in([{"sigma": 0.0, "top1": 0.5}], 50) is None  # a criterion without a rank correlation

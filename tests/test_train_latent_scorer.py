@@ -3,7 +3,9 @@
 import logging
 import os
 import random
+import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,23 +22,31 @@ from examples.shapes.scores import brightness
 from examples.shapes.world import draw, random_scene
 from library.atomic_files import only_process
 from library.errors import UserError
+from library.scorer_data import encoding
 from library.scorer_data.batches import LatentBatch
-from library.scorer_training import tasks as scorer_tasks
+from library.scorer_data.splits import assign_folds
 from library.scorer_training.balancing import Balance, parameter_groups
 from library.scorer_training.config import LatentScorerConfig, ScorerTrainingConfig
 from library.scorer_training.criteria.base import get_criterion
+from library.scorer_training.criteria.regression import SquaredError
 from library.scorer_training.dataset_config import Dataset, Subset, read_dataset_config
-from library.scorer_training.tasks import PackedTags, Stage, Task
-from library.scorer_training.trainer import PATIENCE, add_noise, check_losses, draw_sigmas, share_out, standard_schedule
-from library.scorer_training.validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, validate
+from library.scorer_training.noise import add_noise, draw_sigmas, standard_schedule
+from library.scorer_training.run import share_out
+from library.scorer_training.stages import Stage
+from library.scorer_training.tasks import PackedTags, Task
+from library.scorer_training.trainer import PATIENCE
+from library.scorer_training.validation import TABLE_SIGMAS, AveragedWeights, BestState, format_table, selection_value, table_of, validate
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.scorers.kinds.latent_resnet import LatentResNet
 from library.settings.cli import parse_config, run_main
 from library.settings.options import build
+from library.training.finite_losses import FiniteLosses
 from library.training.tracking import Tracker, read_metrics
+from library.types import LossOutput
 from tests.helpers.golden_scorer import GOLDEN_FILE, golden_losses
+from tests.helpers.processes import run_processes
 from tests.helpers.scorers import VAE
 from tests.helpers.tiny_models import tiny_vae
 
@@ -64,9 +74,9 @@ def test_sigmas_are_clean_in_the_given_share_and_else_at_uniform_timesteps() -> 
 def test_noise_is_the_schedules() -> None:
     latents, timesteps = torch.randn(3, 4, 8, 8, generator=rng(1)), torch.tensor([0, 500, 999])
     noise = torch.randn(latents.shape, generator=rng())
-    noisy = add_noise(latents, SCHEDULE.sigmas(timesteps), rng())
+    noisy = add_noise(latents, SCHEDULE.sigmas(timesteps), noise)
     torch.testing.assert_close(noisy, SCHEDULE.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5)
-    assert torch.equal(add_noise(latents, torch.zeros(3), rng()), latents)
+    assert torch.equal(add_noise(latents, torch.zeros(3), noise), latents)
 
 
 # -- the loop's parts ----------------------------------------------------------------------------------------------------
@@ -103,16 +113,20 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert not any(id(parameter) in decays for parameter in scorer.heads["other"].parameters())
 
 
+def loss_of(loss: Tensor) -> LossOutput:
+    return LossOutput(loss, loss.detach()[None], ["a picture"])
+
+
 def step_once(tasks: list[Task], scale: float, **settings: object) -> Tensor:
     """One step on two opposite wishes for a weight of the backbone, the second `scale` times as loud; how far it moved."""
     config = ScorerTrainingConfig(
         optimizer_type="Lion", weight_decay=0, max_grad_norm=0, lr_warmup_steps=0, lr_scheduler="constant", **settings
     )
     scorer = tiny_scorer("score", "other")
-    balance = Balance(Accelerator(), scorer, Stage("training", tasks, ["score"], 10, config.optimizer_config()), config)
+    balance = Balance(Accelerator(), scorer, Stage("training", tasks, ["score"], 10, config.optimizer_config()), config, FiniteLosses(10))
     weight = scorer.backbone.stem.weight
     before = weight.detach().clone()
-    balance.step({"score": lambda: weight.sum(), "other": lambda: -scale * weight.sum()})
+    balance.step({"score": lambda: [loss_of(weight.sum())], "other": lambda: [loss_of(-scale * weight.sum())]}, 0)
     return weight.detach() - before
 
 
@@ -137,16 +151,16 @@ def test_averaged_weights_are_lent_for_the_block_only_and_the_best_come_back() -
         assert torch.equal(model.weight, before) and not model.training
         raise RuntimeError
     assert torch.equal(model.weight, before + 1) and model.training
-    best = BestState(model, average)
+    best = BestState()
     for step, value in ((1, 0.5), (2, 0.9), (3, 0.7)):
         average.step()
-        best.consider(step, lambda value=value: {"t": [{"sigma": 0.0, "srcc": value}]}, lambda tables: tables["t"][0]["srcc"])
-        if step == 2:
-            with average.applied():
+        with average.applied():
+            best.consider(step, {"t": [{"sigma": 0.0, "srcc": value}]}, value, model)
+            if step == 2:
                 chosen = model.weight.detach().clone()
         with torch.no_grad():
             model.weight += 1
-    best.restore()
+    best.restore(model)
     assert best.step == 2 and best.value == 0.9 and torch.equal(model.weight, chosen)
 
 
@@ -163,33 +177,24 @@ class FewLatents:
 
 
 def predict_mean(batch: LatentBatch, sigmas: Tensor, generator: torch.Generator) -> Tensor:
-    return add_noise(batch.latents, sigmas, generator).mean((1, 2, 3)) * (1 + sigmas**2).sqrt()
-
-
-def regression_metrics(outputs: Tensor, targets: Tensor) -> dict[str, float]:
-    return get_criterion("mse").metrics(outputs[:, None], targets, HeadSpec())
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    return (add_noise(batch.latents, sigmas, noise).mean((1, 2, 3)) * (1 + sigmas**2).sqrt())[:, None]
 
 
 def test_validation_measures_each_noise_level_with_the_same_noise() -> None:
     data = FewLatents()
-    table = validate(predict_mean, data, regression_metrics, batch_size=10)  # type: ignore[arg-type]
+    table = table_of(validate(predict_mean, data, batch_size=10), get_criterion("mse"), HeadSpec())  # type: ignore[arg-type]
     assert [row["sigma"] for row in table] == list(TABLE_SIGMAS)
     assert table[0]["srcc"] == pytest.approx(1) and table[0]["rmse"] == pytest.approx(0, abs=1e-6)
     for row in table[1:]:  # the mean of 256 values with noise of standard deviation sigma
         assert row["rmse"] == pytest.approx(row["sigma"] / 16, rel=0.3)
-    assert table == validate(predict_mean, data, regression_metrics, batch_size=10)  # type: ignore[arg-type]
+    assert table == table_of(validate(predict_mean, data, batch_size=10), get_criterion("mse"), HeadSpec())  # type: ignore[arg-type]
     assert "RMSE" in format_table(table) and len(format_table(table).splitlines()) == 1 + len(TABLE_SIGMAS)
 
 
 def test_the_best_is_good_on_clean_and_on_noisy_latents() -> None:
     table = [{"sigma": 0.0, "srcc": 0.8}, {"sigma": 1.0, "srcc": 0.6}, {"sigma": 5.0, "srcc": 0.2}]
     assert selection_value(table, "srcc") == pytest.approx(0.5 * 0.8 + 0.5 * 0.4)
-
-
-def test_a_loss_that_is_not_finite_names_its_step() -> None:
-    check_losses({"score": torch.tensor(1.0)}, 3)
-    with pytest.raises(UserError, match="step 4: the loss of tags is nan"):
-        check_losses({"score": torch.tensor(1.0), "tags": torch.tensor(float("nan"))}, 3)
 
 
 def test_packed_tags_are_what_was_packed() -> None:
@@ -320,7 +325,7 @@ def pool(_vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def test_it_learns_and_the_file_says_how_well(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scorer_tasks, "encode_images", pool)
+    monkeypatch.setattr(encoding, "encode_images", pool)
     path = train(workplace, tmp_path, cache_dir=None, max_train_steps=40, train_batch_size=16, validate_every_n_steps=20)
     scorer = load_scorer(path)
     table = scorer.spec.training["validation"]
@@ -449,7 +454,13 @@ def test_a_picture_weighs_what_its_row_says(workplace: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"learning_rate": 1e20, "max_grad_norm": 0, "lr_warmup_steps": 0}, r"step \d+: the loss of score is (nan|inf)"),
+        ({"learning_rate": 1e20, "max_grad_norm": 0, "lr_warmup_steps": 0}, "training pictures are not finite; lower learning_rate"),
+        (
+            {"learning_rate": 1e20, "max_grad_norm": 0, "lr_warmup_steps": 0, "max_train_steps": 20, "validate_every_n_steps": 20},
+            r"step \d+: the score loss of picture .*\.png was not finite, .* no scorer was written; lower learning_rate",
+        ),
+        ({"validation_folds": 1}, "validation_folds is 1, but it must be 0 for none, or 2 at least"),
+        ({"validation_folds": 50}, "has 96 pictures that can be used, which are too few to learn from; rate 100 at least"),
         ({"vae": "no/such/folder"}, "no/such/folder"),
         ({"train_data_file": "none.csv"}, "none.csv"),
         ({"scorer_size": "huge"}, "no size 'huge'"),
@@ -491,23 +502,137 @@ def test_a_constant_score_and_a_folder_that_is_none(workplace: Path, tmp_path: P
         train(workplace, tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="POSIX only")
-def test_interrupted_it_saves_the_best_scorer_so_far(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once in the pretraining and once after it, with dropout, pairs, votes of several heads and what is saved on the way."""
+    caplog.set_level(logging.INFO)
+    settings = {
+        "train_data_file": None,
+        "dataset_config": write_mixture(workplace, tmp_path / "mixture.toml"),
+        "pretrain_data_file": workplace / "ratings.csv",
+        "pretrain_steps": 3,
+        "scorer_args": ["dropout=0.1"],
+        "head_members": 2,
+        "validate_every_n_steps": 4,
+        "save_every_n_steps": 7,
+        "save_state": True,
+    }
+    train(workplace, tmp_path / "whole", **settings)
     log = Tracker.log
 
     def log_and_end(self: Tracker, metrics: dict, step: int) -> None:
         log(self, metrics, step)
-        if step == 2:
+        if step == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Tracker, "log", log_and_end)
-    with pytest.raises(SystemExit) as caught:
-        train(workplace, tmp_path)
-    assert caught.value.code == 143
-    (path,) = tmp_path.glob("*.safetensors")
+    folder, parts = tmp_path / "parts", []
+    for stop_after in (0, 4, -1):
+        with pytest.raises(SystemExit) if stop_after >= 0 else nullcontext() as caught:
+            train(workplace, folder, resume="auto", **settings)
+        parts.append(sorted(path.name for path in folder.glob("scorer-step*")))
+        assert caught is None or caught.value.code == 143
+        assert not list(folder.glob(".*"))
+    assert parts[0] == ["scorer-step00000002-state"]  # of the pretraining there is no scorer yet
+    assert parts[1][1:] == ["scorer-step00000006-state", "scorer-step00000006.safetensors"]
+    assert load_scorer(folder / "scorer-step00000006.safetensors").spec.training["steps"] == 3
+    assert "the same command with --resume auto goes on from there" in caplog.text
+    for name in ("scorer", "scorer-step00000007", "scorer-backbone"):
+        whole, resumed = (load_file(tmp_path / own / f"{name}.safetensors") for own in ("whole", "parts"))
+        assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    whole, resumed = (load_scorer(tmp_path / own / "scorer.safetensors").spec for own in ("whole", "parts"))
+    assert resumed == whole
+    whole, resumed = ([record | {"time": 0} for record in read_metrics(tmp_path / own / "metrics.jsonl")] for own in ("whole", "parts"))
+    assert resumed == whole
+
+    with pytest.raises(UserError, match="was saved by another run: seed is 1 and was 0; give what it had, or --resume_with_changes"):
+        train(workplace, folder, resume=folder / "scorer-state", seed=1, **settings)
+    with pytest.raises(UserError, match="was saved after step 6 of 5 of the training; raise max_train_steps"):
+        train(workplace, folder, resume=folder / "scorer-state", **{**settings, "max_train_steps": 5})
+    train(
+        workplace,
+        folder,
+        resume=folder / "scorer-state",
+        resume_with_changes=True,
+        **{**settings, "train_batch_size": 9, "max_train_steps": 7},
+    )
+    assert "resumed with a change: pictures in a step is 9 and was 8" in caplog.text
+
+
+def test_every_fold_has_its_share_and_a_name_is_in_one() -> None:
+    names = [f"{index // 2}.png" for index in range(48)]
+    folds = assign_folds(names, torch.arange(48.0), 4, seed=0)
+    assert torch.equal(folds[0::2], folds[1::2])
+    for fold in range(4):  # one of each four neighbours
+        assert ((folds[0::2] == fold).nonzero().flatten() // 4).tolist() == list(range(6))
+    assert not torch.equal(folds, assign_folds(names, torch.arange(48.0), 4, seed=1))
+    assert assign_folds(names, None, 5, seed=0).unique().tolist() == list(range(5))
+
+
+def write_few(workplace: Path, count: int) -> Path:
+    rows = (workplace / "ratings.csv").read_text(encoding="utf-8").splitlines()[1 : count + 1]
+    path = workplace / f"{count}.csv"
+    path.write_text("\n".join(["path,score", *(",".join(row.split(",")[:2]) for row in rows)]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_few_ratings_are_validated_by_folds_and_all_are_trained_on(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoding, "encode_images", pool)
+    few = {"train_data_file": write_few(workplace, 12), "cache_dir": None, "validate_every_n_steps": 3, "learning_rate": 3e-3}
+    path = train(workplace, tmp_path, max_train_steps=6, **few)
     record = load_scorer(path).spec.training
-    assert record["steps"] == 4 and record["best_step"] == 3 and record["validation"]
-    assert not list(tmp_path.glob(".*"))
+    steps, worth = record["folds"]["steps"], record["worth"]
+    assert record["steps"] == record["best_step"] == steps and steps in (3, 6) and record["folds"]["folds"] == [5, 2]
+    assert record["tasks"]["score"]["pictures"] == {"train": 12, "validation": 0} and worth["pictures"] == 12
+    assert record["validation"][0]["srcc"] == worth["srcc"] and worth["interval"][0] < worth["srcc"] < worth["interval"][1]
+    assert f"rank correlation {worth['srcc']:.2f} (" in caplog.text and "on 12 pictures that it never saw: " in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == steps
+    with pytest.raises(UserError, match="dataset score has 9 pictures that can be used, which are too few to learn from; rate 10 at least"):
+        train(workplace, tmp_path / "9", **{**few, "train_data_file": write_few(workplace, 9)})
+
+
+def test_a_picture_that_gives_no_finite_loss_does_not_count(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses, ratings = SquaredError.losses, (workplace / "ratings.csv").read_text(encoding="utf-8").splitlines()[1:]
+    high = sorted(float(row.split(",")[1]) for row in ratings)[-10]
+
+    def broken(self: SquaredError, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
+        return torch.where(targets >= high, torch.inf, 1.0) * losses(self, outputs, targets, head)
+
+    monkeypatch.setattr(SquaredError, "losses", broken)
+    scorer = load_scorer(train(workplace, tmp_path))
+    assert all(tensor.isfinite().all() for tensor in scorer.state_dict().values())
+    said = [record.getMessage() for record in caplog.records if "is not finite, so" in record.getMessage()]
+    assert 1 <= len(said) <= 6
+    pattern = r"step \d: the score loss of picture .*\.png is not finite, so (this|\d) samples? do(es)? not count"
+    assert all(re.fullmatch(pattern, text) for text in said)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="fork")
+def test_a_batch_is_the_same_however_it_is_parted(workplace: Path, tmp_path: Path) -> None:
+    """By two processes, which torchrun started on a machine without a GPU, or by accumulation: the weights of one process to 1e-6."""
+    settings = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.1, "save_state_on_train_end": True, "head_members": 2}
+    whole = load_scorer(train(workplace, tmp_path / "whole", train_batch_size=8, **settings)).state_dict()
+    path = train(workplace, tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    accumulated = load_scorer(path).state_dict()
+    folder = tmp_path / "processes"
+    run_processes(2, lambda: train(workplace, folder, train_batch_size=4, cache_dir=None, num_threads=1, **settings))
+    processes = load_scorer(folder / "scorer.safetensors").state_dict()
+    for parted in (accumulated, processes):
+        for name, weight in whole.items():
+            torch.testing.assert_close(parted[name], weight, rtol=0, atol=1e-6)
+    assert len(list((folder / "latent_cache").glob("*/0032x0032*.safetensors"))) == 2  # each process encoded its share
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 5  # written by one of them
+    # and a state of two processes is one that one process goes on from
+    train(workplace, folder, train_batch_size=8, resume=folder / "scorer-state", **{**settings, "max_train_steps": 7})
 
 
 def test_a_second_training_of_the_same_name_is_refused(workplace: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Batches of cached latents with what is to be learned about them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,12 @@ from library.errors import UserError
 from library.scorer_data.latent_cache import DamagedLatentsError, LatentCache
 
 BLOCK_BYTES = 2**29  # of shards whose latents are shuffled together: 16384 latents of 4 x 64 x 64
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor.to`; towards a GPU from memory that it reads by itself, while the CPU goes on."""
+    pinned = torch.device(device).type == "cuda" and not tensor.is_cuda
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +45,17 @@ class LatentBatch:
         return len(self.latents)
 
     def to(self, device: torch.device | str) -> "LatentBatch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return self._each(lambda tensor: upload(tensor, device))
+
+    def __getitem__(self, rows: slice | Tensor) -> "LatentBatch":
+        """These rows of it."""
+        chosen = self._each(lambda tensor: tensor[rows])
+        if self.prompts is None:
+            return chosen
+        return dataclasses.replace(chosen, prompts=tuple(self.prompts[place] for place in torch.arange(len(self))[rows].tolist()))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LatentBatch":
+        return dataclasses.replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 class PackedTags:
@@ -100,41 +115,34 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def latent_area(self) -> float:
+        """Cells of a latent, the mean over the pictures."""
+        return sum(len(own) * kind[0] * kind[1] / 64 for kind, own in self.buckets.items()) / max(len(self), 1)
+
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[LatentBatch]:
         """Every picture once, in random order; a batch holds pictures of one bucket, so the last of each bucket may be smaller."""
-        carried: dict[int, Tensor] = {}  # of each bucket, what filled no batch of the blocks before
-        blocks = self._blocks(generator)
-        for number, block in enumerate(blocks):
-            batches: list[Tensor] = []
-            for kind in range(len(self.buckets)):
-                indices = block[self._kind_of[block] == kind]
-                shuffled = indices[torch.randperm(len(indices), generator=generator)]
-                queue = torch.cat([carried.pop(kind, shuffled[:0]), shuffled]).split(batch_size)
-                if queue and len(queue[-1]) < batch_size and number + 1 < len(blocks):
-                    carried[kind] = queue[-1]
-                    queue = queue[:-1]
-                batches += [batch for batch in queue if len(batch)]
-            for position in torch.randperm(len(batches), generator=generator).tolist():
-                yield from self._batch(*self._draw(batches[position], generator))
-
-    def endless(self, batch_size: int, generator: torch.Generator) -> Iterator[LatentBatch]:
-        """One epoch after another. Raises UserError when no latent is left whole."""
-        while True:
-            is_empty = True
-            for batch in self.epoch(batch_size, generator):
-                is_empty = False
-                yield batch
-            if is_empty:
-                raise UserError(f"no latent of {self.cache.folder} can be read; run again to encode the pictures anew")
+        epochs = Epochs(self, batch_size, generator)
+        epochs.begin()
+        while (batch := epochs.next_of_epoch()) is not None:
+            yield batch
 
     def in_order(self, batch_size: int) -> Iterator[LatentBatch]:
         """Every picture once, as it is, bucket by bucket: for validation."""
         for indices in self.buckets.values():
             by_row = indices[self._rows[indices, 0, 0].argsort(stable=True)]  # as they lie on the disk
             for batch in by_row.split(batch_size):
-                yield from self._batch(batch, self._rows[batch, :, 0])
+                yield from self.batch(batch, self._rows[batch, :, 0])
 
-    def _blocks(self, generator: torch.Generator) -> list[Tensor]:
+    def by_bucket(self, indices: Tensor) -> list[Tensor]:
+        """The pictures of `indices` that are of each of the dataset's buckets, in the order of `buckets`."""
+        return [indices[self._kind_of[indices] == kind] for kind in range(len(self.buckets))]
+
+    def name_of(self, index: int) -> str:
+        """Of a picture, or of a pair's first one, by its number."""
+        return self.cache.name_of(int(self._rows[index, 0].max()))
+
+    def blocks(self, generator: torch.Generator) -> list[Tensor]:
         """The pictures' indices in blocks of whole shards, in random order; one block, not shuffled, if all of it is small."""
         shards, sizes = self.cache.shards_of(self._rows[:, 0, 0].clamp_min(0))
         used = shards.unique()
@@ -146,7 +154,7 @@ class LatentDataset:
         block_of = place[shards]
         return list(block_of.argsort(stable=True).split(block_of.bincount().tolist()))
 
-    def _draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Choose a variant of each picture: indices [B] of those that have one left, and rows [B, P]."""
         possible = (self._rows[indices] >= 0).all(1)  # [B, V]
         draws = torch.rand(possible.shape, generator=generator).masked_fill(~possible, -1)
@@ -154,7 +162,7 @@ class LatentDataset:
         kept = possible.any(1)
         return indices[kept], chosen[kept]
 
-    def _batch(self, indices: Tensor, rows: Tensor) -> Iterator[LatentBatch]:
+    def batch(self, indices: Tensor, rows: Tensor) -> Iterator[LatentBatch]:
         """The batch of these pictures in these rows [B, P], without those that are damaged; none if all are."""
         while True:
             kept = (rows >= 0).all(1)
@@ -177,3 +185,63 @@ class LatentDataset:
             second=latents[1] if len(latents) == 2 else None,
             prompts=prompts,
         )
+
+
+class Epochs:
+    """One epoch after another of a dataset's batches. With the generator in the state that it then had, a state goes on at the next batch.
+
+    Args:
+        generator: draws the orders and the variants; others may draw from it, too.
+    """
+
+    def __init__(self, dataset: LatentDataset, batch_size: int, generator: torch.Generator) -> None:
+        self.dataset, self.batch_size, self.generator = dataset, batch_size, generator
+        self._blocks: list[Tensor] = []  # of the epoch, still to come
+        self._queue: list[Tensor] = []  # batches of the block, still to come
+        self._carried: dict[int, Tensor] = {}  # of each bucket, what filled no batch of the blocks before
+        self._found = True  # a picture of the epoch that could be read
+
+    def __iter__(self) -> Iterator[LatentBatch]:
+        return self
+
+    def __next__(self) -> LatentBatch:
+        """Raises UserError when no latent is left whole."""
+        while (batch := self.next_of_epoch()) is None:
+            if not self._found:
+                raise UserError(f"no latent of {self.dataset.cache.folder} can be read; run again to encode the pictures anew")
+            self.begin()
+        return batch
+
+    def begin(self) -> None:
+        """A new epoch."""
+        self._blocks, self._found = self.dataset.blocks(self.generator), False
+
+    def next_of_epoch(self) -> LatentBatch | None:
+        """The next batch; None at the epoch's end."""
+        while self._queue or self._blocks:
+            if not self._queue:
+                self._queue = self._cut(self._blocks.pop(0))
+                continue
+            for batch in self.dataset.batch(*self.dataset.draw(self._queue.pop(0), self.generator)):
+                self._found = True
+                return batch
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"blocks": self._blocks, "queue": self._queue, "carried": self._carried, "found": self._found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._blocks, self._queue, self._carried = list(state["blocks"]), list(state["queue"]), dict(state["carried"])
+        self._found = state["found"]
+
+    def _cut(self, block: Tensor) -> list[Tensor]:
+        """A block's batches of one bucket each, in random order."""
+        batches: list[Tensor] = []
+        for kind, indices in enumerate(self.dataset.by_bucket(block)):
+            shuffled = indices[torch.randperm(len(indices), generator=self.generator)]
+            queue = torch.cat([self._carried.pop(kind, shuffled[:0]), shuffled]).split(self.batch_size)
+            if queue and len(queue[-1]) < self.batch_size and self._blocks:
+                self._carried[kind] = queue[-1]
+                queue = queue[:-1]
+            batches += [batch for batch in queue if len(batch)]
+        return [batches[position] for position in torch.randperm(len(batches), generator=self.generator).tolist()]

@@ -1,5 +1,8 @@
 """Filling a latent cache: pictures are read by threads, encoded in batches of one bucket, and written shard by shard."""
 
+from __future__ import annotations
+
+import copy
 import hashlib
 import logging
 import time
@@ -9,13 +12,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.models.vae import encode_images, move, probe_picture
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.latent_cache import LatentCache
 from library.scorer_data.npz_cache import NpzCache
@@ -24,6 +29,9 @@ from library.scorer_data.pixel_augmentation import PLAIN, render
 from library.scorer_data.records import FilePicture, FileState, Picture, Skipped, SlicePicture
 from library.training.runtime import free_cores
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Tensor], Tensor]
@@ -31,11 +39,46 @@ Bucket = tuple[int, int]
 
 UNREADABLE = "picture cannot be read"  # the kind of Skipped
 IN_ANY_ORDER = (FilePicture, SlicePicture)  # what can be read in any order at the same cost
+HALF_TOLERANCE = 0.005
 SHARD_ROWS = 1024
 SHARD_BYTES = 2**25  # 1024 latents of 4 x 64 x 64, or 256 of 4 x 128 x 128
 PENDING_BYTES = 2**28  # of all buckets' shards in the making
 WRITE_SECONDS = 300.0  # the longest that an encoded latent waits to be written, which is what a kill can cost
 LOOK_UP_CHUNK = 10_000
+
+
+def make_encoder(vae: AutoencoderKL, half: torch.dtype | None = None) -> Encode:
+    """Pixels [B, 3, H, W] in -1..1 to scaled latents, on the VAE's device.
+
+    On a GPU in half precision (or in `half`), if latents then are the same within HALF_TOLERANCE (relative RMS; the cache rounds
+    to 0.0005 by itself). A picture that has no finite latents there is encoded once more in the VAE's own precision.
+    """
+
+    def whole(pixels: Tensor) -> Tensor:
+        return encode_images(vae, pixels.to(vae.device))
+
+    half = torch.float16 if half is None and vae.device.type == "cuda" else half
+    if half is None:
+        return whole
+    small = copy.deepcopy(vae)
+    move(small, dtype=half)
+    nn.Module.to(small, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    with torch.no_grad():
+        picture = probe_picture(256)
+        expected, found = whole(picture), encode_images(small, picture.to(vae.device))
+    difference = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+    if not difference <= HALF_TOLERANCE:
+        logger.info("the VAE encodes in float32: in half precision its latents are off by %.2g", difference)
+        return whole
+
+    def encode(pixels: Tensor) -> Tensor:
+        latents = encode_images(small, pixels.to(vae.device))
+        overflown = ~latents.isfinite().flatten(1).all(1)
+        if overflown.any():
+            latents[overflown] = whole(pixels[overflown.cpu()])
+        return latents
+
+    return encode
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,13 @@ class LatentCache:
         assert latents is not None
         return latents
 
+    def name_of(self, row: int) -> str:
+        """What is known of the picture of a row, for messages."""
+        number = int(self._index.shards_of(np.array(row)))
+        with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, IndexError):
+            return f"picture {read_names(self.folder / self._index.shards[number].name)[row - int(self._index.first_rows[number])][0]}"
+        return "a picture without a name"
+
     def verify(self) -> int:
         """Read everything that can be found, report and forget what is damaged, and return how much that is."""
         rows, damaged = self._index.rows(), 0
@@ -163,11 +170,11 @@ class LatentCache:
         lines = []
         for row, number in zip(rows, self._index.shards_of(rows), strict=True):
             shard, own_row = self._index.shards[number], int(row - self._index.first_rows[number])
-            name = ""
-            with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, IndexError):
-                name = f" (picture {read_names(self.folder / shard.name)[own_row][0]})"
             logger.warning(
-                "latent cache: row %d of %s%s is damaged; it is left out, and encoded again by the next run", own_row, shard.name, name
+                "latent cache: row %d of %s (%s) is damaged; it is left out, and encoded again by the next run",
+                own_row,
+                shard.name,
+                self.name_of(int(row)),
             )
             lines.append(f"{shard.name} {own_row}\n")
         with contextlib.suppress(OSError), (self.folder / DAMAGED_NAME).open("a", encoding="utf-8") as file:

@@ -208,8 +208,12 @@ def split_of(record: RatedImage | RatedPair, validation_split: float) -> str:
     """
     if record.split is not None:
         return record.split
-    name = record.prompt or record.name if isinstance(record, RatedPair) else record.name
-    return "val" if name_fraction(name) < validation_split else "train"
+    return "val" if name_fraction(split_name(record)) < validation_split else "train"
+
+
+def split_name(record: RatedImage | RatedPair) -> str:
+    """What must not be on both sides of a split."""
+    return record.prompt or record.name if isinstance(record, RatedPair) else record.name
 
 
 def name_fraction(name: str) -> float:

@@ -12,7 +12,7 @@ from library.scorer_data.pixel_augmentation import PixelAugmentation
 from library.scorer_training.dataset_config import DataConfig, PretrainingConfig
 from library.scorers.base import SCORER_KINDS
 from library.settings.options import check_above, check_at_least, key_value_pairs, option
-from library.settings.shared import LoggingConfig, OptimizerConfig, output_stem
+from library.settings.shared import LoggingConfig, OptimizerConfig, RunFilesConfig
 
 BALANCING = ("sum", "independent")
 INDEPENDENT_OPTIMIZER, INDEPENDENT_LEARNING_RATE = "Lion", 1e-4
@@ -41,8 +41,8 @@ class ScorerConfig:
     """The network."""
 
     scorer_kind: str = option("latent_resnet", choices=SCORER_KINDS, help="Kind of scorer; docs/guide.md says which to take.")
-    scorer_size: str = option(
-        "base", help="Its size or model name; of latent_resnet, tiny for 8x8 latents and a CPU, base from 512 pixels."
+    scorer_size: str | None = option(
+        None, help="Its size or model name; not set: tiny for pictures of up to 128x128 pixels, small of up to 256x256, else base."
     )
     scorer_args: tuple[str, ...] = option((), help='Settings of the kind, "key=value" each, e.g. dropout=0.1 or tuning=lora.')
     backbone_weights: Path | None = option(None, help="Backbone or scorer file to start from; the heads start anew.")
@@ -64,6 +64,9 @@ class ScorerTrainingConfig:
 
     max_train_steps: int = option(2000, help="Number of optimizer steps.")
     train_batch_size: int = option(64, help="Pictures in a batch, on each device, shared out among the datasets by their proportions.")
+    gradient_accumulation_steps: int = option(
+        1, help="Batches that are one large batch for one optimizer step; less memory than a larger train_batch_size.", expert=True
+    )
     balancing: str = option(
         "sum",
         choices=BALANCING,
@@ -73,7 +76,9 @@ class ScorerTrainingConfig:
     optimizer_args: tuple[str, ...] = option((), help='Arguments of the optimizer, "key=value" each.', expert=True)
     learning_rate: float | None = option(None, help="Highest learning rate; not set: 1e-3, or 1e-4 where balancing is independent.")
     lr_scheduler: str = option("cosine", help="Schedule of the learning rate after its warmup.")
-    lr_warmup_steps: float = option(100, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.")
+    lr_warmup_steps: float = option(
+        100, help="Steps over which the learning rate rises from 0, a tenth of all steps at most; below 1, a share of all steps."
+    )
     weight_decay: float = option(0.05, help="Weight decay, for optimizers that have one; norms and biases have none.", expert=True)
     max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 leaves them alone.", expert=True)
     ema_decay: float = option(0.999, help="The scorer is this exponential average of the weights over the steps.", expert=True)
@@ -91,7 +96,9 @@ class ScorerTrainingConfig:
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.", expert=True)
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_train_steps", "train_batch_size", "validate_every_n_steps", "num_threads")
+        check_at_least(
+            self, 1, "max_train_steps", "train_batch_size", "validate_every_n_steps", "num_threads", "gradient_accumulation_steps"
+        )
         check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm", "seed")
         check_above(self, 0, "learning_rate")
         for name in ("ema_decay", "clean_fraction"):
@@ -112,18 +119,10 @@ class ScorerTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What is written."""
+class OutputConfig(RunFilesConfig):
+    """What is written, and where a run goes on."""
 
-    output_dir: Path = option(Path("output"), help="Folder for everything that the run writes.")
     output_name: str = option("scorer", help="File name of the scorer, without its extension.")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "output_name", output_stem(self.output_name))
-
-    def path(self, ending: str = "") -> Path:
-        """Where the scorer goes, or with an ending to its name, a file beside it."""
-        return self.output_dir / f"{self.output_name}{ending}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

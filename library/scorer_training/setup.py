@@ -33,17 +33,26 @@ def make_source(config: VaeConfig, accelerator: Accelerator) -> ModelSource:
     return ModelSource(model, vae)
 
 
-def make_backbone(config: ScorerConfig, source: ModelSource, *, gradient_checkpointing: bool = False) -> tuple[Backbone, dict[str, Any]]:
+def default_size(kind: type[Backbone], latent_area: float) -> str:
+    """The size that suits latents of `latent_area` cells: a large network on few cells is slow, and learns them by heart."""
+    size = "tiny" if latent_area <= 16**2 else "small" if latent_area <= 32**2 else "base"
+    return size if size in kind.presets or not kind.presets else "base"
+
+
+def make_backbone(
+    config: ScorerConfig, source: ModelSource, latent_area: float, *, gradient_checkpointing: bool = False
+) -> tuple[Backbone, dict[str, Any]]:
     """A new backbone of the kind, size and settings asked for, and its architecture."""
     kind = SCORER_KINDS[config.scorer_kind]
-    architecture = kind.architecture_for(config.scorer_size, source, **config.backbone_options)
+    size = config.scorer_size or default_size(kind, latent_area)
+    architecture = kind.architecture_for(size, source, **config.backbone_options)
     backbone = kind(**architecture)
     backbone.initialise(source)
     if gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in backbone.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    logger.info("scorer %s: %.2f M parameters, %.2f M of them trained", config.scorer_kind, total / 1e6, trained / 1e6)
+    logger.info("scorer %s %s: %.2f M parameters, %.2f M of them trained", config.scorer_kind, size, total / 1e6, trained / 1e6)
     return backbone, architecture
 
 

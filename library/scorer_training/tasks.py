@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +14,20 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint, encode_images
+from library.models.vae import VaeFingerprint
 from library.scorer_data.batches import LatentDataset, PackedTags
-from library.scorer_data.encoding import encode_missing
+from library.scorer_data.encoding import encode_missing, make_encoder
 from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.readers.base import ReaderOptions
 from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.readers.recognition import read_records
-from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_of
+from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_name, split_of
+from library.scorer_data.splits import assign_folds
 from library.scorer_training.config import LatentScorerConfig, ScorerTrainingConfig
 from library.scorer_training.criteria.base import Criterion, get_criterion
-from library.scorer_training.dataset_config import MAX_TAGS, Dataset, Subset
+from library.scorer_training.dataset_config import MAX_TAGS, DataConfig, Dataset, Subset
 from library.scorers.base import ModelSource
 from library.scorers.heads import HeadSpec
-from library.settings.shared import OptimizerConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 MIN_TAG_COUNT = 5  # a tag on fewer training pictures teaches nothing
 ENCODED_AT_A_TIME = 8  # pictures
 MOST_VALIDATED = 5000  # pictures of a dataset, chosen at random
+FEW = 300  # pictures of the score: a tenth of fewer is no validation set
+FOLDS = 5
 HEAD_SAMPLE = 100_000  # targets that a head's scale and levels are taken from
 
 
@@ -47,6 +51,8 @@ class Task:
         dataset: as the user described it.
         train, validation: share no picture.
         train_pictures: a number for the picture of each row of `train`; a picture that counts twice has two rows.
+        ratings: what tells its pictures and targets from others.
+        folds: seed -> the task for each fold of its pictures, which it validates with; None where it has a validation set.
     """
 
     dataset: Dataset
@@ -55,6 +61,8 @@ class Task:
     train: LatentDataset
     validation: LatentDataset
     train_pictures: Tensor
+    ratings: str = ""
+    folds: Callable[[int], list[Task]] | None = None
 
     @property
     def name(self) -> str:
@@ -66,30 +74,12 @@ class Task:
         return {"criterion": self.criterion.name, "pictures": pictures, "proportion": self.dataset.proportion}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training of a scorer.
-
-    Attributes:
-        name: for the logs and the record.
-        tasks: what is learned at once.
-        selecting: names of the tasks by whose metrics the best state is chosen.
-        steps, optimizer: how long, and by what. first_step: where its steps stand in the logs.
-    """
-
-    name: str
-    tasks: Sequence[Task]
-    selecting: Sequence[str]
-    steps: int
-    optimizer: OptimizerConfig
-    first_step: int = 0
-
-
 @dataclass
 class Collected:
     """The usable rows of a dataset, by column.
 
-    `second` is filled for pairs only, `repeats` says how often a row counts, `complaint` is an example of what was left out.
+    `second` is filled for pairs only, `repeats` says how often a row counts, `names` what must stay on one side of a split,
+    `complaint` is an example of what was left out.
     """
 
     pictures: list[Picture] = field(default_factory=list)
@@ -98,7 +88,17 @@ class Collected:
     weights: list[float] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     is_train: list[bool] = field(default_factory=list)
+    has_split: bool = False
+
+    def digest(self) -> str:
+        """What tells these rows from others."""
+        hashed = hashlib.sha256()
+        for row in zip((picture.key for picture in self.pictures), self.targets, self.weights, self.repeats, self.is_train, strict=True):
+            hashed.update(repr(row).encode("utf-8", "surrogateescape"))
+        return f"{len(self.targets)} with hash {hashed.hexdigest()[:16]}"
+
     complaint: str = ""
 
 
@@ -127,7 +127,9 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
                 rows.weights.append(record.weight)
                 rows.prompts.append(record.prompt)
                 rows.repeats.append(subset.num_repeats)
+                rows.names.append(split_name(record))
                 rows.is_train.append(split == "train")
+                rows.has_split |= record.split is not None
     if report:
         logger.warning("dataset %s:", dataset.name)
     report.log(logger)
@@ -135,8 +137,11 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
     return rows
 
 
-def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: LatentScorerConfig) -> Task:
+def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: LatentScorerConfig, *, folds: int = 0) -> Task:
     """Look up the latents of what was collected, part it, and choose the head.
+
+    Args:
+        folds: into which all pictures can be parted; 0: a part of them is the validation set.
 
     Raises:
         UserError: too few pictures, or targets from which nothing can be learned.
@@ -146,15 +151,24 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     found = torch.stack([cache.find_all(part, config.variants.names) for part in pictures], 1)  # [N, P, V]
     usable = (found[..., 0] >= 0).all(1)
     is_train = torch.tensor(rows.is_train, dtype=torch.bool)
+    if folds:
+        is_train = torch.ones_like(is_train)
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
     validation = validation[:MOST_VALIDATED]
+    complaint = f" ({rows.complaint})" if rows.complaint else ""
+    if folds and len(train) < 2 * folds:
+        few = f"dataset {dataset.name} has {len(train)} pictures that can be used, which are too few to learn from"
+        raise UserError(f"{few}; rate {2 * folds} at least, some hundred better{complaint}")
     for name, indices in (("training", train), ("validation", validation)):
-        if len(indices) < 2:
+        if len(indices) < 2 and not folds:
             raise UserError(
                 f"dataset {dataset.name} leaves {len(indices)} pictures for {name}; "
-                "rate more pictures, or change validation_split or their split" + (f" ({rows.complaint})" if rows.complaint else "")
+                f"rate more pictures, or change validation_split or their split{complaint}"
             )
     classes, targets = _encode_targets(dataset, criterion.target, rows, train, usable)
+    if criterion.target == "score" and not folds and (targets[validation] == targets[validation][0]).all():
+        alike = f"all {len(validation)} validation scores of dataset {dataset.name} are {targets[validation][0]:g}"
+        raise UserError(f"{alike}, so no state of the scorer can be told from another; choose others for validation")
     options = {"target_class": dataset.target_class, "members": config.scorer.head_members}
     head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, options)
 
@@ -167,9 +181,20 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
             [rows.prompts[index] for index in indices.tolist()],
         )
 
-    repeated = torch.repeat_interleave(train, torch.tensor(rows.repeats)[train])
-    logger.info("dataset %s: %d pictures to train on, %d to validate with", dataset.name, len(train), len(validation))
-    return Task(dataset, criterion, head, part(repeated, vary=True), part(validation, vary=False), repeated)
+    def parted(train: Tensor, validation: Tensor) -> Task:
+        repeated = torch.repeat_interleave(train, torch.tensor(rows.repeats)[train])
+        return Task(dataset, criterion, head, part(repeated, vary=True), part(validation, vary=False), repeated)
+
+    def in_folds(seed: int) -> list[Task]:
+        names = [rows.names[index] for index in train.tolist()]
+        ordered = targets[train] if isinstance(targets, Tensor) and targets.ndim == 1 else None
+        fold = assign_folds(names, ordered, folds, seed)
+        return [parted(train[fold != own], train[fold == own]) for own in range(folds)]
+
+    logger.info(
+        "dataset %s: %d pictures to train on, %s to validate with", dataset.name, len(train), f"{folds} folds" if folds else len(validation)
+    )
+    return dataclasses.replace(parted(train, validation), ratings=rows.digest(), folds=in_folds if folds else None)
 
 
 def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Accelerator) -> tuple[list[Task], list[Task]]:
@@ -189,7 +214,8 @@ def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Acc
     for stage, tasks in zip(collected, (training, pretraining), strict=True):
         for dataset, rows in stage:
             try:
-                tasks.append(make_task(dataset, rows, cache, config))
+                folds = _num_folds(config.data, rows) if dataset is collected[0][0][0] else 0
+                tasks.append(make_task(dataset, rows, cache, config, folds=folds))
             except UserError as error:
                 if dataset is stage[0][0]:
                     raise
@@ -212,7 +238,7 @@ def fill_cache(config: LatentScorerConfig, vae: AutoencoderKL, accelerator: Acce
     for skipped in encode_missing(
         cache,
         pictures,
-        lambda pixels: encode_images(vae, pixels.to(accelerator.device)),
+        make_encoder(vae),
         config.buckets,
         variants=config.variants.names,
         batch_size=ENCODED_AT_A_TIME,
@@ -229,6 +255,12 @@ def fill_cache(config: LatentScorerConfig, vae: AutoencoderKL, accelerator: Acce
 def pictures_of(collections: Iterable[Collected]) -> list[Picture]:
     """Every picture once, in the order of their first appearance."""
     return list(dict.fromkeys(picture for rows in collections for picture in (*rows.pictures, *rows.second)))
+
+
+def _num_folds(config: DataConfig, rows: Collected) -> int:
+    if config.validation_folds is not None:
+        return config.validation_folds
+    return FOLDS if len(rows.targets) < FEW and not rows.has_split else 0
 
 
 def _records(subset: Subset, target: str) -> Records:

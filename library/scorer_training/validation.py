@@ -3,39 +3,45 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.scorer_data.batches import LatentBatch, LatentDataset
+from library.scorer_training.criteria.base import Criterion
+from library.scorers.heads import HeadSpec
 
 TABLE_SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 SigmaTable = list[dict[str, float]]  # a row for each of TABLE_SIGMAS: sigma, and the metrics by name
 # (clean batch, sigmas [B], generator of the noise) -> outputs [B, ...] of the noisy batch
 Predict = Callable[[LatentBatch, Tensor, torch.Generator], Tensor]
+Predictions = dict[float, tuple[Tensor, Tensor]]  # of each noise level, outputs [N, ...] and targets [N, ...]
 
 
 @torch.no_grad()
-def validate(
-    predict: Predict,
-    dataset: LatentDataset,
-    metrics: Callable[[Tensor, Tensor], dict[str, float]],
-    *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> SigmaTable:
-    """Metrics of (outputs, targets) over a whole set at each of TABLE_SIGMAS, always with the same noise for one seed."""
-    table: SigmaTable = []
+def validate(predict: Predict, dataset: LatentDataset, *, batch_size: int, seed: int = 0) -> Predictions:
+    """Outputs and targets over a whole set at each of TABLE_SIGMAS, always with the same noise for one seed."""
+    found: Predictions = {}
     for sigma in TABLE_SIGMAS:
         generator = torch.Generator().manual_seed(seed)
         outputs, targets = [], []
         for batch in dataset.in_order(batch_size):
-            sigmas = torch.full((len(batch),), sigma, device=device)
-            outputs.append(predict(batch.to(device), sigmas, generator).float().cpu())
+            sigmas = torch.full((len(batch),), sigma)
+            outputs.append(predict(batch, sigmas, generator).float().cpu())
             targets.append(batch.targets)
-        table.append({"sigma": sigma, **metrics(torch.cat(outputs), torch.cat(targets))})
-    return table
+        found[sigma] = torch.cat(outputs), torch.cat(targets)
+    return found
+
+
+def table_of(predictions: Predictions, criterion: Criterion, head: HeadSpec) -> SigmaTable:
+    """The criterion's metrics at each noise level."""
+    return [{"sigma": sigma, **criterion.metrics(outputs, targets, head)} for sigma, (outputs, targets) in predictions.items()]
+
+
+def changing(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model: the trainable weights, and the buffers (of batch norms)."""
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad} | dict(model.named_buffers())
 
 
 def selection_value(table: SigmaTable, metric: str) -> float:
@@ -81,14 +87,18 @@ class AveragedWeights:
             self._ema.restore(self._parameters.values())
             self._model.train()
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy on the CPU of what training changes: the trainable weights as they are now, and the buffers (of batch norms)."""
-        changing = {**self._parameters, **dict(self._model.named_buffers())}
-        return {name: tensor.detach().cpu().clone() for name, tensor in changing.items()}
+    def state_dict(self) -> dict[str, Any]:
+        return self._ema.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError or RuntimeError for the average of another model."""
+        own = self._ema.shadow_params
+        self._ema.load_state_dict(dict(state))
+        self._ema.shadow_params = [copy.copy_(saved) for copy, saved in zip(own, self._ema.shadow_params, strict=True)]
 
 
 class BestState:
-    """Remembers the averaged weights that did best.
+    """Remembers the weights that did best.
 
     Attributes:
         value: the highest selection value so far. step: after how many steps that was.
@@ -96,26 +106,29 @@ class BestState:
         tables: what was measured then, by task.
     """
 
-    def __init__(self, model: nn.Module, average: AveragedWeights) -> None:
+    def __init__(self) -> None:
         self.value, self.step, self.validations_since = -math.inf, 0, 0
         self.tables: Mapping[str, SigmaTable] = {}
-        self._model, self._average = model, average
         self._state: dict[str, Tensor] = {}
 
-    def consider(
-        self, step: int, measure: Callable[[], Mapping[str, SigmaTable]], value: Callable[[Mapping[str, SigmaTable]], float]
-    ) -> None:
-        """Keep the averaged weights after `step` steps if `value` of what `measure` finds with them is higher than all before."""
-        with self._average.applied():
-            tables = measure()
-            self.validations_since += 1
-            if value(tables) > self.value or not self._state:  # a value of NaN is never higher, and something must be kept
-                self.value, self.step, self.tables, self.validations_since = value(tables), step, tables, 0
-                self._state = self._average.state()
+    def consider(self, step: int, tables: Mapping[str, SigmaTable], value: float, model: nn.Module) -> None:
+        """Keep the model as it is after `step` steps if the `value` of its tables is higher than all before."""
+        self.validations_since += 1
+        if value > self.value or not self._state:  # a value of NaN is never higher, and something must be kept
+            self.value, self.step, self.tables, self.validations_since = value, step, tables, 0
+            self._state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing(model).items()}
 
-    def restore(self) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Give the model the best weights."""
-        self._model.load_state_dict(self._state, strict=False)
+        model.load_state_dict(self._state, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"value": self.value, "step": self.step, "validations_since": self.validations_since}
+        return own | {"tables": dict(self.tables), "weights": self._state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value, self.step, self.validations_since = state["value"], state["step"], state["validations_since"]
+        self.tables, self._state = state["tables"], dict(state["weights"])
 
     def describe(self, names: Sequence[str]) -> str:
         """The tables of these tasks, for the log."""

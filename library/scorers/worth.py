@@ -1,7 +1,9 @@
 """What a scorer is worth: how well it ranked pictures that it never saw, and how sure that is."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from library.scorers.base import ScorerSpec
 
@@ -10,11 +12,11 @@ DOUBTFUL = 0.3  # a rank correlation that may be lower says next to nothing
 
 @dataclass(frozen=True)
 class Worth:
-    """Spearman's rank correlation with the validation set's ratings, on clean latents, and its 95 % interval.
+    """Spearman's rank correlation with the ratings of pictures that training did not see, on clean latents, and its 95 % interval.
 
     Attributes:
         name: the scorer's.
-        num_pictures: of the validation set.
+        num_pictures: of the validation set, or of all folds together.
     """
 
     name: str
@@ -37,15 +39,31 @@ class Worth:
     def __str__(self) -> str:
         low, high = self.interval
         text = f"scorer {self.name}: rank correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}) on {self.num_pictures} pictures"
+        if low <= 0:
+            return f"{text} that it never saw: too few to tell whether it learned anything, rate more pictures"
         return f"{text} that it never saw" + (": what it says is in doubt, rate more pictures" if self.doubtful else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the header of a scorer's file."""
+        return {"srcc": self.correlation, "interval": list(self.interval), "pictures": self.num_pictures}
+
+
+def worth_in(table: Sequence[Mapping[str, float]] | None, num_pictures: int, name: str = "") -> Worth | None:
+    """From a table of metrics by noise level; None where it has no rank correlation."""
+    try:
+        return Worth(name, float(next(row for row in table or () if row["sigma"] == 0)["srcc"]), num_pictures)
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return None
 
 
 def worth_of(spec: ScorerSpec, name: str) -> Worth | None:
     """From what the scorer's file says of its validation; None where it says nothing (made from ready-made weights, or not by ratings)."""
-    table, tasks = spec.training.get("validation"), spec.training.get("tasks")
+    return worth_from(spec.training.get("worth"), name)
+
+
+def worth_from(record: Any, name: str) -> Worth | None:
+    """What `Worth.to_dict` made, else None."""
     try:
-        clean = next(row for row in table or [] if row["sigma"] == 0)
-        own = (tasks or {})[spec.score_head]["pictures"]["validation"]
-        return Worth(name, float(clean["srcc"]), int(own))
-    except (KeyError, TypeError, ValueError, StopIteration):
+        return Worth(name, float(record["srcc"]), int(record["pictures"]))
+    except (KeyError, TypeError, ValueError):
         return None

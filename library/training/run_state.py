@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from library.errors import UserError
 from library.training.checkpoints import load_state, newest_state, restore_rng_state, rng_state, save_state
@@ -39,7 +39,7 @@ class RunState:
     def load(cls, folder: Path) -> Self:
         """Raises UserError for a state that is damaged, lacks something or cannot be."""
         content = load_state(folder)
-        kinds = {field.name: field.type if field.type in (int, bool) else dict for field in fields(cls)}
+        kinds = {name: kind if kind in (int, bool) else dict for name, kind in get_type_hints(cls).items()}
         wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
         wrong += [name for name, kind in kinds.items() if kind is int and name not in wrong and content[name] < 0]
         if wrong:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -22,23 +23,43 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 )
 
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
 
 def create_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's view of this process. Gradient accumulation is the loop's own business, so accelerate does not know of it.
 
+    Processes that a launcher has started meet: on the GPUs, or where there are none, on the CPU (gloo).
+
     Raises:
-        UserError: the device cannot compute in the precision asked for.
+        UserError: the device cannot compute in the precision asked for, or processes were started together and cannot meet.
     """
     from accelerate import Accelerator
-    from accelerate.utils import parse_flag_from_env
+    from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
     # not by accelerate's state, which would be made before Accelerator knows whether processes are to meet on the CPU
     device = "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     precision = choose_precision(config.mixed_precision, torch.device(device))
+    launched = launched_processes()
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one that waits for another's pictures is not stuck
+    on_cpu = launched > 1 and not torch.accelerator.is_available()  # where accelerate would let each process be alone
     try:
-        return Accelerator(mixed_precision=precision)
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[patience])
     except ValueError as error:
+        if launched > 1:
+            raise UserError(f"{launched} processes were started together and cannot meet ({error}); start them by torchrun") from error
         raise UserError(f"mixed_precision {precision} cannot be used here: {error}") from error
+    if accelerator.num_processes != max(launched, 1) and launched > 1:
+        raise UserError(
+            f"{launched} processes were started together, but this one has met {accelerator.num_processes - 1} others: each would train "
+            "alone and write the same files; start them by torchrun, or start one"
+        )
+    return accelerator
+
+
+def launched_processes() -> int:
+    """How many processes a launcher (torchrun, accelerate, mpirun, srun) says that it has started together; 1 without one."""
+    return max(int(text) for name in LAUNCHERS if (text := os.environ.get(name, "1")).isdecimal())
 
 
 def choose_precision(asked: str | None, device: torch.device) -> str:
@@ -101,8 +122,7 @@ def all_reduce_grads(params: Iterable[Tensor], accelerator: Accelerator) -> None
             param.grad = torch.zeros_like(param)
     grads = [param.grad for param in params if param.grad is not None]
     flat = torch.cat([grad.reshape(-1) for grad in grads])  # one message rather than one for each of a LoRA's hundreds
-    mean = accelerator.reduce(flat, reduction="mean")
-    assert isinstance(mean, Tensor)
+    mean = _reduce(flat, accelerator, "mean")
     for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
@@ -111,9 +131,19 @@ def any_process(wanted: bool, accelerator: Accelerator) -> bool:
     """Whether any process of the run wants something, so that all do it together."""
     if accelerator.num_processes == 1:
         return wanted
-    votes = accelerator.reduce(torch.tensor(float(wanted), device=accelerator.device), reduction="sum")
-    assert isinstance(votes, Tensor)
-    return bool(votes > 0)
+    return bool(_reduce(torch.tensor(float(wanted), device=accelerator.device), accelerator, "sum") > 0)
+
+
+def _reduce(tensor: Tensor, accelerator: Accelerator, reduction: str) -> Tensor:
+    try:
+        reduced = accelerator.reduce(tensor, reduction=reduction)
+    except RuntimeError as error:  # the connection to a process that has ended
+        raise UserError(
+            f"another process of this run does not answer any more ({str(error).splitlines()[0]}); its own last words say why; the same "
+            "command with --resume auto goes on from the last state"
+        ) from error
+    assert isinstance(reduced, Tensor)
+    return reduced
 
 
 def describe_device(accelerator: Accelerator) -> str:

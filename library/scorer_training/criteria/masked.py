@@ -1,5 +1,6 @@
 """Masked pretraining: a transformer learns to see from pictures that nobody has rated."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,13 +69,18 @@ class MaskedLatentPretraining(nn.Module):
         self.norm = nn.LayerNorm(backbone.width)
         self.to_latents = nn.Linear(backbone.width, backbone.in_channels * backbone.patch**2)
 
-    def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_visible(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """What is not hidden of latents [B, C, h, w]: patches [B, V], on the CPU."""
+        rows, columns = (math.ceil(side / self.backbone.patch) for side in latents.shape[2:])
+        return draw_visible(len(latents), rows * columns, self.masked_fraction, generator)
+
+    def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, visible: Tensor) -> Tensor:
         """The loss of each picture.
 
         Args:
             latents: noisy, variance-preserving latents [B, C, h, w]. sigmas: their noise levels [B].
             clean: the same pictures without noise [B, C, h, w].
-            generator: draws what is hidden, on the CPU.
+            visible: the patches that are not hidden [B, V].
 
         Returns:
             Mean squared error over the hidden cells [B].
@@ -84,7 +90,6 @@ class MaskedLatentPretraining(nn.Module):
         backbone, patch = self.backbone, self.backbone.patch
         latents, clean = backbone.fill_patches(latents), backbone.fill_patches(clean)
         rows, columns = latents.shape[2] // patch, latents.shape[3] // patch
-        visible = draw_visible(len(latents), rows * columns, self.masked_fraction, generator).to(latents.device)  # [B, V]
         hidden = torch.ones(len(latents), rows * columns, device=latents.device).scatter(1, visible, 0.0)  # [B, T], 1 where hidden
         mask = hidden.view(-1, 1, rows, columns).repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # [B, 1, h, w]
 

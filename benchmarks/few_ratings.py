@@ -1,0 +1,75 @@
+"""How honest a scorer of few ratings is about itself: the rank correlation in its file, with its interval, beside that on other pictures.
+
+    python -m benchmarks.few_ratings --counts 60 200 --seeds 0 1 2
+
+Drawings of the shapes world, rated by a true score with an error of as many of its standard deviations as `--noise` says. The training
+is that of train_latent_scorer.py at its defaults. The true correlation is with the ratings, errors included, of 300 other drawings.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import ROOT
+from benchmarks.shapes_runs import MODEL, drawn_pictures, rated_task
+from library.scorer_training.config import LatentScorerConfig
+from library.scorer_training.criteria.metrics import spearman
+from library.scorers.io import load_scorer
+from library.settings.options import build
+from train_latent_scorer import train
+
+OTHERS = 300
+SIZING = {"resolution": "80", "bucket_no_upscale": True, "bucket_reso_steps": 8}
+
+
+def write_noisy(ratings: Path, target: Path, rows: Sequence[int], noise: float, split: str = "") -> Path:
+    """A table of these rows, each score with an error of `noise` standard deviations; the same error for a row in every table."""
+    with ratings.open(encoding="utf-8", newline="") as file:
+        entries = list(csv.DictReader(file))
+    scores = np.array([float(entry["score"]) for entry in entries])
+    scores = scores + noise * scores.std() * np.random.default_rng(0).normal(size=len(scores))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{ratings.parent / entries[row]['path']},{scores[row]:.6f},{split if place > 1 or not split else 'train'}"
+        for place, row in enumerate(rows)
+    ]
+    target.write_text("\n".join(["path,score,split", *lines]), encoding="utf-8")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--score", default="size")
+    parser.add_argument("--noise", type=float, default=1.0, help="error of a rating, in standard deviations of the true score")
+    parser.add_argument("--counts", type=int, nargs="+", default=[60, 200], help="ratings to learn from")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each takes other pictures")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "few_ratings")
+    given = parser.parse_args()
+    largest = max(given.counts)
+    ratings = drawn_pictures(given.output_dir / "pictures", OTHERS + largest * (max(given.seeds) + 1), given.score)
+    table = write_noisy(ratings, given.output_dir / "others.csv", [OTHERS, OTHERS + 1, *range(OTHERS)], given.noise, "val")
+    cached = {"cache_dir": str(given.output_dir / "cache"), "num_threads": 1}
+    others = rated_task(given.output_dir, train_data_file=str(table), validation_folds=0, **cached)
+
+    print("| ratings | seed | steps | in the file | interval | on 300 other pictures |\n|---|---|---|---|---|---|")
+    for count in given.counts:
+        for seed in given.seeds:
+            first = OTHERS + seed * largest
+            table = write_noisy(ratings, given.output_dir / f"{count}_{seed}.csv", range(first, first + count), given.noise)
+            settings = {"pretrained_model_name_or_path": str(MODEL), "train_data_file": str(table), "seed": seed, **SIZING, **cached}
+            scorer = load_scorer(train(build(LatentScorerConfig, {**settings, "output_dir": str(given.output_dir / table.stem)})))
+            batches = list(others.validation.in_order(64))
+            with torch.no_grad():
+                scores = torch.cat([scorer(batch.latents, torch.zeros(len(batch))) for batch in batches])
+            true, worth = spearman(scores, torch.cat([batch.targets for batch in batches])), scorer.spec.training["worth"]
+            low, high = worth["interval"]
+            steps = scorer.spec.training["steps"]
+            print(f"| {count} | {seed} | {steps} | {worth['srcc']:.2f} | {low:.2f} to {high:.2f} | {true:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
