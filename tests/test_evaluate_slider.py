@@ -134,7 +134,7 @@ def test_a_loha_in_a_pickle_is_measured_also_with_other_samplings_and_an_empty_l
     torch.save(loha, tmp_path / "loha.pt")
     save_file({key: value * ("lora_up" not in key) for key, value in first.items()}, tmp_path / "empty.safetensors")
     sliders = [str(files / "first.safetensors"), str(tmp_path / "loha.pt"), str(tmp_path / "empty.safetensors")]
-    changes = {"network_weights": sliders, "num_prompts": ["1"], "also": ["guidance_scale=1", "num_steps=3"]}
+    changes = {"network_weights": sliders, "num_prompts": ["1"], "multipliers": ["1"], "also": ["guidance_scale=1", "num_steps=3"]}
     run(monkeypatch, arguments(files, tmp_path / "out", **changes))
     one, two, empty = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sliders"]
     for there in (lambda slider: slider, lambda slider: slider["elsewhere"][0], lambda slider: slider["elsewhere"][1]):
@@ -201,9 +201,9 @@ def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
         ({"network_weights": []}, "network_weights"),
         ({"network_weights": ["nothing-*.safetensors"]}, "nothing-*.safetensors does not exist"),
         ({"guidance_rescale": ["1.5"]}, "between 0 and 1"),
-        ({"also": ["guidance=3"]}, "also has 'guidance=3'; give guidance_scale, num_steps or sampler"),
+        ({"also": ["guidance=3"]}, "'guidance=3' is no way of sampling; give guidance_scale, num_steps or sampler"),
         ({"also": ["sampler=best"]}, "samplers are ddim"),
-        ({"also": ["num_steps="]}, "names no value"),
+        ({"also": ["num_steps="]}, "'num_steps=' is no way of sampling"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, monkeypatch, capsys, changes, message):

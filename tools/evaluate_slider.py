@@ -19,7 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
@@ -41,7 +40,7 @@ from library.reports.plots import multiplier_grid, png_bytes, score_curves
 from library.reports.report import html_report
 from library.reports.text import comparison_text, text_table
 from library.rollouts.few_step import SamplingChoice, detect, recommended
-from library.rollouts.sample import SamplingConfig
+from library.rollouts.sample import SamplingConfig, variations
 from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
@@ -135,30 +134,7 @@ class EvaluationConfig:
             raise UserError(f"guidance_rescale is {self.guidance_rescale:g}; it must be between 0 and 1")
         if len(self.resolution) > 2 or any(pixels <= 0 or pixels % 8 for pixels in self.resolution):
             raise UserError(f"resolution is {list(self.resolution)}; it must be one or two positive multiples of 8 (width, height)")
-
-        _ = self.otherwise
-
-    @property
-    def otherwise(self) -> list[tuple[str, dict[str, Any]]]:
-        """`also` as names and changes of a SamplingConfig. Raises UserError."""
-        found: list[tuple[str, dict[str, Any]]] = []
-        for words in self.also:
-            name, _, values = words.partition("=")
-            for value in filter(None, values.split(",")):
-                try:
-                    changed = {"guidance_scale": float, "num_steps": int, "sampler": str}[name](value)
-                except (KeyError, ValueError):
-                    changed = None
-                unknown = name == "sampler" and value not in (*SOLVERS, *ALIASES)
-                if changed is None or unknown or (name != "sampler" and changed < 1):
-                    raise UserError(
-                        f"also has {words!r}; give guidance_scale, num_steps or sampler with what to try, for example guidance_scale=3,8; "
-                        f"samplers are {', '.join(SOLVERS)}"
-                    )
-                found.append((f"{name} {value}", {name: changed}))
-            if not values:
-                raise UserError(f"also has {words!r}, which names no value; write for example guidance_scale=3,8")
-        return found
+        _ = variations(SamplingConfig(num_steps=1, guidance_scale=1.0, size=(8, 8)), self.also)
 
     def size(self, native: int) -> tuple[int, int]:
         """(height, width) in pixels, for a model of this native resolution."""
@@ -218,7 +194,7 @@ def main() -> None:
         sampling=sampling,
         num_pictures=max(settings.num_grid_prompts, CARD_PROMPTS),
     )
-    others = {name: replace(measurer, sampling=replace(sampling, **changes), num_pictures=0) for name, changes in settings.otherwise}
+    others = {name: replace(measurer, sampling=own, num_pictures=0) for name, own in variations(sampling, settings.also).items()}
     records = [measure(measurer, others, file, name, settings) for file, name in zip(files, names, strict=True)]
     paths = write_results(settings.output_dir, records, settings.title, settings.num_grid_prompts)
     for file, record in zip(files, records, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise_schedule import TimestepSpacing
-from library.diffusion.solvers import get_solver, guided_eps, rescale_guided_eps
+from library.diffusion.solvers import ALIASES, SOLVERS, get_solver, guided_eps, rescale_guided_eps
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, size_of
@@ -67,6 +67,29 @@ class SamplingConfig:
             guidance_scale=self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
             size=size_of(prompt, self.size),
         )
+
+
+def variations(sampling: SamplingConfig, words: Sequence[str]) -> dict[str, SamplingConfig]:
+    """Of words such as guidance_scale=3,8 or sampler=euler_a: each value in the place of this sampling's own, by its name.
+
+    Raises:
+        UserError: other settings than guidance_scale, num_steps and sampler, or values that they do not take.
+    """
+    found = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        for value in values.split(","):
+            try:
+                changed = {"guidance_scale": float, "num_steps": int, "sampler": str}[name](value)
+            except (KeyError, ValueError):
+                changed = 0
+            if not (changed in (*SOLVERS, *ALIASES) if isinstance(changed, str) else changed >= 1):
+                raise UserError(
+                    f"{word!r} is no way of sampling; give guidance_scale, num_steps or sampler and its values, for example "
+                    f"guidance_scale=3,8; samplers are {', '.join(SOLVERS)}"
+                )
+            found[f"{name} {value}"] = replace(sampling, **{name: changed})
+    return found
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
