@@ -5,7 +5,10 @@
 What is used whole, and the figures, stand in docs/compatibility.md, which `python -m tests.clients.compatibility` writes.
 """
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from networks.lora_changes import change_of
+from networks.lora_metadata import Card, write_cards
 from tests.clients.compare import VARIABLES, compare, run_client
 from tests.clients.job import make_job
+from tests.helpers.tiny_models import tiny_model
 
 NAMED = {client: Path(os.environ[variable]) for client, variable in VARIABLES.items() if os.environ.get(variable)}
 
@@ -53,6 +58,26 @@ def test_what_a_program_leaves_out_or_gets_wrong_is_seen(tmp_path: Path) -> None
     assert right.right and (right.wanted, right.used, right.error, right.peak) == (2, 2, 0.0, 0.5)
     assert not missing.right and missing.used == 1
     assert not wrong.right and (wrong.used, wrong.strange, wrong.error) == (2, 1, 0.25)
+
+
+def test_the_card_is_read_by_lora_manager(tmp_path: Path) -> None:
+    """A card that lacks one of its fields would hide the LoRA."""
+    folder = os.environ.get("LECO_SCORE_LORA_MANAGER")
+    if not folder:
+        pytest.skip("LECO_SCORE_LORA_MANAGER names no folder")
+    (tmp_path / "slider.safetensors").write_bytes(b"weights")
+    _, card = write_cards(
+        tmp_path / "slider.safetensors", tiny_model("sdxl").spec, Card(notes="n", preferred_weight=-0.5, usable=(-0.5, 0.0))
+    )
+    program = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from py.utils.models import LoraMetadata; "
+        "read = LoraMetadata.from_dict(json.load(open(sys.argv[2], encoding='utf-8'))); "
+        "print(json.dumps([read.base_model, json.loads(read.usage_tips), read.notes, read._unknown_fields]))"
+    )
+    python = os.environ.get("LECO_SCORE_CLIENTS_PYTHON", sys.executable)
+    done = subprocess.run([python, "-c", program, folder, str(card)], capture_output=True, text=True, check=True)
+    tips = {"strength": -0.5, "strength_min": -0.5, "strength_max": 0.0}
+    assert json.loads(done.stdout.splitlines()[-1]) == ["SDXL 1.0", tips, "n", {}]
 
 
 @pytest.mark.parametrize("name", ["LoConModule", "LohaModule", "LokrModule"])
