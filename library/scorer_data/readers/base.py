@@ -159,11 +159,11 @@ class BadValue(ValueError):
 
 def number(value: object, name: str) -> float:
     """Finite. A bool is none."""
-    value = plain_answer(value)
     try:
         result = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        result = math.nan
+        answer = plain_answer(value)
+        result = float(answer) if isinstance(answer, float | int) and not isinstance(answer, bool) else math.nan
     if not math.isfinite(result):
         raise BadValue(f"{name} is not a finite number", f"{name} {_shown(value)} is not a finite number")
     return result

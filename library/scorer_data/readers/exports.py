@@ -39,6 +39,8 @@ def is_export(columns: Mapping[str, Any] | list[str]) -> bool:
 def plain_answer(value: object) -> object:
     """What a cell of Label Studio's says: the mean of ratings, the most frequent choice. Anything else is as it was."""
     value = from_json(value)
+    if not isinstance(value, (list, dict)):
+        return value
     answers: list[Any] = value if isinstance(value, list) else [value]
     kinds = {_kind(answer) for answer in answers}
     if not answers or None in kinds:
@@ -55,7 +57,9 @@ def picture_names(text: str) -> tuple[str, ...]:
     """Under which names a picture that a row names may be found: of Label Studio's addresses, what is left of them on a disk."""
     if "/local-files/?d=" in text:
         return (unquote(text.split("/local-files/?d=")[1]),)
-    if match := re.search(r"(?:^|/)data/upload/(?:\d+/)?([^/]+)$", text):  # eight digits were put before the name that it had
+    if "data/upload/" in text and (
+        match := re.search(r"(?:^|/)data/upload/(?:\d+/)?([^/]+)$", text)
+    ):  # eight digits were put before the name that it had
         name = unquote(match[1])
         return (name, re.sub(r"^[0-9a-f]{8}-", "", name))
     return (text,)

@@ -56,10 +56,7 @@ class PictureFiles:
         hashes, found = self._listing(folder)
         if not len(hashes):
             return None
-        forms = [file] if file.isascii() else list(dict.fromkeys((file, *(unicodedata.normalize(form, file) for form in ("NFC", "NFD")))))
-        if os.path.splitext(file)[1].lower() not in PICTURE_SUFFIXES:
-            forms += [form + suffix for suffix in PICTURE_SUFFIXES for form in forms]
-        for form in forms:  # an archive made on macOS has decomposed accents, a list made elsewhere has not
+        for form in _forms(file):
             code = _code(form)
             place = int(np.searchsorted(hashes, code))
             if place < len(hashes) and hashes[place] == code:
@@ -84,6 +81,14 @@ class PictureFiles:
                 self._listings[real] = (hashes, np.zeros(len(hashes), dtype=bool))
             self._listings[folder] = self._listings[real]
         return self._listings[folder]
+
+
+def _forms(file: str) -> Iterator[str]:
+    """The names under which a file may stand: an archive made on macOS has decomposed accents, a list made elsewhere has not."""
+    forms = [file] if file.isascii() else list(dict.fromkeys((file, *(unicodedata.normalize(form, file) for form in ("NFC", "NFD")))))
+    yield from forms
+    if os.path.splitext(file)[1].lower() not in PICTURE_SUFFIXES:
+        yield from (form + suffix for suffix in PICTURE_SUFFIXES for form in forms)
 
 
 def _code(name: str) -> int:

@@ -46,7 +46,7 @@ class Row:
         """The value of the first of these columns that has one, or None; "" where they are only empty."""
         found = None
         for column in columns:
-            value = self.values.get(column, self.values.get(column.lower()))
+            value = self.values.get(column.lower())
             if value not in (None, ""):
                 return value
             found = value if found is None else found
@@ -55,7 +55,7 @@ class Row:
     def number(self, column: str) -> float:
         """Finite; 7,5 is 7.5. Raises BadValue."""
         value = self.get(column)
-        comma = _DECIMAL_COMMA.fullmatch(value) if isinstance(value, str) else None
+        comma = _DECIMAL_COMMA.fullmatch(value) if isinstance(value, str) and "," in value else None
         if comma and not (self.parted_by_comma and len(comma[2]) == 3):
             value = f"{comma[1]}.{comma[2]}"
         return number(value, column)

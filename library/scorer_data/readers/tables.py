@@ -35,7 +35,7 @@ VOTE_COLUMNS = tuple(f"votes_{rating}" for rating in range(1, VOTES + 1))
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Under which names a table has what; of several names the first that a row has."""
+    """Under which names, in lower case, a table has what; of several names the first that a row has."""
 
     path: tuple[str, ...] = PATHS
     image: str = "image"
@@ -49,9 +49,9 @@ class Columns:
     @staticmethod
     def of(options: ReaderOptions) -> "Columns":
         several = {field.name for field in fields(Columns) if not isinstance(field.default, str)}
-        given = {name: options.extra[key] for key, name in COLUMN_OPTIONS.items() if key in options.extra}
+        given = {name: options.extra[key].lower() for key, name in COLUMN_OPTIONS.items() if key in options.extra}
         names: dict[str, Any] = {name: (column,) if name in several else column for name, column in given.items()}
-        return Columns(**names, score=options.score_column or "score")
+        return Columns(**names, score=options.score_column.lower() or "score")
 
     def read(self) -> list[str]:
         """Every column that may be read."""

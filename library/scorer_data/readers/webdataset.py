@@ -105,7 +105,7 @@ def _record(shard: Path, tar: tarfile.TarFile, key: str, sample: Sample, columns
         values = json.loads(texts[".json"]) if ".json" in texts else {}
         if not isinstance(values, dict):
             raise BadValue("sample's .json is no object")
-        values = _flat(values)
+        values = {name.lower(): value for name, value in _flat(values).items()}
         values.setdefault(columns.label, texts.get(".cls"))
         values.setdefault(columns.prompt[0], texts.get(".txt", "").strip())
         picture = SlicePicture(shard, member.offset_data, member.size, member.name)
