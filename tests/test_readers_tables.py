@@ -283,6 +283,11 @@ def test_exports_of_label_studio(folder: Path) -> None:
     assert "there is no 'score'" in skipped.reason
     assert [image.label for image in read(path, target="label")[0]] == ["photo", "ink"]
     assert [image.tags for image in read(path, target="tags")[0]] == [("photo",), ("ink",)]
+    odd = [{"choices": [{"a": [1]}]}, {"rating": 10**400}, {"rating": [1]}, {"number": None}]
+    tasks = [{"data": {"image": "a.png"}, "annotations": [{"result": [{"from_name": "x", "value": value}]}]} for value in odd]
+    for target in ("score", "label", "tags"):
+        images, skipped = read(write(folder / "odd.json", json.dumps(tasks)), target=target)
+        assert len(images) <= 1 and len(images) + len(skipped) == len(odd)
     short = '[{"image": "/data/upload/cb044c20-a.png", "id": 1, "quality": [{"rating": 4}], "annotation_id": 7, "lead_time": 6.7}]'
     assert [image.score for image in read(write(folder / "min.json", short))[0]] == [4]
     table = 'annotation_id,id,image,lead_time,quality,style\n7,1,/data/upload/1/cb044c20-a.png,6.7,"[{""rating"": 4}]",ink\n'

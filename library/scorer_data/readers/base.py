@@ -159,11 +159,9 @@ class BadValue(ValueError):
 
 def number(value: object, name: str) -> float:
     """Finite. A bool is none."""
-    try:
-        result = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        answer = plain_answer(value)
-        result = float(answer) if isinstance(answer, float | int) and not isinstance(answer, bool) else math.nan
+    result = _float(value)
+    if math.isnan(result) and isinstance(value, (str, list, dict)):
+        result = _float(plain_answer(value))
     if not math.isfinite(result):
         raise BadValue(f"{name} is not a finite number", f"{name} {_shown(value)} is not a finite number")
     return result
@@ -228,6 +226,13 @@ def weight_value(value: object) -> float:
     if weight <= 0:
         raise BadValue("weight is not above 0", f"weight {weight:g} is not above 0; leave the row out instead")
     return weight
+
+
+def _float(value: object) -> float:
+    try:
+        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _shown(value: object, longest: int = 60) -> str:

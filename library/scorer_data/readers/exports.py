@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 VOTES = 10  # ratings 1 to 10
+LARGEST = 2**53  # of ratings; JSON's numbers may be too large for a float
 # Where a kind of answer of Label Studio keeps its value, and the column of a table that is the same.
 ANSWERS = {"rating": "score", "number": "score", "choices": "label", "selected": "label"}
 PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|avif|jfif)$", re.IGNORECASE)
@@ -46,10 +47,9 @@ def plain_answer(value: object) -> object:
     if not answers or None in kinds:
         return value
     said = [next(answer[name] for name in ANSWERS if name in answer) for answer in answers]
-    if all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in said):
+    if all(isinstance(one, float | int) and abs(one) < LARGEST for one in said):
         return statistics.fmean(said)
-    said = [tuple(one) if isinstance(one, list) else (one,) for one in said]
-    chosen = Counter(said).most_common(1)[0][0]
+    chosen = Counter(tuple(map(str, one)) if isinstance(one, list) else (str(one),) for one in said).most_common(1)[0][0]
     return chosen[0] if len(chosen) == 1 else list(chosen)
 
 
