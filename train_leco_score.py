@@ -31,6 +31,7 @@ from library.slider_training.files import SliderState
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
 from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare
+from library.slider_training.vital_signs import VitalSigns
 from library.training.finite_losses import FiniteLosses, LastGood
 from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
@@ -106,6 +107,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
         done = first_step
 
     losses, last_good = FiniteLosses(num_steps, [scorer.name for scorer in made.context.reward.scorers]), LastGood()
+    signs = VitalSigns()
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
         if config.monitor.sample_at_first and accelerator.is_main_process:
             with in_use(network, optimizer.optimizer):
@@ -162,7 +164,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                     metrics |= monitor.running_metrics()
                     if seen is not None:
                         metrics, stop = metrics | seen.record.metrics(), seen.stop
-                    tracker.log(metrics, step)
+                    signs.see(tracker.log(metrics, step), done)
                     if any_process(bool(interrupts), accelerator):
                         if accelerator.is_main_process:
                             files.save_interrupted(network, unwatched or state(done, watched=done < num_steps), done)

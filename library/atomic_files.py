@@ -200,6 +200,7 @@ def only_process(path: str | Path, what: str) -> Iterator[None]:
         CannotWrite: the file cannot be made.
     """
     path = Path(path)
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     while True:
         with _refused(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +225,9 @@ def only_process(path: str | Path, what: str) -> Iterator[None]:
         if os.name == "posix":
             path.unlink(missing_ok=True)  # while it is held, so that nobody can hold a file that is gone
         file.close()
+        with contextlib.suppress(OSError):  # a folder in which nothing was written goes again
+            for folder in made:
+                folder.rmdir()
 
 
 def _lock(file: TextIO) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.lora_options import Dropouts
 from networks.lora_targets import Target
+
+LARGEST_RANK = 4096  # more would take more than a machine's memory, and no weight of these models has as much to it
 
 
 class Strength:
@@ -89,6 +92,8 @@ class LoRAModule(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if rank > LARGEST_RANK:
+            raise UserError(f"{target.path} would have rank {rank}, and {LARGEST_RANK} is the largest: a branch would outgrow its module")
         self.name, self.aliases, self.part, self.path = target.name, target.aliases, target.part, target.path
         self.rank = rank
         self.lr_factors, self.own_lr = lr_factors, own_lr

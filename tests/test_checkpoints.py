@@ -341,6 +341,16 @@ with only_process(sys.argv[1], "x"):
 """
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock's file stays elsewhere")
+def test_a_lock_leaves_no_empty_folder(tmp_path: Path) -> None:
+    with only_process(tmp_path / "a" / "b" / ".x.lock", "x"):
+        pass
+    assert not list(tmp_path.iterdir())
+    with only_process(tmp_path / "a" / "b" / ".x.lock", "x"):
+        (tmp_path / "a" / "y").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "y"]
+
+
 def test_a_name_is_one_process_until_it_dies(tmp_path: Path) -> None:
     lock, root = tmp_path / ".a.lock", Path(atomic_files.__file__).parents[1]
     command = [sys.executable, "-c", HOLD, str(lock)]

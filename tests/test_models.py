@@ -267,3 +267,19 @@ def test_spec_names_what_clients_look_for(kind, version, architecture):
     assert (spec.family, spec.prediction_type) == KINDS[kind]
     assert (spec.latent_channels, spec.vae_scale_factor, spec.resolution) == (4, 8, IMAGE_SIZE)
     assert spec.scaling_factor == (0.13025 if kind == "sdxl" else 0.18215)
+
+
+@torch.no_grad()
+def test_a_vae_that_overflows_in_half_precision_works_in_float32_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    latents = noise(1)
+    model = tiny_model("sd1")
+    model.vae.decoder.conv_in.weight *= 1e5
+    expected = model.decode_latents(latents)
+    model.vae.register_to_config(force_upcast=False)
+    model.to(dtype=torch.float16)
+    assert model.vae.dtype == torch.float16
+    assert not model.decode_latents(latents * torch.nan).isfinite().any() and not caplog.records
+    for _ in range(2):
+        torch.testing.assert_close(model.decode_latents(latents), expected, rtol=0, atol=0.05)
+    assert len(caplog.records) == 1 and "overflows in float16" in caplog.text
+    assert model.to(dtype=torch.float16).vae.dtype == torch.float32

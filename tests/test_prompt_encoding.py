@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.prompt_syntax import apply_weights
 from library.models.textual_inversion import load_embeddings
+from library.rollouts import prompt_encoder
 from library.rollouts.prompt_encoder import PromptEncoder, time_ids_of
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import Conditioning, PromptSpec
@@ -273,3 +274,26 @@ def test_pictures_of_long_prompts_are_sampled_with_short_negatives() -> None:
     pictures = sample(model, None, [PromptSpec(prompt=LONG), PromptSpec(prompt="a cat")], [0, 0], sampling=run)
     cut = sample(model, None, [PromptSpec(prompt=" ".join(LONG.split()[:75]))], [0], sampling=run)
     assert pictures.shape[0] == 2 and (pictures[:1] - cut).abs().max() > 1e-4
+
+
+def test_more_texts_than_are_kept_are_encoded_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_encoder, "MOST_KEPT", 3)
+    model = tiny_model("sd1")
+    plain, encoder = PromptEncoder(model), PromptEncoder(model)
+    prompts = [PromptSpec(prompt=f"{WORDS[number]} {LONG if number == 4 else ''}") for number in range(5)]
+    calls: list[str] = []
+    encode = model.encode_prompts
+    monkeypatch.setattr(model, "encode_prompts", lambda texts, *rest: calls.extend(texts) or encode(texts, *rest))
+    encoder.encode_ahead(prompts, (64, 64))
+    assert encoder.encodes_late and not calls
+    encoder.encode_ahead(prompts[:1], (64, 64))  # nor is a part of them
+    assert not calls
+    for batch in ([0, 1], [0, 2], [0, 3], [1, 4], [3, 0]):
+        chosen = [prompts[index] for index in batch]
+        assert torch.equal(encoder.cond(chosen, (64, 64)).text, plain.cond(chosen, (64, 64)).text)
+        assert len(encoder._rows) <= 3
+    own = [text for text in calls if text]  # without the empty chunk
+    assert own.count(prompts[0].prompt) < 4 * 2
+    some = PromptEncoder(model)
+    some.encode_ahead(prompts[:2], (64, 64))  # and the empty negative: three
+    assert not some.encodes_late

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, load_reward, states_uncertainty
+from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, load_reward, score_gradients, states_uncertainty
 from library.scorers.base import ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
@@ -198,3 +198,13 @@ def test_pessimism_pulls_less_where_members_disagree(sign: float) -> None:
     for pull, left in zip(pulls, (1.0, 0.5, 0.0), strict=True):
         assert torch.allclose(pull[:, 0], torch.ones(2), atol=1e-5)
         assert torch.allclose(pull[:, 1], torch.full((2,), left), atol=1e-5)
+
+
+@pytest.mark.parametrize("body", ["latents.detach()[:, 0].mean((1, 2))", "latents.new_zeros(len(latents))"])
+def test_a_scorer_without_a_gradient_is_named(body: str) -> None:
+    class Cut(ChannelScorer):
+        def standardised(self, latents: Tensor, *rest: object) -> Tensor:
+            return eval(body, {"latents": latents})
+
+    with pytest.raises(UserError, match="scorer numpy has no gradient in the latents"):
+        score_gradients(Reward([Goal(scorer=a_scorer(Cut, "numpy"))]), some_latents(2), torch.zeros(2), None, PROMPTS)

@@ -123,6 +123,11 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int
     backbone.to(device).eval().requires_grad_(False)
 
     gradient = measure_gradient(backbone, test_latents(vae, resolution))
+    if not gradient.reaches_latents:
+        raise UserError(
+            f"image_model {settings.image_model} has no gradient that reaches the latents, so nothing can be trained with it and no file "
+            "is written; a function of pixels must stay in torch, without numpy, detach() or no_grad; as a judge it can do without"
+        )
     print(gradient)
     scores = torch.tensor(list(reference_scores(vae, backbone, settings, resolution)))
     if len(scores):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,12 +298,22 @@ class DiffusionModel(ABC):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `library.models.vae.encode_images`."""
         with self.vae_at_work():
-            return encode_images(self.vae, pixels)
+            return self._without_overflow(encode_images, pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See `library.models.vae.decode_latents`."""
         with self.vae_at_work():
-            return decode_latents(self.vae, latents)
+            return self._without_overflow(decode_latents, latents)
+
+    def _without_overflow(self, compute: Callable[[AutoencoderKL, Tensor], Tensor], given: Tensor) -> Tensor:
+        """What the VAE makes, in float32 from now on if half precision is too narrow for it, which would be black pictures."""
+        made = compute(self.vae, given)
+        if self.vae.dtype == torch.float32 or bool(made.isfinite().all()) or not given.isfinite().all():
+            return made
+        logger.warning("the VAE overflows in %s, so it works in float32 from now on", str(self.vae.dtype).removeprefix("torch."))
+        self.vae.register_to_config(force_upcast=True)
+        place_vae(self.vae, dtype=torch.float32)
+        return compute(self.vae, given)
 
     @contextmanager
     def vae_at_work(self) -> Iterator[None]:

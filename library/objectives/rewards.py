@@ -261,6 +261,9 @@ def score_gradients(
 
     Returns:
         By goal's name: values [N] and gradients d value / d latents [N, C, h, w], both float32.
+
+    Raises:
+        UserError: a scorer's value does not depend on the latents in torch's eyes.
     """
     latents = latents.detach().float()
     values, gradients = {}, {}
@@ -268,7 +271,13 @@ def score_gradients(
         with torch.enable_grad():
             own = latents.clone().requires_grad_()
             value = goal.value(own, sigmas, cond, prompts, ascent)
-            (gradients[goal.name],) = torch.autograd.grad(value.sum(), own)
+            (gradient,) = torch.autograd.grad(value.sum(), own, allow_unused=True) if value.requires_grad else (None,)
+        if gradient is None:
+            raise UserError(
+                f"scorer {goal.name} has no gradient in the latents, so nothing can be trained with it: its code leaves torch (numpy, "
+                "detach) or is constant; give another scorer, and this one as a judge"
+            )
+        gradients[goal.name] = gradient
         values[goal.name] = value.detach()
     return values, gradients
 

@@ -1,6 +1,7 @@
 """From prompts to conditioning: each text is encoded once, and told the picture's size."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,21 +18,28 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
+MOST_KEPT = 4096  # encodings: of SDXL 2.6 GB in float32, of SD1 1 GB
+
 
 class PromptEncoder:
     """Conditioning of texts, each text encoded once and kept on the CPU.
 
-    Once every text of a run has been through it, the text encoders can be freed. A network with text encoder modules
+    Once every text of a run has been through it, the text encoders can be freed. Of more texts than MOST_KEPT, none is encoded ahead: each
+    is when it is needed, those used last are kept, and the text encoders have to stay (`encodes_late`). A network with text encoder modules
     changes the encoding with the multiplier and with every training step: then texts are encoded anew at every call, once per multiplier.
 
     Whatever it returns is as long as the longest text that it is to expect needs (`expect`), so that cond and uncond can be joined:
     shorter texts end in empty chunks.
+
+    Attributes:
+        encodes_late: whether there are too many texts to encode all of them ahead.
     """
 
     def __init__(self, model: DiffusionModel, network: LoRANetwork | None = None) -> None:
         self._model = model
         self._network = network if network is not None and len(network.text_encoder_loras) > 0 else None
-        self._rows: dict[tuple[str, float], Conditioning] = {}  # without time_ids
+        self._rows: OrderedDict[tuple[str, float], Conditioning] = OrderedDict()  # without time_ids; those used last are at the end
+        self.encodes_late = False
         self._expected: set[str] = set()
         self._empty_chunk: Tensor | None = None  # [1, 77, D], once a text has more than one
         self._warned = False
@@ -45,15 +53,19 @@ class PromptEncoder:
         """
         self._expect(texts)
         strengths = [1.0] * len(texts) if multipliers is None or self._network is None else [float(value) for value in multipliers]
-        rows = self._rows if self._network is None else {}  # training changes what such a network makes of a text
+        rows = self._rows if self._network is None else OrderedDict()  # training changes what such a network makes of a text
         keys = list(zip(texts, strengths, strict=True))
         missing = sorted((key for key in dict.fromkeys(keys) if key not in rows), key=lambda key: key[1])
         for strength, group in groupby(missing, key=lambda key: key[1]):
             new = list(group)
             with network_at(self._network, strength):
                 encoded = replace(self._model.encode_prompts([text for text, _ in new], size), time_ids=None).to("cpu")
-            rows.update((key, encoded[row : row + 1]) for row, key in enumerate(new))
+            rows.update((key, encoded[[row]]) for row, key in enumerate(new))  # copies, which can be dropped one by one
+        for key in keys:
+            rows.move_to_end(key)
         joined = Conditioning.cat([self.lengthen(rows[key]) for key in keys]).to(self._model.device)
+        while len(rows) > MOST_KEPT:
+            rows.popitem(last=False)
         return replace(joined, time_ids=self._model.time_ids(len(texts), size, device=joined.text.device))
 
     def cond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
@@ -82,12 +94,18 @@ class PromptEncoder:
         return replace(self.encode([prompt.prompt for prompt in prompts], size, [0.0] * len(prompts)), time_ids=cond.time_ids)
 
     def encode_ahead(self, prompts: Sequence[PromptSpec], resolution: Size, batch_size: int = 32) -> None:
-        """Encode every text of these prompts, so that the text encoders can be freed. `resolution` as in `sample`."""
+        """Encode every text so that the text encoders can be freed; or set `encodes_late`. `resolution`: as in `sample`."""
+        texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
+        new = sum((text, 1.0) not in self._rows for text in texts)
+        if self._network is None and not self.encodes_late and len(self._rows) + new > MOST_KEPT:
+            logger.info("%d texts of prompts are encoded when they are needed, and the text encoders stay in memory", len(self._rows) + new)
+            self.encodes_late = True
+        if self.encodes_late:
+            return
         self.expect(prompts)
         if self._network is not None:  # its encodings change with every step, so there is nothing to do ahead
             return
-        texts = list(dict.fromkeys(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)))
-        if new := sum((text, 1.0) not in self._rows for text in texts):
+        if new:
             logger.info("encoding %d texts of prompts", new)
         for start in range(0, len(texts), batch_size):
             self.encode(texts[start : start + batch_size], resolution)

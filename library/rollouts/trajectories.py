@@ -25,6 +25,8 @@ class Pool:
     size: Size
     timesteps: Tensor  # [steps + 1], the last is -1
     prompts: list[PromptSpec]
+    weights: Tensor  # of the prompts, on the CPU
+    weight: float  # of all of them
     latents: Tensor  # [B, C, h, w]
     steps: list[int]  # how many steps each has taken
     chosen: list[int]  # index into prompts
@@ -119,6 +121,8 @@ class Trajectories:
             size=size,
             timesteps=self.schedule.inference_timesteps(num_steps, self.sampling.spacing).to(self.model.device),
             prompts=prompts,
+            weights=torch.tensor([prompt.weight for prompt in prompts]),
+            weight=sum(prompt.weight for prompt in prompts),
             latents=latents,
             steps=[0] * count,
             chosen=[0] * count,
@@ -130,13 +134,12 @@ class Trajectories:
 
     def next_pool(self) -> Pool:
         """One at random, as often as its prompts weigh."""
-        weights = torch.tensor([sum(prompt.weight for prompt in pool.prompts) for pool in self.pools])
+        weights = torch.tensor([pool.weight for pool in self.pools])
         return self.pools[int(torch.multinomial(weights, 1, generator=self.generator))]
 
     def start(self, pool: Pool, place: int) -> None:
         """A fresh prompt and fresh noise in one place."""
-        weights = torch.tensor([prompt.weight for prompt in pool.prompts])
-        pool.chosen[place] = int(torch.multinomial(weights, 1, generator=self.generator))
+        pool.chosen[place] = int(torch.multinomial(pool.weights, 1, generator=self.generator))
         pool.latents[place] = torch.randn(pool.latents.shape[1:], generator=self.generator).to(pool.latents)
         pool.steps[place] = 0
         pool.turns[place] += 1

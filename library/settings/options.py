@@ -339,13 +339,13 @@ def _convert(target: type, value: Any) -> Any:
         raise ValueError
     if target is float:
         number = float(value)
-        if math.isnan(number):
+        if not math.isfinite(number):
             raise ValueError
         return number
     if target is int:
         if isinstance(value, str):
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
-        if value != int(value):
+        if value != int(value) or abs(int(value)) >= 2**63:  # a seed above is refused by torch, and nothing else is so large
             raise ValueError
         return int(value)
     return Path(str(value)).expanduser() if target is Path else str(value)

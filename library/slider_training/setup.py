@@ -141,7 +141,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     )
     terms = build_terms(context, config.objective)
     encoder.encode_ahead(eval_prompts, sampling.size)
-    if not config.network.trains_text_encoders:
+    if not config.network.trains_text_encoders and not encoder.encodes_late:
         model.free_text_encoders()
     monitor = Monitor(
         model,

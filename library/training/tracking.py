@@ -75,18 +75,19 @@ class Tracker:
             self._sinks.append(WandbSink(config, folder, settings or {}))
         self._sinks.append(JsonLinesSink(output_dir / METRICS_FILE, first_step))
 
-    def log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
-        """Write numbers, or tensors of one element, which are fetched together: one wait for the device a call.
+    def log(self, metrics: Mapping[str, float | Tensor], step: int) -> dict[str, float]:
+        """Write numbers, or tensors of one element, which are fetched together, one wait for the device a call -> all as numbers.
 
         NaN and infinity are written as null to metrics.jsonl.
         """
         if not self._enabled:
-            return
+            return {}
         values = to_floats(metrics)
         for sink in self._sinks:
             sink.log(values, step)
         if self._bar is not None:
             self._bar.set_postfix({name: f"{values[name]:.4g}" for name in self._shown if name in values}, refresh=False)
+        return values
 
     def image(self, name: str, image: Image.Image | str | Path, step: int) -> None:
         """Show a picture, or a picture file, in the trackers that show pictures."""
