@@ -123,11 +123,6 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int
     backbone.to(device).eval().requires_grad_(False)
 
     gradient = measure_gradient(backbone, test_latents(vae, resolution))
-    if not gradient.reaches_latents:
-        raise UserError(
-            f"image_model {settings.image_model} has no gradient that reaches the latents, so nothing can be trained with it and no file "
-            "is written; a function of pixels must stay in torch, without numpy, detach() or no_grad; as a judge it can do without"
-        )
     print(gradient)
     scores = torch.tensor(list(reference_scores(vae, backbone, settings, resolution)))
     if len(scores):
@@ -138,6 +133,11 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int
     else:
         mean, std = 0.0, 1.0
         print("no reference_dir: the reward's unit is 1 of this score, so its weight is not comparable with other scorers'")
+    if not gradient.reaches_latents:
+        raise UserError(
+            f"image_model {settings.image_model} has no gradient that reaches the latents, so nothing can be trained with it and no file "
+            "is written; a function of pixels must stay in torch, without numpy, detach() or no_grad; as a judge it can do without"
+        )
     spec = ScorerSpec(
         kind="pixel",
         architecture=architecture,
