@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=1.0, help="error of a rating, in standard deviations of the true score")
     parser.add_argument("--counts", type=int, nargs="+", default=[60, 200], help="ratings to learn from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each takes other pictures")
+    parser.add_argument("--max_train_steps", type=int, default=2000)
+    parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "few_ratings")
     given = parser.parse_args()
     largest = max(given.counts)
@@ -61,6 +63,7 @@ def main() -> None:
             first = OTHERS + seed * largest
             table = write_noisy(ratings, given.output_dir / f"{count}_{seed}.csv", range(first, first + count), given.noise)
             settings = {"pretrained_model_name_or_path": str(MODEL), "train_data_file": str(table), "seed": seed, **SIZING, **cached}
+            settings |= {"max_train_steps": given.max_train_steps, "train_batch_size": given.train_batch_size}
             scorer = load_scorer(train(build(LatentScorerConfig, {**settings, "output_dir": str(given.output_dir / table.stem)})))
             batches = list(others.validation.in_order(64))
             with torch.no_grad():

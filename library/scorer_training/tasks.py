@@ -166,11 +166,11 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
                 f"rate more pictures, or change validation_split or their split{complaint}"
             )
     classes, targets = _encode_targets(dataset, criterion.target, rows, train, usable)
+    options = {"target_class": dataset.target_class, "members": config.scorer.head_members}
+    head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, options)
     if criterion.target == "score" and not folds and (targets[validation] == targets[validation][0]).all():
         alike = f"all {len(validation)} validation scores of dataset {dataset.name} are {targets[validation][0]:g}"
         raise UserError(f"{alike}, so no state of the scorer can be told from another; choose others for validation")
-    options = {"target_class": dataset.target_class, "members": config.scorer.head_members}
-    head = criterion.make_head(dataset.name, targets[train[:HEAD_SAMPLE]], classes, options)
 
     def part(indices: Tensor, *, vary: bool) -> LatentDataset:
         return LatentDataset(
