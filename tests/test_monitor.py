@@ -1,5 +1,6 @@
 """What the monitor measures: against the same numbers made by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,9 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
     # out of reach: the end of the range in which the arm keeps rising
     calibration, record = monitor.pictures.calibration(Target(gain=1e6), monitor.best.record)
     assert not calibration.reached and calibration.note.endswith(".") and record.multipliers == (-1.0, 0.0, 1.0)
+    assert calibration.curve is not None and record.pictures[0].shape[0] == 3
+    farther = min(abs(math.log(weight)) for weight in (*calibration.curve.multipliers, calibration.pictured_at) if weight > 0)
+    assert abs(math.log(calibration.pictured_at)) == pytest.approx(farther)  # no other measured weight is nearer to 1
     network.scale_alpha(2.0)
     assert gains(monitor)[0] != pytest.approx(before)
 

@@ -92,7 +92,7 @@ def test_the_pictures_of_the_last_measurement_are_the_preview_and_the_thumbnail(
     """Two prompts at -1, 0 and +1, of which the calibration then found that they are 1.2 times as strong as weight 1."""
     slider_files, network = files
     pictures = tuple(torch.full((3, 3, 64, 64), grey, dtype=torch.uint8) for grey in (90, 160))
-    outcome = replace(OUTCOME, record=replace(record_of(), pictures=pictures), calibration=replace(CALIBRATION, confirmed_at=1.2))
+    outcome = replace(OUTCOME, record=replace(record_of(), pictures=pictures), calibration=replace(CALIBRATION, pictured_at=1.2))
     path = slider_files.save(network, 3, final=True, outcome=outcome)
     with Image.open(tmp_path / "tiny.preview.png") as preview, safetensors.safe_open(path, "pt") as file:
         assert preview.getpixel((preview.width // 2, preview.height // 4)) == (90, 90, 90)

@@ -52,7 +52,7 @@ class Calibration:
         line: its slope, R2 and usable range.
         verified_up, verified_down: the gains at +1 and -1 on other seeds; None before `verified`.
         judges: what the judges say of +1 and -1, by name, in their own within-prompt standard deviations.
-        confirmed_at: the weight of the pictures that confirmed it, which were to be of weight 1.
+        pictured_at: the weight of those pictures of the slider, of all that were made, that are nearest to weight 1.
     """
 
     scale: float
@@ -69,7 +69,7 @@ class Calibration:
     verified_up: Interval | None = None
     verified_down: Interval | None = None
     judges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    confirmed_at: float = 1.0
+    pictured_at: float = 1.0
 
     def verified(self, measured: ResponseCurve) -> "Calibration":
         """With the gains at weight +1 and -1 (multipliers `scale` and -`scale` of `measured`) on prompts' seeds that chose nothing.

@@ -1,5 +1,6 @@
 """The pictures that a slider is measured on while it trains and after it, and the strength that they give weight 1."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,15 +112,16 @@ class SliderPictures:
 
     def calibration(self, target: Target, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
-        fresh seeds; and what those say of weight +1 and -1."""
+        fresh seeds; and what those say of weight +1 and -1, with the pictures nearest to these weights, whichever measurement made them."""
         before = self.model.num_unet_evaluations
         known = known or self.measured((-1.0, 1.0), "the strength")
+        made = {1.0: known}  # by strength
         curve = curve_of(known, REWARD)
         for _ in range(MAX_STRENGTHS):
             strength = next_strength(curve, target)
             if strength is None:
                 break
-            curve = curve.joined(self._curve(strength))
+            curve = curve.joined(self._curve(strength, made))
         scale = choose_scale(curve, target).scale
         sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
         pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
@@ -128,7 +130,7 @@ class SliderPictures:
         prompts = spread(self.others, max(FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
         spare = left - (seeds + 2 * pairs.stop) * len(prompts)
         if max(curve.multipliers) < FARTHER * scale and spare > 2 * FIRST_PAIRS:  # for the usable range
-            curve = curve.joined(self._curve(2 * scale))
+            curve = curve.joined(self._curve(2 * scale, made))
         fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
         record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
         base = [part.base(self.network).scores[REWARD] for part in (self.measurer, fresh)]
@@ -137,12 +139,18 @@ class SliderPictures:
         if not calibration.reached and calibration.curve is not None:  # other pictures gain less: perhaps a little farther out
             strength = next_strength(calibration.curve.rescaled(1 / calibration.scale), target)
             if strength is not None:
-                calibration = confirm(curve.joined(self._curve(strength)), level, target)
-        calibration = replace(calibration, confirmed_at=scale / calibration.scale)
-        return calibration, replace(record, multipliers=tuple(weight / scale for weight in record.multipliers))
+                calibration = confirm(curve.joined(self._curve(strength, made)), level, target)
+        made[scale] = record
+        with_pictures = [strength for strength, own in made.items() if own.pictures] or [scale]  # those of a resumed run are not kept
+        nearest = min(with_pictures, key=lambda strength: abs(math.log(strength / calibration.scale)))
+        weights = tuple(weight / scale for weight in record.multipliers)
+        record = replace(record, multipliers=weights, pictures=made[nearest].pictures)
+        return replace(calibration, pictured_at=nearest / calibration.scale), record
 
-    def _curve(self, strength: float) -> ResponseCurve:
-        return curve_of(self.measured((-strength, strength), f"strength {strength:.3g}"), REWARD)
+    def _curve(self, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
+        """At a strength and its opposite; what was measured is put into `made`."""
+        made[strength] = self.measured((-strength, strength), f"strength {strength:.3g}")
+        return curve_of(made[strength], REWARD)
 
     def measurer_of(self, prompts: Sequence[PromptSpec], seed_offset: int = 0, seeds: int | None = None) -> Measurer:
         sampling = self.sampling

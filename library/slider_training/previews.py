@@ -50,11 +50,11 @@ def write_preview(
 
 
 def card_picture(outcome: Outcome) -> Image.Image | None:
-    """The pictures that the last measurement made, a row a prompt, with their weights above; None where there are none."""
+    """The pictures nearest to the weights -1, 0 and +1 that measuring made, a row a prompt, with their weights above; None without any."""
     record = outcome.record
     if record is None or not record.pictures:
         return None
-    unit = 1.0 if outcome.calibration is None else outcome.calibration.confirmed_at
+    unit = 1.0 if outcome.calibration is None else outcome.calibration.pictured_at
     places = sorted({*record.ends, record.base})
     rows = [pictures[places] for pictures in record.pictures[:CARD_PROMPTS]]
     return image_grid(rows, None, [signed(round(record.multipliers[place] * unit, 1)) for place in places])
