@@ -37,7 +37,7 @@ from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
 from library.training.run_state import find_state
 from library.training.runtime import all_reduce_grads, any_process, create_accelerator, describe_device, set_num_threads
-from library.training.tracking import Tracker
+from library.training.tracking import Tracker, to_floats
 from library.types import LossOutput
 
 if TYPE_CHECKING:
@@ -136,13 +136,14 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                             term.renew_broken()
                 unet_evaluations += model.num_unet_evaluations - already_counted
                 all_reduce_grads(network.parameters(), accelerator)
-                metrics = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
+                found = start | mean_metrics(terms, outs) | {"lr": scheduler.get_last_lr()[0], "unet_evaluations": unet_evaluations}
                 usable = any(weight.grad is not None for weight in network.parameters())
                 if config.optimizer.max_grad_norm and usable:
-                    norm = torch.as_tensor(accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm))
-                    metrics["grad_norm"] = norm
-                    if accelerator.scaler is None:  # which looks for itself, and finds infinity until its scale is right
-                        usable = losses.check_gradient(norm, step)
+                    norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+                    found["grad_norm"] = torch.as_tensor(norm)
+                metrics = to_floats(found)  # one wait for the device, for the numbers that are logged and whether the gradient is finite
+                if "grad_norm" in metrics and accelerator.scaler is None:  # a scaler looks for itself: its scale must find infinity first
+                    usable = losses.check_gradient(metrics["grad_norm"], step)
                 if any_process(losses.too_many or (step + 1 == num_steps and losses.none_finite), accelerator):
                     raise losses.complaint(files.save_last_good(network, last_good) if accelerator.is_main_process else "")
                 if usable:

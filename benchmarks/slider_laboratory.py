@@ -87,9 +87,14 @@ class Laboratory:
         self.base = self._scores(None, 0.0, self.eval_prompts, num_seeds)
 
     def train(
-        self, changes: Mapping[str, Any], seed: int, budget: int, checks: Sequence[float] = (0.25, 0.5, 0.75)
+        self,
+        changes: Mapping[str, Any],
+        seed: int,
+        budget: int,
+        checks: Sequence[float] = (0.25, 0.5, 0.75),
+        updates: int | None = None,
     ) -> tuple[dict[str, Any], Measured]:
-        """Train one slider until its U-Net evaluations reach `budget`.
+        """Train one slider until its U-Net evaluations reach `budget`, or for so many `updates`.
 
         Args:
             changes: settings by option name; `learning_rate` and `batch_size` among them.
@@ -124,15 +129,15 @@ class Laboratory:
             )
             term = ScoreTerm(context, settings.score)
             optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
-            evaluations = updates = 0
+            evaluations = made = 0
             curve, goals = [(0, 0.0, 0.0)], [share * budget for share in checks]
-            while evaluations < budget:
+            while evaluations < budget if updates is None else made < updates:
                 out = term()
                 out.loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                evaluations, updates = evaluations + self.model.num_unet_evaluations - evaluations_before, updates + 1
+                evaluations, made = evaluations + self.model.num_unet_evaluations - evaluations_before, made + 1
                 evaluations_before = self.model.num_unet_evaluations
                 if goals and evaluations >= goals[0]:
                     spent += time.process_time() - started
@@ -146,7 +151,7 @@ class Laboratory:
             curve.append((evaluations, spent, float(measured.gains("true")[:, :, PLUS].mean())))
         finally:
             network.remove()
-        return {"updates": updates, "evaluations": evaluations, "seconds": spent, "curve": curve}, measured
+        return {"updates": made, "evaluations": evaluations, "seconds": spent, "curve": curve}, measured
 
     def measure(self, network: LoRANetwork) -> Measured:
         """Every evaluation prompt and seed at MULTIPLIERS."""

@@ -1,7 +1,8 @@
 """The records that the parts hand to each other. Shapes: B batch, C latent channels, h w latent size, T tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +27,15 @@ class Conditioning:
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
         """Select rows; the result is a batch too (index with a slice or a list, not an int)."""
-        return self._map(lambda part: part[index])
+        return self.map(lambda part: part[index])
 
     def repeat(self, times: int) -> "Conditioning":
         """The whole batch `times` times over: [c0, c1, c0, c1, ...]."""
-        return self._map(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+        return self.map(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """Move it all; `dtype` is for the embeddings, time_ids are sizes in pixels, which half precision would round."""
-        return self._map(lambda part: part.to(device=device, dtype=None if part is self.time_ids else dtype))
+        return self.map(lambda part: part.to(device=device, dtype=None if part is self.time_ids else dtype))
 
     @staticmethod
     def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
@@ -45,7 +46,7 @@ class Conditioning:
             _cat_optional([batch.time_ids for batch in batches]),
         )
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         return Conditioning(
             change(self.text),
             None if self.pooled is None else change(self.pooled),
@@ -107,6 +108,41 @@ class History:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """Another prediction of the latents of B trajectories than the conditional one, evaluated for some of them only: along a trajectory its
+    distance from the conditional one changes slowly, so that the distance that was last seen stands in for the rest.
+
+    Attributes:
+        due: the rows that are evaluated now, ascending, on the latents' device [R]; None: all.
+        distances: conditional minus other prediction as last evaluated [B, C, h, w], which `complete` brings up to date; None if all are
+            always due.
+    """
+
+    due: Tensor | None = None
+    distances: Tensor | None = None
+
+    def complete(self, eps: Tensor, evaluated: Tensor | None) -> Tensor:
+        """The other prediction of all rows [B, C, h, w], without gradient.
+
+        Args:
+            eps: the conditional one [B, C, h, w].
+            evaluated: the other one, where it is due [R, C, h, w]; None where none is.
+        """
+        eps = eps.detach()
+        if self.due is None:
+            assert evaluated is not None
+            other = evaluated
+            if self.distances is not None:
+                self.distances.copy_(eps - other)
+            return other
+        assert self.distances is not None
+        if evaluated is not None:
+            self.distances.index_copy_(0, self.due, eps[self.due] - evaluated)
+        other = eps - self.distances
+        return other if evaluated is None else other.index_copy(0, self.due, evaluated)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
     """A rollout at one moment: where each of B trajectories stands.
 
@@ -114,9 +150,13 @@ class RolloutBatch:
         latents: variance-preserving noisy latents [B, C, h, w].
         timesteps, next_timesteps: model timesteps [B]; -1 is the end of the schedule (clean).
         sigmas, next_sigmas: sqrt(1 - abar) / sqrt(abar) at those timesteps [B].
+        times, strengths: `timesteps` and `multipliers` as numbers, known without a wait for the device.
+        num_steps: of the whole schedule.
         multipliers: what the LoRA is multiplied with, sample by sample [B].
+        prompt_directions: +1 where a positive multiplier is to raise the score, -1 where it is to lower it [B].
         guidance_scales: classifier-free guidance [B].
         cond, uncond: conditioning of the two branches, B rows each.
+        sparse_uncond: which rows the unconditional branch is evaluated for; None if none is guided.
         prompts: the B prompts.
         noise: fresh standard normal noise [B, C, h, w] for a solver that draws some, else None.
         history: of a solver that remembers, else None.
@@ -128,10 +168,15 @@ class RolloutBatch:
     next_timesteps: Tensor
     sigmas: Tensor
     next_sigmas: Tensor
+    times: Sequence[float]
+    strengths: Sequence[float]
+    num_steps: int
     multipliers: Tensor
+    prompt_directions: Tensor
     guidance_scales: Tensor
     cond: Conditioning
     uncond: Conditioning
+    sparse_uncond: Sparse | None
     prompts: list[PromptSpec]
     noise: Tensor | None = None
     history: History | None = None
@@ -140,8 +185,24 @@ class RolloutBatch:
     @property
     def directions(self) -> Tensor:
         """+1 where the score is to rise, -1 where it is to fall [B]: the multiplier's sign times the prompt's direction."""
-        wanted = self.multipliers.new_tensor([prompt.direction for prompt in self.prompts])
-        return (self.multipliers * wanted).sign()
+        return (self.multipliers * self.prompt_directions).sign()
+
+    def take(self, rows: Sequence[int]) -> "RolloutBatch":
+        """These rows as a batch for which nothing is evaluated but what is asked for anew."""
+        index = torch.tensor(rows, dtype=torch.long).to(self.latents.device, non_blocking=True)
+
+        def of(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [value[row] for row in rows]
+            if isinstance(value, History):
+                return History(value.x0[index], value.abar[index])
+            return value[index] if isinstance(value, Tensor | Conditioning) else value
+
+        return RolloutBatch(**{name: of(value) for name, value in vars(self.evaluated_whole()).items()})
+
+    def evaluated_whole(self) -> "RolloutBatch":
+        """The same batch, with nothing taken over from earlier ones."""
+        return self if self.sparse_uncond is None else replace(self, sparse_uncond=Sparse())
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,25 @@ class Strength:
         self.multiplier = multiplier
         self._num_disabled = 0
         self._captured = False
+        self._per_row_of: Tensor | None = None
+        self._per_row: dict[tuple[int, int, torch.dtype, float], Tensor] = {}
+
+    def per_row(self, multiplier: Tensor, rows: int, ndim: int, dtype: torch.dtype, scale: float) -> Tensor:
+        """scale * multiplier for each of `rows` rows, a multiple of its B, as a factor of a tensor of `ndim` dimensions.
+
+        Modules of one shape and scale share it, as long as the multiplier is in force.
+        """
+        assert rows % len(multiplier) == 0, f"{rows} rows for {len(multiplier)} multipliers"
+        compiling = torch.compiler.is_compiling()  # which fuses it into the kernel that needs it
+        if self._per_row_of is not multiplier and not compiling:
+            self._per_row_of, self._per_row = multiplier, {}
+        key = rows, ndim, dtype, scale
+        if compiling or key not in self._per_row:
+            factor = (multiplier * scale).repeat(rows // len(multiplier)).reshape(rows, *[1] * (ndim - 1)).to(dtype)
+            if compiling:
+                return factor
+            self._per_row[key] = factor
+        return self._per_row[key]
 
     def in_force(self) -> float | Tensor:
         # torch.utils.checkpoint itself asks like this. torch.compile cannot trace it, and would compile each module on its own, to give up
@@ -61,6 +80,13 @@ class Strength:
                 self.multiplier, self._num_disabled, self._captured = before
 
         return run
+
+
+def _take_scale(module: nn.Module, keys: object) -> None:
+    """Of the alpha that was loaded; of one without a value, on meta tensors, there is none."""
+    assert isinstance(module, LoRAModule)
+    if not module.alpha.is_meta:
+        module.scale = module.alpha.item() / module.rank
 
 
 class LoRAModule(nn.Module):
@@ -113,6 +139,13 @@ class LoRAModule(nn.Module):
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        self.scale = float(alpha or rank) / rank  # as a number, which is not waited for
+        self.register_load_state_dict_post_hook(_take_scale)
+
+    def set_alpha(self, alpha: float) -> None:
+        """What the branch's output is multiplied with, over its rank."""
+        self.alpha.fill_(alpha)
+        self.scale = alpha / self.rank
 
     def attach(self, base: nn.Module) -> None:
         """Run with every call of `base` from now on."""
@@ -138,7 +171,7 @@ class LoRAModule(nn.Module):
     def delta(self) -> Tensor:
         """What the branch adds to the base module's weight at multiplier 1, in that weight's shape."""
         down, up = self.lora_down.weight, self.lora_up.weight
-        product = up.flatten(1) @ down.flatten(1) * (self.alpha / self.rank)
+        product = up.flatten(1) @ down.flatten(1) * self.scale
         return product.reshape(up.shape[0], *down.shape[1:])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +186,13 @@ class LoRAModule(nn.Module):
             x = x.to(self.lora_down.weight.dtype)
         hidden = self._drop(self.lora_down(x))
         # Scaled between down and up, where the activation is smallest.
-        hidden = hidden * (self._per_row(multiplier, hidden) * (self.alpha / self.rank))
+        if isinstance(multiplier, torch.Tensor):
+            hidden = hidden * self._strength.per_row(multiplier.to(x.device), len(hidden), hidden.ndim, hidden.dtype, self.scale)
+        else:
+            hidden = hidden * (multiplier * self.scale)
+        if isinstance(self.lora_up, nn.Linear) and hidden.dtype == base_output.dtype:  # one kernel for the product and the sum
+            flat = torch.addmm(base_output.flatten(0, -2), hidden.flatten(0, -2), self.lora_up.weight.t())
+            return flat.view_as(base_output)
         return base_output + self.lora_up(hidden).to(base_output.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
@@ -165,10 +204,3 @@ class LoRAModule(nn.Module):
             shape = [size if dim in (0, rank_dim) else 1 for dim, size in enumerate(hidden.shape)]
             hidden = hidden * nn.functional.dropout(torch.ones(shape, dtype=hidden.dtype, device=hidden.device), self.dropouts.rank)
         return hidden
-
-    def _per_row(self, multiplier: float | Tensor, hidden: Tensor) -> float | Tensor:
-        if not isinstance(multiplier, torch.Tensor):
-            return multiplier
-        rows, batch = len(hidden), len(multiplier)
-        assert rows % batch == 0, f"{self.name}: {rows} rows for {batch} multipliers"
-        return multiplier.to(hidden.device).repeat(rows // batch).reshape(rows, *[1] * (hidden.ndim - 1))

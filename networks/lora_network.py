@@ -179,7 +179,7 @@ class LoRANetwork(nn.Module):
     def scale_alpha(self, factor: float) -> None:
         """Fold a multiplier into the network: from now on multiplier 1 does what `factor` did."""
         for lora in self.loras:
-            lora.alpha.mul_(factor)
+            lora.set_alpha(lora.alpha.item() * factor)
 
     # --- Files ---
 

@@ -114,7 +114,7 @@ def test_the_gradient_is_the_published_losss(kind: str, batches: list[RolloutBat
 @pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
 def test_the_trajectory_goes_on_along_the_guided_prediction_with_the_lora(kind: str, batches: list[RolloutBatch]) -> None:
     """What the term advances its belt by is what the belt itself would have predicted (float32: 1e-5)."""
-    context = make_context(kind, train_batch_size=1, guidance_rescale=0.7)
+    context = make_context(kind, train_batch_size=2, guidance_rescale=0.7)
     term = make_term(context, SETTINGS[1:2])
     term()
     (belt,) = term._belts.values()

@@ -5,6 +5,7 @@ import torch
 
 from library.errors import UserError
 from library.rollouts.belt import Belt
+from library.rollouts.rows import predict_rows, rows_of
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
 from tests.helpers.context import make_context
@@ -54,15 +55,47 @@ def test_latents_that_are_not_finite_begin_anew(sampler: str) -> None:
     assert pool.latents.isfinite().all()
 
 
+def test_single_samples_alternate_the_multipliers_from_batch_to_batch() -> None:
+    belt = make_belt(train_batch_size=1)
+    signs, places = [], []
+    for _ in range(20):
+        batch = belt.next_batch()
+        assert len(batch.latents) == 1
+        signs.append(batch.strengths[0])
+        places.append(batch.times[0])
+        belt.advance(belt.trajectories.predict(batch))
+    assert signs == [1.0, -1.0] * 8 + [-1.0, 1.0] * 2  # the two trajectories end, and change their signs
+    assert places[0:16:2] == places[1:16:2] == sorted(places[0:16:2], reverse=True)  # each goes on along its own
+
+
+def test_the_unconditional_branch_is_evaluated_at_every_third_step_and_its_distance_stands_in() -> None:
+    belt = make_belt(uncond_every_n_steps=3)
+    own, known = belt.trajectories, {}
+    for _ in range(8):
+        steps = list(own.pools[0].steps)
+        batch = belt.next_batch()
+        cond, uncond = predict_rows(own.model, own.network, [rows_of(batch, batch.cond), rows_of(batch, batch.uncond)])
+        before = own.model.num_unet_evaluations
+        eps = own.predict(batch)
+        due = [place for place, step in enumerate(steps) if step % 3 == 0]
+        assert own.model.num_unet_evaluations - before == 4 + len(due)
+        known |= {place: (cond - uncond)[place] for place in due}
+        for place, distance in known.items():
+            assert torch.allclose(eps[place], cond[place] + 4.0 * distance, atol=1e-5)
+        belt.advance(eps)
+    assert set(known) == {0, 1, 2, 3}
+
+
 def test_a_trajectory_of_the_belt_is_a_sampled_picture() -> None:
     """What leaves the belt is what the sampler makes of the same noise, prompt and multiplier (float32: 1e-5)."""
     belt = make_belt(train_batch_size=1, prompts=PROMPTS[:1], max_denoising_steps=5)
-    noise = ended = belt.next_batch().latents.clone()
+    noise = ended = belt.trajectories.pools[0].latents[:1].clone()
     for _ in range(5):
         batch = belt.next_batch()
         eps = belt.trajectories.predict(batch)
         ended, _ = belt.trajectories.step(batch, eps)
         belt.advance(eps)
+        belt.next_batch()  # of the trajectory at the other multiplier, which stays
     model, seed = belt.trajectories.model, 123
 
     from library.rollouts import sample as sampling
@@ -102,9 +135,10 @@ def test_prompts_of_two_sizes_take_turns() -> None:
     assert shapes == {(8, 8), (8, 16)}
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_a_restored_belt_goes_on_as_if_nothing_had_happened(sampler: str) -> None:
-    belt = make_belt(sampler=sampler)
+@pytest.mark.parametrize(("sampler", "batch_size", "every"), [("ddim", 4, 1), ("euler_a", 4, 3), ("dpmpp_2m", 1, 2)])
+def test_a_restored_belt_goes_on_as_if_nothing_had_happened(sampler: str, batch_size: int, every: int) -> None:
+    settings = {"sampler": sampler, "train_batch_size": batch_size, "uncond_every_n_steps": every}
+    belt = make_belt(**settings)
     for _ in range(3):
         belt.advance(belt.trajectories.predict(belt.next_batch()))
     saved = belt.state_dict()
@@ -118,7 +152,7 @@ def test_a_restored_belt_goes_on_as_if_nothing_had_happened(sampler: str) -> Non
         return trail
 
     first = run(belt)
-    other = make_belt(sampler=sampler, seed=99)
+    other = make_belt(**settings, seed=99)
     other.load_state_dict(saved)
     for one, two in zip(first, run(other), strict=True):
         assert torch.equal(one, two)

@@ -74,7 +74,7 @@ def test_the_reward_rises_and_with_the_gradient_cut_it_does_not() -> None:
 def test_a_prompts_direction_turns_the_push_round() -> None:
     stage = make_stage(preserve_weight=0, reward_loss="linear")
     batch = stage.rollout.next_batch()
-    turned = replace(batch, prompts=[replace(prompt, direction=-1.0) for prompt in batch.prompts])
+    turned = replace(batch, prompt_directions=-batch.prompt_directions)
     assert torch.allclose(stage.gradient(turned), -stage.gradient(batch))
 
 
@@ -99,16 +99,22 @@ def test_what_a_scorer_cannot_judge_does_not_count_and_the_rest_does(caplog: pyt
         assert losses.check(out, 0, "score") and "blue square" in losses.found[0] and "(scorer Blind)" in losses.found[0]
         assert not losses.check(replace(out, sample_losses=out.sample_losses * torch.nan), 1, "score")
         if settings:  # without the preservation, a sample that is to go nowhere counts for nothing
-            resting = [replace(p, direction=float(good)) for p, good in zip(batch.prompts, judged.tolist(), strict=True)]
-            assert torch.equal(blind.gradient(batch), seeing.gradient(replace(batch, prompts=resting)))
+            assert torch.equal(blind.gradient(batch), seeing.gradient(replace(batch, prompt_directions=judged.float())))
 
 
-def test_steps_outside_the_timestep_range_are_not_trained() -> None:
-    stage = make_stage(min_timestep=400, max_timestep=800)
+def test_steps_outside_the_timestep_range_only_move_on() -> None:
+    stage, free = make_stage(min_timestep=400, max_timestep=800), make_stage()
     batch = stage.rollout.next_batch()
-    outside = (batch.timesteps < 400) | (batch.timesteps >= 800)
-    assert torch.equal(stage.loss(batch).sample_losses == 0, outside)
-    assert outside.any() and not outside.all()
+    inside = (batch.timesteps >= 400) & (batch.timesteps < 800)
+    count = int(inside.sum())
+    assert 0 < count < 3
+    before = stage.model.num_unet_evaluations
+    out, eps = stage.objective(batch)
+    assert stage.model.num_unet_evaluations - before == 3 + (3 - count) + 4 * count  # uncond; cond; frozen, graded and its gradient
+    expected, expected_eps = free.objective(free.rollout.next_batch())
+    assert torch.allclose(out.sample_losses, expected.sample_losses[inside], atol=1e-5)
+    assert torch.allclose(out.loss, expected.sample_losses[inside].sum() / 3, atol=1e-5)
+    assert torch.allclose(eps, expected_eps, atol=1e-5)
 
 
 def test_the_units_of_the_score_do_not_matter() -> None:

@@ -1,6 +1,7 @@
 """The score as a term of training, for every estimator: what it costs, what it trains, that it resumes, and whole runs."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
 from library.objectives.base import TrainingContext
@@ -36,6 +38,48 @@ def make_term(context: TrainingContext, **options: Any) -> ScoreTerm:
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------------
+
+
+class CopiesThatWait(TorchDispatchMode):
+    """Counts copies to a device without values (meta) that are not merely put in its queue."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, kwargs = function(*args, **kwargs or {}), kwargs or {}
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and isinstance(result, torch.Tensor):
+            from_host = any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in args)
+            self.found += from_host and result.device.type == "meta" and not (kwargs.get("non_blocking") or True in args[2:])
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["x0_renoise", "direct_align"])
+def test_no_step_waits_for_the_device(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, each line that needs one is an error; and whatever is sent to the device is only put in its queue."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    context = make_context("sdxl")
+    context.encoder.encode_ahead(PROMPTS, context.sampling.size)
+    reward = Reward([Goal(scorer=scorer_for(context.model, WavyScorer))]).to("meta")
+    context.model.unet.to("meta")
+    context.network.to("meta")
+    settings = part_settings(score_estimator=estimator)
+    term = ScoreTerm(replace(context, reward=reward, prompts=PROMPTS, settings=settings), settings["score"])
+    term()  # tables are copied once
+    with CopiesThatWait() as copies:
+        for _ in range(4):
+            out = term()
+            out.loss.backward()
+    assert copies.found == 0
+    assert out.sample_losses.device.type == "meta" and all(weight.grad is not None for weight in context.network.parameters())
+
+
+def test_batches_outside_the_timestep_range_are_passed_over() -> None:
+    context = make_context(train_batch_size=1)
+    term = make_term(context, max_timestep=300)
+    for _ in range(4):
+        (sample,) = term().samples
+        assert int(sample.split()[-1]) < 300
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

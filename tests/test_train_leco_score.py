@@ -41,6 +41,7 @@ from tests.helpers.golden_run import RUNS, golden_file, golden_numbers
 from tests.helpers.records import record_of
 from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.two_processes import SETTINGS, run_alone
 from train_leco_score import leco_score_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,6 +292,24 @@ def test_the_golden_runs(name: str, tmp_path: Path) -> None:
     expected = golden_file(name)
     assert len(expected) == 2 * RUNS[name][1]["max_train_steps"]
     assert golden_numbers(name, tmp_path) == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_batches_of_both_and_one_goes_on_from_them(workplace: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.helpers.two_processes"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, str(workplace), str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = load_file(tmp_path / "two" / "tiny.safetensors"), load_file(run_alone(workplace, tmp_path / "one"))
+    assert two.keys() == one.keys()
+    for name, weight in two.items():
+        torch.testing.assert_close(weight, one[name], atol=1e-6, rtol=0)
+    assert max(weight.abs().max() for name, weight in two.items() if "lora_up" in name) > 1e-4
+
+    again = run(workplace, tmp_path / "two", **SETTINGS | {"max_train_steps": 4}, resume=str(tmp_path / "two" / "tiny-state"))
+    assert [record["step"] for record in read_metrics(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert any(not torch.equal(weight, two[name]) for name, weight in load_file(again).items())
 
 
 # -- options -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,6 +111,7 @@ class NoiseSchedule:
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 0
     lcm_steps: int = 50
+    _tables: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # alphas_cumprod, by device
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -169,7 +170,9 @@ class NoiseSchedule:
 
         A float timestep lies between two training timesteps: log sigma is interpolated linearly, as k-diffusion does.
         """
-        table = self.alphas_cumprod.to(timesteps.device)
+        table = self._tables.get(timesteps.device)
+        if table is None:  # copied once: a copy is waited for
+            table = self._tables[timesteps.device] = self.alphas_cumprod.to(timesteps.device)
         if timesteps.is_floating_point():
             log_sigmas = abar_to_sigma(table.double()).log()
             position = timesteps.double().clamp(0, len(self) - 1)

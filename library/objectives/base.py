@@ -55,7 +55,7 @@ class TrainingContext:
             batch_size: None is that of the rollout.
         """
         sampling = self.sampling if batch_size is None else replace(self.sampling, batch_size=batch_size)
-        return Trajectories(self.model, self.network, prompts, self.encoder, sampling, generator)
+        return Trajectories(self.model, self.network, prompts, self.encoder, sampling, generator, self.rollout.uncond_every_n_steps)
 
 
 class Term(ABC):

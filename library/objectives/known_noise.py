@@ -17,6 +17,7 @@ from library.rollouts.prompt_encoder import Size
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import Picture, Skipped
+from library.training.runtime import upload
 from library.types import PromptSpec
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,12 @@ def known_noise_errors(context: TrainingContext, batch: NoisedPictures) -> tuple
 
 def draw_timesteps(model: DiffusionModel, count: int, generator: torch.Generator) -> Tensor:
     """Uniform among the timesteps that the model was trained on [count], on its device."""
-    return torch.randint(len(model.schedule), (count,), generator=generator).to(model.device)
+    return upload(torch.randint(len(model.schedule), (count,), generator=generator), model.device)
 
 
 def draw_noise(clean: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of the latents' shape, on their device."""
-    return torch.randn(clean.shape, generator=generator).to(clean.device)
+    return upload(torch.randn(clean.shape, generator=generator), clean.device)
 
 
 def draw_alike(latents: Sequence[Tensor], count: int, generator: torch.Generator) -> list[int]:

@@ -23,6 +23,7 @@ from library.objectives.reward_shapes import SHAPES
 from library.objectives.rewards import score_gradients
 from library.rollouts.sample import guide
 from library.settings.options import check_at_least, option
+from library.training.runtime import upload
 from library.types import Conditioning, LossOutput, RolloutBatch
 
 # Gains over the frozen model over a whole trajectory, in the score's standard deviations, at multiplier 1.
@@ -86,24 +87,27 @@ class ScoreObjective:
         Args:
             generator: for an estimator that draws noise of its own.
         """
-        state = self._state(batch)
+        own = self.trained(batch)
         # what was asked for, in the frozen model's words: a LoRA of the text encoder must not talk to the scorer
-        asked_for = self.context.encoder.frozen_cond(batch.prompts, batch.cond)
-        plain = predict_plain(self.model, self.network, batch, asked_for if self.needs_frozen else None)
-        self.network.set_multiplier(batch.multipliers)
-        eps = self.model.predict_eps(batch.latents, batch.timesteps, batch.cond)
+        asked_for = self.context.encoder.frozen_cond(own.prompts, own.cond)
+        plain = predict_plain(self.model, self.network, batch, asked_for if self.needs_frozen else None, rows=self._rows(batch))
+        self.network.set_multiplier(own.multipliers)
+        eps = self.model.predict_eps(own.latents, own.timesteps, own.cond)
+        every_eps = plain.with_passing(eps.detach())
+        every_uncond = None if batch.sparse_uncond is None else batch.sparse_uncond.complete(every_eps, plain.uncond)
+        uncond = every_uncond if every_uncond is None or plain.rows is None else every_uncond[plain.rows]
 
-        noise = torch.randn(self.estimator.num_views, *batch.latents.shape, generator=generator).to(batch.latents.device)
-        predicted = self.estimator.predict_latents(state, self._guide(eps, plain.uncond, batch))
+        state = StepState(batch=own, schedule=self.schedule, solver=self.solver)
+        noise = upload(torch.randn(self.estimator.num_views, *own.latents.shape, generator=generator), own.latents.device)
+        predicted = self.estimator.predict_latents(state, self._guide(eps, uncond, own))
         base = None
         if plain.frozen is not None:
             with torch.no_grad():
-                base = self.estimator.predict_latents(state, self._guide(plain.frozen, plain.uncond, batch))
-        direction, reward, gain, unscored = self._ascent(batch, asked_for, predicted, base, noise)
+                base = self.estimator.predict_latents(state, self._guide(plain.frozen, uncond, own))
+        direction, reward, gain, unscored = self._ascent(own, asked_for, predicted, base, noise)
         scored = ~torch.stack(list(unscored.values())).any(0)
 
-        trained = (batch.timesteps >= self.config.min_timestep) & (batch.timesteps < self.config.max_timestep)
-        losses = -self._move(direction, predicted, base, batch)
+        losses = -self._move(direction, predicted, base, own)
         metrics: dict[str, float | Tensor] = {
             "reward": reward.nanmean(),
             "gain_per_step": gain.nanmean(),
@@ -113,34 +117,39 @@ class ScoreObjective:
             drift = squared_errors(eps, plain.frozen)  # the KL term of DRaFT+ (NeMo-Aligner)
             losses = losses + self.config.preserve_weight * drift
             metrics["eps_drift"] = drift.detach().mean().sqrt()
-        losses = losses * (trained & scored)  # and not where(): what the U-Net itself made NaN must show
+        losses = losses * scored  # and not where(): what the U-Net itself made NaN must show
         out = LossOutput(
-            loss=losses.mean(),
+            loss=losses.sum() / len(batch.latents),
             sample_losses=losses.detach().where(scored, torch.nan),
-            samples=[
-                f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(batch.prompts, batch.timesteps, strict=True)
-            ],
+            samples=[f"prompt {prompt.prompt!r} at timestep {int(time)}" for prompt, time in zip(own.prompts, own.times, strict=True)],
             metrics=metrics,
-            promised=gain.detach() / self.step_fraction(batch, predicted).clamp_min(1e-12),
+            promised=gain.detach() / self.step_fraction(own, predicted).clamp_min(1e-12),
             unscored=unscored,
         )
-        return out, self._guide(eps.detach(), plain.uncond, batch)
+        return out, self._guide(every_eps, every_uncond, batch)
+
+    def trained(self, batch: RolloutBatch) -> RolloutBatch:
+        """The rows of a batch that are scored and learned from: those within min_timestep and max_timestep. The others only move on."""
+        rows = self._rows(batch)
+        return batch if rows is None else batch.take(rows)
+
+    def _rows(self, batch: RolloutBatch) -> list[int] | None:
+        rows = [row for row, time in enumerate(batch.times) if self.config.min_timestep <= time < self.config.max_timestep]
+        return None if len(rows) == len(batch.times) else rows
 
     @torch.no_grad()
     def predict_frozen(self, batch: RolloutBatch) -> PredictedLatents:
         """Where the frozen model's prediction leads."""
+        batch = batch.evaluated_whole()
         frozen_cond = self.context.encoder.frozen_cond(batch.prompts, batch.cond)
         plain = predict_plain(self.model, self.network, batch, frozen_cond)
         assert plain.frozen is not None
-        return self.estimator.predict_latents(self._state(batch), self._guide(plain.frozen, plain.uncond, batch))
+        state = StepState(batch=batch, schedule=self.schedule, solver=self.solver)
+        return self.estimator.predict_latents(state, self._guide(plain.frozen, plain.uncond, batch))
 
     def step_fraction(self, batch: RolloutBatch, predicted: PredictedLatents) -> Tensor:
         """The part of a whole trajectory's change that this step accounts for [B]."""
-        default = self.context.sampling.num_steps
-        return predicted.num_steps / predicted.num_steps.new_tensor([prompt.num_steps or default for prompt in batch.prompts])
-
-    def _state(self, batch: RolloutBatch) -> StepState:
-        return StepState(batch=batch, schedule=self.schedule, solver=self.solver)
+        return predicted.num_steps / batch.num_steps
 
     def _guide(self, eps: Tensor, uncond: Tensor | None, batch: RolloutBatch) -> Tensor:
         rescale = self.context.sampling.guidance_rescale

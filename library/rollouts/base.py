@@ -35,6 +35,10 @@ class Rollout(ABC):
     def advance(self, eps: Tensor) -> Finished | None:
         """What the last batch leads to: eps [B, C, h, w] is its guided prediction, without gradient. Those that ended, if any did."""
 
+    def pass_over(self, batch: RolloutBatch) -> None:
+        """Go on from the last batch without training on it; its trajectories that end are nobody's."""
+        self.advance(self.trajectories.predict(batch))
+
     def renew_broken(self) -> None:
         """Begin anew what is not finite, which no step makes finite again."""
         self.trajectories.restart_broken()

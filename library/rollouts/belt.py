@@ -8,10 +8,12 @@ noise. So every sample is on-policy, the timesteps in a batch are stratified, an
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.trajectories import Pool, Trajectories
+from library.training.runtime import upload
 from library.types import Finished, RolloutBatch
 
 
@@ -21,30 +23,33 @@ class Belt(Rollout):
 
     def __init__(self, trajectories: Trajectories, settings: Any = None) -> None:
         super().__init__(trajectories, settings)
-        self._last: tuple[Pool, RolloutBatch] | None = None  # what was last handed out
+        self._last: tuple[Pool, RolloutBatch, list[int] | None] | None = None  # what was last handed out, and where it stands in the pool
         for pool in trajectories.pools:
-            count = len(pool.steps)
-            trajectories.move_to(pool, [place * pool.num_steps // count for place in range(count)])
+            count = trajectories.sampling.batch_size  # the pool may hold more: then their signs differ as long as they end together
+            trajectories.move_to(pool, [place % count * pool.num_steps // count for place in range(len(pool.steps))])
 
     def next_batch(self) -> RolloutBatch:
-        """Where the trajectories of one pool stand."""
+        """Where the trajectories of one pool stand; those whose turn it is, where the pool holds more than a batch."""
         pool = self.trajectories.next_pool()
-        batch = self.trajectories.batch_of(pool)
-        self._last = pool, batch
+        places = self.trajectories.next_places(pool)
+        batch = self.trajectories.batch_of(pool, places)
+        self._last = pool, batch, places
         return batch
 
     def advance(self, eps: Tensor) -> Finished | None:
         """Move the last batch's trajectories along the guided prediction eps [B, C, h, w]; the finished make room for new ones."""
         assert not eps.requires_grad, "the rollout carries no gradient"
         assert self._last is not None, "advance() follows next_batch()"
-        pool, batch = self._last
-        pool.latents, pool.history = self.trajectories.step(batch, eps)
-        pool.steps = [step + 1 for step in pool.steps]
-        ended = [place for place, step in enumerate(pool.steps) if step == pool.num_steps]
-        if not ended:
+        pool, batch, places = self._last
+        self.trajectories.move(pool, batch, eps, places)
+        moved = range(len(pool.steps)) if places is None else places
+        rows = [row for row, place in enumerate(moved) if pool.steps[place] == pool.num_steps]
+        if not rows:
             return None
-        weights = batch.multipliers[ended].tolist()
-        finished = Finished(pool.latents[ended], [batch.prompts[place] for place in ended], weights, batch.cond[ended])
+        ended = [moved[row] for row in rows]
+        index, row_index = (upload(torch.tensor(part), eps.device) for part in (ended, rows))
+        prompts, weights = [batch.prompts[row] for row in rows], [batch.strengths[row] for row in rows]
+        finished = Finished(pool.latents[index], prompts, weights, batch.cond[row_index])
         for place in ended:
             self.trajectories.start(pool, place)
         return finished

@@ -34,6 +34,12 @@ class RolloutConfig:
     leco_denoise_guidance_scale: float | None = option(
         None, help="Classifier-free guidance of the rollout; 1 is none, and faster. Not set: 5, or a few-step base's own."
     )
+    uncond_every_n_steps: int | None = option(
+        1,
+        help="Steps of a trajectory that one evaluation of the unconditional branch serves: in between, its distance from the conditional "
+        "one is taken to stay. Not set: 3 with 20 steps, fewer with fewer.",
+        expert=True,
+    )
     sampler: str | None = option(
         None, choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout. Not set: ddim, or a few-step base's own."
     )
@@ -50,7 +56,7 @@ class RolloutConfig:
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "train_batch_size", "max_denoising_steps")
+        check_at_least(self, 1, "train_batch_size", "max_denoising_steps", "uncond_every_n_steps")
         check_above(self, 0, "leco_denoise_guidance_scale")
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")

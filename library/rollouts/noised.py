@@ -13,6 +13,7 @@ from torch import Tensor
 from library.diffusion.noise_schedule import per_sample
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.trajectories import Pool, Trajectories
+from library.training.runtime import upload
 from library.types import PromptSpec, RolloutBatch
 
 NUM_RENOISINGS = 4  # how often a finished picture is noised anew and trained on
@@ -42,16 +43,21 @@ class NoisedRollout(Rollout):
             self._clean, self._uses = self._pictures(self._pool), 0
         pool, self._uses = self._pool, self._uses + 1
         pool.steps = torch.randint(pool.num_steps, (len(pool.steps),), generator=own.generator).tolist()
-        abar = own.model.schedule.abar(pool.timesteps[torch.tensor(pool.steps, device=own.model.device)])
-        noise = torch.randn(self._clean.shape, generator=own.generator).to(self._clean)
+        abar = own.model.schedule.abar(pool.timesteps[upload(pool.steps, own.model.device)])
+        noise = upload(torch.randn(self._clean.shape, generator=own.generator), own.model.device)
         pool.latents = per_sample(abar.sqrt(), noise) * self._clean + per_sample((1 - abar).sqrt(), noise) * noise
         if pool.history is not None:
             pool.history.abar.zero_()
-        return replace(own.batch_of(pool), added_noise=noise)
+        places = own.next_places(pool)
+        batch = own.batch_of(pool, places, going_on=False)
+        return replace(batch, added_noise=noise if places is None else noise[places])
 
     def advance(self, eps: Tensor) -> None:
         """Nothing moves: the next batch noises the pictures anew."""
         assert not eps.requires_grad, "the rollout carries no gradient"
+
+    def pass_over(self, batch: RolloutBatch) -> None:
+        """Nothing moves."""
 
     def renew_broken(self) -> None:
         super().renew_broken()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.models.base import DiffusionModel, TimeIds
+from library.training.runtime import upload
 from library.types import Conditioning, PromptSpec
 from networks.lora import LoRANetwork
 
@@ -44,6 +45,11 @@ class PromptEncoder:
         self._empty_chunk: Tensor | None = None  # [1, 77, D], once a text has more than one
         self._warned = False
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a text's encoding stays what it is: no LoRA of the text encoders is trained."""
+        return self._network is None
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
         """Conditioning of B texts for whole pictures of (height, width) pixels, on the model's device.
@@ -63,10 +69,11 @@ class PromptEncoder:
             rows.update((key, encoded[[row]]) for row, key in enumerate(new))  # copies, which can be dropped one by one
         for key in keys:
             rows.move_to_end(key)
-        joined = Conditioning.cat([self.lengthen(rows[key]) for key in keys]).to(self._model.device)
+        joined = Conditioning.cat([self.lengthen(rows[key]) for key in keys])
         while len(rows) > MOST_KEPT:
             rows.popitem(last=False)
-        return replace(joined, time_ids=self._model.time_ids(len(texts), size, device=joined.text.device))
+        joined = replace(joined, time_ids=self._model.time_ids(len(texts), size, device="cpu"))
+        return joined.map(lambda part: upload(part, self._model.device))
 
     def cond(self, prompts: Sequence[PromptSpec], size: Size, multipliers: Sequence[float] | None = None) -> Conditioning:
         """Conditioning of B prompts, each told the size and crop that it brings; the rest as in `encode`."""
@@ -138,7 +145,8 @@ class PromptEncoder:
 
     def _with_time_ids(self, cond: Conditioning, prompts: Sequence[PromptSpec], size: Size) -> Conditioning:
         own = [time_ids_of(prompt, size) for prompt in prompts]
-        return replace(cond, time_ids=self._model.time_ids(len(prompts), size, own, cond.text.device))
+        time_ids = self._model.time_ids(len(prompts), size, own, "cpu")
+        return replace(cond, time_ids=None if time_ids is None else upload(time_ids, cond.text.device))
 
 
 def size_of(prompt: PromptSpec, resolution: Size) -> Size:

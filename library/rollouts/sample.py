@@ -16,6 +16,7 @@ from library.diffusion.solvers import ALIASES, SOLVERS, get_solver, guided_eps, 
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, size_of
+from library.training.runtime import upload
 from library.types import Conditioning, History, PromptSpec
 from networks.lora import LoRANetwork
 
@@ -172,7 +173,7 @@ def guidance_scales(model: DiffusionModel, prompts: Sequence[PromptSpec], defaul
             f"{model.spec.name} takes its guidance scale as an input, the same for every prompt, so guidance of "
             f"{max(scales, key=lambda scale: abs(scale - 1)):g} would come on top; set it to 1 and take it out of the prompts."
         )
-    return torch.tensor(scales, dtype=torch.float32, device=model.device)
+    return upload(torch.tensor(scales, dtype=torch.float32), model.device)
 
 
 def predict_guided_eps(

@@ -11,11 +11,26 @@ from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import PromptEncoder, Size, size_of
-from library.rollouts.sample import SamplingConfig, guidance_scales, model_autocast, predict_guided_eps
-from library.types import History, PromptSpec, RolloutBatch
+from library.rollouts.rows import predict_rows, rows_of
+from library.rollouts.sample import SamplingConfig, guidance_scales, guide, model_autocast
+from library.training.runtime import upload
+from library.types import Conditioning, History, PromptSpec, RolloutBatch, Sparse
 from networks.lora import LoRANetwork
 
 MULTIPLIERS = (1.0, -1.0)  # of the network, that trajectories take in turn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What some trajectories are asked for, on the model's device: the fields of `RolloutBatch` of these names."""
+
+    prompts: list[PromptSpec]
+    strengths: list[float]
+    multipliers: Tensor
+    prompt_directions: Tensor
+    guidance_scales: Tensor
+    cond: Conditioning
+    uncond: Conditioning
 
 
 @dataclass(eq=False)
@@ -24,6 +39,7 @@ class Pool:
 
     size: Size
     timesteps: Tensor  # [steps + 1], the last is -1
+    times: list[float]  # the same
     prompts: list[PromptSpec]
     weights: Tensor  # of the prompts, on the CPU
     weight: float  # of all of them
@@ -32,6 +48,9 @@ class Pool:
     chosen: list[int]  # index into prompts
     turns: list[int]  # how many trajectories each place has held; says whose turn it is among the multipliers
     history: History | None  # of a solver that remembers
+    distances: Tensor  # of the unconditional branch, as `Sparse` has them [B, C, h, w]
+    turn: int = -1  # whose turn it was, where there are more than a batch
+    asked: Asked | None = None  # of all places, as long as none starts anew
 
     @property
     def num_steps(self) -> int:
@@ -39,13 +58,16 @@ class Pool:
 
 
 class Trajectories:
-    """Pools of trajectories, one for each picture size and number of steps among the prompts, each of `sampling.batch_size`.
+    """Pools of trajectories, one for each picture size and number of steps among the prompts, each of `sampling.batch_size`, but at
+    least one for each multiplier.
 
     Args:
         encoder: holds the prompts' conditioning, so that the text encoders can be freed; encodes them anew, with gradient, at every
             batch of a network with text encoder modules.
         sampling: of prompts that bring no size, steps or guidance of their own.
         generator: the source of every random draw.
+        uncond_every: steps of a trajectory that one evaluation of the unconditional branch serves; None is 3 of 20 steps, in
+            proportion, and at least 1.
 
     Attributes:
         skip: a sign of the multiplier, and the share of its turns that go to the next multiplier; for a sign that is ahead of the other.
@@ -59,9 +81,10 @@ class Trajectories:
         encoder: PromptEncoder,
         sampling: SamplingConfig,
         generator: torch.Generator,
+        uncond_every: int | None = None,
     ) -> None:
         self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
-        self.sampling = sampling
+        self.sampling, self.uncond_every = sampling, uncond_every
         self.skip: tuple[int, float] = (1, 0.0)
         self.solver = get_solver(sampling.sampler)
         self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
@@ -84,7 +107,9 @@ class Trajectories:
                 "steps": list(pool.steps),
                 "chosen": list(pool.chosen),
                 "turns": list(pool.turns),
+                "turn": pool.turn,
                 "history": None if pool.history is None else (pool.history.x0.cpu().clone(), pool.history.abar.cpu().clone()),
+                "distances": pool.distances.cpu().clone(),
             }
             for pool in self.pools
         ]
@@ -94,7 +119,8 @@ class Trajectories:
         """Raises UserError if the state was saved with other prompts, sizes or another batch size."""
         saved = state["pools"]
         fits = len(saved) == len(self.pools) and all(
-            old["latents"].shape == pool.latents.shape
+            "distances" in old
+            and old["latents"].shape == pool.latents.shape
             and max(old["chosen"]) < len(pool.prompts)
             and max(old["steps"]) < pool.num_steps
             and (old["history"] is None) == (pool.history is None)
@@ -106,7 +132,8 @@ class Trajectories:
                 "resume with the same settings"
             )
         for old, pool in zip(saved, self.pools, strict=True):
-            pool.latents = old["latents"].to(self.model.device)
+            pool.latents, pool.asked = old["latents"].to(self.model.device), None
+            pool.distances, pool.turn = old["distances"].to(self.model.device), old["turn"]
             pool.steps, pool.chosen, pool.turns = list(old["steps"]), list(old["chosen"]), list(old["turns"])
             if old["history"] is not None:
                 pool.history = History(*(part.to(self.model.device) for part in old["history"]))
@@ -114,12 +141,15 @@ class Trajectories:
         self.skip = tuple(state["skip"])
 
     def _new_pool(self, size: Size, num_steps: int, prompts: list[PromptSpec]) -> Pool:
-        count, scale = self.sampling.batch_size, self.model.spec.vae_scale_factor
+        # no fewer than there are multipliers, so that a run of single samples does not stay at one for a whole trajectory
+        count, scale = max(self.sampling.batch_size, len(MULTIPLIERS)), self.model.spec.vae_scale_factor
         latents = torch.empty(count, self.model.spec.latent_channels, size[0] // scale, size[1] // scale, device=self.model.device)
+        timesteps = self.schedule.inference_timesteps(num_steps, self.sampling.spacing)
         # Neighbours hold different multipliers, so that a batch always holds each.
         pool = Pool(
             size=size,
-            timesteps=self.schedule.inference_timesteps(num_steps, self.sampling.spacing).to(self.model.device),
+            timesteps=timesteps.to(self.model.device),
+            times=timesteps.tolist(),
             prompts=prompts,
             weights=torch.tensor([prompt.weight for prompt in prompts]),
             weight=sum(prompt.weight for prompt in prompts),
@@ -128,6 +158,7 @@ class Trajectories:
             chosen=[0] * count,
             turns=list(range(-1, count - 1)),
             history=History(torch.zeros_like(latents), latents.new_zeros(count)) if self.solver.needs_history else None,
+            distances=torch.zeros_like(latents),
         )
         self.start_all(pool)
         return pool
@@ -140,8 +171,8 @@ class Trajectories:
     def start(self, pool: Pool, place: int) -> None:
         """A fresh prompt and fresh noise in one place."""
         pool.chosen[place] = int(torch.multinomial(pool.weights, 1, generator=self.generator))
-        pool.latents[place] = torch.randn(pool.latents.shape[1:], generator=self.generator).to(pool.latents)
-        pool.steps[place] = 0
+        pool.latents[place] = upload(torch.randn(pool.latents.shape[1:], generator=self.generator), self.model.device)
+        pool.steps[place], pool.asked = 0, None
         pool.turns[place] += 1
         sign, share = self.skip
         if MULTIPLIERS[pool.turns[place] % len(MULTIPLIERS)] * sign > 0 and share > 0:
@@ -167,47 +198,103 @@ class Trajectories:
     @torch.no_grad()
     def move_to(self, pool: Pool, goals: Sequence[int]) -> None:
         """Denoise each trajectory up to its own step."""
-        for _ in range(max(goals)):
-            going = torch.tensor([step < goal for step, goal in zip(pool.steps, goals, strict=True)], device=self.model.device)
-            batch = self.batch_of(pool)
-            moved, history = self.step(batch, self.predict(batch))
-            pool.latents = torch.where(going[:, None, None, None], moved, pool.latents)
+        while going := [place for place, goal in enumerate(goals) if pool.steps[place] < goal]:
+            batch = self.batch_of(pool, going)
+            self.move(pool, batch, self.predict(batch), going)
+
+    def move(self, pool: Pool, batch: RolloutBatch, eps: Tensor, places: Sequence[int] | None = None) -> None:
+        """One step along the guided prediction eps [B, C, h, w] of a batch that stands at these places; None is the whole pool."""
+        latents, history = self.step(batch, eps)
+        if places is None:
+            pool.latents, pool.history = latents, history
+        else:
+            index = upload(list(places), self.model.device)
+            pool.latents[index] = latents
+            if batch.sparse_uncond is not None and batch.sparse_uncond.distances is not None:
+                pool.distances[index] = batch.sparse_uncond.distances
             if history is not None and pool.history is not None:
-                x0 = torch.where(going[:, None, None, None], history.x0, pool.history.x0)
-                pool.history = History(x0, torch.where(going, history.abar, pool.history.abar))
-            pool.steps = [min(step + 1, goal) for step, goal in zip(pool.steps, goals, strict=True)]
+                pool.history.x0[index], pool.history.abar[index] = history.x0, history.abar
+        for place in range(len(pool.steps)) if places is None else places:
+            pool.steps[place] += 1
+
+    def next_places(self, pool: Pool) -> list[int] | None:
+        """Whose turn it is: None, all, or where the pool holds more than a batch, to have both signs of the multiplier, the next ones."""
+        count = self.sampling.batch_size
+        if count == len(pool.steps):
+            return None
+        pool.turn = (pool.turn + 1) % (len(pool.steps) // count)
+        return list(range(pool.turn * count, (pool.turn + 1) * count))
 
     @torch.no_grad()
     def predict(self, batch: RolloutBatch) -> Tensor:
         """The guided prediction for the whole batch, LoRA on, without gradient: eps [B, C, h, w]."""
-        uncond = batch.uncond if bool((batch.guidance_scales != 1).any()) else None
-        self.network.set_multiplier(batch.multipliers)
+        parts = [rows_of(batch, batch.cond)]
+        if batch.sparse_uncond is not None:
+            parts.append(rows_of(batch, batch.uncond, batch.sparse_uncond.due))
         with model_autocast(self.model):
-            return predict_guided_eps(
-                self.model, batch.latents, batch.timesteps, batch.cond, uncond, batch.guidance_scales, self.sampling.guidance_rescale
-            )
+            eps, *others = predict_rows(self.model, self.network, parts)
+        assert eps is not None
+        uncond = batch.sparse_uncond.complete(eps, others[0]) if batch.sparse_uncond is not None else None
+        return guide(self.model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, self.sampling.guidance_rescale)
 
-    def batch_of(self, pool: Pool) -> RolloutBatch:
-        """Where the pool's trajectories stand, with fresh noise for a sampler that draws some."""
+    def batch_of(self, pool: Pool, places: Sequence[int] | None = None, *, going_on: bool = True) -> RolloutBatch:
+        """Where trajectories of the pool stand, with fresh noise for a sampler that draws some.
+
+        Args:
+            places: which; None is all.
+            going_on: whether they go on from where their last batch led to, so that what was evaluated for it may serve once more.
+        """
         device = self.model.device
-        steps = torch.tensor(pool.steps, device=device)
+        asked = self._asked(pool, places)
+        chosen = range(len(pool.steps)) if places is None else places
+        rows = slice(None) if places is None else upload(list(places), device)
+        taken = [pool.steps[place] for place in chosen]
+        steps = upload(taken, device)
         timesteps, next_timesteps = pool.timesteps[steps], pool.timesteps[(steps + 1).clamp(max=pool.num_steps)]
-        prompts = [pool.prompts[index] for index in pool.chosen]
-        in_turn = [MULTIPLIERS[turn % len(MULTIPLIERS)] for turn in pool.turns]
-        multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
-        strengths = torch.tensor(multipliers, device=device)
-        noise = torch.randn(pool.latents.shape, generator=self.generator).to(device) if self.solver.needs_noise else None
+        latents = pool.latents[rows]
+        guided = [self._scale(prompt) != 1 for prompt in asked.prompts]
+        every = (self.uncond_every or max(1, 3 * pool.num_steps // 20)) if going_on else 1
         return RolloutBatch(
-            latents=pool.latents,
+            latents=latents,
             timesteps=timesteps,
             next_timesteps=next_timesteps,
             sigmas=self.schedule.sigmas(timesteps),
             next_sigmas=self.schedule.sigmas(next_timesteps),
+            times=[pool.times[step] for step in taken],
+            num_steps=pool.num_steps,
+            sparse_uncond=self._sparse(taken, guided, every, pool.distances[rows]) if any(guided) else None,
+            noise=upload(torch.randn(latents.shape, generator=self.generator), device) if self.solver.needs_noise else None,
+            history=pool.history if pool.history is None else History(pool.history.x0[rows], pool.history.abar[rows]),
+            **vars(asked),
+        )
+
+    def _asked(self, pool: Pool, places: Sequence[int] | None) -> Asked:
+        if places is None and pool.asked is not None:
+            return pool.asked
+        device = self.model.device
+        chosen = range(len(pool.steps)) if places is None else places
+        prompts = [pool.prompts[pool.chosen[place]] for place in chosen]
+        in_turn = [MULTIPLIERS[pool.turns[place] % len(MULTIPLIERS)] for place in chosen]
+        multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
+        strengths = upload(multipliers, device)
+        asked = Asked(
+            prompts=prompts,
+            strengths=multipliers,
             multipliers=strengths,
+            prompt_directions=upload([prompt.direction for prompt in prompts], device),
             guidance_scales=guidance_scales(self.model, prompts, self.sampling.guidance_scale),
             cond=self.encoder.trained_cond(prompts, pool.size, strengths),
             uncond=self.encoder.uncond(prompts, pool.size, multipliers),
-            prompts=prompts,
-            noise=noise,
-            history=pool.history,
         )
+        if places is None and self.encoder.is_fixed:
+            pool.asked = asked
+        return asked
+
+    def _scale(self, prompt: PromptSpec) -> float:
+        return self.sampling.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+
+    def _sparse(self, taken: Sequence[int], wanted: Sequence[bool], every: int, distances: Tensor) -> Sparse:
+        due = [row for row, step in enumerate(taken) if wanted[row] and step % every == 0]
+        kept = distances if every > 1 or not all(wanted) else None
+        index = None if len(due) == len(taken) else upload(torch.tensor(due, dtype=torch.long), self.model.device)
+        return Sparse(due=index, distances=kept)

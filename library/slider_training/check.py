@@ -113,7 +113,7 @@ def check_reward(
     sampling = replace(context.sampling, batch_size=PROBES)
     probe = ScoreTerm(replace(context, sampling=sampling, prompts=[replace(prompt, weight=1.0)]), score)
     with model_autocast(context.model):
-        batch = probe.rollout.next_batch()
+        batch = probe.rollout.next_batch().evaluated_whole()
         probes = _probes(probe, batch)
 
     norms: dict[str, float] = {}

@@ -1,6 +1,7 @@
 """What to do about losses that are not finite."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -61,9 +62,9 @@ class FiniteLosses:
         self._add(f"the {name} loss of {out.samples[bad[0]]}{followed}", name, step, ignored)
         return counts
 
-    def check_gradient(self, norm: Tensor, step: int) -> bool:
+    def check_gradient(self, norm: Tensor | float, step: int) -> bool:
         """Whether the norm of an update's gradient is finite."""
-        if finite := bool(torch.isfinite(norm)):
+        if finite := math.isfinite(norm):
             self._in_a_row["gradient"] = 0
         else:
             self._add("the norm of the gradient", "gradient", step, "this batch does")

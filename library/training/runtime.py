@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -106,6 +106,12 @@ def generator(seed: int, *stream: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256(json.dumps([seed, *stream]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: manual_seed takes a signed 64-bit integer
+
+
+def upload(values: Tensor | Sequence[float], device: torch.device) -> Tensor:
+    """Values on the device, without a wait for it: a copy from pinned memory is only put in its queue."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def all_reduce_grads(params: Iterable[Tensor], accelerator: Accelerator) -> None:

@@ -58,13 +58,13 @@ class AnchorsTerm(Term):
         losses = errors * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
 
         rescale = self.context.sampling.guidance_rescale
-        self.belt.advance(guide(model, batch.latents, batch.timesteps, eps.detach(), plain.uncond, batch.guidance_scales, rescale))
+        uncond = None if batch.sparse_uncond is None else batch.sparse_uncond.complete(eps, plain.uncond)
+        self.belt.advance(guide(model, batch.latents, batch.timesteps, eps.detach(), uncond, batch.guidance_scales, rescale))
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
             samples=[
-                f"anchor {prompt.prompt!r} at timestep {int(timestep)}"
-                for prompt, timestep in zip(batch.prompts, batch.timesteps, strict=True)
+                f"anchor {prompt.prompt!r} at timestep {int(timestep)}" for prompt, timestep in zip(batch.prompts, batch.times, strict=True)
             ],
             metrics={"drift": errors.detach().mean().sqrt()},
         )

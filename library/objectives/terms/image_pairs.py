@@ -27,6 +27,7 @@ from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, so
 from library.scorer_data.readers.rows import read_rows
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
+from library.training.runtime import upload
 from library.types import LossOutput
 
 
@@ -96,7 +97,7 @@ class ImagePairsTerm(KnownNoiseTerm):
     def __call__(self) -> LossOutput:
         model, count = self.context.model, max(self.context.rollout.batch_size // 2, 1)
         chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
-        clean = torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]).to(model.device)
+        clean = upload(torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]), model.device)
         multipliers = torch.ones(count, device=model.device)
         batch = NoisedPictures(
             clean=clean,

@@ -24,6 +24,7 @@ from library.objectives.known_noise import (
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
+from library.training.runtime import upload
 from library.types import LossOutput
 
 
@@ -75,7 +76,7 @@ class ImagesTerm(KnownNoiseTerm):
         model, count = self.context.model, self.context.rollout.batch_size
         places = draw_alike([picture.latents for picture in self.pictures], count, self.generator)
         chosen = [self.pictures[place] for place in places]
-        clean = torch.stack([picture.latents for picture in chosen]).to(model.device)
+        clean = upload(torch.stack([picture.latents for picture in chosen]), model.device)
         batch = NoisedPictures(
             clean=clean,
             noise=draw_noise(clean, self.generator),

@@ -24,6 +24,7 @@ from library.rollouts.belt import Belt
 from library.rollouts.prompt_encoder import Size
 from library.rollouts.sample import guide
 from library.settings.options import option
+from library.training.runtime import upload
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -98,28 +99,29 @@ class LecoTerm(Term):
         belt = self._next_belt()
         batch = belt.next_batch()
         settings = _settings_of(batch)
-        cond, uncond = self._with_crops(batch, settings)
-        frozen = self._predict_plain(batch, settings, cond, uncond)
+        cond, negative = self._with_crops(batch, settings)
+        frozen = self._predict_plain(batch, settings, cond, negative)
         network.set_multiplier(batch.multipliers)
         eps = model.predict_eps(batch.latents, batch.timesteps, cond)
 
-        shifts = eps.new_tensor([setting.shift for setting in settings]).view(-1, 1, 1, 1)
+        shifts = upload([setting.shift for setting in settings], eps.device).view(-1, 1, 1, 1)
         target = frozen.neutral + shifts * (frozen.positive - frozen.unconditional)
         if self.config.leco_keep_norm:
             target = with_statistics_of(target, frozen.neutral)
         errors = squared_errors(as_output(model, batch.latents, eps, batch.timesteps), target)
-        weights = eps.new_tensor([setting.weight for setting in settings])
+        weights = upload([setting.weight for setting in settings], eps.device)
         losses = errors * weights * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
 
         eps = eps.detach()
+        uncond = None if batch.sparse_uncond is None else batch.sparse_uncond.complete(eps, frozen.rollout_uncond)
         rescale = self.context.sampling.guidance_rescale
-        belt.advance(guide(model, batch.latents, batch.timesteps, eps, frozen.rollout_uncond, batch.guidance_scales, rescale))
+        belt.advance(guide(model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, rescale))
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
             samples=[
                 f"leco target {setting.target!r} at timestep {int(timestep)}"
-                for setting, timestep in zip(settings, batch.timesteps, strict=True)
+                for setting, timestep in zip(settings, batch.times, strict=True)
             ],
             metrics={"mse": errors.detach().mean(), "shift": squared_errors(target, frozen.neutral).mean().sqrt()},
         )
@@ -176,7 +178,7 @@ class LecoTerm(Term):
         height, width = (side * model.spec.vae_scale_factor for side in batch.latents.shape[-2:])
         texts = self.context.encoder.encode([text for _, text in row_of], (height, width), [0.0] * len(row_of))
         frozen_cond = replace(texts, time_ids=cond[places].time_ids)
-        plain = predict_plain(model, self.context.network, batch, frozen_cond, uncond=uncond, rows=places)
+        plain = predict_plain(model, self.context.network, batch, frozen_cond, uncond=uncond, frozen_rows=places)
         assert plain.frozen is not None
         outputs = as_output(model, batch.latents[places], plain.frozen, batch.timesteps[places])
 
@@ -195,7 +197,7 @@ class LecoTerm(Term):
         time_ids = batch.cond.time_ids
         if time_ids is None or not any(setting.dynamic_crops for setting in settings):
             return batch.cond, batch.uncond
-        cropped = torch.tensor([setting.dynamic_crops for setting in settings], device=time_ids.device)
+        cropped = upload([setting.dynamic_crops for setting in settings], time_ids.device)
         time_ids = torch.where(cropped[:, None], random_crops(time_ids, self.generator), time_ids)
         return replace(batch.cond, time_ids=time_ids), replace(batch.uncond, time_ids=time_ids)
 
@@ -228,7 +230,7 @@ def with_statistics_of(target: Tensor, model: Tensor) -> Tensor:
 def random_crops(time_ids: Tensor, generator: torch.Generator) -> Tensor:
     """time_ids [B, 6] of pictures that were 1 to 3 times as large and of which a random part was cut, as sd-scripts draws them."""
     size = time_ids[:, 4:6]
-    scale, top, left = torch.rand(3, len(time_ids), 1, generator=generator).to(time_ids.device)
+    scale, top, left = upload(torch.rand(3, len(time_ids), 1, generator=generator), time_ids.device)
     original = (size * (1 + 2 * scale)).floor()
     corner = (torch.cat([top, left], dim=1) * (original - size)).floor()
     return torch.cat([original, corner, size], dim=1)

@@ -37,10 +37,13 @@ class ScoreTerm(Term):
 
     def __call__(self) -> LossOutput:
         batch = self.rollout.next_batch()
+        while not len(self.objective.trained(batch).latents):  # all are outside of the timesteps that are trained
+            self.rollout.pass_over(batch)
+            batch = self.rollout.next_batch()
         out, eps = self.objective(batch, self.generator)
         finished = self.rollout.advance(eps)
         if self.watch is not None:
-            self.watch(batch, out, finished)
+            self.watch(self.objective.trained(batch), out, finished)
         return out
 
     def renew_broken(self) -> None:
