@@ -137,7 +137,7 @@ def test_a_mixed_run_resumes_to_the_bit(workplace: Path, tmp_path: Path) -> None
         ({"objective": ["leco"]}, "leco"),
         ({"objective": ["images"]}, "set images_dir"),
         ({"objective": ["image_pairs"]}, "set image_pairs"),
-        ({"objective": ["leco"], "prompts_file": "prompts.txt"}, "not valid TOML"),
+        ({"objective": ["leco"], "prompts_file": "prompts.txt"}, "ends in '.txt'; tables of prompts end in .toml"),
     ],
 )
 def test_a_term_without_what_it_learns_from_is_refused(workplace: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -60,6 +60,8 @@ def read_tables(path: Path, what: str = "prompts file") -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist; give a file of prompts, such as a .toml with [[prompts]]")
+    if path.suffix.lower() not in TABLE_ENDINGS:
+        raise UserError(f"{what} {path} ends in {path.suffix!r}; tables of prompts end in {', '.join(TABLE_ENDINGS)}")
     match path.suffix.lower():
         case ".toml":
             content = read_toml(path, what)
