@@ -40,7 +40,7 @@ from library.settings.shared import TrainingConfig
 from library.training.interrupts import interruptible
 from library.training.optimizers import check_optimizer
 from library.training.runtime import create_accelerator, describe_device, set_num_threads
-from library.training.tracking import Tracker
+from library.training.tracking import Tracker, check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,6 +60,7 @@ def train(config: LatentScorerConfig) -> Path:
     settings, output = config.training, config.output
     optimizer = settings.optimizer_config()
     check_optimizer(optimizer, settings.max_train_steps)
+    check_trackers(config.logging)
     set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
     files = ScorerFiles(output)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,18 @@ from library.errors import UserError
 from library.objectives.base import mean_metrics
 from library.rollouts.sample import model_autocast
 from library.settings.cli import parse_config, run_main, setup_logging
+from library.settings.sd_scripts_defaults import SD_SCRIPTS
 from library.slider_training.check import check_reward
 from library.slider_training.files import SliderState
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
-from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare
+from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare, settle
 from library.slider_training.vital_signs import VitalSigns
 from library.training.finite_losses import FiniteLosses, LastGood
 from library.training.interrupts import Interrupted, interruptible
-from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode
-from library.training.run_state import find_state
+from library.training.optimizers import check_optimizer, create_optimizer, create_scheduler, optimizer_train_mode, restart_schedule
 from library.training.runtime import all_reduce_grads, any_process, create_accelerator, describe_device, set_num_threads
-from library.training.tracking import Tracker, to_floats
+from library.training.tracking import Tracker, check_trackers, to_floats
 from library.types import LossOutput
 
 if TYPE_CHECKING:
@@ -47,17 +48,24 @@ logger = logging.getLogger("train_leco_score")
 FLAT_OR_EXPLODING = 3  # exit code of check_reward
 
 
-def train(config: LecoScoreConfig) -> Path:
+def train(config: LecoScoreConfig, *, dry_run: bool = False) -> Path:
     """Run the whole training and return the path of the slider.
+
+    Args:
+        dry_run: stop before the first step, so that whatever a run would refuse is refused, and nothing is trained or written.
 
     Raises:
         UserError: bad input, too many losses that are not finite, another process that trains a slider of this name.
         SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when slider and state are saved; 3 from check_reward.
     """
+    check_optimizer(config.optimizer, config.training.max_train_steps)
+    check_trackers(config.logging)
     set_num_threads(config.training.num_threads)
-    torch.manual_seed(config.training.seed)  # dropout draws from the global generator; every other draw has a generator of its own
     accelerator = create_accelerator(config.training)
     logger.info("%s", describe_device(accelerator))
+    config = settle(config, accelerator)
+    assert config.training.seed is not None
+    torch.manual_seed(config.training.seed)  # dropout draws from the global generator; every other draw has a generator of its own
     made = prepare(config, accelerator)
     if config.check.check_reward:
         if not made.monitor.pictures.prompts:
@@ -66,10 +74,10 @@ def train(config: LecoScoreConfig) -> Path:
         print(report)
         raise SystemExit(0 if report.passed else FLAT_OR_EXPLODING)
     with made.files.only_run() if accelerator.is_main_process else nullcontext():
-        return fit(config, accelerator, made)
+        return fit(config, accelerator, made, dry_run=dry_run)
 
 
-def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) -> Path:
+def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *, dry_run: bool = False) -> Path:
     """Train what `prepare` made, from the state that `resume` says, and write its files."""
     saving, num_steps = config.saving, config.training.max_train_steps
     model, network, terms, monitor, files = made.model, made.network, made.terms, made.monitor, made.files
@@ -86,26 +94,27 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
     def state(step: int, *, watched: bool = True) -> SliderState:
         return SliderState.of(parts, step=step, unet_evaluations=unet_evaluations, watched=watched, shared=made.shared)
 
-    first_step = done = 0
-    watched = True
+    first_step, watched = saving.initial_step or 0, True
     unet_evaluations = model.num_unet_evaluations  # those that started the trajectories
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not dry_run:
         files.remove_unfinished()
-    folder = find_state(saving.resume, saving.output_dir, saving.output_name)
+    folder = saving.resume
     if folder is not None:
         files.owns_names = True
         saved = SliderState.load(folder)
         saved.check_shared(made.shared, folder, with_changes=saving.resume_with_changes)
         saved.restore(parts, folder)
         optimizer_train_mode(optimizer.optimizer)
-        first_step, unet_evaluations, watched = saved.step, saved.unet_evaluations, saved.watched
-        if first_step > num_steps or (first_step == num_steps and watched):
-            raise UserError(
-                f"{folder} was saved after step {first_step} and max_train_steps is {num_steps}, so nothing is left to train; raise "
-                "max_train_steps"
-            )
-        done = first_step
+        restart_schedule(scheduler)
+        unet_evaluations, watched = saved.unet_evaluations, saved.watched
+        first_step = saved.step if saving.initial_step is None else saving.initial_step
+    if first_step > num_steps or (first_step == num_steps and watched):
+        begins = f"initial_step is {first_step}" if folder is None else f"{folder} was saved after step {first_step}"
+        raise UserError(f"{begins} and max_train_steps is {num_steps}, so nothing is left to train; raise max_train_steps")
+    done = first_step
 
+    if dry_run:
+        return files.slider_path
     losses, last_good = FiniteLosses(num_steps, [scorer.name for scorer in made.context.reward.scorers]), LastGood()
     signs = VitalSigns()
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
@@ -114,9 +123,9 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
                 tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
         stop: str | None = None
-        if first_step == 0 or not watched:
+        if folder is None or not watched:
             with in_use(network, optimizer.optimizer):
-                seen = monitor.start() if first_step == 0 else monitor.after(first_step)
+                seen = monitor.start() if folder is None else monitor.after(first_step)
                 if seen is not None:
                     start, stop = seen.record.metrics(), seen.stop
         shown = ("loss", "reward", "running_gain_at_+1", "running_gain_at_-1")
@@ -200,7 +209,8 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts) ->
 
 def main() -> None:
     setup_logging()
-    train(parse_config(leco_score_config(), description=__doc__))
+    sets = {"sd-scripts": SD_SCRIPTS}
+    train(parse_config(leco_score_config(), description=__doc__, defaults=sets, check=partial(train, dry_run=True)))
 
 
 if __name__ == "__main__":

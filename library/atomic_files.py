@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -262,13 +263,33 @@ def atomic_save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, met
     atomic_write_bytes(path, safetensors.torch.save(whole, None if metadata is None else dict(metadata)))
 
 
+class _Inert:
+    """Stands for an object of a training program in a pickle: nothing of it is imported or run."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+_TRAINING_PROGRAMS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "ldm.", "main.", "argparse.")
+
+
+def _training_objects(path: Path) -> list[str]:
+    """The classes that a file of torch.save names and that the program which trained it left there: callbacks, its options."""
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        return []
+    return [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.startswith(_TRAINING_PROGRAMS)]
+
+
 class NoTensors(ValueError):
     """Why a file cannot be read as one of tensors, as a part of a sentence."""
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a foreign file of tensors holds, on the CPU, and its metadata: a .safetensors, or else a file of torch.save, of which nothing
-    but tensors and plain values is read. Its values are not checked.
+    but tensors and plain values is read; for what a training program left in it stands `_Inert`. Its values are not checked.
 
     Raises:
         NoTensors: whatever is wrong with it, or if there is no such file.
@@ -278,10 +299,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() in (".safetensors", ".sft"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (it is no dict)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Inert, name) for name in _training_objects(path)]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
     except safetensors.SafetensorError as error:

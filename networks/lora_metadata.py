@@ -102,7 +102,8 @@ def lora_metadata(spec: BaseModel, record: LoRARecord, *, no_metadata: bool = Fa
     values.update({key if key.startswith("ss_") else f"ss_{key}": value for key, value in record.training.items()})
     values.update({f"modelspec.{key}": value for key, value in record.modelspec.items() if value is not None})
     if no_metadata:
-        values = {key: values[key] for key in MINIMUM_KEYS}
+        mark_of_v = ("modelspec.prediction_type",) if spec.prediction_type == "v_prediction" else ()  # SDXL's other keys do not say it
+        values = {key: values[key] for key in (*MINIMUM_KEYS, *mark_of_v)}
     return {key: _as_text(value) for key, value in values.items() if value is not None}
 
 

@@ -299,7 +299,7 @@ def test_what_is_written_leaves_out_what_nothing_reads(config_file, capsys: pyte
         parse("--config_file", config_file(printed), "--network_weights", "a", "--dim_from_weights", "--dry_run")
     assert "\n# network_dim = 8  # not with dim_from_weights\n" in capsys.readouterr().out
     assert [record.getMessage() for record in caplog.records] == [
-        "these settings are given and not used: network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)"
+        "these settings do nothing here: network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)"
     ]
 
 

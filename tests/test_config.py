@@ -111,6 +111,7 @@ def test_two_options_of_one_name_are_our_own_mistake():
         ("maybe_count", "", None),
         ("maybe_count", None, None),
         ("maybe_count", "4", 4),
+        ("maybe_count", False, None),  # as people write that it is not set
         ("maybe_switch", False, False),
         ("words", ["a", "b"], ["a", "b"]),
         ("words", "a", ["a"]),
@@ -159,7 +160,7 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
         config = script(lowram=True, max_train_epochs=3, seed=5)
     assert config.training.seed == 5
     assert [record.getMessage() for record in caplog.records] == [
-        "these options of sd-scripts do nothing here: lowram, max_train_epochs (use max_train_steps)"
+        "these settings do nothing here: lowram, max_train_epochs (use max_train_steps)"
     ]
 
 
@@ -172,7 +173,8 @@ def test_options_of_sd_scripts_are_named_in_one_warning(caplog: pytest.LogCaptur
             {"network_dim": 8, "network_alpha": 1, "dim_from_weights": True, "network_weights": "l.safetensors"},
             "network_dim (not with dim_from_weights), network_alpha (not with dim_from_weights)",
         ),
-        ({"log_prefix": "a"}, "log_args (only with log_with or only with logging_dir)"),
+        ({"log_prefix": "a", "wandb_run_name": "b"}, "log_prefix, wandb_run_name"),
+        ({"log_args": ["log_prefix=a"]}, "log_args (only with log_with or only with logging_dir)"),
         ({"log_prefix": "a", "logging_dir": "logs"}, None),
         ({"wandb_run_name": "", "text_encoder_lr": ""}, None),  # said to be not set
         ({}, None),
@@ -182,7 +184,7 @@ def test_settings_that_nothing_reads_are_named_in_one_warning(
     values: dict[str, object], unread: str | None, caplog: pytest.LogCaptureFixture
 ):
     script(**values)
-    expected = [] if unread is None else [f"these settings are given and not used: {unread}"]
+    expected = [] if unread is None else [f"these settings do nothing here: {unread}"]
     assert [record.getMessage() for record in caplog.records] == expected
 
 
@@ -219,6 +221,11 @@ def test_settings_that_nothing_reads_are_named_in_one_warning(
             ("min_lr_ratio=0.1", "num_decay_steps=50"),
         ),
         ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": "0.1"}, "lr_scheduler_args", ("min_lr_rate=0.1",)),
+        ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_timescale": 7}, "lr_scheduler_args", ("timescale=7",)),
+        ({"lr_scheduler": "constant", "lr_scheduler_type": "CosineAnnealingLR"}, "lr_scheduler", "CosineAnnealingLR"),
+        ({"lr_scheduler": "linear", "lr_scheduler_type": ""}, "lr_scheduler", "linear"),
+        ({"save_every_n_steps": 0}, "save_every_n_steps", None),
+        ({"scale_weight_norms": 0.0}, "scale_weight_norms", None),
     ],
 )
 def test_what_sd_scripts_says_in_other_words_is_obeyed(values: dict[str, object], name: str, meant: object, caplog: Any):
@@ -238,11 +245,11 @@ def test_what_sd_scripts_says_in_other_words_is_obeyed(values: dict[str, object]
 )
 def test_what_sd_scripts_can_and_this_cannot_is_a_warning(values: dict[str, object], warning: str, caplog: Any):
     script(**values)
-    assert [record.getMessage() for record in caplog.records] == [f"these options of sd-scripts do nothing here: {warning}"]
+    assert [record.getMessage() for record in caplog.records] == [f"these settings do nothing here: {warning}"]
 
 
 def test_text_encoders_with_different_rates_are_refused():
-    assert error_of(script, text_encoder_lr=[1e-4, 1e-5]) == (
+    assert error_of(script, text_encoder_lr=[1e-4, 1e-5], network_train_unet_only=False) == (
         "text_encoder_lr is [0.0001, 1e-05], but all text encoders have one learning rate here; give one number"
     )
 
@@ -357,7 +364,7 @@ def test_the_keys_of_the_gui_are_all_known():
         ({"network_dropout": 1}, "network_dropout is 1.0, but it must be below 1"),
         ({"network_dropout": -0.5}, "network_dropout is -0.5, but it must be at least 0"),
         ({"network_args": ["conv_dim"]}, "network_args has 'conv_dim', but every entry must be \"key=value\""),
-        ({"scale_weight_norms": 0}, "scale_weight_norms is 0.0, but it must be above 0"),
+        ({"scale_weight_norms": -1}, "scale_weight_norms is -1.0, but it must be above 0"),
         (
             {"dim_from_weights": True},
             "dim_from_weights is set without network_weights; name the LoRA file that the ranks are taken from",
@@ -381,7 +388,7 @@ def test_the_keys_of_the_gui_are_all_known():
         ({"output_name": "a/b"}, "output_name is 'a/b', but it must be a file name; the folder is output_dir"),
         ({"output_name": ".safetensors"}, "output_name is '.safetensors', but it must be a file name; the folder is output_dir"),
         ({"output_name": ""}, "output_name is '', but it must be a file name; the folder is output_dir"),
-        ({"save_every_n_steps": 0}, "save_every_n_steps is 0, but it must be at least 1"),
+        ({"save_every_n_steps": -1}, "save_every_n_steps is -1, but it must be at least 1"),
         ({"save_last_n_steps": 5}, "save_last_n_steps is set without save_every_n_steps; say how often to save"),
     ],
 )
@@ -407,7 +414,8 @@ def test_trackers(values: dict[str, object], trackers: set[str]):
 
 
 def test_a_secret_is_in_no_repr_and_no_error():
-    assert "hunter2" not in repr(script(wandb_api_key="hunter2"))
+    config = script(wandb_api_key="hunter2", log_with="wandb")
+    assert config.logging.details == {"wandb_api_key": "hunter2"} and "hunter2" not in repr(config)
     assert "hunter2" not in error_of(script, log_args=["hunter2"])
     assert "hunter2" not in error_of(script, log_args=["api_key=hunter2"])
 

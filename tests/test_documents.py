@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.documents import (
     LOG,
+    OF_SD_SCRIPTS,
     PAGES,
     ROOT,
     SOURCES,
@@ -33,7 +34,7 @@ def test_links_of_a_page_lead_somewhere(path: Path) -> None:
     assert broken_links(path.read_text(encoding="utf-8"), path.parent) == []
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if page != LOG], ids=name_of)
+@pytest.mark.parametrize("path", [page for page in PAGES if page not in (LOG, OF_SD_SCRIPTS)], ids=name_of)
 def test_what_a_page_names_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     checks = [missing_files(text), missing_modules(text), missing_options(text), missing_settings(text)]

@@ -44,7 +44,7 @@ def dry_run(script: str, words: list[str], caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(SystemExit) as end, caplog.at_level(logging.WARNING):
         parse_config(CONFIGS[script], [*words, "--dry_run"])
     assert end.value.code == 0
-    assert caplog.records == []  # such as: these options of sd-scripts do nothing here
+    assert caplog.records == []  # such as: these settings do nothing here
 
 
 def test_there_are_examples() -> None:

@@ -14,9 +14,11 @@ from library.models.loading import load_model
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import (
     DMD2,
+    FLASH,
     HYPER,
     LCM,
     LIGHTNING,
+    PCM,
     TURBO,
     SamplingChoice,
     detect,
@@ -54,6 +56,9 @@ def described(model: DiffusionModel, spacing: str = "leading", **spec) -> Diffus
         ("realvisxlV40_lightning.safetensors", LIGHTNING, 4),
         ("Hyper-SDXL-4steps.safetensors", HYPER, 4),
         ("juggernautXL_v9Hyper.safetensors", HYPER, 8),
+        ("realisticVisionV60B1_v51HyperVAE.safetensors", HYPER, 8),
+        ("pcm_sdxl_smallcfg_2step.safetensors", PCM, 2),
+        ("realvis_PCM.safetensors", PCM, 4),
         ("anything_dmd2.safetensors", DMD2, 4),
         ("sdxl-DMD2-4step", DMD2, 4),
     ],
@@ -73,6 +78,9 @@ def test_names(model, name, base, num_steps):
         "HyperRealism_v3.safetensors",
         "hyper-realistic-mix",
         "helcmix.safetensors",
+        "HyperVividXL.safetensors",
+        "photoflashXL.safetensors",
+        "dpcmix.safetensors",
         "v1-5-pruned.ckpt",
     ],
 )
@@ -84,6 +92,14 @@ def test_hyper_with_guidance_keeps_it(model):
     found = detect(described(model, name="Hyper-SDXL-8steps-CFG.safetensors"))
     assert found is not None and (found.num_steps, found.guidance_scale) == (8, 5.0)
     assert recommended(found, guidance_scale=7.0, ordinary=ORDINARY).warnings == ()
+
+
+def test_pcm_and_flash_with_guidance(model):
+    found = detect(described(model, name="pcm_sdxl_normalcfg_8step.safetensors"))
+    assert found is not None and (found.name, found.num_steps, found.guidance_scale) == (PCM.name, 8, 7.5)
+    for name in ("sdxl-flash", "SDXLFlash.safetensors", "sdxl-flash-mini"):
+        found = detect(described(model, name=name))
+        assert found is not None and (found.name, found.num_steps, found.guidance_scale) == (FLASH.name, 7, 3.0)
 
 
 @pytest.mark.parametrize("name", ["sdxl_lightning_1step_x0.safetensors", "Hyper-SDXL-1step.safetensors"])

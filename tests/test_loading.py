@@ -168,8 +168,10 @@ def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def test_missing_path():
-    with pytest.raises(UserError, match="no file or folder owner/name; models are loaded from local paths only"):
+    with pytest.raises(UserError, match="no file or folder owner/name, the Hugging Face cache .* has no such model, and it cannot be"):
         load_model("owner/name")
+    with pytest.raises(UserError, match=r"no file or folder models/a.safetensors; give a checkpoint file"):
+        load_model("models/a.safetensors")
 
 
 def test_unknown_and_wrong_family(sd1_file, sd1_folder):
@@ -255,10 +257,11 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
     with pytest.raises(UserError, match="has no model_index.json"):
         load_model(tmp_path)
     broken = shutil.copytree(sd1_folder, tmp_path / "broken")
-    edit_json(broken / "model_index.json", _class_name="FluxPipeline")
+    vae = json.loads((broken / "model_index.json").read_text())["vae"]
+    edit_json(broken / "model_index.json", _class_name="FluxPipeline", vae=["diffusers", "AutoencoderKLFlux2"])
     with pytest.raises(UserError, match="holds a FluxPipeline; the models that can be trained are Stable Diffusion 1.x"):
         load_model(broken)
-    edit_json(broken / "model_index.json", _class_name="StableDiffusionPipeline")
+    edit_json(broken / "model_index.json", _class_name="StableDiffusionPipeline", vae=vae)
     edit_json(broken / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels"):
         load_model(broken)

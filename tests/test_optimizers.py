@@ -23,10 +23,15 @@ from library.training.optimizers import (
     is_schedule_free,
     optimizer_eval_mode,
     optimizer_train_mode,
+    restart_schedule,
     warmup_steps,
 )
 
-EXTRA_SCHEDULE_ARGS = {"warmup_stable_decay": ("num_decay_steps=4",), "cosine_with_min_lr": ("min_lr_rate=0.1",)}
+EXTRA_SCHEDULE_ARGS = {
+    "warmup_stable_decay": ("num_decay_steps=4",),
+    "cosine_with_min_lr": ("min_lr_rate=0.1",),
+    "piecewise_constant": ("step_rules='1:4,0.5'",),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
@@ -254,7 +259,18 @@ def rates_of(config: OptimizerConfig, steps: int) -> list[float]:
             {"lr_warmup_steps": 5, "lr_scheduler_args": ("num_decay_steps=10", "decay_type='linear'")},
             lambda t: t / 5 if t < 5 else min(1.0, (20 - t) / 10),
         ),
+        (
+            "warmup_stable_decay",  # sd-scripts: below 1, a share of all steps
+            {"lr_scheduler_args": ("num_decay_steps=0.5", "decay_type='linear'")},
+            lambda t: min(1.0, (20 - t) / 10),
+        ),
+        (
+            "piecewise_constant",
+            {"lr_scheduler_args": ("step_rules='1:10,0.1:15,0.01'",)},
+            lambda t: 1 if t < 10 else 0.1 if t < 15 else 0.01,
+        ),
         ("torch.optim.lr_scheduler.ExponentialLR", {"lr_scheduler_args": ("gamma=0.5",)}, lambda t: 0.5**t),
+        ("ExponentialLR", {"lr_scheduler_args": ("gamma=0.5",)}, lambda t: 0.5**t),
     ],
 )
 def test_schedules_follow_their_formulas(name: str, values: dict, expected):
@@ -287,6 +303,30 @@ def test_a_restored_schedule_goes_on(name: str):
         restored_optimizer.step()
         restored.step()
     assert rates == pytest.approx(expected[6:])
+
+
+def test_a_longer_run_goes_on_at_its_own_rate():
+    config = OptimizerConfig(lr_scheduler="cosine", learning_rate=1.0)
+    optimizer = sgd()
+    scheduler = create_scheduler(config, optimizer, 10)
+    for _ in range(6):
+        optimizer.step()
+        scheduler.step()
+    longer_optimizer = sgd()
+    longer = create_scheduler(config, longer_optimizer, 20)
+    longer_optimizer.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(scheduler.state_dict())
+    restart_schedule(longer)
+    assert longer_optimizer.param_groups[0]["lr"] == longer.get_last_lr()[0] == pytest.approx(rates_of(config, 20)[6])
+
+
+def test_a_warmup_longer_than_the_run_is_warned_of_once(caplog: pytest.LogCaptureFixture):
+    config = OptimizerConfig(lr_scheduler="cosine", lr_warmup_steps=11)
+    check_optimizer(config, 10)
+    create_scheduler(config, sgd(), 10)
+    assert caplog.messages == [
+        "lr_warmup_steps is 11, but the run has 10 steps, so the learning rate never gets to its height; lower lr_warmup_steps"
+    ]
 
 
 def test_schedules_scale_every_group():

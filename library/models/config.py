@@ -17,12 +17,12 @@ from library.settings.options import check_at_least, option
 class ModelConfig:
     """Which Stable Diffusion model is trained on."""
 
-    pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or hub id.")
+    pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or its hub id.")
     model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; auto reads it from the weights.", expert=True)
     v_parameterization: bool | None = option(
         None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.", expert=True
     )
-    vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own.")
+    vae: Path | None = option(None, help="VAE file, folder or hub id to use in place of the model's own, or where it has none.")
     clip_skip: int | None = option(
         None, help="Take the text encoder's output this many layers before its end (1 = the last layer).", expert=True
     )

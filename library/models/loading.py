@@ -1,8 +1,7 @@
-"""Load a diffusion model, or only its VAE, from a diffusers folder or a single file; never from the network."""
+"""Load a diffusion model, or only its VAE, from a diffusers folder, a single file, or a hub id."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -18,6 +17,8 @@ from library.errors import UserError
 from library.models import single_file
 from library.models.base import DiffusionModel, Family
 from library.models.clip_tokenizer import build_clip_tokenizer
+from library.models.hub import choose_weights, find_model
+from library.models.prediction import predicts_v, warn_of_name
 from library.models.registry import FAMILIES
 from library.models.vae import place_vae
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SIZE = 1 << 20  # a width, a vocabulary, a side of a picture
 MOST_LAYERS = 200  # of one kind, in one place
-SAME_PIPELINES = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}  # the same parts, another sampler
 
 
 def load_model(
@@ -44,28 +44,26 @@ def load_model(
     """Load a model, frozen and in eval mode.
 
     Args:
-        path: a diffusers folder (with model_index.json), or a .safetensors or .ckpt file in the original layout.
+        path: a diffusers folder (with model_index.json), its hub id, or a .safetensors or .ckpt file in the original layout.
         family: "auto", or what the model is expected to be: a name in `FAMILIES`.
-        v_parameterization: whether the U-Net puts out v; None is what the folder's scheduler or the file says. A file says it with a
-            tensor v_pred (and ztsnr, for a zero-terminal-SNR schedule) or modelspec.prediction_type; else it is taken for eps.
-        vae: a file or folder with another VAE.
+        v_parameterization: whether the U-Net puts out v; None is what the folder's scheduler or the file says, see
+            `library.models.prediction`. A tensor ztsnr in a file asks for a zero-terminal-SNR schedule.
+        vae: a file, folder or hub id with another VAE, in place of the model's own or where it has none.
         clip_skip: as sd-scripts means it: 1 is the last hidden state, 2 the last but one; None is the family's own.
         dtype: of U-Net and text encoders; and of the VAE unless its config says force_upcast.
 
     Raises:
         UserError: the path is missing or holds something else, or the options do not fit the model.
     """
-    path = _existing(path)
+    path = find_model(path)
     _check_family_name(family)
     logger.info("loading the model %s", path)
     load = _load_folder if path.is_dir() else _load_file
     with _foreign(path):
-        model = load(path, family, v_parameterization, dtype)
+        model = load(path, family, v_parameterization, vae, dtype)
         _check_scaling_factor(model.vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
-    if vae is not None:
-        _replace_vae(model, Path(vae))
     return model.freeze().to(device, dtype)
 
 
@@ -78,7 +76,7 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
     Raises:
         UserError: there is no VAE at the path, or it does not say its scaling factor and `family` is "auto".
     """
-    path = _existing(path)
+    path = find_model(path)
     _check_family_name(family)
     logger.info("loading the VAE of %s", path)
     with _foreign(path):
@@ -125,21 +123,12 @@ def _check_scaling_factor(vae: AutoencoderKL) -> None:
         raise ValueError(f"the scaling_factor of the VAE is {str(factor)[:40]}")
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"There is no file or folder {path}; models are loaded from local paths only, so download it first.")
-    return path
-
-
-def _replace_vae(model: DiffusionModel, path: Path) -> None:
-    model.vae = load_vae(path, family=model.spec.family)
-    channels, scaling_factor = model.vae.config["latent_channels"], model.vae.config["scaling_factor"]
-    if channels != model.spec.latent_channels:
-        raise UserError(
-            f"The VAE {path} has {channels} latent channels and the model {model.spec.latent_channels}; give a VAE made for it."
-        )
-    model.spec = dataclasses.replace(model.spec, scaling_factor=scaling_factor)
+def _other_vae(path: str | Path, family: Family) -> AutoencoderKL:
+    vae = load_vae(path, family=family.name)
+    channels = vae.config["latent_channels"]
+    if channels != (expected := single_file.bundled_config(family.name)["unet"]["in_channels"]):
+        raise UserError(f"The VAE {path} has {channels} latent channels and the model {expected}; give a VAE made for it.")
+    return vae
 
 
 def _check_family_name(family: str) -> None:
@@ -152,18 +141,21 @@ def _expect_family(found: Family, wanted: str, path: Path) -> None:
         raise UserError(f"{path} is a {found.title} model ({found.name}), but family {wanted!r} was given; leave it out or correct it.")
 
 
-def _load_folder(path: Path, wanted_family: str, v_parameterization: bool | None, dtype: torch.dtype) -> DiffusionModel:
+def _load_folder(
+    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype
+) -> DiffusionModel:
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
-    unet_config = _read_json(path / "unet" / "config.json", "the diffusers model is not complete")
-    family = _family_of_folder(index, unet_config, path)
+    family = _family_of_folder(index, path)
     _expect_family(family, wanted_family, path)
     scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
     schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
+    if v_parameterization is None:
+        warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
     unet = _component(UNet2DConditionModel, path / "unet", dtype)
-    vae = _component(AutoencoderKL, path / "vae", torch.float32)
+    vae = _component(AutoencoderKL, path / "vae", torch.float32) if vae_path is None else _other_vae(vae_path, family)
     text_encoders, tokenizers = [], []
     for slot in family.text_encoders:
         text_encoders.append(_component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
@@ -191,28 +183,39 @@ def _folder_name(path: Path) -> str:
     return repository.split("--")[-1] if in_cache else path.name
 
 
-def _family_of_folder(index: Mapping[str, Any], unet_config: Mapping[str, Any], path: Path) -> Family:
+def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
+    """By the pipeline's class, or by its parts where that is another: image to image and the like have the same as text to image."""
+    pipeline = index.get("_class_name")
+    titles = ", ".join(family.title for family in FAMILIES.values())
+    what = f"{path} holds a {pipeline}; the models that can be trained are {titles}."
+    if "unet" not in index:
+        raise UserError(what)
+    unet_config = _read_json(path / "unet" / "config.json", "the diffusers model is not complete")
     in_channels = unet_config.get("in_channels", 4)
     if in_channels != 4:
         raise UserError(f"The U-Net of {path} takes {in_channels} channels: an inpainting or editing model; give a text-to-image model.")
-    has_linear_projection = unet_config.get("use_linear_projection", False)
-    pipeline_class = SAME_PIPELINES.get(index.get("_class_name", ""), index.get("_class_name"))
-    for family in FAMILIES.values():
-        if family.pipeline_class == pipeline_class and family.linear_projection == has_linear_projection:
+    if unet_config.get("class_embed_type") is not None:
+        raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image model.")
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1] is not None}
+    encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+    candidates = [family for family in FAMILIES.values() if family.linear_projection == unet_config.get("use_linear_projection", False)]
+    for family in [family for family in candidates if family.pipeline_class == pipeline] or candidates:
+        if {slot.folder: slot.class_name for slot in family.text_encoders} == encoders and parts.get("vae") == "AutoencoderKL":
             return family
-    titles = ", ".join(family.title for family in FAMILIES.values())
-    raise UserError(f"{path} holds a {index.get('_class_name')}; the models that can be trained are {titles}.")
+    raise UserError(what)
 
 
 def _component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """One part of a diffusers folder; the fp16 variant when there is no other."""
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if not weights:
-        raise UserError(f"{folder} has no weights (*.safetensors or *.bin); the diffusers model is not complete.")
-    variant = "fp16" if all(".fp16." in file.name for file in weights) else None
+    """One part of a diffusers folder, from the weights that are best to take."""
+    weights = choose_weights(file.name for file in folder.glob("*"))
+    if weights is None:
+        raise UserError(
+            f"{folder} has no weights (*.safetensors or *.bin), or not all of their parts; the diffusers model is not complete."
+        )
     _check_sizes(_read_json(folder / "config.json", "the diffusers model is not complete"), folder / "config.json")
     try:
-        return cls.from_pretrained(folder, torch_dtype=dtype, variant=variant, local_files_only=True)
+        options = {"variant": weights.variant, "use_safetensors": weights.use_safetensors}
+        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         if "weights_only" in reason:  # torch's own words advise to turn its guard off
@@ -244,13 +247,15 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _load_file(path: Path, wanted_family: str, v_parameterization: bool | None, dtype: torch.dtype) -> DiffusionModel:
+def _load_file(
+    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype
+) -> DiffusionModel:
     tensors, metadata = single_file.read_tensors(path)
     family = single_file.detect_family(tensors, path)
     _expect_family(family, wanted_family, path)
     bundled = single_file.bundled_config(family.name)
     if v_parameterization is None:
-        v_parameterization = "v_pred" in tensors or metadata.get("modelspec.prediction_type") == "v"
+        v_parameterization = predicts_v(tensors, metadata, family.name, path.name)
     scheduler_config = _with_prediction_type(bundled["scheduler"], v_parameterization)
     if "ztsnr" in tensors:  # only trailing steps begin at the timestep where the SNR is zero; arXiv 2305.08891, section 3.3
         scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -258,7 +263,7 @@ def _load_file(path: Path, wanted_family: str, v_parameterization: bool | None, 
 
     unet_config = single_file.unet_config(tensors, family) | bundled.get(schedule.prediction_type, {}).get("unet", {})
     unet = single_file.build_unet(tensors, unet_config, dtype, path)
-    vae = single_file.build_vae(tensors, family.name, path)
+    vae = single_file.build_vae(tensors, family.name, path) if vae_path is None else _other_vae(vae_path, family)
     return family.model_class(
         spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
         schedule=schedule,

@@ -37,12 +37,12 @@ def bundled_config(family: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or .ckpt file by name, and its metadata (safetensors only).
+    """All tensors of a checkpoint file by name, and its metadata (safetensors only). ComfyUI's scaled fp8 is multiplied out.
 
     Raises:
         UserError: the file cannot be read; it holds no tensors; another ending.
     """
-    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
+    if path.suffix.lower() not in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"{path} does not end in .safetensors or .ckpt; give a checkpoint file or the folder of a diffusers model.")
     try:
         content, metadata = load_tensors(path)
@@ -51,7 +51,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name; give a Stable Diffusion checkpoint.")
-    return tensors, metadata
+    return _unscaled(tensors), metadata
+
+
+def _unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ComfyUI's scaled fp8 as float32: weights times their scale. Others as they are."""
+    scales = {name.rpartition(".")[0]: scale for name, scale in tensors.items() if name.endswith((".scale_weight", ".weight_scale"))}
+    if not scales:
+        return tensors
+    result = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and layer in scales:
+            scale = scales[layer].float()
+            tensor = tensor.float() * scale.reshape(scale.shape + (1,) * (tensor.ndim - scale.ndim) if scale.numel() > 1 else ())
+        if kind not in ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "scaled_fp8"):
+            result[name] = tensor
+    return result
 
 
 def detect_family(tensors: StateDict, path: Path) -> Family:
@@ -62,8 +78,13 @@ def detect_family(tensors: StateDict, path: Path) -> Family:
     """
     if any(".lora_" in name or name.startswith(("lora_", "lycoris_")) for name in tensors):
         raise UserError(f"{path} is a LoRA, not a model; give the checkpoint that the LoRA is to be trained for.")
+    for name, what in (("edm_mean", "Playground v2.5"), ("edm_vpred.sigma_max", "a CosXL model")):
+        if name in tensors:
+            raise UserError(f"{path} is {what}, whose noise schedule (EDM) is another than Stable Diffusion's; give another model.")
     conv_in = tensors.get(UNET_PREFIX + "input_blocks.0.0.weight")
     if conv_in is None:
+        if any(name.startswith("down_blocks.") for name in tensors):
+            raise UserError(f"{path} is the U-Net of a diffusers model alone; give the folder of the whole model.")
         raise UserError(f"{path} has no Stable Diffusion U-Net ({UNET_PREFIX}...); give a whole SD1, SD2 or SDXL checkpoint.")
     if conv_in.shape[1] != 4:
         raise UserError(
@@ -72,7 +93,11 @@ def detect_family(tensors: StateDict, path: Path) -> Family:
     # the family with the most text encoders first: what an SD1 file has, another may have besides
     for family in sorted(FAMILIES.values(), key=lambda family: -len(family.text_encoders)):
         if all(any(name.startswith(slot.prefix) for name in tensors) for slot in family.text_encoders):
+            if UNET_PREFIX + "label_emb.0.0.weight" in tensors and len(family.text_encoders) == 1:
+                raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image checkpoint.")
             return family
+    if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
+        raise UserError(f"{path} is the refiner of SDXL, which goes on from pictures of the base; give the base model.")
     raise UserError(f"{path} has a U-Net but not the text encoders of SD1, SD2 or SDXL; give a whole checkpoint.")
 
 
@@ -84,6 +109,10 @@ def _count(names: StateDict, pattern: str) -> int:
 def unet_config(tensors: StateDict, family: Family) -> dict[str, Any]:
     """The config of the U-Net whose tensors these are."""
     names = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
+    if "middle_block.1.proj_in.weight" not in names:
+        raise UserError(
+            "The U-Net has no attention in its middle: a cut-down model (SSD-1B and the like), which is loaded from a diffusers folder."
+        )
     num_downsamplers = _count(names, r"input_blocks\.(\d+)\.0\.op\.weight")
     layers = (_count(names, r"input_blocks\.(\d+)\.") - 1 - num_downsamplers) // (num_downsamplers + 1)
     first_of_level = [(layers + 1) * level + 1 for level in range(num_downsamplers + 1)]

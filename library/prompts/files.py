@@ -58,12 +58,10 @@ class PromptOptions:
         check_at_least(self, 0, "keep_tokens")
         if not 0 <= self.caption_tag_dropout_rate < 1:
             raise UserError(f"caption_tag_dropout_rate is {self.caption_tag_dropout_rate}; it must be from 0 to below 1")
-        if self.varies_tags and self.prompt_format != "danbooru":
-            raise UserError("shuffle_caption and caption_tag_dropout_rate are for tags; set prompt_format to danbooru, or leave them out")
 
     @property
     def varies_tags(self) -> bool:
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+        return self.prompt_format == "danbooru" and (self.shuffle_caption or self.caption_tag_dropout_rate > 0)
 
 
 def load_prompts(path: str | Path, options: PromptOptions | None = None, generator: torch.Generator | None = None) -> list[PromptSpec]:

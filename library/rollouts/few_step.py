@@ -1,7 +1,7 @@
 """Bases that were distilled to draw in a few steps: how to tell one, how to sample it, and what to say when the settings do not fit it.
 
 The figures are those of the models' own pages: SDXL-Turbo and SD-Turbo (arXiv 2311.17042), LCM (2310.04378), SDXL-Lightning (2402.13929),
-Hyper-SD (2404.13686), DMD2 (2405.14867).
+Hyper-SD (2404.13686), DMD2 (2405.14867), PCM (2405.18407), SDXL Flash (huggingface.co/sd-community/sdxl-flash).
 """
 
 import logging
@@ -84,11 +84,25 @@ LIGHTNING = FewStepBase(
     name="Lightning", num_steps=4, min_steps=2, max_steps=8, sampler="euler", samplers=("euler", "ddim"), spacing="trailing"
 )
 HYPER = FewStepBase(name="Hyper-SD", num_steps=8, min_steps=2, max_steps=12, sampler="ddim", samplers=("ddim", "euler"), spacing="trailing")
+PCM = FewStepBase(name="PCM", num_steps=4, min_steps=2, max_steps=16, sampler="ddim", samplers=("ddim", "euler"), spacing="trailing")
+FLASH = FewStepBase(
+    name="SDXL Flash",
+    num_steps=7,
+    min_steps=6,
+    max_steps=9,
+    guidance_scale=3.0,
+    max_guidance_scale=3.5,
+    sampler="dpmpp_2m",
+    samplers=("dpmpp_2m", "euler_a"),  # its page names DPM++ SDE
+    spacing="trailing",
+)
 
 # What a file's or folder's name says, in lower case with CamelCase split. "hyper" also begins "hyper realism", so it needs company.
 _NAMES = (
     (r"lightning", LIGHTNING),
-    (r"(?<![a-z])hyper([-_ ]?(sd|\d+[-_ ]?step)|\.|$)", HYPER),
+    (r"(?<![a-z])hyper([-_ ]?(sd|xl|vae|baked|\d+[-_ ]?step)|[-_]?\d*\.|$)", HYPER),
+    (r"(?<![a-z])pcm(?![a-z])", PCM),
+    (r"(sdxl|xl)[-_ ]?flash(?![a-z])", FLASH),
     (r"(?<![a-z])dmd2?(?![a-z])", DMD2),
     (r"(?<![a-z])lcm(?![a-z])", LCM),
     (r"turbo", TURBO),
@@ -126,12 +140,14 @@ def detect(model: DiffusionModel) -> FewStepBase | None:
 
 
 def _variant(base: FewStepBase, name: str) -> FewStepBase:
-    """The base with what its name says besides: the number of steps, and for Hyper-SD whether it kept guidance."""
+    """The base with what its name says besides: the number of steps, and for Hyper-SD and PCM whether it kept guidance."""
     found = re.search(r"(\d+)[-_ ]?steps?", name)
-    if base.name not in (LIGHTNING.name, HYPER.name):
+    if base.name not in (LIGHTNING.name, HYPER.name, PCM.name):
         return base
     if base.name == HYPER.name and "cfg" in name:
         base = replace(base, guidance_scale=5.0, max_guidance_scale=8.0)
+    if base.name == PCM.name and re.search(r"normal[-_ ]?cfg", name):
+        base = replace(base, guidance_scale=7.5, max_guidance_scale=9.0)
     if found is None:
         return base
     num_steps = int(found[1])

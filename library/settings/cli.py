@@ -7,7 +7,6 @@ decoration. No option is required by the parser: `--config_file x.toml` alone is
 import argparse
 import contextlib
 import itertools
-import json
 import logging
 import os
 import sys
@@ -15,20 +14,28 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.settings.options import Option, construct, nearest, options, resolve
+from library.settings.options import Option, construct, nearest, options, resolve, warn_unused
 from library.settings.removed import REMOVED
-from library.settings.sd_scripts_keys import REPLACEMENTS, SAME, UNUSED, translate
-from library.settings.toml_files import key_lines, read_toml
+from library.settings.sd_scripts_keys import REPLACEMENTS, SAME, SEVERAL_WORDS, UNUSED, translate
+from library.settings.toml_files import config_path, key_lines, read_toml, to_toml, write_config_file
 
 ConfigT = TypeVar("ConfigT")
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None, *, description: str | None = None) -> ConfigT:
+def parse_config(
+    config_class: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    check: Callable[[ConfigT], object] | None = None,
+) -> ConfigT:
     """Read a script's config from its command line.
 
     `--output_config FILE` writes the settings to a new file and `--dry_run` checks and prints them; both then end the program.
@@ -38,37 +45,56 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None,
         config_class: a frozen dataclass of concerns (see `library.settings.options`).
         argv: the words after the program's name; None takes the program's own.
         description: first words of `--help`.
+        defaults: other sets of defaults, for `--defaults NAME`.
+        check: what `--dry_run` does after printing: all that a run does before it trains.
 
     Raises:
-        UserError: anything wrong on the command line or in the file.
+        UserError: anything wrong on the command line or in the file, or what `check` finds.
         SystemExit: with code 0, after --help, --help all, --output_config and --dry_run.
     """
     table = options(config_class)
-    parser = make_parser(table, description)
+    parser = make_parser(table, description, sets=defaults)
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help_all" in words or ("--help", "all") in itertools.pairwise(words):
-        make_parser(table, description, experts=True).print_help()
+        make_parser(table, description, experts=True, sets=defaults).print_help()
         raise SystemExit(0)
     known, rest = parser.parse_known_args(words)
     on_command_line = vars(known)
     config_file = on_command_line.pop("config_file", None)
     output_config = on_command_line.pop("output_config", None)
     dry_run = on_command_line.pop("dry_run", False)
+    if output_config == "":  # the switch of sd-scripts, which writes the config file
+        if config_file is None:
+            raise UserError("--output_config names no file: write --output_config FILE, or --config_file FILE --output_config")
+        output_config, config_file = config_file, None
     on_command_line |= _unknown_to_argparse(rest, table)
 
     in_file = read_config_file(config_file, table) if config_file is not None else {}
     in_file = {name: value for name, value in in_file.items() if SAME.get(name) not in on_command_line}
+    base = _chosen(on_command_line.pop("defaults", in_file.pop("defaults", None)), defaults)
     given = translate(in_file | on_command_line, table)
     lines = key_lines(config_path(config_file)) if config_file is not None else {}
-    resolved = resolve(config_class, given, {name: line for name, line in lines.items() if name not in on_command_line})
+    resolved = resolve(config_class, {**base, **given}, {name: line for name, line in lines.items() if name not in on_command_line})
+    warn_unused(config_class, resolved, given)
     if output_config is not None:
         write_config_file(output_config, table, resolved)
         raise SystemExit(0)
-    config = construct(config_class, resolved, given)
+    config = construct(config_class, resolved)
     if dry_run:
-        print(to_toml(table, resolved), end="")
+        print(to_toml(table, resolved), end="", flush=True)
+        if check is not None:
+            check(config)
         raise SystemExit(0)
     return config
+
+
+def _chosen(name: object, sets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if name is None:
+        return {}
+    if name not in sets:
+        known = f"it must be one of {', '.join(sets)}" if sets else "this script has one set of them"
+        raise UserError(f"defaults is {name!r}, but {known}")
+    return sets[str(name)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,11 +104,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def make_parser(table: Mapping[str, Option], description: str | None = None, *, experts: bool = False) -> argparse.ArgumentParser:
+def make_parser(
+    table: Mapping[str, Option],
+    description: str | None = None,
+    *,
+    experts: bool = False,
+    sets: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> argparse.ArgumentParser:
     """A parser for the options and the engine's own. Values stay text, and options that were not given are left out.
 
     Args:
         experts: whether its help shows the expert settings; they are accepted either way.
+        sets: other sets of defaults, by name.
     """
     hidden = 0 if experts else sum(entry.expert for entry in table.values())
     more = f"--help all shows {hidden} more settings." if hidden else None
@@ -90,8 +123,19 @@ def make_parser(table: Mapping[str, Option], description: str | None = None, *, 
     files = parser.add_argument_group("config file")
     files.add_argument("-h", "--help", action="help", help="Show this and exit; --help all, or --help_all: with the expert settings.")
     files.add_argument("--config_file", metavar="FILE", help="TOML file to take settings from; .toml is appended if missing.")
-    files.add_argument("--output_config", metavar="FILE", help="Write the settings to this new TOML file and exit.")
-    files.add_argument("--dry_run", action="store_true", help="Check the settings, print them as TOML and exit.")
+    files.add_argument(
+        "--output_config",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="Write the settings to this new TOML file, or to config_file, and exit.",
+    )
+    files.add_argument(
+        "--dry_run", action="store_true", help="Print the settings as TOML, check all that can be checked before training, and exit."
+    )
+    if sets:
+        choices = "{" + ",".join(sets) + "}"
+        files.add_argument("--defaults", metavar=choices, help="Other defaults for what is not set; also a key of the file.")
     groups: dict[str, Any] = {}
     for entry in table.values():
         if entry.item_type is dict:
@@ -103,15 +147,10 @@ def make_parser(table: Mapping[str, Option], description: str | None = None, *, 
             arguments["action"] = argparse.BooleanOptionalAction
         else:
             arguments["metavar"] = "{" + ",".join(entry.choices) + "}" if entry.choices is not None else entry.item_type.__name__.upper()
-            if entry.container is not None:
+            if entry.container is not None or entry.name in SEVERAL_WORDS:
                 arguments["nargs"] = "*"
         groups[entry.section].add_argument(f"--{entry.name}", **arguments)
     return parser
-
-
-def config_path(name: str | Path) -> Path:
-    path = Path(name).expanduser()
-    return path if path.suffix == ".toml" else path.with_name(path.name + ".toml")
 
 
 def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str, Any]:
@@ -137,39 +176,6 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
                 raise UserError(f"config_file {path} gives {key} twice: {values[key]!r} in {section_of[key]} and {value!r} in {where}")
             values[key], section_of[key] = value, where
     return values
-
-
-def to_toml(table: Mapping[str, Option], resolved: Mapping[str, Any]) -> str:
-    """All settings but the secret ones as a TOML file: a section per concern; what is not set, or not read, as a comment."""
-    lines: list[str] = []
-    section = None
-    for entry in table.values():
-        if entry.secret:
-            continue
-        if entry.section != section:
-            section = entry.section
-            lines += [*([""] if lines else []), f"[{section}]"]
-        value = resolved[entry.name]
-        if value is None:
-            lines.append(f"# {entry.name} =")
-        elif entry.is_read(resolved):
-            lines.append(f"{entry.name} = {_toml_value(value)}")
-        else:
-            lines.append(f"# {entry.name} = {_toml_value(value)}  # {entry.condition}")
-    return "\n".join(lines) + "\n"
-
-
-def write_config_file(name: str | Path, table: Mapping[str, Option], resolved: Mapping[str, Any]) -> Path:
-    """Write the settings to a new file (".toml" is appended if missing). UserError when it exists or cannot be written."""
-    path = config_path(name)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(to_toml(table, resolved))
-    except FileExistsError as error:
-        raise UserError(f"output_config {path} exists already; give a new file name") from error
-    except OSError as error:
-        raise UserError(f"output_config {path} cannot be written: {error.strerror}") from error
-    return path
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -258,16 +264,3 @@ def _help(entry: Option) -> str:
     if entry.default not in (None, "", (), []) and not entry.secret:
         default = f" (default: {str(entry.default).lower() if isinstance(entry.default, bool) else entry.default})"
     return (entry.help + default).replace("%", "%%")
-
-
-def _toml_value(value: object) -> str:
-    # not the package toml: its writer breaks text that holds a backslash and an x, and it has no comments for what is not set
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON string is a TOML string, but for DEL

@@ -143,13 +143,15 @@ def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
         UserError: an unknown name, a value of the wrong type or outside its choices, or a concern's own check.
     """
     values = translate(values, options(config_class))
-    return construct(config_class, resolve(config_class, values), values)
+    resolved = resolve(config_class, values)
+    warn_unused(config_class, resolved, values)
+    return construct(config_class, resolved)
 
 
 def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Every option's value, coerced to its type and checked against its choices; the concerns' own checks are not run.
 
-    Options of sd-scripts that are not ours are left out, with one warning that names them all.
+    Options of sd-scripts that are not ours are left out; `warn_unused` names them.
 
     Args:
         lines: the line of each of `values` that is from a file, for messages.
@@ -162,7 +164,6 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
     if gone := [f"{name} ({REMOVED[name]})" for name in values if name in REMOVED and name not in table]:
         mistakes.append(f"these settings are gone: {', '.join(gone)}; leave them out")
     result = {name: entry.default for name, entry in table.items()}
-    ignored = []
     for name, value in values.items():
         where = f" (line {lines[name]})" if lines and name in lines else ""
         if name in table:
@@ -170,27 +171,30 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
                 result[name] = coerce(table[name], value)
             except UserError as error:
                 mistakes.append(f"{error}{where}")
-        elif name in UNUSED or name in REPLACEMENTS:
-            ignored.append(f"{name} ({REPLACEMENTS[name]})" if name in REPLACEMENTS else name)
-        elif name not in REMOVED:
+        elif name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
             mistakes.append(f"unknown option {name!r}{where}{_did_you_mean(name, table)}; --help lists the options")
     if mistakes:
         raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
-    if ignored:
-        logger.warning("these options of sd-scripts do nothing here: %s", ", ".join(ignored))
     return result
 
 
-def construct(config_class: type[ConfigT], resolved: Mapping[str, Any], given: Collection[str] = ()) -> ConfigT:
-    """Fill the concerns with what `resolve` returned, which runs their checks; warn of those `given` that nothing reads."""
+def warn_unused(config_class: type, resolved: Mapping[str, Any], given: Mapping[str, object]) -> None:
+    """Name in one warning all that was given and does nothing: options of sd-scripts that are not ours, and what nothing reads."""
+    table = options(config_class)
+    foreign = [name for name, value in given.items() if name not in table and value not in (None, "")]
+    unused = [f"{name} ({REPLACEMENTS[name]})" if name in REPLACEMENTS else name for name in foreign]
+    unused += [f"{entry.name} ({entry.condition})" for entry in _unread(table, resolved, given)]
+    if unused:
+        logger.warning("these settings do nothing here: %s", ", ".join(unused))
+
+
+def construct(config_class: type[ConfigT], resolved: Mapping[str, Any]) -> ConfigT:
+    """Fill the concerns with what `resolve` returned, which runs their checks."""
     sections = {
         section: concern(**{field.name: resolved[field.name] for field in dataclasses.fields(concern)})
         for section, concern in _concerns(config_class).items()
     }
-    config = config_class(**sections)
-    if unread := [f"{entry.name} ({entry.condition})" for entry in _unread(options(config_class), resolved, given)]:
-        logger.warning("these settings are given and not used: %s", ", ".join(unread))
-    return config
+    return config_class(**sections)
 
 
 def coerce(entry: Option, value: object) -> Any:
@@ -199,7 +203,7 @@ def coerce(entry: Option, value: object) -> Any:
     Raises:
         UserError: naming the option, the value and what is expected.
     """
-    if value is None or value == "":
+    if value is None or value == "" or (value is False and entry.optional and entry.item_type is not bool):  # "resume = false"
         if entry.optional:
             return None
         if entry.container is None and entry.item_type is not str:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from library.errors import UserError
 
 WORD_LISTS = ("optimizer_args", "lr_scheduler_args", "network_args")
+ZERO_IS_UNSET = ("save_every_n_steps", "save_last_n_steps", "sample_every_n_steps", "scale_weight_norms", "min_snr_gamma")
+SEVERAL_WORDS = ("text_encoder_lr",)  # there a list, one for each text encoder
 LOG_ARGS = ("log_prefix", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 
 SAME: Mapping[str, str] = {"dataset_config": "train_data_file", "train_data_file": "dataset_config"}
@@ -21,6 +23,7 @@ REPLACEMENTS: Mapping[str, str] = {
     "optimizer": "use optimizer_type",
     "network_train_text_encoder": "use network_train_unet_only = false",
     "lr_warmup": "use lr_warmup_steps",
+    "lr_restart_cycles": 'use lr_scheduler_args = ["num_cycles=..."]',
     "sample_batch_size": "it follows the size of the latents",
     "max_train_epochs": "use max_train_steps",
     "save_every_n_epochs": "use save_every_n_steps",
@@ -28,9 +31,8 @@ REPLACEMENTS: Mapping[str, str] = {
     "sample_every_n_epochs": "use sample_every_n_steps",
     "use_8bit_adam": 'use optimizer_type = "AdamW8bit"',
     "use_lion_optimizer": 'use optimizer_type = "Lion"',
-    "lr_scheduler_type": "give the dotted class name as lr_scheduler",
     "lr_decay_steps": "only warmup_stable_decay decays over steps of its own",
-    "lr_scheduler_timescale": 'use lr_scheduler_args = ["timescale=..."]',
+    "lr_scheduler_timescale": "only inverse_sqrt has a timescale",
     "lr_scheduler_min_lr_ratio": "only cosine_with_min_lr and warmup_stable_decay have a lowest rate",
     "mem_eff_attn": "use xformers",
     "full_fp16": 'use mixed_precision = "fp16"; the weights of the LoRA stay in float32',
@@ -60,7 +62,7 @@ ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph deepspeed cpu_offload_c
 noise_offset noise_offset_random_strength multires_noise_iterations multires_noise_discount ip_noise_gamma
 ip_noise_gamma_random_strength adaptive_noise_scale min_timestep max_timestep loss_type huber_schedule huber_c huber_scale
 min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss weighted_captions masked_loss
-skip_until_initial_step initial_epoch initial_step prior_loss_weight training_mode
+skip_until_initial_step initial_epoch initial_step lr_scheduler_type prior_loss_weight training_mode
 validation_seed validation_split validate_every_n_steps validate_every_n_epochs max_validation_steps
 
 sample_prompts sample_sampler sample_at_first sample_every_n_steps
@@ -138,6 +140,8 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         value = result.pop(name)
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
+    for name in [name for name in ZERO_IS_UNSET if str(result.get(name)) in ("0", "0.0")]:
+        result[name] = None
     for name, usual in (("sdpa", ("", "true")), ("save_model_as", ("safetensors",))):
         if name in result and name not in known and (text := take(name)).lower() not in usual:
             result[name] = text
@@ -155,12 +159,15 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         result[name] = [word for text in given for word in re.split(r"\s+(?=\w+=)", str(text).strip())]
     rates = result.get("text_encoder_lr")
     if isinstance(rates, (list, tuple)) and rates:  # one for each encoder
-        if len(set(map(str, rates))) > 1:
+        trained = result.get("network_train_unet_only", True) in (False, "false") or "network_train_text_encoder_only" in result
+        if trained and len(set(map(str, rates))) > 1:
             raise UserError(f"text_encoder_lr is {list(rates)}, but all text encoders have one learning rate here; give one number")
         result["text_encoder_lr"] = rates[0]
     warmup = result.get("lr_warmup_steps")
     if isinstance(warmup, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", warmup):
         result["lr_warmup_steps"] = float(warmup.strip().rstrip("% ")) / 100
+    if "lr_scheduler_type" in result and "lr_scheduler" in known and (text := take("lr_scheduler_type")):
+        result["lr_scheduler"] = text
     schedule = str(result.get("lr_scheduler", "")).lower()
     if result.get("lr_decay_steps") not in (None, "", 0) and schedule == "warmup_stable_decay":
         _put_before(result, "lr_scheduler_args", f"num_decay_steps={take('lr_decay_steps')}")
@@ -175,7 +182,9 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         _put_before(result, "lr_scheduler_args", f"num_cycles={waves}")
     if "lr_scheduler_power" in result and schedule == "polynomial":
         _put_before(result, "lr_scheduler_args", f"power={take('lr_scheduler_power')}")
-    if "log_args" in known:
+    if "lr_scheduler_timescale" in result and schedule == "inverse_sqrt" and (text := take("lr_scheduler_timescale")):
+        _put_before(result, "lr_scheduler_args", f"timescale={text}")
+    if "log_args" in known and (result.get("log_with") or result.get("logging_dir")):
         for name in [name for name in LOG_ARGS if name in result]:
             if text := take(name):
                 _put_before(result, "log_args", f"{name}={text}")

@@ -3,7 +3,7 @@
 The engine that fills them is in `library.settings.options`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.errors import UserError
@@ -92,7 +92,7 @@ class OptimizerConfig:
     lr_scheduler: str = option(
         "constant",
         help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, "
-        "warmup_stable_decay, adafactor, or pkg.module.Class.",
+        "warmup_stable_decay, piecewise_constant, adafactor, a class of torch.optim.lr_scheduler, or pkg.module.Class.",
     )
     lr_scheduler_args: tuple[str, ...] = option((), help='Arguments of the schedule, "key=value" each, e.g. num_cycles=2.', expert=True)
     lr_warmup_steps: float = option(0, help="Steps over which the learning rate rises from 0; below 1, a share of all steps.", expert=True)
@@ -121,7 +121,7 @@ class TrainingConfig:
     )
     xformers: bool = option(False, help="Use xformers' memory-efficient attention in place of torch's own.")
     torch_compile: bool = option(False, help="Compile the U-Net with torch.compile.", expert=True)
-    seed: int = option(0, help="Seed of every random draw of the run.")
+    seed: int | None = option(None, help="Seed of every random draw of the run; not set: another one each time, which the log names.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.", expert=True)
 
     def __post_init__(self) -> None:
@@ -139,6 +139,9 @@ class RunFilesConfig:
     save_last_n_steps: int | None = option(
         None, help="Delete files that save_every_n_steps wrote more than so many steps ago.", expert=True, only_with="save_every_n_steps"
     )
+    save_last_n_steps_state: int | None = option(
+        None, help="The same for the states that save_state wrote; not set: save_last_n_steps.", expert=True, only_with="save_state"
+    )
     save_state: bool = option(False, help="Save the whole training state, for resume, beside every saved file.")
     save_state_on_train_end: bool = option(False, help="Save the training state at the end.", expert=True)
     resume: Path | None = option(
@@ -154,6 +157,7 @@ class RunFilesConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
+        check_at_least(self, 0, "save_last_n_steps_state")
         object.__setattr__(self, "output_name", output_stem(self.output_name))
         if self.save_last_n_steps is not None and self.save_every_n_steps is None:
             raise UserError("save_last_n_steps is set without save_every_n_steps; say how often to save")
@@ -165,8 +169,35 @@ class SavingConfig(RunFilesConfig):
 
     output_name: str = option("slider", help="File name of the result, without its extension.")
     save_precision: str = option("fp16", choices=("fp16", "bf16", "float"), help="Precision of the saved weights.", expert=True)
+    initial_step: int | None = option(
+        None,
+        help="Count the updates from here, after those of an earlier run; with resume, in place of the state's own count.",
+        expert=True,
+    )
     no_metadata: bool = option(False, help="Leave out the metadata that is not needed to load the file.", expert=True)
     training_comment: str | None = option(None, help="A comment for the metadata.", expert=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "initial_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataConfig:
+    """What the LoRA file says of itself besides how it was made, as https://github.com/Stability-AI/ModelSpec has it."""
+
+    metadata_title: str | None = option(None, help="Title; not set: output_name.", expert=True)
+    metadata_author: str | None = option(None, help="Author.", expert=True)
+    metadata_description: str | None = option(None, help="Description.", expert=True)
+    metadata_license: str | None = option(None, help="Licence.", expert=True)
+    metadata_tags: str | None = option(None, help="Tags, parted by commas.", expert=True)
+    metadata_merged_from: str | None = option(None, help="What the model was merged from, parted by commas.", expert=True)
+
+    @property
+    def modelspec(self) -> dict[str, str]:
+        """What is set, under ModelSpec's names without their prefix."""
+        values = {field.name.removeprefix("metadata_"): getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
-"""Reading TOML files, with what is wrong in them said in plain words."""
+"""TOML files: read, with what is wrong in them said in plain words, and written from settings."""
 
+import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.settings.options import Option
 
 _CURLY_QUOTES = "“”„‟‘’‚‛«»"
 _ESCAPE = "a backslash in double quotes begins an escape; write the path with / or in single quotes"
@@ -42,6 +45,44 @@ def key_lines(path: Path) -> dict[str, int]:
     lines = re.split(r"\r?\n", path.read_text(encoding="utf-8-sig"))
     matches = ((re.match(r"""\s*["']?([\w-]+)["']?\s*=""", line), number) for number, line in enumerate(lines, start=1))
     return {match[1]: number for match, number in matches if match}
+
+
+def config_path(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    return path if path.suffix == ".toml" else path.with_name(path.name + ".toml")
+
+
+def to_toml(table: Mapping[str, Option], resolved: Mapping[str, Any]) -> str:
+    """All settings but the secret ones as a TOML file: a section per concern; what is not set, or not read, as a comment."""
+    lines: list[str] = []
+    section = None
+    for entry in table.values():
+        if entry.secret:
+            continue
+        if entry.section != section:
+            section = entry.section
+            lines += [*([""] if lines else []), f"[{section}]"]
+        value = resolved[entry.name]
+        if value is None:
+            lines.append(f"# {entry.name} =")
+        elif entry.is_read(resolved):
+            lines.append(f"{entry.name} = {_toml_value(value)}")
+        else:
+            lines.append(f"# {entry.name} = {_toml_value(value)}  # {entry.condition}")
+    return "\n".join(lines) + "\n"
+
+
+def write_config_file(name: str | Path, table: Mapping[str, Option], resolved: Mapping[str, Any]) -> Path:
+    """Write the settings to a new file (".toml" is appended if missing). UserError when it exists or cannot be written."""
+    path = config_path(name)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(to_toml(table, resolved))
+    except FileExistsError as error:
+        raise UserError(f"output_config {path} exists already; give a new file name") from error
+    except OSError as error:
+        raise UserError(f"output_config {path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def _explain(message: str, lines: list[str]) -> tuple[int, str]:
@@ -89,3 +130,16 @@ def _last_statement(lines: list[str]) -> int:
             continue
         return count + 1
     return 1
+
+
+def _toml_value(value: object) -> str:
+    # not the package toml: its writer breaks text that holds a backslash and an x, and it has no comments for what is not set
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON string is a TOML string, but for DEL

@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from library.atomic_files import atomic_write_bytes, check_outputs, expendable, remove_unfinished
@@ -45,6 +47,7 @@ class SliderFiles(RunFiles):
         size: (height, width) of the training pictures.
         model: where the model came from.
         timesteps: (lowest, highest) that were trained on; None for all.
+        modelspec: more `modelspec.` metadata: author, license and the like.
     """
 
     endings = RunFiles.endings + r"|(\.metadata)?\.json|\.preview\.png|_calibration\.png"
@@ -58,10 +61,11 @@ class SliderFiles(RunFiles):
         training: dict[str, Any],
         model: ModelConfig | None = None,
         timesteps: tuple[int, int] | None = None,
+        modelspec: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(saving)
         self.saving, self.network, self.spec, self.size, self.training = saving, network, spec, size, training
-        self.model, self.timesteps = model, timesteps
+        self.model, self.timesteps, self.modelspec = model, timesteps, modelspec
         self.started_at = time.time()
         self.slider_path = self.weights_path()
         self.calibration_path = saving.output_dir / f"{saving.output_name}_calibration.png"
@@ -167,6 +171,7 @@ class SliderFiles(RunFiles):
             "thumbnail": picture,
             "encoder_layer": None if clip_skip is None else str(clip_skip),
             "timestep_range": None if self.timesteps is None else "{},{}".format(*self.timesteps),
+            **self.modelspec,
         }
 
     def _model_files(self) -> dict[str, Any]:

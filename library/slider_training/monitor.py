@@ -67,6 +67,7 @@ class Monitor:
         judges: opinions that the training does not follow.
         num_steps: updates of the whole run.
         agree: what all processes of a run decide, of what this one does; one process decides alone.
+        sample_prompts: of the previews; none: some of `prompts`.
 
     Attributes:
         running: the gain that training shows of itself; None before the first observation and without a training score.
@@ -86,12 +87,13 @@ class Monitor:
         *,
         num_steps: int = 500,
         agree: Callable[[bool], bool] = bool,
+        sample_prompts: Sequence[PromptSpec] = (),
     ) -> None:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.config, self.judges, self.num_steps, self.agree = config, judges or Judges(), num_steps, agree
-        self.train_steps = sampling.num_steps
+        self.train_steps, self.sample_prompts = sampling.num_steps, sample_prompts
         if not prompts:
-            if config.sample_every_n_steps is not None or config.sample_at_first:
+            if config.previews and not sample_prompts:
                 raise UserError("there are no prompts to make previews of; give eval_prompts_file")
             if config.measure != "off":
                 logger.info("without prompts the slider is neither measured nor calibrated; eval_prompts_file gives some")
@@ -291,7 +293,7 @@ class Monitor:
     def preview(self, output_dir: Path, output_name: str, step: int) -> Path:
         """Write the grid of previews and return its path."""
         path = preview_path(output_dir, output_name, step)
-        prompts = spread(self.pictures.prompts, PREVIEW_PROMPTS)
+        prompts = self.sample_prompts or spread(self.pictures.prompts, PREVIEW_PROMPTS)
         write_preview(path, self.model, self.network, prompts, PREVIEW_WEIGHTS, self.pictures.sampling, self.encoder)
         return path
 

@@ -54,7 +54,18 @@ class MonitorConfig:
         only_with=MEASURED,
     )
     sample_every_n_steps: int | None = option(None, help="Write a grid of previews, at weights -1, 0 and 1, every so many steps.")
+    sample_prompts: str | None = option(
+        None,
+        help="Prompts of the previews, all of them; not set: four of those that are measured.",
+        only_with=("sample_every_n_steps", "sample_at_first"),
+        expert=True,
+    )
     sample_at_first: bool = option(False, help="Write a grid of previews before training, too.", expert=True)
+
+    @property
+    def previews(self) -> bool:
+        """Whether any are written."""
+        return self.sample_at_first or self.sample_every_n_steps is not None
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "evaluate_every_n_steps", "sample_every_n_steps")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
@@ -21,14 +23,15 @@ from library.prompts.files import PromptOptions, load_prompts, with_aspect_bucke
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
-from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
+from library.settings.shared import LoggingConfig, MetadataConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
-from library.slider_training.files import SliderFiles
+from library.slider_training.files import SliderFiles, SliderState
 from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.run_files import RunFiles
+from library.training.run_state import find_state
 from library.training.runtime import any_process, generator, weight_dtype
 from networks.lora import LoRANetwork
 
@@ -55,6 +58,7 @@ class LecoScoreConfig:
     monitor: MonitorConfig
     check: CheckConfig
     saving: SavingConfig
+    metadata: MetadataConfig
     logging: LoggingConfig
 
     @property
@@ -91,13 +95,31 @@ class SliderParts:
     shared: dict[str, Any]
 
 
+def settle(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig:
+    """The settings with what they leave open: the state that `resume = auto` finds, and the seed, of that state or drawn anew."""
+    from accelerate.utils import broadcast_object_list
+
+    folder, seed = find_state(config.saving.resume, config.saving.output_dir, config.saving.output_name), config.training.seed
+    if seed is None:
+        if folder is not None:
+            seed = SliderState.load(folder).shared.get("seed")
+        if type(seed) is not int:
+            (seed,) = broadcast_object_list([torch.Generator().seed() % 2**32])
+        if accelerator.is_main_process:
+            logger.info("seed %d: give it as seed to repeat this run", seed)
+    return replace(config, training=replace(config.training, seed=seed), saving=replace(config.saving, resume=folder))
+
+
 def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     """Load and build everything, in the order in which a user's mistake costs least. Raises UserError."""
     RunFiles(config.saving).check_outputs()
     seed = config.training.seed
+    assert seed is not None, "settle chooses one"
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
     prompts = load_prompts(file, config.prompts, generator(seed, "prompts")) if file else []
     eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
+    sample_file = config.monitor.sample_prompts
+    sample_prompts = load_prompts(sample_file, config.prompts) if sample_file and config.monitor.previews else []
     model = config.model.load(dtype=weight_dtype(accelerator.mixed_precision), device=accelerator.device)
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
@@ -140,7 +162,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         settings=config.parts,
     )
     terms = build_terms(context, config.objective)
-    encoder.encode_ahead(eval_prompts, sampling.size)
+    encoder.encode_ahead([*eval_prompts, *sample_prompts], sampling.size)
     if not config.network.trains_text_encoders and not encoder.encodes_late:
         model.free_text_encoders()
     monitor = Monitor(
@@ -154,6 +176,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         judges,
         num_steps=config.training.max_train_steps,
         agree=lambda wanted: any_process(wanted, accelerator),
+        sample_prompts=sample_prompts,
     )
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
@@ -167,6 +190,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         _training_metadata(config, accelerator.mixed_precision),
         model=config.model,
         timesteps=(scored.min_timestep, scored.max_timestep - 1) if "score" in terms else None,
+        modelspec=config.metadata.modelspec,
     )
     files.check_space(network, config.training.max_train_steps)
     return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))

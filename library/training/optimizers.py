@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import UserError
 from library.settings.options import key_value_pairs, nearest
@@ -78,6 +78,7 @@ for _name, _path in {
     "inverse_sqrt": "transformers.get_inverse_sqrt_schedule",
     "cosine_with_min_lr": "transformers.get_cosine_with_min_lr_schedule_with_warmup",
     "warmup_stable_decay": "transformers.get_wsd_schedule",
+    "piecewise_constant": "diffusers.optimization.get_piecewise_constant_schedule",
     "adafactor": "transformers.optimization.AdafactorSchedule",
 }.items():
     SCHEDULES.register(_name)(_path)
@@ -144,6 +145,15 @@ def create_scheduler(config: OptimizerConfig, optimizer: Optimizer, num_training
         raise UserError(f"lr_warmup_steps is {config.lr_warmup_steps}, but lr_scheduler {name} has no warmup; try constant_with_warmup")
     given = _parse_arguments("lr_scheduler_args", config.lr_scheduler_args)
     _check_arguments("lr_scheduler_args", given, f"lr_scheduler {name}", make)
+    decay = given.get("num_decay_steps")
+    if isinstance(decay, float):
+        given["num_decay_steps"] = _steps(decay, num_training_steps)
+    if num_warmup_steps > num_training_steps:
+        logger.warning(
+            "lr_warmup_steps is %d, but the run has %d steps, so the learning rate never gets to its height; lower lr_warmup_steps",
+            num_warmup_steps,
+            num_training_steps,
+        )
     kwargs = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
     kwargs = {key: value for key, value in kwargs.items() if key in accepted} | given
     try:
@@ -157,13 +167,33 @@ def create_scheduler(config: OptimizerConfig, optimizer: Optimizer, num_training
 
 def check_optimizer(config: OptimizerConfig, num_training_steps: int) -> None:
     """Refuse what `create_optimizer` and `create_scheduler` would refuse, before a model is loaded: make both for one number."""
-    create_scheduler(config, create_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]), num_training_steps)
+    logger.disabled = True  # what they warn of is said when they are made for the training
+    try:
+        create_scheduler(config, create_optimizer(config, [torch.nn.Parameter(torch.zeros(1))]), num_training_steps)
+    finally:
+        logger.disabled = False
 
 
 def warmup_steps(config: OptimizerConfig, num_training_steps: int) -> int:
     """lr_warmup_steps as a number of steps: below 1 it is a share of all steps."""
-    share = config.lr_warmup_steps
-    return math.floor(share * num_training_steps) if share < 1 else int(share)
+    return _steps(config.lr_warmup_steps, num_training_steps)
+
+
+def restart_schedule(scheduler: LRScheduler) -> None:
+    """After loading a state: give the optimizer the rate that this schedule, and not the saved one, has at its step.
+
+    They differ where the run has become longer. A schedule that steps from one rate to the next, as some classes of torch do, goes on from
+    the saved rate.
+    """
+    if isinstance(scheduler, LambdaLR):
+        rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _steps(given: float, num_training_steps: int) -> int:
+    return math.floor(given * num_training_steps) if given < 1 else int(given)
 
 
 def is_schedule_free(optimizer: object) -> bool:
@@ -209,6 +239,8 @@ def _schedule_path(given: str) -> tuple[str, str]:
         return name, SCHEDULES[name]
     if "." in given:
         return given, given
+    if hasattr(torch.optim.lr_scheduler, given):
+        return given, f"torch.optim.lr_scheduler.{given}"
     raise UserError(_unknown("lr_scheduler", given, SCHEDULES))
 
 

@@ -69,8 +69,9 @@ class RunFiles:
         path = state_path(saving.output_dir, saving.output_name, None if final else step)
         self.keep_earlier()
         state.save(path)
-        if not final and saving.save_last_n_steps is not None:
-            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=saving.save_last_n_steps, states=True)
+        last_n_steps = saving.save_last_n_steps if saving.save_last_n_steps_state is None else saving.save_last_n_steps_state
+        if not final and last_n_steps is not None:
+            prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=last_n_steps, states=True)
         return path
 
     def prune_weights(self, step: int) -> None:

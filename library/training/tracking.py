@@ -1,5 +1,6 @@
 """Numbers and pictures of a run: a JSON-lines file always, TensorBoard and wandb when asked, and the progress bar."""
 
+import importlib
 import json
 import logging
 import math
@@ -116,6 +117,19 @@ class Tracker:
         self.close()
 
 
+def check_trackers(config: LoggingConfig) -> None:
+    """Raise UserError if the package of a tracker that was asked for is missing."""
+    for name in config.trackers:
+        _tracker_package(name)
+
+
+def _tracker_package(name: str) -> Any:
+    try:
+        return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except ImportError as error:
+        raise UserError(f"log_with = {name} needs a package ({error}); try: pip install {name}") from error
+
+
 class JsonLinesSink:
     """One JSON object a line: {"step": 3, "time": 1700000000.0, "loss": 0.1}. Pictures are left out."""
 
@@ -144,11 +158,7 @@ class JsonLinesSink:
 
 class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
-        except ImportError as error:
-            raise UserError(f"log_with = tensorboard needs a package ({error}); try: pip install tensorboard") from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = _tracker_package("tensorboard").SummaryWriter(str(folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -163,10 +173,7 @@ class TensorBoardSink:
 
 class WandbSink:
     def __init__(self, config: LoggingConfig, folder: Path, settings: Mapping[str, object]) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise UserError(f"log_with = wandb needs a package ({error}); try: pip install wandb") from error
+        wandb = _tracker_package("wandb")
         if "wandb_api_key" in config.details:
             wandb.login(key=config.details["wandb_api_key"])
         folder.mkdir(parents=True, exist_ok=True)

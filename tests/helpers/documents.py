@@ -10,6 +10,7 @@ from library.prompts.entries import LINE_OPTIONS, UNUSED_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "docs" / "experiments.md"  # history: it may name what is gone
+OF_SD_SCRIPTS = ROOT / "docs" / "sd_scripts_options.md"  # generated: names of another program
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
 PACKAGES = ("library", "networks", "tools", "examples", "benchmarks")
 SOURCES = sorted([path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + list(ROOT.glob("*.py")))

@@ -49,6 +49,7 @@ def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
         "network_alpha": 2.0,
         "learning_rate": 1e-2,
         "max_train_steps": 2,
+        "seed": 0,
         "num_threads": torch.get_num_threads(),
         "save_precision": "float",
         "measure": "off",
@@ -62,7 +63,7 @@ def run(workplace: Path, output_dir: Path, **changes: Any) -> Path:
 
 def run_with_defaults(workplace: Path, output_dir: Path, **changes: Any) -> Path:
     """The defaults of the script, but for what is written beside the slider and these changes."""
-    kept = {"pretrained_model_name_or_path", "scorer", "prompts_file", "output_dir", "output_name", "num_threads"}
+    kept = {"pretrained_model_name_or_path", "scorer", "prompts_file", "output_dir", "output_name", "seed", "num_threads"}
     own = {name: value for name, value in settings(workplace, output_dir).items() if name in kept}
     return train(build(leco_score_config(), own | {"measure": "off"} | changes))
 

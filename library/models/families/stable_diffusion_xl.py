@@ -37,7 +37,7 @@ class SDXL(DiffusionModel):
         return output.hidden_states[-PENULTIMATE], getattr(output, "text_embeds", None)
 
     def set_clip_skip(self, clip_skip: int) -> None:
-        if clip_skip != PENULTIMATE:
+        if clip_skip not in (1, PENULTIMATE):  # 1 is what configurations and UIs hold that leave it at its default
             raise UserError(f"clip_skip {clip_skip} was given, but SDXL always takes the last hidden state but one; leave clip_skip out.")
 
     def _added_cond(self, cond: Conditioning) -> dict[str, Tensor] | None:
