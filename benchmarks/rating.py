@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks import ROOT
 from examples.shapes.scores import SCORES
 from library.rating.choice import choose
-from library.rating.live import LEARN_EVERY
+from library.rating.live import FIRST_BY_CHANCE, LEARN_EVERY
 from library.rating.progress import measure_progress, rank_correlation
 from library.rating.space import FeatureSpace
 from library.rating.store import Project, StoredPicture
@@ -142,7 +142,9 @@ def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
             taste = Taste(space, Answers.of())
             while len(answers) < SIZES[-1]:
                 fresh = np.array([row for row in asked_of if row not in seen])
-                questions = choose(taste, fresh, len(worth), LEARN_EVERY, pairs=pairs, rng=rng, at_random=at_random)
+                questions = choose(
+                    taste, fresh, len(worth), LEARN_EVERY, pairs=pairs, rng=rng, at_random=at_random or len(answers) < FIRST_BY_CHANCE
+                )
                 if not questions:
                     break
                 for question in questions:
@@ -207,17 +209,17 @@ def main() -> None:
     parser.add_argument("--train_steps", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "rating_benchmark")
     parser.add_argument("--chromium", default=CHROMIUM)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file of the results; not set: in benchmarks/results")
     parser.add_argument("--shots", type=Path, default=None, help="folder for screenshots of a session")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for score in args.scores:
         for seed in args.seeds:
             rows += [session(score, seed, args)] if args.part == "session" else curves(score, seed, Project(args.folder))
-            (RESULTS / f"rating_{args.part}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            (args.output or RESULTS / f"rating_{args.part}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(rows[-1]), flush=True)
     if args.part == "curves":
         print(curve_table(rows))
-        (RESULTS / "rating_curves.md").write_text(curve_table(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn", reason="requirements-ui.txt")
 from library.rating import runs
 from library.rating.runner import PROGRESS
 from library.rating.store import Project, StoredPicture
-from tests.helpers.rating_project import drawn_project, served, stars_of
+from tests.helpers.rating_project import RECIPE, drawn_project, served, stars_of
 
 
 class Client:
@@ -245,8 +245,10 @@ def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path, monkeypa
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
     wait_until(lambda: runs.describe(folder)["state"] == "interrupted")
     (folder / "second").unlink()
-    runs.kill_orphans(folder)
-    runs.launch(folder)
+    (folder / "slider" / "slider-state").mkdir(parents=True)
+    project = Project(tmp_path)
+    runs.Runs(project, RECIPE).resume(project.add_opinion("beauty"))
+    assert not (folder / "slider" / "slider-state").exists()
     wait_until((folder / "second").exists)
     runs.interrupt(folder)
     wait_until(lambda: runs.describe(folder)["state"] == "stopped")

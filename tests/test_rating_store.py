@@ -74,18 +74,20 @@ def test_names_that_cannot_be_folders_are_no_opinions(tmp_path: Path, name: str)
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     filled(tmp_path)
 
+    shared = Project(tmp_path)
+
     def write(writer: int) -> None:
-        project = Project(tmp_path)
+        project = shared if writer < 2 else Project(tmp_path)  # two threads of one process, and another
         for number in range(40):
             project.add_ratings(project.opinion("beauty"), [Rating(token=f"{writer}-{number}", mode="skip", first=1)])
 
-    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(2)]
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     project = Project(tmp_path)
-    assert len(project.ratings(project.opinion("beauty"))) == 80
+    assert len(project.ratings(project.opinion("beauty"))) == 120
 
 
 def test_a_killed_process_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ def test_words_say_how_many_more() -> None:
     assert say(Progress(**common, more=40)) == ("more", "About 40 more would help: it predicts you to 0.74.")
     enough = Progress(**common, agreement=Interval(0.66, 0.4, 0.8), ceiling=Interval(0.81, 0.6, 0.9), more=40)
     assert say(enough) == ("enough", "Enough: you agree with yourself to 0.66 and it predicts you to 0.74.")
+    assert say(Progress(**common | {"held_out": Interval(0.3, 0.1, 0.5)}, more=0))[0] == "more"
     assert say(Progress(answers=19, measure="accuracy"))[1].startswith("After 1 more answer it")
 
 

@@ -11,6 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from library.errors import UserError
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "leco_token"
 LARGEST_BODY = 5 * 2**20
@@ -61,7 +63,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > LARGEST_BODY:
-                raise ValueError("the body is longer than it said")
+                raise UserError(f"more than {LARGEST_BODY >> 20} MB are not taken")
             return message
 
         async def guarded(message: Message) -> None:

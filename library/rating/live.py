@@ -215,8 +215,8 @@ class LiveOpinion:
 
     def _answers(self, ratings: Sequence[Rating], size: int) -> tuple[list[Any], list[Any]]:
         """(row, stars, rating) and (row, row, preference, rating) of the newest answers about pictures that the space knows."""
-        row = {picture: place for picture, place in self.gallery.row_of.items() if place < size}
-        known = [r for r in ratings if r.first in row and (r.second is None or r.second in row)][-MOST_LEARNED:]
+        row = self.gallery.row_of
+        known = [r for r in ratings if all(row.get(picture, size) < size for picture in _pictures_of(r))][-MOST_LEARNED:]
         stars = [(row[r.first], r.value, r) for r in known if r.mode == "stars"]
         return stars, [(row[r.first], row[r.second], r.value, r) for r in known if r.mode == "pair" and r.second is not None]
 

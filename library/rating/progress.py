@@ -200,6 +200,8 @@ def say(progress: Progress) -> tuple[str, str]:
     within = f" The most that could be reached is {ceiling.value:.2f}, because {itself}." if ceiling is not None else ""
     if ceiling is not None and held.value >= NEAR_ENOUGH * ceiling.value and progress.answers >= 30:
         return "enough", f"Enough: {itself} and {knows}."
+    if more == 0 and progress.answers >= 30 and held.value < chance + (1 - chance) / 2:
+        return "more", f"So far {knows}, and its curve is flat: pairs, or a narrower question, may teach it more than many answers.{within}"
     if more == 0 and progress.answers >= 30:
         return "enough", f"Enough: {knows}, and more answers would hardly help.{within}"
     if more is not None and 0 < more <= MOST_MORE:

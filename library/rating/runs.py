@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,8 @@ class Runs:
         if (busy := self.running()) is not None:
             raise UserError(f"{busy.name} is being trained already")
         kill_orphans(folder)
+        # the state of a training's end: what was lost after it is the last measurement, which a state before the end comes to again
+        shutil.rmtree(folder / "slider" / "slider-state", ignore_errors=True)
         launch(folder)
 
 

@@ -162,6 +162,8 @@ def in_thread(function: Callable[[Body], Body]) -> Callable[[Request], Awaitable
         async def work() -> Body:
             try:
                 body = await request.json()
+            except UserError:
+                raise  # it is too long
             except (ValueError, RecursionError) as error:
                 raise UserError("the request is no JSON") from error
             if not isinstance(body, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Opinion:
 
 
 class Project:
-    """A project's folder, made if it is not there. One object for each thread or process.
+    """A project's folder, made if it is not there. Several threads may use one, and several processes one each.
 
     Raises:
         UserError: it cannot be read or written.
@@ -112,7 +113,8 @@ class Project:
         with refusals(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / PICTURES).mkdir(exist_ok=True)
-            # one connection may be handed from thread to thread by its owner, who lets in one at a time
+            # SQLite itself lets threads take turns; only a transaction must not begin within another thread's
+            self._one_at_a_time = threading.Lock()
             self._db = sqlite3.connect(self.folder / FILE, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # an acknowledged answer survives a power cut, too
@@ -221,7 +223,7 @@ class Project:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it or nothing."""
-        with refusals(self.folder):
+        with self._one_at_a_time, refusals(self.folder):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db

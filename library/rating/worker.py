@@ -25,9 +25,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from library.atomic_files import atomic_write_bytes
 from library.errors import UserError
@@ -98,8 +98,8 @@ class PictureMaker:
             batch_size=BATCH,
         )
 
-    def make(self, first: int, count: int) -> list[tuple[str, int, Image.Image, Tensor]]:
-        """The pictures of these numbers: prompt, seed, picture, and pixels [3, H, W] in -1..1."""
+    def make(self, first: int, count: int) -> list[tuple[str, int, Image.Image, np.ndarray]]:
+        """The pictures of these numbers: prompt, seed, picture and features [D]."""
         order = random.Random(0).sample(range(len(self.prompts)), len(self.prompts))
         wanted = [(self.prompts[order[number % len(order)]], number) for number in range(first, first + count)]
         made = []
@@ -108,10 +108,10 @@ class PictureMaker:
         ):
             prompts, seeds = zip(*group, strict=True)
             latents = sample(self.model, None, prompts, seeds, sampling=self.sampling)
-            pixels = decode(self.model, latents, BATCH).clamp(0, 1)
-            for prompt, seed, own in zip(prompts, seeds, pixels, strict=True):
-                array = (own * 255).round().byte().permute(1, 2, 0).numpy()
-                made.append((prompt.prompt, seed, Image.fromarray(array), to_pixels([Image.fromarray(array)])[0]))
+            arrays = (decode(self.model, latents, BATCH).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            pictures = [Image.fromarray(array) for array in arrays]
+            features = self.features(to_pixels(pictures))  # of what the file holds, as it will be read again
+            made += zip((prompt.prompt for prompt in prompts), seeds, pictures, features, strict=True)
         return made
 
 
@@ -129,10 +129,8 @@ def make_samples(project: Project, maker: PictureMaker, enough: threading.Event)
             say("ready", pictures=made)
             enough.wait(LOOK_AGAIN)
             continue
-        pictures = maker.make(made, batch)
-        features = maker.features(torch.stack([pixels for *_, pixels in pictures]))
-        records = []
-        for (prompt, seed, picture, _), seen in zip(pictures, features, strict=True):
+        pictures, records = maker.make(made, batch), []
+        for prompt, seed, picture, seen in pictures:
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             name = hashlib.sha256(buffer.getvalue()).hexdigest()

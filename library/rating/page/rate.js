@@ -120,7 +120,7 @@ export function rate(main, app) {
         "button",
         { type: "button", class: "choice", onclick: () => answer("pair", 1 - index) },
         picture(own, index, 2),
-        h("span", { class: "choice-name" }, h("kbd", {}, ["\u2190", "\u2192"][index]), index ? "Right is better" : "Left is better"),
+        h("span", { class: "choice-name" }, h("kbd", {}, ["\u2190", "\u2192"][index]), "This one is better"),
       ),
     );
     stage.replaceChildren(h("div", { class: "pair" }, ...buttons));
@@ -144,8 +144,11 @@ export function rate(main, app) {
     given.push(current);
     if (given.length > 50) given.shift();
     const words = kind === "stars" ? `${value} stars` : kind === "skip" ? "skipped" : { 1: "left", 0: "right", 0.5: "equal" }[value];
-    document.getElementById("toast").textContent = words; // for screen readers; it is not shown
+    const reached = [...main.querySelectorAll(".choice, .controls button")].indexOf(document.activeElement);
     next();
+    if (reached >= 0) main.querySelectorAll(".choice, .controls button")[reached]?.focus(); // who tabs to a button stays on it
+    const shown = current ? current.pictures.map((own) => own.prompt).filter(Boolean).join("; ") : "";
+    document.getElementById("toast").textContent = `${words}. ${shown}`; // for screen readers; it is not shown
   }
 
   const skip = () => (mode === "grid" ? next() : answer("skip", null));
@@ -192,6 +195,7 @@ export function rate(main, app) {
       Object.assign(cell.dataset, { value, token });
       for (const [index, star] of [...cell.querySelectorAll(".stars button")].entries()) {
         star.classList.toggle("on", index < value);
+        star.textContent = index < value ? "\u2605" : "\u2606";
         star.setAttribute("aria-pressed", String(index + 1 === value));
       }
       for (const undoing of controls.querySelectorAll("button[disabled]")) undoing.disabled = false;
@@ -249,8 +253,8 @@ export function starButtons(levels, give, small = false) {
     const give_ = () => give(value);
     return h(
       "button",
-      { type: "button", class: "star", onclick: give_, "aria-label": name, title: small ? name : undefined, style: undefined },
-      small ? "\u2605" : String(value),
+      { type: "button", class: "star", onclick: give_, "aria-label": name, title: small ? name : undefined },
+      small ? "\u2606" : String(value),
     );
   });
   const group = h("div", { class: `stars of-${levels}${small ? " small" : ""}`, role: "group", "aria-label": "Stars" }, ...buttons);

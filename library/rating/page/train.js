@@ -6,7 +6,7 @@ import { h, svg, toast } from "./dom.js";
 const STEPS = { scorer: "Learn the score", slider: "Train the slider", check: "Check it on pictures" };
 const SAID = {
   starting: "It starts.",
-  running: "It is being trained. You may close this page; it goes on.",
+  running: "It is being trained.",
   stopped: "Stopped. What it had learned is saved.",
   interrupted: "It was interrupted. Nothing that was saved is lost.",
   failed: "It could not be trained.",
@@ -63,6 +63,7 @@ export function train(main, app) {
     const preview = run.state === "done" && run.files.includes("grid.png") ? "grid.png" : run.preview;
     return [
       h("h2", { class: "headline" }, SAID[run.state] || run.state),
+      run.state === "running" && h("p", { class: "lead" }, "You may close this page; it goes on."),
       run.error && h("p", { class: "problem", role: "alert" }, run.error),
       run.state === "done" && h("p", { class: "lead" }, run.description),
       h("ol", { class: "steps" }, ...Object.entries(STEPS).map(([name, title]) => step(run, name, title))),
