@@ -469,6 +469,12 @@ def test_what_is_never_finite_stops_the_run_and_no_slider_is_written(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_an_optimizer_that_does_not_exist_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="optimizer_type"):
+        run(tmp_path / "nowhere", tmp_path / "out", optimizer_type="none.None")
+    assert not list(tmp_path.iterdir())
+
+
 def with_nan_at(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Make the loss of one sample of a batch NaN; `bad` is asked with the number of the update, from 1."""
     call, updates = ScoreTerm.__call__, itertools.count(1)

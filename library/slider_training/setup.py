@@ -30,6 +30,7 @@ from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.network import build_network
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
+from library.training.optimizers import check_optimizer
 from library.training.run_files import RunFiles
 from library.training.run_state import find_state
 from library.training.runtime import any_process, generator, weight_dtype
@@ -113,6 +114,7 @@ def settle(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig
 def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     """Load and build everything, in the order in which a user's mistake costs least. Raises UserError."""
     RunFiles(config.saving).check_outputs()
+    check_optimizer(config.optimizer, config.training.max_train_steps)
     seed = config.training.seed
     assert seed is not None, "settle chooses one"
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
