@@ -284,3 +284,10 @@ def test_a_vae_that_overflows_in_half_precision_works_in_float32_from_then_on(ca
         torch.testing.assert_close(model.decode_latents(latents), expected, rtol=0, atol=0.05)
     assert len(caplog.records) == 1 and "overflows in float16" in caplog.text
     assert model.to(dtype=torch.float16).vae.dtype == torch.float32
+
+
+def test_attention_is_fused():
+    """diffusers' own default processor is not: it holds a number for every pair of tokens."""
+    model = tiny_model()
+    model.set_attention("sdpa")
+    assert {type(processor).__name__ for processor in model.unet.attn_processors.values()} == {"AttnProcessor2_0"}

@@ -364,7 +364,9 @@ class DiffusionModel(ABC):
         """
         if name not in ("sdpa", "xformers"):
             raise UserError(f"There is no attention {name!r}; use sdpa or xformers.")
-        self.unet.set_default_attn_processor()
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        self.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' "default" is one of its own, which holds tokens x tokens numbers
         if name == "xformers":
             try:
                 self.unet.enable_xformers_memory_efficient_attention()

@@ -61,7 +61,8 @@ def _resnet(block: Any, x: Tensor) -> Tensor:
         own = x[:, :, top:bottom]
         shortcut = own if block.conv_shortcut is None else block.conv_shortcut(own)
         out[:, :, top:bottom] = (shortcut + strip) / block.output_scale_factor
-    return out
+    del hidden
+    return out.clone() if channels < x.shape[1] else out  # a part of x would hold all of it
 
 
 def _upsample(layer: Any, x: Tensor) -> Tensor:
