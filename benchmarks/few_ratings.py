@@ -1,6 +1,7 @@
 """How honest a scorer of few ratings is about itself: the rank correlation in its file, with its interval, beside that on other pictures.
 
     python -m benchmarks.few_ratings --counts 60 200 --seeds 0 1 2
+    python -m benchmarks.few_ratings --counts 30 60 200 --simulated 100    # ridge regressions in a scorer's place, without pictures
 
 Drawings of the shapes world, rated by a true score with an error of as many of its standard deviations as `--noise` says. The training
 is that of train_latent_scorer.py at its defaults. The true correlation is with the ratings, errors included, of 300 other drawings.
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.shapes_runs import MODEL, drawn_pictures, rated_task
+from library.scorer_data.splits import assign_folds
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.criteria.metrics import spearman
 from library.scorers.io import load_scorer
@@ -41,6 +43,44 @@ def write_noisy(ratings: Path, target: Path, rows: Sequence[int], noise: float, 
     return target
 
 
+def simulate(count: int, noise: float, times: int, folds: int = 5, repeats: int = 2) -> None:
+    """How often the interval of folds holds the truth, for several widths: ridge regressions, whose penalty the folds choose."""
+    rng, rows = np.random.default_rng(1), []
+    for _ in range(times):
+        features, weights = rng.normal(size=(count + OTHERS, 20)), rng.normal(size=20)
+        scores = features @ weights / np.linalg.norm(weights) + noise * rng.normal(size=len(features))
+        own, ratings = features[:count], scores[:count]
+        parts = [
+            assign_folds([str(row) for row in range(count)], torch.from_numpy(ratings), folds, seed).numpy() for seed in range(repeats)
+        ]
+        best = max((np.mean([_in_folds(own, ratings, part, penalty) for part in parts]), penalty) for penalty in 3.0 ** np.arange(-1, 8))
+        rows.append((best[0], _srcc(features[count:] @ _ridge(own, ratings, best[1]), scores[count:])))
+    said, true = np.array(rows).T
+    error = np.sqrt((1 + said**2 / 2) / (count - 3))
+    held = {width: np.mean(np.abs(np.arctanh(said) - np.arctanh(true)) <= 1.96 * width * error) for width in (1.0, 1.2, 1.3, 1.4, 1.5, 1.6)}
+    print(
+        f"| {count} | {said.mean():.3f} | {true.mean():.3f} | {', '.join(f'{width}: {share:.0%}' for width, share in held.items())} |",
+        flush=True,
+    )
+
+
+def _ridge(features: np.ndarray, scores: np.ndarray, penalty: float) -> np.ndarray:
+    return np.linalg.solve(features.T @ features + penalty * np.eye(features.shape[1]), features.T @ (scores - scores.mean()))
+
+
+def _srcc(said: np.ndarray, true: np.ndarray) -> float:
+    return spearman(torch.from_numpy(said), torch.from_numpy(true))
+
+
+def _in_folds(features: np.ndarray, scores: np.ndarray, part: np.ndarray, penalty: float) -> float:
+    """Rank correlation of the predictions that were made without a picture's own rating."""
+    predicted = np.empty(len(scores))
+    for fold in range(part.max() + 1):
+        held, rest = part == fold, part != fold
+        predicted[held] = features[held] @ _ridge(features[rest], scores[rest], penalty) + scores[rest].mean()
+    return _srcc(predicted, scores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--score", default="size")
@@ -50,7 +90,13 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=2000)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "few_ratings")
+    parser.add_argument("--simulated", type=int, default=0, help="so many times, without pictures")
     given = parser.parse_args()
+    if given.simulated:
+        print("| ratings | said | true | held by an interval so many times as wide |\n|---|---|---|---|")
+        for count in given.counts:
+            simulate(count, given.noise, given.simulated)
+        return
     largest = max(given.counts)
     ratings = drawn_pictures(given.output_dir / "pictures", OTHERS + largest * (max(given.seeds) + 1), given.score)
     table = write_noisy(ratings, given.output_dir / "others.csv", [OTHERS, OTHERS + 1, *range(OTHERS)], given.noise, "val")

@@ -1,11 +1,13 @@
 """What a scorer is worth is said with its interval, from what its file says."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from library.objectives.rewards import Goal, Reward, ScorerEnsemble
-from library.scorers.worth import Worth, worth_in, worth_of
+from library.scorers.worth import Worth, worth_from, worth_in, worth_of
 from tests.helpers.tiny_leco_run import tiny_scorer
 from tests.helpers.tiny_models import tiny_model
 
@@ -50,3 +52,10 @@ def test_of_an_ensemble_every_member_says_it_and_of_a_file_that_says_nothing_non
     assert [worth.correlation for worth in reward.worth] == [0.5, 0.7]
     assert worth_of(tiny_scorer(vae, training={"worth": [3]}).spec, "a") is None
     assert worth_in([{"sigma": 0.0, "top1": 0.5}], 50) is None  # a criterion without a rank correlation
+
+
+def test_the_interval_of_folds_is_wider_also_when_it_is_read_back() -> None:
+    folds, plain = Worth("a", 0.5, 60, in_folds=True), Worth("a", 0.5, 60)
+    widths = [math.atanh(worth.interval[1]) - math.atanh(worth.interval[0]) for worth in (folds, plain)]
+    assert widths[0] == pytest.approx(1.4 * widths[1])
+    assert worth_from(folds.to_dict(), "a") == folds and worth_from(plain.to_dict(), "a") == plain

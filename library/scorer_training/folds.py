@@ -76,8 +76,8 @@ def choose_steps(
             if done - best[1] >= PATIENCE * every:
                 break
     num_pictures = sum(len(run.stage.tasks[0].validation) for run in runs[0])
-    worth = worth_in(best[2], num_pictures, "in folds")
-    logger.info("%d x %d folds did best after %d steps%s", REPEATS, folds, best[1], f": {worth}" if worth else "")
+    worth = worth_in(best[2], num_pictures, in_folds=True)
+    logger.info("%d x %d folds did best after %d steps", REPEATS, folds, best[1])
     return Chosen(best[1], (folds, REPEATS), {score.name: best[2]}, worth)
 
 

@@ -36,7 +36,7 @@ class Chosen:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Chosen:
-        return cls(record["steps"], tuple(record["folds"]), record["tables"], worth_from(record["worth"], "scorer"))
+        return cls(record["steps"], tuple(record["folds"]), record["tables"], worth_from(record["worth"], ""))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from library.scorers.base import ScorerSpec
 
 DOUBTFUL = 0.3  # a rank correlation that may be lower says next to nothing
+OF_FOLDS = 1.4  # how much wider the interval of folds is: they share most of what they learn from (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,24 @@ class Worth:
     Attributes:
         name: the scorer's.
         num_pictures: of the validation set, or of all folds together.
+        in_folds: whether it is of folds.
     """
 
     name: str
     correlation: float
     num_pictures: int
+    in_folds: bool = False
 
     @property
     def interval(self) -> tuple[float, float]:
-        """By Fisher's z with the standard error of ranks (Bonett and Wright 2000, doi 10.1007/BF02294183); -1 to 1 below 5 pictures."""
+        """By Fisher's z with the standard error of ranks (Bonett and Wright 2000, doi 10.1007/BF02294183); -1 to 1 below 5 pictures.
+
+        That of folds is too narrow by itself (Bates, Hastie and Tibshirani, arXiv 2104.00673).
+        """
         if self.num_pictures < 5:
             return -1.0, 1.0
         z = math.atanh(max(-0.999999, min(0.999999, self.correlation)))
-        spread = 1.96 * math.sqrt((1 + self.correlation**2 / 2) / (self.num_pictures - 3))
+        spread = 1.96 * math.sqrt((1 + self.correlation**2 / 2) / (self.num_pictures - 3)) * (OF_FOLDS if self.in_folds else 1)
         return math.tanh(z - spread), math.tanh(z + spread)
 
     @property
@@ -45,13 +51,13 @@ class Worth:
 
     def to_dict(self) -> dict[str, Any]:
         """For the header of a scorer's file."""
-        return {"srcc": self.correlation, "interval": list(self.interval), "pictures": self.num_pictures}
+        return {"srcc": self.correlation, "interval": list(self.interval), "pictures": self.num_pictures, "in_folds": self.in_folds}
 
 
-def worth_in(table: Sequence[Mapping[str, float]] | None, num_pictures: int, name: str = "") -> Worth | None:
+def worth_in(table: Sequence[Mapping[str, float]] | None, num_pictures: int, *, in_folds: bool = False) -> Worth | None:
     """From a table of metrics by noise level; None where it has no rank correlation."""
     try:
-        return Worth(name, float(next(row for row in table or () if row["sigma"] == 0)["srcc"]), num_pictures)
+        return Worth("", float(next(row for row in table or () if row["sigma"] == 0)["srcc"]), num_pictures, in_folds)
     except (KeyError, TypeError, ValueError, StopIteration):
         return None
 
@@ -64,6 +70,6 @@ def worth_of(spec: ScorerSpec, name: str) -> Worth | None:
 def worth_from(record: Any, name: str) -> Worth | None:
     """What `Worth.to_dict` made, else None."""
     try:
-        return Worth(name, float(record["srcc"]), int(record["pictures"]))
+        return Worth(name, float(record["srcc"]), int(record["pictures"]), bool(record["in_folds"]))
     except (KeyError, TypeError, ValueError):
         return None
