@@ -229,7 +229,7 @@ def test_ten_thousand_pictures_and_the_next_comes_at_once(tmp_path: Path) -> Non
         assert np.median(times) < 0.1
 
 
-def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path) -> None:
     """The runner, with scripts of no work in place of the trainers."""
     folder = tmp_path / "runs" / "beauty-1"
     folder.mkdir(parents=True)
