@@ -61,9 +61,9 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     judges = [f"examples.shapes.scores:{score}", "examples.shapes.judge:caption_obeyed"]
     recipe.check["evaluation"].update({"judges": judges, "num_prompts": 12, "seeds_per_prompt": 3, "multipliers": [-1.0, 0.0, 1.0]})  # pyright: ignore[reportAttributeAccessIssue]
     rng, started = np.random.default_rng(seed), time.monotonic()
-    with served(project, recipe=recipe, source=dict(make_source(config, str(EMBEDDED), prompts))) as (address, workbench):
-        while len(workbench.gallery.pictures) < args.pictures:
-            assert workbench.worker.get("state") != "error", workbench.worker
+    with served(project, recipe=recipe, source=dict(make_source(config, str(EMBEDDED), prompts))) as (address, rating_session):
+        while len(rating_session.gallery.pictures) < args.pictures:
+            assert rating_session.worker.get("state") != "error", rating_session.worker
             time.sleep(1)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
@@ -74,17 +74,17 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                 image = page.wait_for_selector(".stage figure img", timeout=120_000)
                 assert image is not None
                 source = str(image.get_attribute("src"))
-                workbench.gallery.refresh()
-                worth = true_worth(project, workbench.gallery.pictures, score)
-                own = float(worth[workbench.gallery.row_of[int(source.rpartition("/")[2])]])
+                rating_session.gallery.refresh()
+                worth = true_worth(project, rating_session.gallery.pictures, score)
+                own = float(worth[rating_session.gallery.row_of[int(source.rpartition("/")[2])]])
                 page.keyboard.press(str(stars_of(own, rng, NOISE)))
                 page.wait_for_function("s => document.querySelector('.stage figure img')?.getAttribute('src') !== s", arg=source)
             rating_seconds = time.monotonic() - began
-            live = workbench.opinion("beauty")
+            live = rating_session.opinion("beauty")
             while live.measured < args.ratings - 2 * LEARN_EVERY:
                 time.sleep(0.5)
-            worth = true_worth(project, workbench.gallery.pictures, score)
-            rated = {workbench.gallery.row_of[rating.first] for rating in live.ratings}
+            worth = true_worth(project, rating_session.gallery.pictures, score)
+            rated = {rating_session.gallery.row_of[rating.first] for rating in live.ratings}
             rest = np.array([row for row in range(live.taste.size if live.taste else 0) if row not in rated])
             found: dict[str, Any] = {
                 "score": score,
@@ -99,7 +99,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             seen = ""
             while seen not in ("done", "failed", "stopped"):
                 page.wait_for_timeout(3000)
-                run = workbench.runs.latest(live.opinion)
+                run = rating_session.runs.latest(live.opinion)
                 seen = (
                     ""
                     if run is None
@@ -117,7 +117,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                     page.screenshot(path=args.shots / f"train_{width}.png")
             browser.close()
         assert seen == "done", (folder, seen)
-        run = workbench.runs.latest(live.opinion)
+        run = rating_session.runs.latest(live.opinion)
     measured = json.loads((run / "check" / "evaluation.json").read_text())["sliders"][0]
     for name, response in measured["responses"].items():
         found[name] = (

@@ -32,16 +32,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def desk(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """A browser's page on a project of drawings, its workbench, the true worths, and what the page complained of."""
+    """A browser's page on a project of drawings, its session, the true worths, and what the page complained of."""
     project, worth = drawn_project(tmp_path_factory.mktemp("project"), 120)
     complaints: list[str] = []
-    with served(project) as (address, workbench):
+    with served(project) as (address, session):
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(address)
-        yield page, workbench, worth, complaints
+        yield page, session, worth, complaints
         page.close()
 
 
@@ -57,9 +57,9 @@ def press(page: Any, key: str) -> None:
     page.wait_for_function("before => document.querySelector('.stage').innerHTML !== before", arg=before)
 
 
-def wait_for(page: Any, workbench: Any, count: int) -> list[Any]:
+def wait_for(page: Any, session: Any, count: int) -> list[Any]:
     for _ in range(200):
-        ratings = workbench.opinion("beauty").ratings
+        ratings = session.opinion("beauty").ratings
         if len(ratings) >= count:
             return ratings
         page.wait_for_timeout(50)
@@ -67,7 +67,7 @@ def wait_for(page: Any, workbench: Any, count: int) -> list[Any]:
 
 
 def test_a_person_rates_by_keyboard_and_is_understood(desk: Desk) -> None:
-    page, workbench, worth, complaints = desk
+    page, session, worth, complaints = desk
     page.wait_for_selector(".stage figure img")
     rng = np.random.default_rng(0)
     for _ in range(40):
@@ -78,42 +78,42 @@ def test_a_person_rates_by_keyboard_and_is_understood(desk: Desk) -> None:
     press(page, "z")
     assert shown(page) == first  # the mistaken one comes back
     press(page, "5")
-    ratings = wait_for(page, workbench, 42)
+    ratings = wait_for(page, session, 42)
     assert [r.value for r in ratings if r.first == first and r.reason == "picked"] == [5]
     assert sum(r.mode == "skip" for r in ratings) == 1 and any(r.reason == "repeat" for r in ratings)
     for _ in range(200):
-        if workbench.opinion("beauty").progress.answers >= 35:
+        if session.opinion("beauty").progress.answers >= 35:
             break
         page.wait_for_timeout(100)
-    progress = workbench.opinion("beauty").progress
+    progress = session.opinion("beauty").progress
     assert progress.held_out is not None and progress.held_out.value > 0.4
     page.wait_for_function("() => /predicts you to 0\\.[0-9]/.test(document.querySelector('.side').textContent)")
-    true = np.corrcoef(workbench.opinion("beauty").worths()[0], worth)[0, 1]
+    true = np.corrcoef(session.opinion("beauty").worths()[0], worth)[0, 1]
     assert true > 0.75
     assert complaints == []
 
 
 def test_pairs_and_grid_by_keyboard(desk: Desk) -> None:
-    page, workbench, _, complaints = desk
-    before = len(workbench.opinion("beauty").ratings)
+    page, session, _, complaints = desk
+    before = len(session.opinion("beauty").ratings)
     press(page, "p")
     page.wait_for_selector(".pair img")
     for key in ("ArrowLeft", "ArrowRight", "ArrowDown"):
         press(page, key)
-    pairs = [r.value for r in wait_for(page, workbench, before + 3) if r.mode == "pair"]
+    pairs = [r.value for r in wait_for(page, session, before + 3) if r.mode == "pair"]
     assert pairs == [1, 0, 0.5]
     press(page, "g")
     page.wait_for_selector(".grid .cell")
     page.focus(".grid .cell")
     for value in range(1, 6):
         page.keyboard.press(str(value))
-    ratings = wait_for(page, workbench, before + 8)
+    ratings = wait_for(page, session, before + 8)
     assert [r.value for r in ratings[-5:]] == [1, 2, 3, 4, 5]
     page.focus(".grid .cell:nth-child(2)")
     page.keyboard.press("1")  # changes its mind
-    ratings = wait_for(page, workbench, before + 8)
+    ratings = wait_for(page, session, before + 8)
     page.wait_for_timeout(300)
-    assert sorted(r.value for r in workbench.opinion("beauty").ratings[-5:]) == [1, 1, 3, 4, 5]
+    assert sorted(r.value for r in session.opinion("beauty").ratings[-5:]) == [1, 1, 3, 4, 5]
     press(page, "s")
     assert complaints == []
 

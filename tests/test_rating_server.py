@@ -48,12 +48,12 @@ class Client:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Any, np.ndarray]]:
     project, worth = drawn_project(tmp_path_factory.mktemp("project"), 90)
-    with served(project) as (address, workbench):
-        yield Client(address), workbench, worth
+    with served(project) as (address, session):
+        yield Client(address), session, worth
 
 
 def test_a_person_rates_undoes_corrects_and_looks(page: tuple[Client, Any, np.ndarray]) -> None:
-    client, workbench, worth = page
+    client, session, worth = page
     rng = np.random.default_rng(0)
     for _ in range(12):
         status, asked = client.post("ask", {"opinion": "beauty", "count": 3})
@@ -67,11 +67,11 @@ def test_a_person_rates_undoes_corrects_and_looks(page: tuple[Client, Any, np.nd
             }
             for q in asked["questions"]
         ]
-        assert client.post("rate", {"opinion": "beauty", "answers": answers}) == (200, {"new": 3, "answers": workbench_count(workbench)})
+        assert client.post("rate", {"opinion": "beauty", "answers": answers}) == (200, {"new": 3, "answers": answer_count(session)})
         assert client.post("rate", {"opinion": "beauty", "answers": answers})[1]["new"] == 0  # sent again, counted once
     status, undone = client.post("undo", {"opinion": "beauty", "token": answers[-1]["token"]})
     assert status == 200 and undone["pictures"][0]["id"] == answers[-1]["pictures"][0]
-    wait_until(lambda: workbench.opinion("beauty").progress.answers >= 30)
+    wait_until(lambda: session.opinion("beauty").progress.answers >= 30)
     state = client.post("state", {"opinion": "beauty"})[1]
     assert state["answers"] == 35 and state["progress"]["held_out"][0] > 0.3 and sum(state["stars"]) == 35
     seen = client.post("look", {"opinion": "beauty"})[1]
@@ -79,12 +79,12 @@ def test_a_person_rates_undoes_corrects_and_looks(page: tuple[Client, Any, np.nd
     assert np.mean(most) > 1 > -0.5 > np.mean(least)
     picture = seen["apart"][0]
     assert client.post("correct", {"opinion": "beauty", "picture": picture["id"], "value": 2, "token": "mended"}) == (200, {})
-    given = [(r.value, r.reason) for r in workbench.opinion("beauty").ratings if r.first == picture["id"]]
+    given = [(r.value, r.reason) for r in session.opinion("beauty").ratings if r.first == picture["id"]]
     assert given == [(2, "picked")]
 
 
 def test_tables_go_out_and_come_in(page: tuple[Client, Any, np.ndarray]) -> None:
-    client, workbench, _ = page
+    client, session, _ = page
     assert client.post("opinions", {"name": "cosy", "levels": 5}) == (200, {"name": "cosy"})
     _, table, headers = client("GET", "/tables/ratings.csv?opinion=beauty")
     assert headers["content-disposition"].startswith("attachment") and table.startswith(b"path,score")
@@ -93,7 +93,7 @@ def test_tables_go_out_and_come_in(page: tuple[Client, Any, np.ndarray]) -> None
     assert status == 200 and json.loads(content) == {"new": rows, "missing": 0}
     status, content, _ = client("POST", "/api/import?opinion=cosy", b"\xff\xfe not a table", content_type="text/csv")
     assert status == 400 and json.loads(content)["error"]
-    assert workbench.project.folder.joinpath("project.sqlite").is_file()
+    assert session.project.folder.joinpath("project.sqlite").is_file()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_is_served_cannot_run_or_be_framed(page: tuple[Client, Any, np.ndar
 
 def test_two_tabs_at_once_lose_nothing_and_are_asked_different_things(tmp_path: Path) -> None:
     project, _ = drawn_project(tmp_path, 90)
-    with served(project) as (address, workbench):
+    with served(project) as (address, session):
         shown: list[list[int]] = [[], []]
 
         def tab(number: int) -> None:
@@ -185,7 +185,7 @@ def test_two_tabs_at_once_lose_nothing_and_are_asked_different_things(tmp_path: 
             thread.start()
         for thread in tabs:
             thread.join()
-        ratings = workbench.opinion("beauty").ratings
+        ratings = session.opinion("beauty").ratings
         assert len(ratings) == 40
         first = [rating.first for rating in ratings if rating.reason != "repeat"]
         assert len(set(first)) == len(first)
@@ -215,7 +215,7 @@ def test_ten_thousand_pictures_and_the_next_comes_at_once(tmp_path: Path) -> Non
         )
         for row in range(10_000)
     )
-    with served(project) as (address, workbench):
+    with served(project) as (address, session):
         client, times = Client(address), []
         for number in range(40):
             started = time.monotonic()
@@ -225,7 +225,7 @@ def test_ten_thousand_pictures_and_the_next_comes_at_once(tmp_path: Path) -> Non
             [question] = asked["questions"]
             answer = {"token": question["token"], "mode": "stars", "pictures": [question["pictures"][0]["id"]], "value": 1 + number % 5}
             client.post("rate", {"opinion": "beauty", "answers": [answer]})
-        assert len(workbench.opinion("beauty").ratings) == 40
+        assert len(session.opinion("beauty").ratings) == 40
         assert np.median(times) < 0.1
 
 
@@ -260,8 +260,8 @@ def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path) -> None:
     assert "FileNotFoundError" in runs.describe(folder)["log"]
 
 
-def workbench_count(workbench: Any) -> int:
-    return len(workbench.opinion("beauty").ratings)
+def answer_count(session: Any) -> int:
+    return len(session.opinion("beauty").ratings)
 
 
 def wait_until(condition: Any, seconds: float = 40) -> None:

@@ -187,7 +187,7 @@ def serve(config: RateScriptConfig) -> None:
         import uvicorn
 
         from library.rating.server import make_app
-        from library.rating.workbench import Workbench
+        from library.rating.session import RatingSession
     except ModuleNotFoundError as error:
         raise UserError(f"the page needs the package {error.name}; pip install -r requirements-ui.txt -c constraints.txt") from error
     rating, server = config.rating, config.server
@@ -206,9 +206,9 @@ def serve(config: RateScriptConfig) -> None:
     own = listen(server)
     port = own.getsockname()[1]
     token = None if server.host in LOOPBACK else secrets.token_urlsafe(16)
-    workbench = Workbench(project, make_recipe(rating, model, prompts), dict(make_source(rating, model, prompts)))
+    session = RatingSession(project, make_recipe(rating, model, prompts), dict(make_source(rating, model, prompts)))
     names = (*LOOPBACK, server.host, *server.host_names, *([socket.gethostname(), *_addresses()] if token else []))
-    app = make_app(workbench, tuple(name.lower() for name in names), token)
+    app = make_app(session, tuple(name.lower() for name in names), token)
     shown = server.host if server.host not in ("0.0.0.0", "::") else socket.gethostname()
     shown = f"[{shown}]" if ":" in shown else shown
     address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
@@ -218,7 +218,7 @@ def serve(config: RateScriptConfig) -> None:
     try:
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[own])
     finally:
-        workbench.close()
+        session.close()
         project.close()
 
 

@@ -18,9 +18,9 @@ from starlette.staticfiles import StaticFiles
 from library.errors import UserError
 from library.rating.guard import Guard
 from library.rating.runs import file_of
+from library.rating.session import RatingSession, question_dict
 from library.rating.store import Rating
 from library.rating.tables import import_ratings, pairs_csv, ratings_csv
-from library.rating.workbench import Workbench, question_dict
 
 PAGE = Path(__file__).with_name("page")
 MOST_ASKED, MOST_ANSWERS = 24, 50
@@ -29,64 +29,64 @@ REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; s
 Body = dict[str, Any]
 
 
-def make_app(workbench: Workbench, hosts: tuple[str, ...], token: str | None = None) -> Starlette:
+def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None = None) -> Starlette:
     """The server as an ASGI application. See `library.rating.guard.Guard` for hosts and token."""
 
     def state(body: Body) -> Body:
-        first = next(iter(workbench.live.values()))  # for a page that was open on another project
-        return workbench.state(workbench.live.get(str(body.get("opinion")).casefold(), first))
+        first = next(iter(session.live.values()))  # for a page that was open on another project
+        return session.state(session.live.get(str(body.get("opinion")).casefold(), first))
 
     def ask(body: Body) -> Body:
-        live = workbench.opinion(text(body, "opinion"))
+        live = session.opinion(text(body, "opinion"))
         count, prompt = body.get("count", 1), body.get("prompt")
         if not isinstance(count, int) or not 1 <= count <= MOST_ASKED:
             raise UserError(f"count is {count!r}; it goes from 1 to {MOST_ASKED}")
         asked = live.ask(count, pairs=body.get("pairs") is True, prompt=prompt if isinstance(prompt, str) and prompt else None)
-        return {"questions": [question_dict(workbench, question) for question in asked]}
+        return {"questions": [question_dict(session, question) for question in asked]}
 
     def rate(body: Body) -> Body:
-        live = workbench.opinion(text(body, "opinion"))
+        live = session.opinion(text(body, "opinion"))
         answers = body.get("answers")
         if not isinstance(answers, list) or not 0 < len(answers) <= MOST_ANSWERS:
             raise UserError(f"answers is a list of 1 to {MOST_ANSWERS}")
-        new = workbench.answer(live, [to_rating(live.reason_of, answer) for answer in answers])
+        new = session.answer(live, [to_rating(live.reason_of, answer) for answer in answers])
         return {"new": new, "answers": sum(rating.mode != "skip" for rating in live.ratings)}
 
     def undo(body: Body) -> Body:
-        rating = workbench.opinion(text(body, "opinion")).undo(text(body, "token"))
+        rating = session.opinion(text(body, "opinion")).undo(text(body, "token"))
         pictures = [] if rating is None else [number for number in (rating.first, rating.second) if number is not None]
-        return {"pictures": [workbench.picture(number) for number in pictures]}
+        return {"pictures": [session.picture(number) for number in pictures]}
 
     def look(body: Body) -> Body:
-        return workbench.look(workbench.opinion(text(body, "opinion")))
+        return session.look(session.opinion(text(body, "opinion")))
 
     def correct(body: Body) -> Body:
-        live = workbench.opinion(text(body, "opinion"))
-        workbench.correct(live, whole(body, "picture"), whole(body, "value"), text(body, "token"))
+        live = session.opinion(text(body, "opinion"))
+        session.correct(live, whole(body, "picture"), whole(body, "value"), text(body, "token"))
         return {}
 
     def add_opinion(body: Body) -> Body:
-        return {"name": workbench.add_opinion(text(body, "name"), whole(body, "levels")).opinion.name}
+        return {"name": session.add_opinion(text(body, "name"), whole(body, "levels")).opinion.name}
 
     def train(body: Body) -> Body:
-        return {"run": workbench.runs.start(workbench.opinion(text(body, "opinion")).opinion).name}
+        return {"run": session.runs.start(session.opinion(text(body, "opinion")).opinion).name}
 
     def stop(body: Body) -> Body:
-        workbench.runs.stop()
+        session.runs.stop()
         return {}
 
     def resume(body: Body) -> Body:
-        workbench.runs.resume(workbench.opinion(text(body, "opinion")).opinion)
+        session.runs.resume(session.opinion(text(body, "opinion")).opinion)
         return {}
 
     async def index(request: Request) -> Response:
         return FileResponse(PAGE / "index.html", headers={"cache-control": "no-store"})
 
     async def picture(request: Request) -> Response:
-        row = workbench.gallery.row_of.get(request.path_params["number"])
+        row = session.gallery.row_of.get(request.path_params["number"])
         if row is None:
             return PlainTextResponse("there is no such picture", status_code=404)
-        path = workbench.project.path_of(workbench.gallery.pictures[row].shown)
+        path = session.project.path_of(session.gallery.pictures[row].shown)
         if not path.is_file():
             return PlainTextResponse("the picture's file is gone", status_code=404)
         return FileResponse(path, headers={"cache-control": KEPT})
@@ -94,16 +94,16 @@ def make_app(workbench: Workbench, hosts: tuple[str, ...], token: str | None = N
     async def table(request: Request) -> Response:
         write = ratings_csv if request.path_params["name"] == "ratings" else pairs_csv
         try:
-            live = workbench.opinion(request.query_params.get("opinion", ""))
+            live = session.opinion(request.query_params.get("opinion", ""))
         except UserError as error:
             return PlainTextResponse(str(error), status_code=400)
-        content = await run_in_threadpool(write, workbench.project, live.opinion)
+        content = await run_in_threadpool(write, session.project, live.opinion)
         name = f"{request.path_params['name']}.csv"
         return Response(content, media_type="text/csv", headers={"content-disposition": f'attachment; filename="{name}"'})
 
     async def run_file(request: Request) -> Response:
         try:
-            folder = workbench.runs.latest(workbench.opinion(request.query_params.get("opinion", "")).opinion)
+            folder = session.runs.latest(session.opinion(request.query_params.get("opinion", "")).opinion)
         except UserError as error:
             return PlainTextResponse(str(error), status_code=400)
         found = None if folder is None else file_of(folder, request.path_params["name"])
@@ -116,14 +116,14 @@ def make_app(workbench: Workbench, hosts: tuple[str, ...], token: str | None = N
 
     async def import_table(request: Request) -> Response:
         async def work() -> Body:
-            live = workbench.opinion(request.query_params.get("opinion", ""))
+            live = session.opinion(request.query_params.get("opinion", ""))
             content = await request.body()
 
             def read() -> tuple[int, int]:
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder, "table.csv")
                     path.write_bytes(content)
-                    return import_ratings(workbench.project, live.opinion, path)
+                    return import_ratings(session.project, live.opinion, path)
 
             new, missing = await run_in_threadpool(read)
             live.reload()

@@ -55,25 +55,25 @@ def stars_of(worth: float, rng: np.random.Generator, noise: float = 0.4) -> int:
 
 @contextlib.contextmanager
 def served(project: Project, *, token: str | None = None, recipe: Recipe = RECIPE, source: dict[str, Any] | None = None) -> Iterator[Any]:
-    """The page on a free port of this machine: (address, workbench)."""
+    """The page on a free port of this machine: (address, session)."""
     import uvicorn
 
     from library.rating.guard import LOOPBACK
     from library.rating.server import make_app
-    from library.rating.workbench import Workbench
+    from library.rating.session import RatingSession
     from tools.rate import ServerConfig, listen
 
     own = listen(ServerConfig(port=0))
-    workbench = Workbench(project, recipe, source, seed=0)
-    server = uvicorn.Server(uvicorn.Config(make_app(workbench, LOOPBACK, token), log_level="warning", timeout_graceful_shutdown=1))
+    session = RatingSession(project, recipe, source, seed=0)
+    server = uvicorn.Server(uvicorn.Config(make_app(session, LOOPBACK, token), log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{own.getsockname()[1]}", workbench
+        yield f"http://127.0.0.1:{own.getsockname()[1]}", session
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-        workbench.close()
+        session.close()
 
 
 if __name__ == "__main__":  # a server that can be killed: prints its address

@@ -29,7 +29,7 @@ RESTARTS = 3  # of a worker that died by itself
 SOURCE_FIELDS = ("model", "prompts_file", "pictures", "resolution", "num_steps", "guidance_scale", "mixed_precision")
 
 
-class Workbench:
+class RatingSession:
     """Starts working when it is made; `close` ends it.
 
     Args:
@@ -231,6 +231,6 @@ def _counts(ratings: list[Rating], levels: int) -> list[int]:
     return [given.count(level) for level in range(1, levels + 1)]
 
 
-def question_dict(workbench: Workbench, asked: Any) -> dict[str, Any]:
+def question_dict(session: RatingSession, asked: Any) -> dict[str, Any]:
     """A question as the page gets it; why it is asked is not said, so that nobody answers the second time as the first."""
-    return {"token": asdict(asked)["token"], "pictures": [workbench.picture(number) for number in asked.pictures]}
+    return {"token": asdict(asked)["token"], "pictures": [session.picture(number) for number in asked.pictures]}
