@@ -259,6 +259,14 @@ def test_output_config_makes_a_file_to_be_filled_in(tmp_path: Path):
     assert content["network"]["network_dim"] == 8
 
 
+def test_output_config_without_a_file_writes_the_config_file_as_in_sd_scripts(tmp_path: Path):
+    with pytest.raises(SystemExit) as caught:
+        parse("--config_file", str(tmp_path / "new.toml"), "--output_config", "--seed", "7")
+    assert caught.value.code == 0
+    assert tomllib.loads((tmp_path / "new.toml").read_text(encoding="utf-8"))["training"]["seed"] == 7
+    assert error_of("--output_config").startswith("--output_config names no file: write --output_config FILE")
+
+
 def test_output_config_that_cannot_be_written(tmp_path: Path):
     path = tmp_path / "nowhere" / "new.toml"
     assert error_of("--output_config", str(path)) == f"output_config {path} cannot be written: No such file or directory"

@@ -81,6 +81,14 @@ def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_
         assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06)} <= colours  # the training score's line and the judge's
 
 
+def test_a_persons_own_words_win_over_those_of_the_run(files, tmp_path):
+    slider_files, network = files
+    slider_files.modelspec = {"title": "Light", "description": "It brightens."}
+    with safetensors.safe_open(slider_files.save(network, 3, outcome=OUTCOME), "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["modelspec.title"], metadata["modelspec.description"]) == ("Light", "It brightens.")
+
+
 def test_without_calibration_there_is_no_plot_and_weight_1_is_preferred(files, tmp_path):
     slider_files, network = files
     slider_files.save(network, 3, final=True)

@@ -33,6 +33,7 @@ from library.settings.cli import parse_config, run_main
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
 from library.slider_training.pictures import SliderPictures
+from library.slider_training.previews import write_preview
 from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.tracking import read_metrics
 from library.types import LossOutput, PromptSpec
@@ -113,6 +114,47 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
         assert picture.width > 3 * 128 and picture.height >= 128
     assert metadata["modelspec.timestep_range"] == "0,999" and metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
     assert ("ss_new_sd_model_hash" in metadata) == (workplace / "model").is_file()
+
+
+def test_what_a_person_says_of_a_run_counts(
+    workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelSpec's fields, the prompts of previews, where counting begins, which states are kept; and a seed that nobody gave is told."""
+    caplog.set_level("INFO")
+    previews = []
+
+    def seen(*given: Any) -> None:
+        previews.append([prompt.prompt for prompt in given[3]])
+        write_preview(*given)
+
+    monkeypatch.setattr("library.slider_training.monitor.write_preview", seen)
+    (tmp_path / "sample.txt").write_text("a hut --w 64 --h 64\n", encoding="utf-8")
+    said = {"title": "Light", "author": "Ada", "description": "It brightens.", "license": "CC-BY-4.0", "tags": "light, slider"}
+    path = run(
+        workplace,
+        tmp_path / "out",
+        seed=None,
+        initial_step=2,
+        max_train_steps=4,
+        save_every_n_steps=1,
+        save_state=True,
+        save_last_n_steps_state=0,
+        sample_prompts=str(tmp_path / "sample.txt"),
+        sample_every_n_steps=4,
+        **{f"metadata_{name}": value for name, value in said.items()},
+    )
+    metadata = metadata_of(path)
+    assert {name: metadata[f"modelspec.{name}"] for name in said} == said
+    assert metadata["ss_steps"] == "4"
+    assert f"seed {metadata['ss_seed']}: give it as seed to repeat this run" in caplog.text
+    assert load_state(path.parent / "tiny-state")["shared"]["seed"] == int(metadata["ss_seed"])
+    assert [record["step"] for record in read_metrics(path.parent / "metrics.jsonl")] == [2, 3]
+    assert sorted(entry.name for entry in path.parent.glob("tiny-step*")) == [
+        "tiny-step00000003.safetensors",
+        "tiny-step00000004-state",
+        "tiny-step00000004.safetensors",
+    ]
+    assert previews == [["a hut"]]
 
 
 @pytest.mark.parametrize(
