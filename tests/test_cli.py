@@ -285,10 +285,16 @@ def test_dry_run_prints_and_checks(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("words, experts", [("-h", False), ("--help", False), ("--help all", True), ("--help_all", True)])
 def test_help_has_the_options_and_their_defaults(words: str, experts: bool, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        parse_config(Script, words.split(), description="What it does.")
+        parse_config(Script, words.split(), description="What it does.\n\n    python script.py\n    python script.py again\n")
     assert caught.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "What it does." in printed and "--network_dim" in printed and "100% of them" in printed and "(default: 500)" in printed
+    as_printed = capsys.readouterr().out
+    printed = " ".join(as_printed.split())
+    assert (
+        "What it does.\n\n    python script.py\n    python script.py again\n" in as_printed
+        and "--network_dim" in printed
+        and "100% of them" in printed
+        and "(default: 500)" in printed
+    )
     assert ("--steepness" in printed) == experts
     hidden = sum(entry.expert for entry in options(Script).values())
     assert (f"--help all shows {hidden} more settings" in printed) == (not experts)

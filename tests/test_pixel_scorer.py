@@ -446,3 +446,15 @@ def test_laion_v2_as_a_scorer_file(tmp_path: Path) -> None:
     save_scorer(tmp_path / "laion.safetensors", scorer)
     (tmp_path / "head.pth").unlink()  # it is all in the file
     assert torch.equal(load_scorer(tmp_path / "laion.safetensors")(some_latents(), torch.zeros(2)), scorer(some_latents(), torch.zeros(2)))
+
+
+def test_the_tool_refuses_what_nothing_can_be_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    (tmp_path / "mine.py").write_text("def mean(pixels):\n    return pixels.detach().mean((1, 2, 3))\n", encoding="utf-8")
+    argv = ["--vae", str(tmp_path / "vae"), "--image_model", f"python:{tmp_path / 'mine.py'}:mean", "--resolution", "64"]
+    monkeypatch.setattr(sys, "argv", ["make_pixel_scorer.py", *argv, "--output", str(tmp_path / "out.safetensors")])
+    with pytest.raises(
+        UserError, match="has no gradient that reaches the latents, so nothing can be trained with it and no file is written"
+    ):
+        make_pixel_scorer.main()
+    assert not (tmp_path / "out.safetensors").exists()

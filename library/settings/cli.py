@@ -118,8 +118,16 @@ def make_parser(
         sets: other sets of defaults, by name.
     """
     hidden = 0 if experts else sum(entry.expert for entry in table.values())
-    more = f"--help all shows {hidden} more settings." if hidden else None
-    parser = _Parser(description=description, epilog=more, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    more = f"--help all shows {hidden} more {'setting' if hidden == 1 else 'settings'}." if hidden else None
+    as_written = argparse.RawDescriptionHelpFormatter  # a description holds commands, a line each
+    parser = _Parser(
+        description=description,
+        epilog=more,
+        formatter_class=as_written,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
     files = parser.add_argument_group("config file")
     files.add_argument("-h", "--help", action="help", help="Show this and exit; --help all, or --help_all: with the expert settings.")
     files.add_argument("--config_file", metavar="FILE", help="TOML file to take settings from; .toml is appended if missing.")
