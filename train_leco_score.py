@@ -29,6 +29,7 @@ from library.rollouts.sample import model_autocast
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.settings.sd_scripts_defaults import SD_SCRIPTS
 from library.slider_training.check import check_reward
+from library.slider_training.estimate import estimate
 from library.slider_training.files import SliderState
 from library.slider_training.monitor import due
 from library.slider_training.network import in_use
@@ -56,11 +57,14 @@ def train(config: LecoScoreConfig, *, dry_run: bool = False) -> Path:
 
     Raises:
         UserError: bad input, too many losses that are not finite, another process that trains a slider of this name.
-        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when slider and state are saved; 3 from check_reward.
+        SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when slider and state are saved; 3 from check_reward; 0 from estimate.
     """
     check_optimizer(config.optimizer, config.training.max_train_steps)
     check_trackers(config.logging)
     set_num_threads(config.training.num_threads)
+    if config.check.estimate:
+        print(estimate(config))
+        raise SystemExit(0)
     accelerator = create_accelerator(config.training)
     logger.info("%s", describe_device(accelerator))
     config = settle(config, accelerator)

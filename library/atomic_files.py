@@ -287,9 +287,12 @@ class NoTensors(ValueError):
     """Why a file cannot be read as one of tensors, as a part of a sentence."""
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """What a foreign file of tensors holds, on the CPU, and its metadata: a .safetensors, or else a file of torch.save, of which nothing
     but tensors and plain values is read; for what a training program left in it stands `_Inert`. Its values are not checked.
+
+    Args:
+        shapes_only: read no values; the tensors are on the device "meta".
 
     Raises:
         NoTensors: whatever is wrong with it, or if there is no such file.
@@ -301,11 +304,15 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         if path.suffix.lower() in (".safetensors", ".sft"):
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (it is no dict)
+                names, metadata = file.keys(), file.metadata() or {}
+                if shapes_only:
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}, metadata
+                return {name: file.get_tensor(name) for name in names}, metadata
         with torch.serialization.safe_globals([(_Inert, name) for name in _training_objects(path)]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except OSError as error:
-        raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
+        cut = error.errno == errno.EINVAL  # torch has looked for the end of the file before its beginning
+        raise NoTensors("not a whole file of torch.save" if cut else error.strerror or " ".join(str(error).split())[:200]) from error
     except safetensors.SafetensorError as error:
         raise NoTensors(f"not a whole safetensors file: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # the words of torch's own would advise to turn its guard off

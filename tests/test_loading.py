@@ -66,6 +66,21 @@ def test_single_file(kind, ending, tmp_path):
     assert_same_model(load_model(path, v_parameterization=kind.endswith("_v")), original)
 
 
+@pytest.mark.parametrize("kind", FAMILY_NAMES)
+def test_without_values_a_folder_and_a_file_have_the_model_s_shapes(kind, tmp_path):
+    model = tiny_model(kind, full=True)
+    folder, file = save_folder(model, tmp_path / "folder"), save_single_file(model, tmp_path / "file.safetensors")
+    for weights in [*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]:
+        weights.unlink()  # only the configs are read
+    for path in (folder, file):
+        loaded = load_model(path, device="meta", dtype=torch.float16)
+        assert loaded.device.type == loaded.vae.device.type == "meta"
+        for ours, theirs in zip((loaded.unet, *loaded.text_encoders), (model.unet, *model.text_encoders), strict=True):
+            assert {name: (own.shape, own.dtype) for name, own in ours.named_parameters()} == {
+                name: (own.shape, torch.float16) for name, own in theirs.named_parameters()
+            }
+
+
 def test_v_prediction_is_read_from_the_file_unless_the_flag_says_otherwise(tmp_path):
     model = tiny_model("sdxl_v")
     plain = save_single_file(model, tmp_path / "plain.safetensors")

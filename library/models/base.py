@@ -181,7 +181,7 @@ class DiffusionModel(ABC):
     def encode_prompts(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, time_ids: Sequence[TimeIds] | None = None
     ) -> Conditioning:
-        """Prompts -> conditioning of as many rows, on the text encoders' device and in their dtype.
+        """Prompts -> conditioning of as many rows, on the model's device and in the text encoders' dtype.
 
         All rows are as long as the longest prompt needs, and at least `prompt_chunks` chunks of 77 tokens; the pooled embedding is
         that of the first chunk.
@@ -194,8 +194,9 @@ class DiffusionModel(ABC):
         count, texts, pooled = len(prompts), [], None
         for text_encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             ids, weights = self._tokenize(prompts, tokenizer, text_encoder)  # [N, B, 77]
-            # chunk after chunk: a LoRA's multipliers, one a prompt, are repeated for each
-            hidden, pooled = self._hidden_states(text_encoder, ids.flatten(0, 1).to(text_encoder.device))
+            with self._fetched(text_encoder):
+                # chunk after chunk: a LoRA's multipliers, one a prompt, are repeated for each
+                hidden, pooled = self._hidden_states(text_encoder, ids.flatten(0, 1).to(text_encoder.device))
             hidden = apply_weights(hidden, weights.flatten(0, 1))
             texts.append(hidden.unflatten(0, (-1, count)).transpose(0, 1).flatten(1, 2))  # [B, N * 77, D]
         text = torch.cat(texts, dim=-1)
@@ -318,17 +319,27 @@ class DiffusionModel(ABC):
     @contextmanager
     def vae_at_work(self) -> Iterator[None]:
         """The VAE is on the model's device within the block, and afterwards where it was; what has no gradient is computed in slices."""
-        home = self.vae.device
-        place_vae(self.vae, self.device)
+        with self._fetched(self.vae), in_slices(self.vae):
+            yield
+
+    @contextmanager
+    def _fetched(self, module: Any) -> Iterator[None]:
+        """A module of ours is on the model's device within the block, and afterwards where it was."""
+        home = module.device
+        move(module, self.device)
         try:
-            with in_slices(self.vae):
-                yield
+            yield
         finally:
-            place_vae(self.vae, home)
+            move(module, home)
 
     def rest_vae(self) -> None:
-        """Move the VAE to the CPU, from where `vae_at_work` fetches it. No gradient can be taken through it from then on."""
-        place_vae(self.vae, "cpu")
+        """Move the VAE to the CPU, from where it is fetched for its work. No gradient can be taken through it from then on."""
+        move(self.vae, "cpu")
+
+    def rest_text_encoders(self) -> None:
+        """The same of the text encoders."""
+        for text_encoder in self.text_encoders:
+            move(text_encoder, "cpu")
 
     def vae_fingerprint(self) -> VaeFingerprint:
         return VaeFingerprint.of(self.vae)

@@ -51,6 +51,7 @@ def load_model(
         vae: a file, folder or hub id with another VAE, in place of the model's own or where it has none.
         clip_skip: as sd-scripts means it: 1 is the last hidden state, 2 the last but one; None is the family's own.
         dtype: of U-Net and text encoders; and of the VAE unless its config says force_upcast.
+        device: "meta" reads no weights: a model of tensors without values.
 
     Raises:
         UserError: the path is missing or holds something else, or the options do not fit the model.
@@ -60,7 +61,7 @@ def load_model(
     logger.info("loading the model %s", path)
     load = _load_folder if path.is_dir() else _load_file
     with _foreign(path):
-        model = load(path, family, v_parameterization, vae, dtype)
+        model = load(path, family, v_parameterization, vae, dtype, torch.device(device).type == "meta")
         _check_scaling_factor(model.vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
@@ -142,7 +143,7 @@ def _expect_family(found: Family, wanted: str, path: Path) -> None:
 
 
 def _load_folder(
-    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype
+    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype, no_values: bool
 ) -> DiffusionModel:
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -154,11 +155,12 @@ def _load_folder(
     schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
     if v_parameterization is None:
         warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
-    unet = _component(UNet2DConditionModel, path / "unet", dtype)
-    vae = _component(AutoencoderKL, path / "vae", torch.float32) if vae_path is None else _other_vae(vae_path, family)
+    component = _component_without_values if no_values else _component
+    unet = component(UNet2DConditionModel, path / "unet", dtype)
+    vae = component(AutoencoderKL, path / "vae", torch.float32) if vae_path is None else _other_vae(vae_path, family)
     text_encoders, tokenizers = [], []
     for slot in family.text_encoders:
-        text_encoders.append(_component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
+        text_encoders.append(component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
         tokenizers.append(_tokenizer(path / slot.tokenizer_folder, text_encoders[-1].config.vocab_size))
     return family.model_class(
         spec=family.spec(
@@ -235,6 +237,18 @@ def _check_sizes(value: Any, path: Path, name: str = "") -> None:
         raise UserError(f"{path} has {name} = {str(value)[:40]}, which no model has; download it again.")
 
 
+def _component_without_values(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The same on the device "meta", from its config alone."""
+    _check_sizes(_read_json(folder / "config.json", "the diffusers model is not complete"), folder / "config.json")
+    try:
+        with torch.device("meta"):
+            if hasattr(cls, "load_config"):  # diffusers
+                return cls.from_config(cls.load_config(folder, local_files_only=True))
+            return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:300]}); download or copy it again.") from error
+
+
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
     import transformers
 
@@ -248,9 +262,9 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
 
 
 def _load_file(
-    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype
+    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype, no_values: bool
 ) -> DiffusionModel:
-    tensors, metadata = single_file.read_tensors(path)
+    tensors, metadata = single_file.read_tensors(path, shapes_only=no_values)
     family = single_file.detect_family(tensors, path)
     _expect_family(family, wanted_family, path)
     bundled = single_file.bundled_config(family.name)

@@ -61,7 +61,7 @@ def _by_metadata(metadata: Mapping[str, str]) -> Sign | None:
 
 def _by_weights(tensors: Mapping[str, Tensor], family: str) -> Sign | None:
     bias = tensors.get(_SD2_BIAS)
-    if family != "sd2" or bias is None:
+    if family != "sd2" or bias is None or bias.is_meta:
         return None
     is_v = bool(bias.float().std(correction=0) > _SD2_V_STD)
     return is_v, f"weights of SD2 at {'768' if is_v else '512'} pixels look", True

@@ -36,8 +36,11 @@ def bundled_config(family: str) -> dict[str, Any]:
     return json.loads(FAMILIES[family].config_file.read_text(encoding="utf-8"))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, shapes_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a checkpoint file by name, and its metadata (safetensors only). ComfyUI's scaled fp8 is multiplied out.
+
+    Args:
+        shapes_only: read no values; the tensors are on the device "meta".
 
     Raises:
         UserError: the file cannot be read; it holds no tensors; another ending.
@@ -45,7 +48,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix.lower() not in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"{path} does not end in .safetensors or .ckpt; give a checkpoint file or the folder of a diffusers model.")
     try:
-        content, metadata = load_tensors(path)
+        content, metadata = load_tensors(path, shapes_only=shapes_only)
     except NoTensors as error:
         raise UserError(f"{path} cannot be read ({error}); download or copy it again, or convert it to safetensors.") from error
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -51,6 +51,7 @@ def option(
     secret: bool = False,
     expert: bool = False,
     only_with: Condition | tuple[Condition, ...] = (),
+    stands_for: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """A field of a concern.
 
@@ -63,6 +64,7 @@ def option(
         only_with: when the setting is read: with a setting that is on or set ("paired_signs"), or with settings that have one of the
             values given ({"score_estimator": ("x0_renoise",)}; of a list, one item; no values: empty). A tuple: if any of them holds.
             () is always.
+        stands_for: by value, settings that take the place of other options' defaults.
     """
     metadata = {
         "help": help,
@@ -70,6 +72,7 @@ def option(
         "secret": secret,
         "expert": expert,
         "only_with": only_with if isinstance(only_with, tuple) else (only_with,),
+        "stands_for": stands_for or {},
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata, repr=not secret)
@@ -99,6 +102,7 @@ class Option:
     secret: bool
     expert: bool
     only_with: tuple[Condition, ...]
+    stands_for: Mapping[str, Mapping[str, Any]]
 
     def is_read(self, resolved: Mapping[str, Any]) -> bool:
         """Whether `only_with` holds for the script's settings; one that the script does not have is no condition."""
@@ -132,6 +136,7 @@ def options(config_class: type) -> dict[str, Option]:
                 secret=field.metadata["secret"],
                 expert=field.metadata["expert"],
                 only_with=field.metadata["only_with"],
+                stands_for=field.metadata["stands_for"],
             )
     return table
 
@@ -164,6 +169,8 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
     if gone := [f"{name} ({REMOVED[name]})" for name in values if name in REMOVED and name not in table]:
         mistakes.append(f"these settings are gone: {', '.join(gone)}; leave them out")
     result = {name: entry.default for name, entry in table.items()}
+    for name in values.keys() & table.keys():
+        result |= table[name].stands_for.get(str(values[name]), {})
     for name, value in values.items():
         where = f" (line {lines[name]})" if lines and name in lines else ""
         if name in table:

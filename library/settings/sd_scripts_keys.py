@@ -149,6 +149,9 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         if result.setdefault("model_family", "sd2") not in ("auto", "sd2"):
             raise UserError(f"v2 is set and model_family is {result['model_family']}; leave one of the two out")
         result["model_family"] = "sd2"
+    for name in ("fp8_base", "fp8_base_unet"):
+        if name in result and "quantize_base" in known and take(name).lower() in ("", "true"):
+            result.setdefault("quantize_base", "fp8")
     if "train_data_file" in known and "dataset_config" in result and (text := take("dataset_config")):
         if result.get("train_data_file") not in (None, ""):
             raise UserError("train_data_file and dataset_config are both set; leave one out")

@@ -28,10 +28,13 @@ EXPLODING_DRIFT = 1.0  # RMS of eps after one step: the prediction has changed b
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """A check before the training."""
+    """What can be asked before the training."""
 
     check_reward: bool = option(
         False, help="Make one gradient step on one prompt, say what it tells of the run, and end; nothing is trained or written."
+    )
+    estimate: bool = option(
+        False, help="Say how much of a graphics card's memory the run will need, part by part, and end; no weights are read."
     )
 
 

@@ -31,7 +31,6 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     """
     module = _network_module(config.network_module)
     text_encoders = model.text_encoders if config.trains_text_encoders else []
-    _merge_base_weights(config, model)
     if config.network_weights is not None and not config.network_weights.is_file():
         raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
     makers = module.create_network, module.create_network_from_weights
@@ -54,7 +53,7 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
         network.load_weights(config.network_weights)
     model.freeze()
     network.prepare_grad_etc(text_encoders, model.unet)
-    network.to(model.device)
+    network.to(model.unet.device)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
         network.enable_gradient_checkpointing()
@@ -75,7 +74,8 @@ def in_use(network: LoRANetwork, optimizer: object) -> Iterator[None]:
         network.train()
 
 
-def _merge_base_weights(config: NetworkConfig, model: DiffusionModel) -> None:
+def merge_base_weights(config: NetworkConfig, model: DiffusionModel) -> None:
+    """Merge the LoRA files of `base_weights` into the model, for good. Raises UserError for one that is not there."""
     for file, multiplier in config.base_loras:
         if not file.is_file():
             raise UserError(f"base_weights {file} does not exist; give LoRA files that are merged into the model")

@@ -13,6 +13,7 @@ import torch
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
 from library.models.config import ModelConfig
+from library.models.packed import pack_unet
 from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
@@ -23,12 +24,13 @@ from library.prompts.files import PromptOptions, load_prompts, with_aspect_bucke
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
+from library.settings.presets import PRESETS, MemoryConfig
 from library.settings.shared import LoggingConfig, MetadataConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
 from library.slider_training.files import SliderFiles, SliderState
 from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
-from library.slider_training.network import build_network
+from library.slider_training.network import build_network, merge_base_weights
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.optimizers import check_optimizer
 from library.training.run_files import RunFiles
@@ -56,6 +58,7 @@ class LecoScoreConfig:
     network: NetworkConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    memory: MemoryConfig
     monitor: MonitorConfig
     check: CheckConfig
     saving: SavingConfig
@@ -111,8 +114,12 @@ def settle(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig
     return replace(config, training=replace(config.training, seed=seed), saving=replace(config.saving, resume=folder))
 
 
-def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
-    """Load and build everything, in the order in which a user's mistake costs least. Raises UserError."""
+def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionModel | None = None) -> SliderParts:
+    """Load and build everything, in the order in which a user's mistake costs least. Raises UserError.
+
+    Args:
+        model: as `load_base` would make it; None has it made.
+    """
     RunFiles(config.saving).check_outputs()
     check_optimizer(config.optimizer, config.training.max_train_steps)
     seed = config.training.seed
@@ -122,7 +129,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
     sample_file = config.monitor.sample_prompts
     sample_prompts = load_prompts(sample_file, config.prompts) if sample_file and config.monitor.previews else []
-    model = config.model.load(dtype=weight_dtype(accelerator.mixed_precision), device=accelerator.device)
+    model = model or load_base(config, accelerator)
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(prompts, sampling.size)
@@ -151,6 +158,9 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
         model.unet.compile()
     encoder, train_prompts = encoder_and_prompts(config.text_free, model, network, reward.scorers, prompts)
     eval_prompts = eval_prompts or train_prompts
+    if not config.network.trains_text_encoders:
+        encoder.encode_ahead(train_prompts, sampling.size)
+        model.rest_text_encoders()  # while the terms start their trajectories
     context = TrainingContext(
         model=model,
         network=network,
@@ -196,6 +206,22 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator) -> SliderParts:
     )
     files.check_space(network, config.training.max_train_steps)
     return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
+
+
+def load_base(config: LecoScoreConfig, accelerator: Accelerator) -> DiffusionModel:
+    """The model that is trained on, with `base_weights` in it, its U-Net's weights packed if that is wanted. Raises UserError."""
+    memory, device = config.memory, accelerator.device
+    if memory.preset is not None:
+        listed = ", ".join(f"{name} = {value}" for name, value in PRESETS[memory.preset].items())
+        logger.info("preset %s stands for %s, where you set nothing else", memory.preset, listed)
+    # packed weights go to the device one by one: whole, they might not fit
+    model = config.model.load(dtype=weight_dtype(accelerator.mixed_precision), device="cpu" if memory.packs else device)
+    merge_base_weights(config.network, model)
+    if memory.packs:
+        blocks = pack_unet(model.unet, memory.quantize_base, memory.blocks_to_swap, device)
+        model.to(device)
+        logger.info("the U-Net's weights are kept in %s, those of %d blocks on the CPU", memory.quantize_base or model.dtype, blocks)
+    return model
 
 
 def _shared_settings(config: LecoScoreConfig, context: TrainingContext, precision: str) -> dict[str, Any]:
