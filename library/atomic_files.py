@@ -310,12 +310,11 @@ def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[s
                 return {name: file.get_tensor(name) for name in names}, metadata
         with torch.serialization.safe_globals([(_Inert, name) for name in _training_objects(path)]):
             content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
-    except OSError as error:
-        cut = error.errno == errno.EINVAL  # torch has looked for the end of the file before its beginning
-        raise NoTensors("not a whole file of torch.save" if cut else error.strerror or " ".join(str(error).split())[:200]) from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
     except safetensors.SafetensorError as error:
         raise NoTensors(f"not a whole safetensors file: {' '.join(str(error).split())[:200]}") from error
-    except Exception as error:  # the words of torch's own would advise to turn its guard off
+    except Exception as error:  # for torch, a file that ends too early is an OSError; its own words would advise to turn its guard off
         raise NoTensors("not a whole file of torch.save of plain tensors alone, and nothing else is read") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -152,7 +152,7 @@ def own_scorer(tmp_path: Path) -> tuple[Path, str]:
     name = f"{tmp_path / 'own.py'}:score"
     (tmp_path / "own.py").write_text("def score(pixels): return pixels.mean((1, 2, 3))\n")
     settings = make_pixel_scorer.PixelScorerConfig(image_model=f"python:{name}", resolution=64)
-    save_scorer(tmp_path / "own.safetensors", make_pixel_scorer.make_scorer(tiny_vae(), settings))
+    save_scorer(tmp_path / "own.safetensors", make_pixel_scorer.make_scorer(tiny_vae(), settings, 64))
     return tmp_path / "own.safetensors", name
 
 

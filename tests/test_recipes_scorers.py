@@ -159,7 +159,7 @@ def test_a_source_of_rated_pictures(declare: Callable[[Registry, str], None], tm
 
 def test_a_ready_made_image_scorer(declare: Callable[[Registry, str], None], tmp_path: Path) -> None:
     declare(IMAGE_MODELS, IMAGE_MODEL)
-    save_scorer(tmp_path / "red.safetensors", make_scorer(tiny_vae(), PixelScorerConfig(image_model="redness:2.5", resolution=64)))
+    save_scorer(tmp_path / "red.safetensors", make_scorer(tiny_vae(), PixelScorerConfig(image_model="redness:2.5"), 64))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     scores = load_scorer(tmp_path / "red.safetensors")(latents, torch.zeros(2))
     [gradient] = torch.autograd.grad(scores.sum(), latents)

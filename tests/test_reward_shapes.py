@@ -8,7 +8,6 @@ from torch import Tensor
 
 from library.objectives import score
 from library.objectives.reward_shapes import SHAPES, hinge, linear, softplus, target
-from library.types import PromptSpec
 from tests.helpers.objective import make_stage
 from tests.helpers.scorers import ChannelScorer
 
@@ -61,11 +60,11 @@ def test_a_margin_of_zero_gives_finite_pushes(name: str) -> None:
 CALM = {"scorer": ChannelScorer, "resolution": 64, "guidance": 1.0}
 
 
-def pushed(shape: str, gain: float, *, prompts: list[PromptSpec] | None = None, multiplier: float = 1.0, **settings) -> float:
+def pushed(shape: str, gain: float, *, num_steps: int | None = None, multiplier: float = 1.0, **settings) -> float:
     """The push of one sample whose gain is `gain`, of which 6 steps make a trajectory."""
     stage = make_stage(batch_size=1, reward_loss=shape, **CALM, **settings)
     batch = replace(stage.rollout.next_batch(), multipliers=torch.tensor([multiplier]))
-    batch = batch if prompts is None else replace(batch, prompts=prompts)
+    batch = batch if num_steps is None else replace(batch, num_steps=num_steps)
     predicted = stage.objective.estimator.predict_latents(stage.state(batch), torch.zeros_like(batch.latents))
     return stage.objective._push(batch, predicted)(torch.tensor([gain])).item()
 
@@ -74,8 +73,7 @@ def test_the_margin_is_a_steps_part_of_the_whole_trajectorys() -> None:
     """5 standard deviations for the hinge, 3 for the target, over 6 steps."""
     assert [pushed("hinge", gain) for gain in (0.83, 0.84)] == [1, 0]
     assert [pushed("hinge", gain, multiplier=-2.0) for gain in (1.66, 1.67)] == [1, 0]
-    long = [PromptSpec(prompt="a red circle", num_steps=60)]
-    assert [pushed("hinge", gain, prompts=long) for gain in (0.083, 0.084)] == [1, 0]
+    assert [pushed("hinge", gain, num_steps=60) for gain in (0.083, 0.084)] == [1, 0]
     assert pushed("target", 0.5) == 0
     assert pushed("target", 0.6) < 0
     assert pushed("softplus", 5 / 6) == pytest.approx(0.5)
@@ -88,7 +86,7 @@ def test_a_sample_that_is_far_enough_rests_and_one_beyond_its_target_is_pushed_b
     settings = {"strength": 0.5, "preserve_weight": 1e-9, **CALM}  # not 0: losses count from the frozen model
     resting = make_stage(reward_loss="hinge", **settings)
     batch = resting.rollout.next_batch()
-    turned = replace(batch, prompts=[replace(batch.prompts[0], direction=-1.0), *batch.prompts[1:]])
+    turned = replace(batch, prompt_directions=torch.cat([-batch.prompt_directions[:1], batch.prompt_directions[1:]]))
     pushed = [metrics["pushed"] for metrics in (resting.loss(batch).metrics, resting.loss(turned).metrics)]
     assert abs(pushed[0] - pushed[1]) == pytest.approx(1 / 3)  # the first sample went the right way, or the wrong one
     onward = make_stage(reward_loss="linear", **settings)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / "train_leco_score.py", ROOT / "train_latent_scorer.py"]
 SCRIPTS += [file for file in sorted((ROOT / "tools").glob("*.py")) if "run_main" in file.read_text(encoding="utf-8")]
+SCRIPTS.remove(ROOT / "tools" / "rate.py")  # whose own process has no torch; those that it starts are among the others
 SLOW_TO_IMPORT = ("accelerate", "diffusers", "matplotlib", "pandas", "scipy.interpolate", "scipy.stats", "torch._dynamo", "transformers")
 READ_ALL_SETTINGS = f"""
 import sys

@@ -86,7 +86,7 @@ def test_the_gradient_reaches_every_part_of_the_picture(network: str) -> None:
 def test_as_a_scorer_file(network: str, tmp_path: Path) -> None:
     vae = load_vae(ROOT / "examples/shapes/model")
     settings = make_pixel_scorer.PixelScorerConfig(image_model=f"{network}&score=log_odds", resolution=128)
-    scorer = make_pixel_scorer.make_scorer(vae, settings)
+    scorer = make_pixel_scorer.make_scorer(vae, settings, 64)
     gradient = scorer.spec.training["gradient"]
     assert gradient["reaches_latents"] and min(gradient["regions"].values()) > 0
     save_scorer(tmp_path / "nsfw.safetensors", scorer)
