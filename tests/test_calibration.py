@@ -187,6 +187,13 @@ def test_it_is_not_raised_beyond_where_judges_and_pictures_hold():
     assert next_strength(seen(lambda m: 0.1 * abs(m), sound=sound), SEEN) is None  # and no stronger one is tried
 
 
+def test_it_is_not_raised_beyond_where_both_signs_are_usable():
+    """Below 0 the gain hardly grows beyond -0.5: about -1, half of its effect per weight is gone."""
+    chosen = choose_scale(seen(lambda m: 0.5 * abs(m), gain=lambda m: 2 * m if m > -0.5 else -1 + 0.1 * (m + 0.5)), SEEN)
+    assert 0.85 < chosen.scale < 1.05 and math.isclose(chosen.gain, 2 * chosen.scale)
+    assert chosen.line is not None and chosen.line.usable[0] <= -0.99
+
+
 def test_a_change_that_nobody_sees_yet_is_looked_for_farther_out():
     assert next_strength(seen(lambda m: 0.4 * abs(m)), SEEN) == pytest.approx(1.5 * 2.0)
     assert next_strength(seen(lambda m: abs(m)), SEEN) is None

@@ -23,7 +23,7 @@ class Target:
     Attributes:
         gain: of the training score, in within-prompt standard deviations.
         visible: raise the strength, where that gain is too small to be seen, until a person tells the pictures from the base model's
-            (`response_curve.VISIBLE_SHARE`), as far as judges and pictures hold.
+            (`response_curve.VISIBLE_SHARE`), as far as judges and pictures hold and both signs are usable.
         max_drift: latents may be no farther (RMS) from the base model's; None is no bound.
     """
 
@@ -146,6 +146,8 @@ class _Arm:
             seen = _first_crossing(strengths, np.maximum.accumulate(worse(curve.visible, np.minimum)), 1.0, beyond=np.inf)
             sound = worse(curve.sound, np.logical_and) if curve.sound else np.ones(len(strengths), bool)
             bound = min(monotone_end, drift_end) if sound.all() else float(strengths[np.argmin(sound) - 1])
+            usable = summarise_curve(curve, target.max_drift).usable  # weight -1 is to be of use, too
+            bound = min(bound, -usable[0], usable[1])
             if not np.isinf(seen) or bound < top:
                 seen = min(seen, bound)
             wanted = max(wanted_gain, seen)
