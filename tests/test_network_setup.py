@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.settings.shared import NetworkConfig
-from library.slider_training.network import build_network, in_use
+from library.slider_training.network import build_network, in_use, merge_base_weights
 from library.training.optimizers import create_optimizer
 from networks.lora import LoRANetwork
 from networks.lora_options import Dropouts
@@ -75,7 +75,6 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
         ({"network_module": "networks.nothing"}, "cannot be imported"),
         ({"network_module": "json"}, "no per-sample multipliers"),
         ({"network_module": "lycoris.kohya"}, "one multiplier for a whole batch"),
-        ({"base_weights": (Path("none.safetensors"),)}, "base_weights none.safetensors does not exist"),
         ({"base_weights": (Path("none"),), "base_weights_multiplier": (1.0, 2.0)}, "2 values for 1 files"),
         ({"network_weights": Path("none.safetensors")}, "does not exist"),
     ],
@@ -84,6 +83,11 @@ def test_bad_settings(values: dict, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         built(**values)
     assert "\n" not in str(caught.value)
+
+
+def test_base_weights_that_are_not_there() -> None:
+    with pytest.raises(UserError, match=r"base_weights none.safetensors does not exist"):
+        merge_base_weights(NetworkConfig(base_weights=(Path("none.safetensors"),)), tiny_model())
 
 
 def test_text_encoders_alone() -> None:
@@ -118,6 +122,7 @@ def test_base_weights_are_merged_at_their_multipliers(tmp_path: Path) -> None:
         network.save_weights(paths[-1])
     model, plain = tiny_model(), tiny_model()
     config = NetworkConfig(network_dim=2, base_weights=tuple(paths), base_weights_multiplier=(-0.5,))
+    merge_base_weights(config, model)
     network = build_network(config, model, torch.Generator().manual_seed(0), gradient_checkpointing=False)
     assert not any(lora.lora_up.weight.any() for lora in network.loras)
     parts = {"unet": (model.unet, plain.unet), "text_encoder": (model.text_encoders[0], plain.text_encoders[0])}
