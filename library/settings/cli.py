@@ -139,7 +139,7 @@ def make_parser(
         help="Write the settings to this new TOML file, or to config_file, and exit.",
     )
     files.add_argument(
-        "--dry_run", action="store_true", help="Print the settings as TOML, check all that can be checked before training, and exit."
+        "--dry_run", action="store_true", help="Print the settings as TOML, check them (train_leco_score.py: all but train), and exit."
     )
     if sets:
         choices = "{" + ",".join(sets) + "}"
