@@ -64,6 +64,7 @@ def test_single_samples_alternate_the_multipliers_from_batch_to_batch() -> None:
         signs.append(batch.strengths[0])
         places.append(batch.times[0])
         belt.advance(belt.trajectories.predict(batch))
+    assert belt.trajectories.life == 16
     assert signs == [1.0, -1.0] * 8 + [-1.0, 1.0] * 2  # the two trajectories end, and change their signs
     assert places[0:16:2] == places[1:16:2] == sorted(places[0:16:2], reverse=True)  # each goes on along its own
 
@@ -127,6 +128,7 @@ def test_prompts_are_drawn_by_weight() -> None:
 
 def test_prompts_of_two_sizes_take_turns() -> None:
     belt = make_belt(prompts=[PromptSpec(prompt="a"), PromptSpec(prompt="b", width=128)], train_batch_size=2)
+    assert belt.trajectories.life == 2 * 8
     shapes = set()
     for _ in range(12):
         batch = belt.next_batch()

@@ -93,6 +93,11 @@ class Trajectories:
             groups.setdefault((size_of(prompt, sampling.size), prompt.num_steps or sampling.num_steps), []).append(prompt)
         self.pools = [self._new_pool(size, num_steps, own) for (size, num_steps), own in groups.items()]
 
+    @property
+    def life(self) -> int:
+        """Updates from a trajectory's start to its end: pools take turns, and so do the places of one that is larger than a batch."""
+        return sum(pool.num_steps * -(-len(pool.steps) // self.sampling.batch_size) for pool in self.pools)
+
     def step(self, batch: RolloutBatch, eps: Tensor) -> tuple[Tensor, History | None]:
         """The sampler's step along the guided prediction: the next latents [B, C, h, w] and what the solver is to remember."""
         abar, next_abar = self.schedule.abar(batch.timesteps), self.schedule.abar(batch.next_timesteps)

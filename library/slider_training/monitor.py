@@ -287,8 +287,8 @@ class Monitor:
         scores = self.pictures.base_scores()
         means = scores.mean(1)
         base = {prompt.prompt: float(mean) for prompt, mean in zip(self.pictures.prompts, means, strict=True)}
-        pools = 1 if self._trajectories is None else len(self._trajectories.pools)
-        return RunningGain(within_prompt_std(scores), base, float(means.std()), life=self.train_steps * pools)
+        life = self.train_steps if self._trajectories is None else self._trajectories.life
+        return RunningGain(within_prompt_std(scores), base, float(means.std()), life)
 
     def preview(self, output_dir: Path, output_name: str, step: int) -> Path:
         """Write the grid of previews and return its path."""

@@ -62,6 +62,7 @@ class RunningGain:
     Args:
         unit: the base model's within-prompt standard deviation of the reward.
         base: mean reward of the base model's pictures by prompt.
+        spread: standard deviation of those means over the prompts.
         life: updates that a trajectory takes.
     """
 

@@ -1,0 +1,1 @@
+"""Is the slider honest? Trainings on the shapes world, and what the true score says of them."""

@@ -1,0 +1,122 @@
+"""Sliders of the shapes world, trained where they are not there, and what functions of pixels say of them on held-out prompts."""
+
+import json
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from benchmarks import ROOT
+from benchmarks.shapes_runs import MODEL, learned_scorer, written_prompts
+from library.measuring.judges import Judges
+from library.measuring.measure import Measurer, Part, Raters, seed_table
+from library.measuring.record import EvaluationRecord
+from library.models.loading import load_model
+from library.prompts.files import load_prompts, spread
+from library.rollouts.sample import SamplingConfig
+from library.scorers.judges import load_judge
+from library.settings.cli import read_config_file
+from library.settings.options import build, options
+from library.training.tracking import read_metrics
+from networks.lora import create_network_from_weights
+from train_leco_score import leco_score_config, train
+
+Row = dict[str, Any]
+OUTPUT = ROOT / "output" / "proofs"
+scorer, prompts = partial(learned_scorer, OUTPUT), partial(written_prompts, OUTPUT / "prompts")
+CAPTIONS = "examples.shapes.judge:caption_obeyed"
+SCORES = ("brightness", "size", "warmth")
+JUDGES = [CAPTIONS, "examples.shapes.judge:size_shown", *(f"examples.shapes.scores:{score}" for score in SCORES)]
+PLAIN: Row = {"max_train_steps": 120, "measure": "off"}  # as trained: neither stopped, chosen nor calibrated
+UNIT_SEEDS = 4  # of the base model: the unit is harder to know than the gain
+
+
+def slider(name: str, *, example: bool = True, **changes: Any) -> Path:
+    """Train a slider with the example's settings, or with the program's defaults, changed; or take the one that is there."""
+    folder = OUTPUT / name
+    path = folder / "slider.safetensors"
+    if not path.is_file():
+        settings: Row = {"pretrained_model_name_or_path": str(MODEL)}
+        if example:
+            settings = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(leco_score_config()))
+            settings |= {"calibrate": "visible", "sample_every_n_steps": ""}
+        settings |= {"prompts_file": str(prompts()[0]), "output_dir": str(folder), "output_name": "slider", "num_threads": 1}
+        train(build(leco_score_config(), settings | changes))
+    return path
+
+
+@cache
+def measurer(model: Path, prompts_file: Path, count: int, sampler: str = "ddim", num_steps: int = 20, guidance: float = 3.0) -> Measurer:
+    """One for all sliders that are measured alike, so that the base model's pictures are made once."""
+    found = spread(load_prompts(prompts_file), count)
+    return Measurer(
+        model=load_model(str(model)).freeze(),
+        raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in JUDGES})),
+        prompts=found,
+        seeds=seed_table(found, UNIT_SEEDS, first=50_000),
+        sampling=SamplingConfig(num_steps=num_steps, guidance_scale=guidance, size=(64, 64), sampler=sampler),
+    )
+
+
+def measure(
+    path: Path, prompts_file: Path | None = None, *, model: Path = MODEL, count: int = 32, seeds: int = 2, **sampling: Any
+) -> EvaluationRecord:
+    """What a slider does at +1 and -1 on `count` (held-out) prompts with so many seeds each; kept beside it."""
+    prompts_file = prompts_file or prompts()[1]
+    kept = path.with_name("_".join(["measured", prompts_file.stem, *map(str, (count, seeds, *sampling.values()))]) + ".json")
+    if kept.is_file():
+        return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    used = measurer(model, prompts_file, count, **sampling)
+    network, _ = create_network_from_weights(1.0, path, used.model.vae, used.model.text_encoders, used.model.unet, for_inference=True)
+    network.apply_to(used.model.text_encoders, used.model.unet)
+    try:
+        record = used.measure(network, (-1.0, 1.0), part=Part(range(len(used.prompts)), slice(0, seeds)))
+    finally:
+        network.remove()
+    kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
+    return record
+
+
+def row(run: str, path: Path, score: str | None, *, other: str | None = None, promised: bool = False, **measured: Any) -> Row:
+    """A line of a table: true gains of a score, and of another one; captions obeyed at -1, 0 and +1; and what the file `promised`."""
+    record, found = measure(path, **measured), Row(run=run)
+    if promised:
+        found |= promise(path) | {"trained to": trained_to(path), "told apart": [record.visible_share(place) for place in (0, 2)]}
+    for word, name in (("true", score), ("other", other)):
+        if name is not None:
+            gains = record.responses[name].gains_std
+            found |= {f"{word} -1": gains[0].to_list(), f"{word} +1": gains[2].to_list()}
+    if score is not None:
+        found["captions"] = [share.value for share in record.responses["caption_obeyed"].means]
+    return found
+
+
+def promise(path: Path) -> Row:
+    """What the file says of weight +1 and -1, and in words."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    gains = {f"promised {end}": json.loads(metadata.get(f"ss_leco_gain_{name}", "null")) for end, name in (("-1", "down"), ("+1", "up"))}
+    return {name: gain for name, gain in gains.items() if gain} | {"says": metadata["modelspec.description"].partition(". ")[0]}
+
+
+def trained_to(path: Path) -> list[float]:
+    """The training score's last measured gain while training, at -1 and +1, over `early_stop_gain`."""
+    entries = read_metrics(path.with_name("metrics.jsonl"))
+    with safe_open(path, "pt") as file:
+        wanted = float(json.loads(file.metadata()["ss_leco_config"])["early_stop_gain"])
+    ends = [(low, high) for low, high in ((entry.get("gain_at_-1"), entry.get("gain_at_+1")) for entry in entries) if low and high]
+    return [abs(gain) / wanted for gain in ends[-1]]
+
+
+def plain_prompts(path: Path) -> list[str]:
+    """Those of a file that say nothing of size."""
+    return [prompt.prompt for prompt in load_prompts(path) if not any(word in prompt.prompt for word in ("large", "small", "medium"))]
+
+
+def written(path: Path, lines: Sequence[str]) -> Path:
+    """A prompt file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
