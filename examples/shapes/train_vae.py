@@ -39,6 +39,7 @@ def build_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=1.0,
+        shift_factor=0.0,  # pipelines of flow models add it without asking
     )
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0.0

@@ -1,0 +1,159 @@
+"""Train a tiny Z-Image from scratch on captioned drawings, in the latents of the embedded Stable Diffusion's VAE.
+
+    python -m examples.shapes.make_flow_model --output_dir examples/shapes/flow_model
+
+The parts are Z-Image's own classes (arXiv 2511.22699): a Qwen3 text encoder behind a Qwen2 tokenizer with a chat template, and a
+single-stream transformer that predicts the velocity of a rectified flow (arXiv 2209.03003); only narrower. Both learn together. Noise
+levels are drawn logit-normal (arXiv 2403.03206), hidden matrices learn by Muon and the rest by AdamW. An exponential moving average of the
+weights is what is saved, in half precision, as a diffusers folder without a VAE: name the embedded one beside it (`--vae
+examples/shapes/model/vae`; in diffusers, `from_pretrained(..., vae=...)`).
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from examples.shapes.tokenizer import build_chat_tokenizer
+from examples.shapes.train_diffusion import EMPTY_CAPTIONS, encode_drawings
+from examples.shapes.world import RESOLUTIONS, caption
+
+VAE = Path(__file__).with_name("model") / "vae"
+SHARES = (0.6, 0.2, 0.2)  # of RESOLUTIONS
+LOGIT_MEAN, LOGIT_STD = 0.5, 1.2  # of a noise level's logit: more noise than data, as what a picture shows is decided there
+WIDTH, TEXT_WIDTH = 128, 96
+
+
+class TextToVelocity(nn.Module):
+    """Text encoder and transformer as one module, so that one optimizer and one moving average hold both."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
+        super().__init__()
+        self.text_encoder = Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=2 * TEXT_WIDTH,
+                num_hidden_layers=3,  # Z-Image reads what goes into the last one
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=TEXT_WIDTH // 4,
+                max_position_embeddings=512,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=WIDTH,
+            n_layers=4,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=TEXT_WIDTH,
+            axes_dims=[8, 12, 12],
+        )
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Linear) and ("adaLN" in name or name.endswith("final_layer.2-1.linear")):
+                nn.init.zeros_(module.weight)  # each block begins as the identity (arXiv 2212.09748)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, latents: Tensor, sigmas: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Velocities, noise minus data, of noisy latents [B, 4, h, w] at sigmas [B] in 0..1; token ids and their mask [B, L]."""
+        hidden = self.text_encoder(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        texts = [row[told] for row, told in zip(hidden, mask.bool(), strict=True)]
+        predicted = self.transformer(list(latents[:, :, None]), 1 - sigmas, texts, return_dict=False)[0]
+        return -torch.stack(predicted)[:, :, 0]
+
+
+def chat(captions: list[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in captions]
+
+
+def optimizers_of(model: TextToVelocity, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (2502.16982's scale, which takes AdamW's learning rate) for what stands between the ends, AdamW for the ends."""
+    hidden, ends = [], []
+    for name, parameter in model.named_parameters():
+        inner = "layers" in name or "refiner" in name
+        (hidden if inner and parameter.ndim == 2 and "adaLN" not in name else ends).append(parameter)
+    return [
+        torch.optim.Muon(hidden, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(ends, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+
+def save_pipeline(model: TextToVelocity, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        transformer=model.transformer,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/flow_model"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--num_pictures", type=int, default=16_000)
+    parser.add_argument("--save_every_n_steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = build_chat_tokenizer()
+    vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32).eval()
+    sets = [encode_drawings(vae, round(share * args.num_pictures), size, rng) for size, share in zip(RESOLUTIONS, SHARES, strict=True)]
+
+    model = TextToVelocity(tokenizer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizers = optimizers_of(model, args.learning_rate)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(each, args.learning_rate, total_steps=args.steps, pct_start=0.05) for each in optimizers
+    ]
+
+    progress = tqdm(range(1, args.steps + 1), desc="text encoder and transformer")
+    smooth_loss = 1.0
+    for step in progress:
+        drawings = rng.choices(sets, weights=SHARES)[0]
+        rows = rng.sample(range(len(drawings.scenes)), args.batch_size)
+        captions = ["" if rng.random() < EMPTY_CAPTIONS else caption(drawings.scenes[row], rng) for row in rows]
+        told = tokenizer(
+            tokenizer.apply_chat_template(chat(captions), tokenize=False, add_generation_prompt=True), padding=True, return_tensors="pt"
+        )
+        latents = drawings.latents[rows]
+        noise = torch.randn_like(latents)
+        sigmas = (LOGIT_MEAN + LOGIT_STD * torch.randn(args.batch_size)).sigmoid()
+        noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
+
+        loss = (model(noisy, sigmas, told.input_ids, told.attention_mask) - (noise - latents)).square().mean()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        average.update_parameters(model)
+
+        smooth_loss = 0.98 * smooth_loss + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{smooth_loss:.4f}")
+        if step % args.save_every_n_steps == 0 or step == args.steps:
+            finished = TextToVelocity(tokenizer)
+            finished.load_state_dict(average.module.state_dict())
+            save_pipeline(finished, tokenizer, args.output_dir)
+    print(f"saved to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
