@@ -39,7 +39,7 @@ def assert_same_model(loaded: DiffusionModel, original: DiffusionModel) -> None:
     for ours, theirs in zip(loaded.text_encoders, original.text_encoders, strict=True):
         assert_same_weights(ours, theirs)
     assert (loaded.spec.family, loaded.spec.prediction_type) == (original.spec.family, original.spec.prediction_type)
-    assert loaded.spec.scaling_factor == original.spec.scaling_factor
+    assert loaded.spec.latent_space.scaling_factor == original.spec.latent_space.scaling_factor
     assert torch.equal(loaded.schedule.alphas_cumprod, original.schedule.alphas_cumprod)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_vae_option_replaces_the_vae(sd1_file, tmp_path):
 
 def test_vae_folder_brings_its_scaling_factor_and_must_fit(sd1_file, tmp_path):
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "other")
-    assert load_model(sd1_file, vae=tmp_path / "other").spec.scaling_factor == 0.5
+    assert load_model(sd1_file, vae=tmp_path / "other").spec.latent_space.scaling_factor == 0.5
     AutoencoderKL(latent_channels=16, block_out_channels=(32,)).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match="has 16 latent channels and the model 4"):
         load_model(sd1_file, vae=tmp_path / "wide")

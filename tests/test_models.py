@@ -267,7 +267,7 @@ def test_spec_names_what_clients_look_for(kind, version, architecture):
     assert (spec.base_model_version, spec.architecture) == (version, architecture)
     assert (spec.family, spec.prediction_type) == KINDS[kind]
     assert (spec.latent_channels, spec.vae_scale_factor, spec.resolution) == (4, 8, IMAGE_SIZE)
-    assert spec.scaling_factor == (0.13025 if kind == "sdxl" else 0.18215)
+    assert spec.latent_space.scaling_factor == (0.13025 if kind == "sdxl" else 0.18215)
 
 
 @torch.no_grad()

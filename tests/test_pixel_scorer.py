@@ -205,7 +205,7 @@ def test_pretrained_weights_and_a_tiny_decoder(tmp_path: Path) -> None:
     tiny_taesd().save_pretrained(tmp_path / "taesd")
     tiny_classifier().save_pretrained(tmp_path / "vit")
     scorer = trained_scorer("tiny", decoder=str(tmp_path / "taesd"), pretrained=str(tmp_path / "vit"))
-    assert isinstance(scorer.backbone, PixelBackbone) and scorer.backbone.decoder.is_tiny
+    assert isinstance(scorer.backbone, PixelBackbone) and scorer.spec.architecture["decoder"]["_class_name"] == "AutoencoderTiny"
     assert scorer.backbone.image_model.preprocessing.size == SIDE
     state = scorer.backbone.image_model.state_dict()
     for name, tensor in tiny_classifier().vit.state_dict().items():
@@ -393,7 +393,7 @@ def test_the_tool(tmp_path: Path, nsfw: str, monkeypatch: pytest.MonkeyPatch, ca
     assert "the gradient reaches the latents" in printed and "scores of 4 pictures" in printed
     scorer = load_scorer(tmp_path / "out.safetensors")
     assert isinstance(scorer, BackboneScorer) and isinstance(scorer.backbone, PixelBackbone)
-    assert scorer.backbone.decoder.is_tiny and scorer.backbone.decoder.tile == 8
+    assert isinstance(scorer.backbone.decoder.post_quant, nn.Identity)
     assert scorer.spec.std != 1 and scorer.spec.training["reference_pictures"] == 4
     assert scorer.spec.vae == VaeFingerprint.of(tiny_vae())
 

@@ -82,7 +82,9 @@ def test_equals_diffusers(kind, guidance_scale):
     ).images
     ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, num_steps=4, guidance_scale=guidance_scale, size=(64, 96)))
     torch.testing.assert_close(ours, expected, **ROUNDING)
-    pixels = pipeline.image_processor.denormalize(pipeline.vae.decode(expected / model.spec.scaling_factor, return_dict=False)[0])
+    pixels = pipeline.image_processor.denormalize(
+        pipeline.vae.decode(expected / model.spec.latent_space.scaling_factor, return_dict=False)[0]
+    )
     torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
 
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from library.atomic_files import check_outputs
 from library.errors import UserError
 from library.models.loading import load_vae
-from library.models.vae import VaeFingerprint, encode_images, place_vae, probe_picture
+from library.models.vae import Autoencoder, LatentSpace, VaeFingerprint, encode_images, place_vae, probe_picture
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 from library.scorer_training.config import VaeConfig
@@ -40,9 +39,6 @@ from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, check_not_set, option
 from library.training.runtime import set_num_threads
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +88,15 @@ def main() -> None:
     print(f"wrote {settings.output}")
 
 
-def native_size(model: VaeConfig, vae: AutoencoderKL) -> int:
+def native_size(model: VaeConfig, vae: Autoencoder) -> int:
     """Side in pixels of the pictures that the model makes: its U-Net's if that is in a folder, else that of its family's VAE."""
     unet = Path(model.pretrained_model_name_or_path or "") / "unet" / "config.json"
     if unet.is_file():
-        return json.loads(unet.read_text(encoding="utf-8"))["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)
-    return vae.config["sample_size"]
+        return json.loads(unet.read_text(encoding="utf-8"))["sample_size"] * LatentSpace.of(vae).downsampling
+    return vae.config.get("sample_size", 1024)
 
 
-def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int) -> BackboneScorer:
+def make_scorer(vae: Autoencoder, settings: PixelScorerConfig, resolution: int) -> BackboneScorer:
     """Build, measure and describe the scorer; `resolution` is the longer side in pixels of what it is measured on."""
     from library.scorers.kinds.pixel import RUNS_VAE, measure_gradient, ready_made
     from library.scorers.pixel_decoder import load_tiny_autoencoder
@@ -108,7 +104,7 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int
     assert settings.image_model is not None
     image_model = read_image_model(settings.image_model)
     decoder = vae if settings.decoder == RUNS_VAE else load_tiny_autoencoder(settings.decoder)
-    if decoder.config["latent_channels"] != vae.config["latent_channels"]:
+    if LatentSpace.of(decoder).channels != LatentSpace.of(vae).channels:
         raise UserError(f"decoder {settings.decoder} is for other latents than this model's; give one that belongs to this VAE")
     architecture, backbone = ready_made(
         image_model,
@@ -155,14 +151,14 @@ def make_scorer(vae: AutoencoderKL, settings: PixelScorerConfig, resolution: int
 
 
 @torch.no_grad()
-def test_latents(vae: AutoencoderKL, resolution: int) -> Tensor:
+def test_latents(vae: Autoencoder, resolution: int) -> Tensor:
     """Latents [1, C, h, w] of a synthetic picture in landscape, 4 to 3."""
     size = (resolution * 3 // 4 // 8 * 8, resolution // 8 * 8)
     return encode_images(vae, F.interpolate(probe_picture().to(vae.device), size, mode="bilinear"))
 
 
 @torch.no_grad()
-def reference_scores(vae: AutoencoderKL, backbone: torch.nn.Module, settings: PixelScorerConfig, resolution: int) -> Iterator[float]:
+def reference_scores(vae: Autoencoder, backbone: torch.nn.Module, settings: PixelScorerConfig, resolution: int) -> Iterator[float]:
     """Scores of the reference pictures, through VAE and decoder as those of a training run are. A prompt is read from a .txt beside."""
     if settings.reference_dir is None:
         return

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from library.models.vae import Autoencoder, LatentSpace
 
 NYQUIST_BAND = 0.75  # of the Nyquist frequency, where the highest band begins
 FEATURE_SIZE = 512  # pixels; larger pictures are shrunk to this longer side before the VAE's encoder looks at them
@@ -49,14 +47,14 @@ def channel_statistics_distance(latents: Tensor, base: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def vae_features(vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
-    """What the VAE's encoder sees: its activations after each down block, of length 1 over the channels at every position.
+def vae_features(vae: Autoencoder, pixels: Tensor) -> list[Tensor]:
+    """What the VAE's encoder sees: its activations where it has halved the picture, and the last, of length 1 over channels everywhere.
 
     Args:
         pixels: [B, 3, H, W] in 0..1, on any device; a picture whose longer side is above `FEATURE_SIZE` is shrunk to it.
 
     Returns:
-        A tensor [B, c, h, w] for each block, float32, on the VAE's device.
+        A tensor [B, c, h, w] for each, float32, on the VAE's device.
     """
     shrink = FEATURE_SIZE / max(pixels.shape[-2:])
     pixels = pixels.to(vae.device, torch.float32)
@@ -69,11 +67,17 @@ def vae_features(vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
-def _encoder_taps(vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
-    taps, hidden = [], vae.encoder.conv_in((pixels * 2 - 1).to(vae.dtype))
-    for block in vae.encoder.down_blocks:
-        hidden = block(hidden)
-        taps.append(F.normalize(hidden.float(), dim=1))
+def _encoder_taps(vae: Autoencoder, pixels: Tensor) -> list[Tensor]:
+    encoder, taps, space = vae.encoder, [], LatentSpace.of(vae)
+    if hasattr(encoder, "down_blocks"):
+        pixels = (pixels * 2 - 1).to(vae.dtype)
+        hidden, blocks = encoder.conv_in(pixels[:, :, None] if space.has_frames else pixels), encoder.down_blocks
+    else:  # a tiny one's, whose last layer makes the latents
+        hidden, blocks = pixels.to(vae.dtype), encoder.layers[:-1]
+    for number, block in enumerate(blocks, start=1):
+        before, hidden = hidden, block(hidden)
+        if hidden.shape[-1] < before.shape[-1] or number == len(blocks):
+            taps.append(F.normalize((hidden[:, :, 0] if space.has_frames else hidden).float(), dim=1))
     return taps
 
 

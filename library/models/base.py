@@ -16,7 +16,7 @@ from torch import Tensor
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, v_to_eps
 from library.errors import UserError
 from library.models.prompt_syntax import apply_weights, read_as_text, tokenize
-from library.models.vae import VaeFingerprint, decode_latents, encode_images, move, place_vae
+from library.models.vae import LatentSpace, VaeFingerprint, decode_latents, encode_images, move, place_vae
 from library.models.vae_slices import in_slices
 from library.types import Conditioning
 
@@ -37,7 +37,7 @@ class ModelSpec:
     Attributes:
         family: a name in `registry.FAMILIES`.
         prediction_type: what the U-Net puts out; `DiffusionModel.predict_eps` hides it.
-        latent_channels, vae_scale_factor, scaling_factor: the VAE's channels, pixels per latent, and what latents are multiplied with.
+        latent_space: what the VAE makes.
         resolution: the native size in pixels.
         base_model_version, architecture, implementation: ss_base_model_version, modelspec.architecture and modelspec.implementation of
             a LoRA for this model, as sd-scripts writes them.
@@ -47,15 +47,22 @@ class ModelSpec:
 
     family: str
     prediction_type: PredictionType
-    latent_channels: int
-    vae_scale_factor: int
-    scaling_factor: float
+    latent_space: LatentSpace
     resolution: int
     base_model_version: str
     architecture: str
     implementation: str
     name: str
     scheduler: str = ""
+
+    @property
+    def latent_channels(self) -> int:
+        return self.latent_space.channels
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent."""
+        return self.latent_space.downsampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +130,12 @@ class Family:
         self, *, prediction_type: PredictionType, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str, scheduler: str = ""
     ) -> ModelSpec:
         version, architecture = self.versions[prediction_type]
-        vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        latent_space = LatentSpace.of(vae)
         return ModelSpec(
             family=self.name,
             prediction_type=prediction_type,
-            latent_channels=vae.config["latent_channels"],
-            vae_scale_factor=vae_scale_factor,
-            scaling_factor=vae.config["scaling_factor"],
-            resolution=unet.config["sample_size"] * vae_scale_factor,
+            latent_space=latent_space,
+            resolution=unet.config["sample_size"] * latent_space.downsampling,
             base_model_version=version,
             architecture=architecture,
             implementation=self.implementation,

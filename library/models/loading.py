@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,10 +20,7 @@ from library.models.clip_tokenizer import build_clip_tokenizer
 from library.models.hub import choose_weights, find_model
 from library.models.prediction import predicts_v, warn_of_name
 from library.models.registry import FAMILIES
-from library.models.vae import place_vae
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from library.models.vae import Autoencoder, LatentSpace, place_vae, vae_class
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +59,13 @@ def load_model(
     load = _load_folder if path.is_dir() else _load_file
     with _foreign(path):
         model = load(path, family, v_parameterization, vae, dtype, torch.device(device).type == "meta")
-        _check_scaling_factor(model.vae)
+        _check_latent_space(model.vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
     return model.freeze().to(device, dtype)
 
 
-def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
+def load_vae(path: str | Path, *, family: str = "auto") -> Autoencoder:
     """Load only a VAE, in float32, frozen: from the folder of a VAE or of a diffusers model, from a checkpoint, or from a VAE file.
 
     Args:
@@ -82,20 +79,18 @@ def load_vae(path: str | Path, *, family: str = "auto") -> AutoencoderKL:
     logger.info("loading the VAE of %s", path)
     with _foreign(path):
         vae = _load_vae(path, family)
-        _check_scaling_factor(vae)
+        _check_latent_space(vae)
     vae.requires_grad_(False).eval()
     place_vae(vae, dtype=torch.float32)
     return vae
 
 
-def _load_vae(path: Path, family: str) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
+def _load_vae(path: Path, family: str) -> Autoencoder:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         if not (folder / "config.json").is_file():
             raise UserError(f"The folder {path} has no VAE: neither config.json nor vae/config.json is in it.")
-        return _component(AutoencoderKL, folder, torch.float32)
+        return _vae_of_folder(folder, _component)
     tensors, _ = single_file.read_tensors(path)
     if family == "auto":
         if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
@@ -118,15 +113,21 @@ def _foreign(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be loaded as a model, it is damaged or of another layout ({reason}); download it again.") from error
 
 
-def _check_scaling_factor(vae: AutoencoderKL) -> None:
-    factor = vae.config["scaling_factor"]
-    if type(factor) not in (int, float) or not 0 < factor < math.inf:
-        raise ValueError(f"the scaling_factor of the VAE is {str(factor)[:40]}")
+def _vae_of_folder(folder: Path, component: Callable[..., Any]) -> Autoencoder:
+    config = _read_json(folder / "config.json", "the diffusers model is not complete")
+    return component(vae_class(str(config.get("_class_name", "AutoencoderKL"))), folder, torch.float32)
 
 
-def _other_vae(path: str | Path, family: Family) -> AutoencoderKL:
+def _check_latent_space(vae: Autoencoder) -> None:
+    if vae.device.type != "meta" or not hasattr(vae, "bn"):
+        for factor in LatentSpace.of(vae).factor:
+            if type(factor) not in (int, float) or not 0 < factor < math.inf:
+                raise ValueError(f"latents of the VAE are multiplied with {str(factor)[:40]}")
+
+
+def _other_vae(path: str | Path, family: Family) -> Autoencoder:
     vae = load_vae(path, family=family.name)
-    channels = vae.config["latent_channels"]
+    channels = LatentSpace.of(vae).channels
     if channels != (expected := single_file.bundled_config(family.name)["unet"]["in_channels"]):
         raise UserError(f"The VAE {path} has {channels} latent channels and the model {expected}; give a VAE made for it.")
     return vae
@@ -146,7 +147,7 @@ def _load_folder(
     path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype, no_values: bool
 ) -> DiffusionModel:
     import transformers
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
@@ -157,7 +158,7 @@ def _load_folder(
         warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
     component = _component_without_values if no_values else _component
     unet = component(UNet2DConditionModel, path / "unet", dtype)
-    vae = component(AutoencoderKL, path / "vae", torch.float32) if vae_path is None else _other_vae(vae_path, family)
+    vae = _vae_of_folder(path / "vae", component) if vae_path is None else _other_vae(vae_path, family)
     text_encoders, tokenizers = [], []
     for slot in family.text_encoders:
         text_encoders.append(component(getattr(transformers, slot.class_name), path / slot.folder, dtype))

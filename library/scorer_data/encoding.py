@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.models.vae import encode_images, move, probe_picture
+from library.models.vae import Autoencoder, encode_images, move, probe_picture
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.latent_cache import LatentCache
 from library.scorer_data.npz_cache import NpzCache
@@ -28,9 +27,6 @@ from library.scorer_data.pictures import read_picture, to_pixels
 from library.scorer_data.pixel_augmentation import PLAIN, render
 from library.scorer_data.records import FilePicture, FileState, Picture, Skipped, SlicePicture
 from library.training.runtime import free_cores
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +43,7 @@ WRITE_SECONDS = 300.0  # the longest that an encoded latent waits to be written,
 LOOK_UP_CHUNK = 10_000
 
 
-def make_encoder(vae: AutoencoderKL, half: torch.dtype | None = None) -> Encode:
+def make_encoder(vae: Autoencoder, half: torch.dtype | None = None) -> Encode:
     """Pixels [B, 3, H, W] in -1..1 to scaled latents, on the VAE's device.
 
     On a GPU in half precision (or in `half`), if latents then are the same within HALF_TOLERANCE (relative RMS; the cache rounds

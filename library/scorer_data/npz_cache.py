@@ -58,7 +58,7 @@ class NpzCache:
 
     def compare(self, cached: Tensor, own: Tensor, picture: Picture) -> None:
         """Decide by one picture's latents [C, h, w] whether the caches are of the run's VAE."""
-        error = (cached - own).norm() / own.norm().clamp_min(1e-12)
+        error = (cached - own).norm() / own.norm().clamp_min(1e-12) if cached.shape == own.shape else math.inf
         self.trusted = bool(error <= TOLERANCE)
         if self.trusted:
             logger.info("latents that sd-scripts cached beside the pictures are used (relative RMS %.3f on %s)", error, picture.key)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
+from library.models.vae import Autoencoder, VaeFingerprint
 from library.scorer_data.batches import LatentDataset, PackedTags
 from library.scorer_data.encoding import encode_missing, make_encoder
 from library.scorer_data.latent_cache import LatentCache, open_cache
@@ -31,7 +31,6 @@ from library.scorers.heads import HeadSpec
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +231,7 @@ def check_settings(training: ScorerTrainingConfig, datasets: Sequence[Dataset]) 
             )
 
 
-def fill_cache(config: LatentScorerConfig, vae: AutoencoderKL, accelerator: Accelerator, pictures: Iterable[Picture]) -> LatentCache:
+def fill_cache(config: LatentScorerConfig, vae: Autoencoder, accelerator: Accelerator, pictures: Iterable[Picture]) -> LatentCache:
     """The run's cache with the latents of all these pictures in it; what could not be read is reported in the log."""
     cache, report = open_cache(config.cache_dir, VaeFingerprint.of(vae), config.buckets), SkipReport()
     for skipped in encode_missing(

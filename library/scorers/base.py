@@ -7,20 +7,17 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.models.vae import VaeFingerprint
+from library.models.vae import Autoencoder, LatentSpace, VaeFingerprint
 from library.scorers.heads import Head, HeadSpec, score_and_uncertainty
 from library.settings.registry import Registry
 from library.types import Conditioning
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,7 @@ class ModelSource:
     """
 
     model: Callable[[], DiffusionModel]
-    vae: AutoencoderKL
+    vae: Autoencoder
 
 
 class Backbone(nn.Module):
@@ -104,7 +101,7 @@ class Backbone(nn.Module):
         """
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", *cls.not_chosen)]
         check_scorer_args(cls.__name__, options, known)
-        return {"in_channels": source.vae.config["latent_channels"], **cls.preset(size), **options}
+        return {"in_channels": LatentSpace.of(source.vae).channels, **cls.preset(size), **options}
 
     @classmethod
     def preset(cls, size: str) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def parse_spec(text: str) -> ScorerSpec:
     _check_keys(values, ScorerSpec, "the description")
     _check(isinstance(values["heads"], list) and values["heads"], "it has no heads")
     vae = values["vae"]
-    _check(isinstance(vae, dict) and set(vae) == {"scaling_factor", "probe"} and isinstance(vae["probe"], list), "vae is no fingerprint")
+    keys = {"scaling_factor", "probe"}
+    _check(isinstance(vae, dict) and set(vae) in (keys, keys | {"space"}), "vae is no fingerprint")
+    _check(isinstance(vae["probe"], list) and isinstance(vae.get("space", ""), str), "vae is no fingerprint")
     _check(all(map(_is_number, [vae["scaling_factor"], *vae["probe"]])), "vae holds something that is no finite number")
     spec = ScorerSpec(**{**values, "vae": VaeFingerprint.from_dict(vae), "heads": tuple(map(_head, values["heads"]))})
     names = [head.name for head in spec.heads]

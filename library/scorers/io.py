@@ -72,7 +72,7 @@ def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec
     if differences := _differences(stored, spec):
         raise UserError(f"backbone {path} is not what this run builds: {differences}; give the same scorer_kind and scorer_size to both")
     if not stored.vae.matches(spec.vae):
-        raise UserError(f"backbone {path} was trained for another VAE; train it on latents of this VAE")
+        raise UserError(f"backbone {path} reads {stored.vae.name}, of another VAE than this one's {spec.vae.name}; train it on those")
     prefix = "backbone."
     try:
         backbone.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if not key.startswith("heads.")})
@@ -84,8 +84,9 @@ def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint) -> None:
     """Raises UserError if the scorer was trained on another VAE's latents: its opinion of these would mean nothing."""
     if not scorer.spec.vae.matches(vae):
         raise UserError(
-            f"scorer {scorer.name} was trained for another VAE (scaling factor {scorer.spec.vae.scaling_factor:g}) than this model's "
-            f"({vae.scaling_factor:g}); train a scorer with this model, or take a model that shares the scorer's VAE"
+            f"scorer {scorer.name} reads {scorer.spec.vae.name}, and this model makes {vae.name}"
+            + (" with another encoder" if scorer.spec.vae.name == vae.name else "")
+            + ": it was trained for another VAE; train a scorer with this model, or take a model that shares the scorer's VAE"
         )
 
 

@@ -2,17 +2,20 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
+from library.models.vae import Autoencoder, LatentSpace, vae_class
 from library.scorers.image_models.preprocessing import even_starts
 
+SPACE = "latent_space"  # of an autoencoder whose configuration does not say it
 OVERLAP = 0.25  # of a tile, that its neighbour shows too
 
 
@@ -23,7 +26,7 @@ class PixelDecoder(nn.Module):
     portion is decoded once more in the backward pass, so that the activations of one portion are all that is ever held.
 
     Args:
-        config: of the AutoencoderKL or AutoencoderTiny.
+        config: of the autoencoder, and its class.
         tile: side of a tile in latents; 0 decodes whole pictures.
         batch: tiles (or pictures) decoded at a time; 0 for all.
         checkpointing: whether to decode again in the backward pass rather than to keep activations.
@@ -32,32 +35,29 @@ class PixelDecoder(nn.Module):
     def __init__(self, config: Mapping[str, Any], *, tile: int = 0, batch: int = 0, checkpointing: bool = True) -> None:
         super().__init__()
         self.tile, self.batch, self.checkpointing = tile, batch, checkpointing
-        self.is_tiny = config["_class_name"] == "AutoencoderTiny"
-        autoencoder: Any = (AutoencoderTiny if self.is_tiny else AutoencoderKL).from_config(dict(config))
-        if checkpointing:
+        config = dict(config)
+        space = config.pop(SPACE, None)
+        autoencoder: Any = vae_class(config["_class_name"]).from_config(config)
+        if checkpointing and autoencoder._supports_gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
-        # A tiny autoencoder takes scaled latents.
-        self.scaling_factor = 1.0 if self.is_tiny else config["scaling_factor"]
-        self.post_quant = nn.Identity() if self.is_tiny or autoencoder.post_quant_conv is None else autoencoder.post_quant_conv
-        self.decoder = autoencoder.decoder
+        self.decoder, self.post_quant = autoencoder.decoder, post_quant_of(autoencoder)
+        self.space = LatentSpace.of(autoencoder) if space is None else LatentSpace.from_dict(space)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PixelDecoder":
         return super().train(False)  # it is never trained
 
-    def take_weights(self, autoencoder: AutoencoderKL | AutoencoderTiny) -> None:
+    def take_weights(self, autoencoder: Autoencoder) -> None:
         """Copy the weights of an autoencoder of the same configuration, rounded to the fp16 in which they are stored."""
         state = {f"decoder.{name}": tensor for name, tensor in autoencoder.decoder.state_dict().items()}
-        if not isinstance(self.post_quant, nn.Identity):
-            assert isinstance(autoencoder, AutoencoderKL) and autoencoder.post_quant_conv is not None
-            state |= {f"post_quant.{name}": tensor for name, tensor in autoencoder.post_quant_conv.state_dict().items()}
+        state |= {f"post_quant.{name}": tensor for name, tensor in post_quant_of(autoencoder).state_dict().items()}
         self.load_state_dict({name: tensor.half() for name, tensor in state.items()})
 
     def forward(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about 0..1, not clamped."""
         dtype = next(self.decoder.parameters()).dtype
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.to(dtype) / self.scaling_factor
+            latents = self.space.denormalise(latents.to(dtype))
             height, width = latents.shape[-2:]
             if self.tile == 0 or max(height, width) <= self.tile:
                 return self._decode_in_portions(latents)
@@ -75,7 +75,7 @@ class PixelDecoder(nn.Module):
 
     def _decode(self, latents: Tensor) -> Tensor:
         pixels = self.decoder(self.post_quant(latents))
-        return pixels / 2 + 0.5
+        return (pixels[:, :, 0] if self.space.has_frames else pixels) / 2 + 0.5
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
@@ -121,8 +121,15 @@ def load_tiny_autoencoder(folder: str) -> AutoencoderTiny:
         raise UserError(f"decoder {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
 
 
-def decoder_config(autoencoder: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
-    """The arguments that it was made with, as JSON values, and the name of its class."""
+def post_quant_of(autoencoder: Autoencoder) -> nn.Module:
+    """The convolution before its decoder, which not all have."""
+    return getattr(autoencoder, "post_quant_conv", None) or nn.Identity()
+
+
+def decoder_config(autoencoder: Autoencoder) -> dict[str, Any]:
+    """The arguments that it was made with, as JSON values, the name of its class, and the latents where they do not follow from those."""
     arguments = inspect.signature(type(autoencoder).__init__).parameters
     config = {key: value for key, value in dict(autoencoder.config).items() if key in arguments}
-    return {**config, "_class_name": type(autoencoder).__name__}
+    space = LatentSpace.of(autoencoder)
+    own = {SPACE: asdict(space)} if space.packing > 1 else {}
+    return {**config, "_class_name": type(autoencoder).__name__, **own}

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from library.diffusion.noise_schedule import per_sample, sigma_to_abar
 from library.errors import UserError
-from library.models.vae import encode_images
+from library.models.vae import Autoencoder, encode_images
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture, RatedImage, Skipped
@@ -31,9 +31,6 @@ from library.scorers.base import Scorer
 from library.scorers.judges import Judge
 from library.training.runtime import generator
 from library.types import Conditioning
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 IMAGE_PLACE = "{image}"
 UNREADABLE, NO_SCORE = "picture cannot be read", "picture got no score"
@@ -81,7 +78,7 @@ class LatentRater:
     def __init__(
         self,
         scorer: Scorer,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         buckets: BucketConfig,
         *,
         sigma: float = 0.0,

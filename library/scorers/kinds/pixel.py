@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
+from library.models.vae import Autoencoder, LatentSpace
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.image_models.base import Loaded, build_image_model, read_image_model
@@ -56,8 +56,8 @@ class PixelBackbone(Backbone):
         pretrained: str = "",
     ) -> None:
         super().__init__()
-        assert in_channels == decoder["latent_channels"], "the decoder is for other latents"
         self.decoder = PixelDecoder(decoder, tile=decode_tile, batch=decode_batch, checkpointing=decode_checkpointing)
+        assert in_channels == self.decoder.space.channels, "the decoder is for other latents"
         self.image_model = build_image_model(image_model)
         self.feature_width = self.image_model.feature_width
         self.knows_sigma, self.gradient_checkpointing = knows_sigma, False
@@ -105,7 +105,7 @@ class PixelBackbone(Backbone):
             options: `decode_tile`, `decode_batch`, `decode_checkpointing`.
         """
         autoencoder = source.vae if decoder == RUNS_VAE else load_tiny_autoencoder(decoder)
-        if (channels := autoencoder.config["latent_channels"]) != source.vae.config["latent_channels"]:
+        if (channels := LatentSpace.of(autoencoder).channels) != LatentSpace.of(source.vae).channels:
             raise UserError(f"decoder {decoder} is for latents of {channels} channels; give one that belongs to this VAE")
         specification = _specification(size, pretrained)
         if specification:
@@ -168,9 +168,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def ready_made(
-    image_model: Loaded, vae: AutoencoderKL, decoder: AutoencoderKL | AutoencoderTiny, **options: Any
-) -> tuple[dict[str, Any], PixelBackbone]:
+def ready_made(image_model: Loaded, vae: Autoencoder, decoder: Autoencoder, **options: Any) -> tuple[dict[str, Any], PixelBackbone]:
     """A backbone whose one feature is the score of an image model, and its architecture.
 
     Args:
@@ -178,7 +176,7 @@ def ready_made(
         options: `decode_tile`, `decode_batch` and `decode_checkpointing` of PixelBackbone.
     """
     architecture = {
-        "in_channels": vae.config["latent_channels"],
+        "in_channels": LatentSpace.of(vae).channels,
         "decoder": decoder_config(decoder),
         "image_model": image_model.architecture,
         "knows_sigma": False,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.vae import LatentSpace
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.convolutional import pad_before_halving, set_stem_stride
@@ -102,7 +103,7 @@ class TimmBackbone(Backbone):
     def architecture_for(cls, size: str, source: ModelSource, **options: Any) -> dict[str, Any]:
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "in_channels", "model")]
         check_scorer_args("timm", options, known)
-        return {"in_channels": source.vae.config["latent_channels"], "model": size, **options}
+        return {"in_channels": LatentSpace.of(source.vae).channels, "model": size, **options}
 
     def initialise(self, source: ModelSource) -> None:
         if self.pretrained:
