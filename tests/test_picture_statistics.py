@@ -13,7 +13,6 @@ from library.measuring.image_statistics import (
     edge_energy,
     nyquist_share,
     perceptual_distance,
-    relative,
     rms_distance,
     rms_diversity,
     vae_features,
@@ -136,8 +135,3 @@ def test_a_checkerboard_raises_the_nyquist_share() -> None:
 def test_white_noise_has_the_bands_share_of_the_plane() -> None:
     """The corners and the rim outside a circle of 0.75 Nyquist: 1 - pi 0.75^2 / 4."""
     assert nyquist_share(noise(4, 3, 64, 64)).mean().item() == pytest.approx(1 - math.pi * 0.75**2 / 4, abs=0.02)
-
-
-def test_relative() -> None:
-    assert relative(3.0, 2.0) == 1.5
-    assert math.isnan(relative(1.0, 0.0))

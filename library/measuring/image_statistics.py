@@ -1,7 +1,7 @@
 """What happens to pictures besides their score: how far they move, whether seeds still differ, the marks that a gamed score leaves.
 
 Plain functions, no gradient. B pictures in a batch, S seeds of one prompt; `base` is the picture of the same prompt and seed without
-the slider. Pixels are in 0..1. What is compared with the base model's own value is divided by the caller (`relative`).
+the slider. Pixels are in 0..1.
 """
 
 from __future__ import annotations
@@ -151,8 +151,3 @@ def nyquist_share(pictures: Tensor) -> Tensor:
     total = power.sum((1, 2))
     share = power[:, radius > NYQUIST_BAND].sum(1) / total.clamp_min(1e-300)
     return torch.where(total > 1e-20, share, 0.0).float()
-
-
-def relative(value: float, base: float) -> float:
-    """A statistic over that of the base pictures; NaN where the base has none of it."""
-    return value / base if base > 0 else math.nan
