@@ -79,11 +79,15 @@ def measure(
     return record
 
 
-def row(run: str, path: Path, score: str | None, *, other: str | None = None, promised: bool = False, **measured: Any) -> Row:
-    """A line of a table: true gains of a score, and of another one; captions obeyed at -1, 0 and +1; and what the file `promised`."""
+def row(run: str, path: Path, score: str | None, *, other: str | None = None, stops_at: float | None = None, **measured: Any) -> Row:
+    """A line of a table: true gains of a score, and of another one; captions obeyed at -1, 0 and +1; of a calibrated slider, whose training
+    stops at a gain of `stops_at`, also what its file promises."""
     record, found = measure(path, **measured), Row(run=run)
-    if promised:
-        found |= promise(path) | {"trained to": trained_to(path), "told apart": [record.visible_share(place) for place in (0, 2)]}
+    if stops_at is not None:
+        found |= promise(path) | {
+            "trained to": [gain / stops_at for gain in last_gains(path)],
+            "told apart": [record.visible_share(place) for place in (0, 2)],
+        }
     for word, name in (("true", score), ("other", other)):
         if name is not None:
             gains = record.responses[name].gains_std
@@ -101,13 +105,10 @@ def promise(path: Path) -> Row:
     return {name: gain for name, gain in gains.items() if gain} | {"says": metadata["modelspec.description"].partition(". ")[0]}
 
 
-def trained_to(path: Path) -> list[float]:
-    """The training score's last measured gain while training, at -1 and +1, over `early_stop_gain`."""
-    entries = read_metrics(path.with_name("metrics.jsonl"))
-    with safe_open(path, "pt") as file:
-        wanted = float(json.loads(file.metadata()["ss_leco_config"])["early_stop_gain"])
-    ends = [(low, high) for low, high in ((entry.get("gain_at_-1"), entry.get("gain_at_+1")) for entry in entries) if low and high]
-    return [abs(gain) / wanted for gain in ends[-1]]
+def last_gains(path: Path) -> list[float]:
+    """The training score's, measured last while training, at -1 and +1; above 0 when all is well."""
+    measured = [entry for entry in read_metrics(path.with_name("metrics.jsonl")) if entry.get("gain_at_+1") is not None][-1]
+    return [sign * (measured[f"gain_at_{sign:+d}"] or 0.0) for sign in (-1, 1)]
 
 
 def plain_prompts(path: Path) -> list[str]:

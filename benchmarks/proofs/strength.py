@@ -29,7 +29,8 @@ def calibrated(score: str, seed: int) -> Path:
 def calibration() -> list[Row]:
     """What the file promises of +1 and -1, and what the true score says on prompts that training never saw."""
     return [
-        row(f"{score}, seed {seed}", calibrated(score, seed), score, promised=True, count=128) for seed, score in product(SEEDS, SCORES)
+        row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=2.0, count=256, seeds=1)
+        for seed, score in product(SEEDS, SCORES)
     ]
 
 
@@ -95,17 +96,17 @@ def worlds() -> list[Row]:
     tenfold.spec = replace(tenfold.spec, std=tenfold.spec.std / 10)  # its standardised score is ten times as steep
     save_scorer(steep, tenfold)
     drawings = learned_scorer(OUTPUT, "brightness", name="other_drawings", seed=2)
-    others = written(OUTPUT / "prompts" / "other_prompts.txt", plain_prompts(prompts()[1])[::2])
+    others = written(OUTPUT / "prompts" / "other_prompts.txt", plain_prompts(prompts()[0])[::2])
     runs: dict[str, Row] = {
         **{f"learning rate {rate:g}": {"scorer": [str(bright)], "learning_rate": rate} for rate in (1e-4, 1e-3, 5e-3)},
         "score ten times as steep": {"scorer": [str(steep)]},
         "other drawings and prompts": {"scorer": [str(drawings)], "prompts_file": str(others)},
     }
-    rows = [row(name, slider(f"worlds_{name.replace(' ', '_')}", **changes), "brightness", promised=True) for name, changes in runs.items()]
+    rows = [row(name, slider(f"worlds_{name.replace(' ', '_')}", **changes), "brightness", stops_at=1.3) for name, changes in runs.items()]
     folder = OUTPUT / "random_sd15"
     path = slider("worlds_sd15", **random_sd15(folder))
     sampling = {"num_steps": 4, "guidance": 1.0}
-    return [*rows, row("SD1.5, full width, random weights, 64 pixels", path, None, promised=True, model=folder, count=8, **sampling)]
+    return [*rows, row("SD1.5, full width, random weights, 64 pixels", path, None, stops_at=1.3, model=folder, count=8, **sampling)]
 
 
 def random_sd15(folder: Path) -> dict[str, Any]:
