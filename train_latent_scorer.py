@@ -65,6 +65,7 @@ def train(config: LatentScorerConfig) -> Path:
     torch.manual_seed(settings.seed)  # weights and dropout draw from the global generator; every other draw has a generator of its own
     files = ScorerFiles(output)
     files.check_outputs()
+    files.uploads.check()
     accelerator = create_accelerator(TrainingConfig(mixed_precision=settings.mixed_precision))
     logger.info("%s", describe_device(accelerator))
     with files.only_run() if accelerator.is_main_process else nullcontext():

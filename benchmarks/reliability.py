@@ -1,6 +1,7 @@
 """Kill runs at random and at every write, interrupt them, and count what is lost: docs/reliability.md has the figures.
 
     python -m benchmarks.reliability --kills 50 --signals 12
+    python -m benchmarks.reliability --steps 20000    # one run in a row instead: memory, handles, threads, and whether metrics can be read
 
 Every run is a process forked from this one, which has everything imported and the tiny model loaded. A run of `train_leco_score.py` saves
 slider and state after every update. After each end by force, every file under its own name must be whole; the run then goes on by itself
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +29,7 @@ from library.models.base import DiffusionModel
 from library.models.config import ModelConfig
 from library.settings.options import build
 from library.training.checkpoints import load_state
+from library.training.tracking import METRICS_FILE, read_metrics
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from train_leco_score import leco_score_config, train
 
@@ -61,6 +64,24 @@ def wait(pid: int) -> int:
 def train_in(workplace: Path, folder: Path) -> None:
     values = {"max_train_steps": STEPS, "save_every_n_steps": 1, "save_last_n_steps": 2, "save_state": True, "resume": "auto"}
     train(build(leco_score_config(), settings(workplace, folder, **values)))
+
+
+def endure(workplace: Path, folder: Path, num_steps: int, look_every: float = 5.0) -> list[tuple[int, float, int, int]]:
+    """One run of so many steps, saved every 500 -> (steps in metrics.jsonl, MiB resident, handles, threads), every few seconds.
+
+    Raises:
+        AssertionError: the metrics could not be read at some time, the run failed, or it wrote another number of lines.
+    """
+    values = {"max_train_steps": num_steps, "train_batch_size": 1, "save_every_n_steps": 500, "save_last_n_steps": 500, "save_state": True}
+    pid = fork(lambda: train(build(leco_score_config(), settings(workplace, folder, **values))))
+    process, seen = psutil.Process(pid), []
+    while process.status() != psutil.STATUS_ZOMBIE:
+        if (folder / METRICS_FILE).exists():
+            steps = len(read_metrics(folder / METRICS_FILE))
+            seen.append((steps, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
+        time.sleep(look_every)
+    assert wait(pid) == 0 and len(read_metrics(folder / METRICS_FILE)) == num_steps
+    return seen
 
 
 def die_at(number: int) -> None:
@@ -120,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="Runs that are killed, half at random, half at a write.")
     parser.add_argument("--signals", type=int, default=12, help="Runs that get SIGINT or SIGTERM.")
+    parser.add_argument("--steps", type=int, default=0, help="No kills: one run of so many steps.")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,6 +150,12 @@ def main() -> None:
         workplace = make_workplace(Path(home))
         model = load(workplace)
         ModelConfig.load = lambda self, **options: copy.deepcopy(model)  # type: ignore[method-assign]
+        if given.steps:
+            seen = endure(workplace, Path(home, "long"), given.steps)
+            print(f"metrics read {len(seen)} times\n| steps | MiB | handles | threads |\n|---|---|---|---|")
+            for steps, memory, handles, threads in seen[:: max(1, len(seen) // 20)] + seen[-1:]:
+                print(f"| {steps} | {memory:.0f} | {handles} | {threads} |")
+            return
         started = time.monotonic()
         assert wait(fork(lambda: train_in(workplace, Path(home, "whole")))) == 0
         duration = time.monotonic() - started

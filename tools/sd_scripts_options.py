@@ -63,8 +63,12 @@ VALUES: Mapping[str, Any] = {
     "base_weights_multiplier": [0.5],
     "zero_terminal_snr": True,
     "save_model_as": "ckpt",
+    "huggingface_repo_id": "owner/name",
+    "huggingface_repo_type": "dataset",
+    "huggingface_repo_visibility": "public",
 }
 _LOGGED = {"log_with": "tensorboard"}
+_HUB = {"huggingface_repo_id": "owner/name"}
 BESIDE: Mapping[str, Mapping[str, Any]] = {
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_scheduler_power": {"lr_scheduler": "polynomial"},
@@ -81,6 +85,13 @@ BESIDE: Mapping[str, Mapping[str, Any]] = {
     "save_last_n_steps": {"save_every_n_steps": 10},
     "save_last_n_steps_state": {"save_every_n_steps": 10, "save_state": True},
     "sample_prompts": {"sample_at_first": True},
+    "huggingface_repo_type": _HUB,
+    "huggingface_path_in_repo": _HUB,
+    "huggingface_repo_visibility": _HUB,
+    "huggingface_token": _HUB,
+    "save_state_to_huggingface": _HUB,
+    "async_upload": _HUB,
+    "resume_from_huggingface": {"resume": "owner/name/state"},
     "min_snr_gamma": {"objective": ["leco"]},
     "min_timestep": {"scorer": ["a.safetensors"]},
     "max_timestep": {"scorer": ["a.safetensors"]},

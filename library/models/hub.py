@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from library.errors import UserError
+from library.settings.shared import HUB_ID
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-(\d+))?(?:\.(\w+))?\.(safetensors|bin)")
 _PREFERRED = (None, "fp16", "bf16", "ema", "non_ema")
@@ -58,7 +58,7 @@ def find_model(name: str | Path) -> Path:
     if path.exists():
         return path
     hub_id = Path(name).as_posix()
-    if not _HUB_ID.fullmatch(hub_id) or hub_id.endswith(_FILE_ENDINGS):
+    if not re.fullmatch(HUB_ID, hub_id) or hub_id.endswith(_FILE_ENDINGS):
         raise UserError(f"There is no file or folder {path}; give a checkpoint file, a diffusers folder, or a hub id (owner/name).")
     return _cached(hub_id) or _fetched(hub_id)
 
@@ -96,12 +96,17 @@ def _fetched(hub_id: str) -> Path:
             logger.info("fetching %s from the hub, %d files", hub_id, len(wanted))
             return Path(HfApi().snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # of the hub and of whatever HTTP client its package uses
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"There is no file or folder {hub_id}, the Hugging Face cache ({constants.HF_HUB_CACHE}) has no such model, and it cannot be "
-            f"fetched from {constants.ENDPOINT} ({reason}); give a checkpoint file or a diffusers folder, or correct the id."
+            f"fetched from {constants.ENDPOINT} ({reason_of(error)}); give a checkpoint file or a diffusers folder, or correct the id."
         ) from error
     raise UserError(f"{hub_id} on the hub is no diffusers model; download its checkpoint file, and give that.")
+
+
+def reason_of(error: Exception, secret: str | None = None) -> str:
+    """What the hub, or the HTTP client of its package, complains of: its first two lines as one, without the secret."""
+    text = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
+    return text.replace(secret, "***") if secret else text
 
 
 def _wanted(names: list[str]) -> list[str]:

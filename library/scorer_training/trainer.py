@@ -62,7 +62,7 @@ class ScorerFiles(RunFiles):
     def load_state(self) -> tuple[Path, ScorerState] | None:
         """The state that `resume` says; None to begin. Raises UserError if it is another run's, or damaged."""
         saving = self.saving
-        folder = find_state(saving.resume, saving.output_dir, saving.output_name)
+        folder = find_state(saving)
         if folder is None:
             return None
         self.owns_names = True
@@ -79,6 +79,7 @@ class ScorerFiles(RunFiles):
             self.keep_earlier()
             run.scorer.spec = spec
             save_scorer(path, run.scorer)
+            self.uploads.send(path, wait=step is None)
             if step is not None:
                 self.prune_weights(step)
         return path
@@ -133,6 +134,8 @@ class ScorerTrainer:
             self.tracker.log(metrics | ({} if stage.chosen else {"best": run.best.value}), step - 1)
             progress.update()
             ended = validates and done < stage.end and any_process(run.best.validations_since >= PATIENCE, self.accelerator)
+            if stopping:
+                self.files.uploads.stop()
             if saves or (stopping and done < stage.end):
                 self._save_step(run, before, with_state=saving.save_state or stopping)
             if stopping and done < stage.end:

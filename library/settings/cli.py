@@ -224,6 +224,8 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    for name in ("httpx", "httpx2"):  # of the hub's client, which tells of every request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class _TqdmHandler(logging.Handler):

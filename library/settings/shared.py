@@ -3,12 +3,15 @@
 The engine that fills them is in `library.settings.options`.
 """
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.errors import UserError
 from library.settings.options import check_above, check_at_least, key_value_pairs, option
 from library.settings.sd_scripts_keys import LOG_ARGS
+
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def output_stem(name: str) -> str:
@@ -154,6 +157,36 @@ class RunFilesConfig:
         only_with="resume",
     )
     overwrite: bool = option(False, help="Write over files that an earlier run of this output_name left; else they are kept as NAME-1, ...")
+    huggingface_repo_id: str | None = option(
+        None, help="Repository on the Hugging Face hub, OWNER/NAME, that every saved file is put into; it is made if missing.", expert=True
+    )
+    huggingface_repo_type: str | None = option(
+        None, choices=("model", "dataset", "space"), help="Its kind; not set: model.", expert=True, only_with="huggingface_repo_id"
+    )
+    huggingface_path_in_repo: str | None = option(
+        None, help="Folder in it; not set: its top.", expert=True, only_with="huggingface_repo_id"
+    )
+    huggingface_repo_visibility: str | None = option(
+        None,
+        choices=("private", "public"),
+        help="Who sees it, if it is made; not set: private.",
+        expert=True,
+        only_with="huggingface_repo_id",
+    )
+    huggingface_token: str | None = option(
+        None,
+        secret=True,
+        help="Token for the hub; not set: HF_TOKEN, or that of `hf auth login`. Never printed or written.",
+        expert=True,
+        only_with=("huggingface_repo_id", "resume_from_huggingface"),
+    )
+    save_state_to_huggingface: bool = option(
+        False, help="Put the states that save_state writes there, too.", expert=True, only_with="huggingface_repo_id"
+    )
+    async_upload: bool = option(False, help="Go on training while files are sent to the hub.", expert=True, only_with="huggingface_repo_id")
+    resume_from_huggingface: bool = option(
+        False, help="resume is a folder on the hub: OWNER/NAME/FOLDER, or OWNER/NAME/FOLDER:REVISION:TYPE.", expert=True, only_with="resume"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "save_every_n_steps", "save_last_n_steps")
@@ -161,6 +194,8 @@ class RunFilesConfig:
         object.__setattr__(self, "output_name", output_stem(self.output_name))
         if self.save_last_n_steps is not None and self.save_every_n_steps is None:
             raise UserError("save_last_n_steps is set without save_every_n_steps; say how often to save")
+        if self.huggingface_repo_id is not None and not re.fullmatch(HUB_ID, self.huggingface_repo_id):
+            raise UserError(f"huggingface_repo_id is {self.huggingface_repo_id!r}, but it must be OWNER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,8 @@ class SliderFiles(RunFiles):
                         atomic_write_bytes(beside, content)
         else:
             self.prune_weights(step)
+        if not final or outcome is not None:  # the last one as it was trained is soon replaced
+            self.uploads.send(path, wait=final)
         return path
 
     def check_outputs(self, space: int = 0) -> None:
@@ -152,6 +154,7 @@ class SliderFiles(RunFiles):
 
     def save_interrupted(self, network: LoRANetwork, state: SliderState, step: int) -> None:
         """Write the slider as trained and the state, and say how to go on."""
+        self.uploads.stop()
         path = self.save(network, step)  # first, since it is the smaller one of the two
         folder = self.save_state(state, step)
         logger.info("stopped after step %d; saved: %s and %s; the same command with --resume auto goes on from there", step, path, folder)

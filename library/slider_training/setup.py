@@ -103,7 +103,7 @@ def settle(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig
     """The settings with what they leave open: the state that `resume = auto` finds, and the seed, of that state or drawn anew."""
     from accelerate.utils import broadcast_object_list
 
-    folder, seed = find_state(config.saving.resume, config.saving.output_dir, config.saving.output_name), config.training.seed
+    folder, seed = find_state(config.saving), config.training.seed
     if seed is None:
         if folder is not None:
             seed = SliderState.load(folder).shared.get("seed")
@@ -120,7 +120,9 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     Args:
         model: as `load_base` would make it; None has it made.
     """
-    RunFiles(config.saving).check_outputs()
+    files = RunFiles(config.saving)
+    files.check_outputs()
+    files.uploads.check()
     check_optimizer(config.optimizer, config.training.max_train_steps)
     seed = config.training.seed
     assert seed is not None, "settle chooses one"

@@ -8,6 +8,7 @@ from pathlib import Path
 from library.atomic_files import check_outputs, keep_earlier, only_process, remove_unfinished
 from library.settings.shared import RunFilesConfig
 from library.training.checkpoints import prune_steps, state_path, weights_path
+from library.training.hub_files import Uploads
 from library.training.run_state import RunState
 from library.training.tracking import METRICS_FILE
 
@@ -28,6 +29,7 @@ class RunFiles:
     def __init__(self, saving: RunFilesConfig) -> None:
         self.saving = saving
         self.owns_names = saving.overwrite
+        self.uploads = Uploads(saving)
 
     def check_outputs(self, space: int = 0) -> None:
         """Find at the start what would keep the run from saving, or that there are no `space` bytes free. Raises UserError."""
@@ -69,6 +71,8 @@ class RunFiles:
         path = state_path(saving.output_dir, saving.output_name, None if final else step)
         self.keep_earlier()
         state.save(path)
+        if saving.save_state_to_huggingface:
+            self.uploads.send(path, wait=final)
         last_n_steps = saving.save_last_n_steps if saving.save_last_n_steps_state is None else saving.save_last_n_steps_state
         if not final and last_n_steps is not None:
             prune_steps(saving.output_dir, saving.output_name, step=step, last_n_steps=last_n_steps, states=True)

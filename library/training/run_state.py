@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from library.errors import UserError
+from library.settings.shared import RunFilesConfig
 from library.training.checkpoints import load_state, newest_state, restore_rng_state, rng_state, save_state
+from library.training.hub_files import fetch_state
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,16 @@ class RunState:
             logger.warning("resumed with a change: %s", change)
 
 
-def find_state(resume: Path | None, output_dir: Path, output_name: str) -> Path | None:
-    """The folder to resume from; None to begin. Raises UserError if `resume` is auto and every state of the run is broken."""
-    if resume != AUTO:
-        return resume
-    folder = newest_state(output_dir, output_name)
-    logger.info("resume auto: %s", f"no state of {output_name} yet, training begins" if folder is None else folder)
+def find_state(saving: RunFilesConfig) -> Path | None:
+    """The folder to resume from; None to begin.
+
+    Raises:
+        UserError: `resume` is auto and every state of the run is broken, or it is on the hub and cannot be fetched.
+    """
+    if saving.resume is not None and saving.resume_from_huggingface:
+        return fetch_state(saving)
+    if saving.resume != AUTO:
+        return saving.resume
+    folder = newest_state(saving.output_dir, saving.output_name)
+    logger.info("resume auto: %s", f"no state of {saving.output_name} yet, training begins" if folder is None else folder)
     return folder
