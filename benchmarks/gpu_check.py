@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_check
 
 The CUDA tests; training steps of SD1.5- and SDXL-sized models with random weights in each precision, with and without gradient
-checkpointing; xformers against sdpa; the 8-bit optimizers; torch.compile; the scorer's throughput.
+checkpointing, with quantised and with swapped weights; the memory of every preset beside what is counted ahead; model FLOPs utilisation;
+xformers against sdpa; the 8-bit optimizers; torch.compile; the scorer's throughput.
 Every section is a process of its own with a time limit, and what it found is in the result file as soon as it ends. To see that
 the command itself works where there is no GPU: --device cpu --tiny.
 
@@ -91,6 +92,10 @@ def sections(tiny: bool) -> list[Section]:
         step("sd1_fp16", "sd1", "--mixed_precision", "fp16", *one_size),
         step("sd1_fp32", "sd1", *one_size),
         step("sdxl_bf16", "sdxl", *half, *sizes, timeout=180.0),
+        own("memory", timeout=120.0),
+        own("mfu"),
+        step("sdxl_int8", "sdxl", *half, *one_size, "--quantize_base", "int8"),
+        step("sdxl_swap", "sdxl", *half, *one_size, "--blocks_to_swap", "40"),
         step("optimizer_8bit", "sd1", *half, *one_size, "--optimizer_type", "AdamW8bit"),
         own("attention"),
         own("scorer"),

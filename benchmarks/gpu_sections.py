@@ -4,6 +4,7 @@ python -m benchmarks.gpu_sections scorer --output scorer.json
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ROOT
+from benchmarks.memory import counted, taken
 from benchmarks.random_models import PROMPTS, random_model, untrained_scorer
-from benchmarks.step import check_attention
+from benchmarks.step import build_step, check_attention, parse
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rollouts.sample import model_autocast
 from library.settings.cli import run_main
+from library.settings.presets import PRESETS
 from library.settings.shared import OptimizerConfig, TrainingConfig
 from library.training.optimizers import OPTIMIZERS, create_optimizer
 from library.training.runtime import create_accelerator
@@ -96,6 +100,40 @@ def scorer(device: torch.device, tiny: bool) -> dict[str, Any]:
     return {"ok": True, "scorer_size": size, "latent_size": side, "rows": rows}
 
 
+def memory(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """For every preset, GiB by part as `benchmarks.memory` counts them without values, and as the run takes them here."""
+    rows = []
+    name, size = ("sd1", 64) if tiny else ("sdxl", 1024)
+    for preset in PRESETS:
+        config: dict[str, Any] = {"preset": preset, "mixed_precision": "no" if tiny else "bf16"}
+        guess = counted(name, size, tiny=tiny, **config)
+        torch.manual_seed(0)
+        found = taken(name, size, tiny=tiny, device=device, **config)
+        parts = {part: {"counted": guess.rises[part] / 2**30, "taken": own / 2**30} for part, own in found.items()}
+        rows.append({"preset": preset, "counted_peak": guess.peak / 2**30, "rises": parts})
+        print(json.dumps(rows[-1]), flush=True)  # what was found is seen, should the time be over
+        gc.collect()
+    return {"ok": True, "model": name, "size": size, "rows": rows}
+
+
+def mfu(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Of a training step of SD1: its FLOPs (torch's FlopCounterMode) a second, over those of a large product of matrices here."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    width = 512 if tiny else 8192
+    one = torch.randn(width, width, device=device, dtype=dtype)
+    peak = 2 * width**3 / _seconds(lambda: one @ one, tiny)
+    words = ["--random_weights", "sd1", *(["--tiny", "--scorer_size", "tiny"] if tiny else [])]
+    given, settings = parse([*words, "--mixed_precision", "bf16" if device.type == "cuda" else "no"])
+    step, _ = build_step(given, ["--train_batch_size", "4", "--max_denoising_steps", "4", *settings])
+    step()
+    with FlopCounterMode(display=False) as flops:
+        step()
+    count = flops.get_total_flops()
+    seconds = _seconds(step, tiny)
+    result = {"flops_a_step": count, "step_seconds": seconds, "product_flops_a_second": peak, "mfu": count / seconds / peak}
+    return result | {"ok": 0 < result["mfu"] < 1}
+
+
 def tests(device: torch.device, tiny: bool) -> dict[str, Any]:
     """The CUDA tests, where pytest is installed: nothing else here asks for more than requirements.txt."""
     try:
@@ -117,6 +155,8 @@ def tests(device: torch.device, tiny: bool) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
     "attention": attention,
+    "memory": memory,
+    "mfu": mfu,
     "optimizers": optimizers,
     "scorer": scorer,
     "tests": tests,

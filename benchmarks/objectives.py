@@ -21,11 +21,12 @@ from benchmarks import ROOT
 from benchmarks.shapes_runs import independent_judge, learned_from_few, learned_scorer, write_results, written_prompts
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from library.measuring.statistics import bootstrap_means, linear_fit
+from library.models.packed import PACKERS
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.reward_shapes import SHAPES
 from library.objectives.score import ScoreConfig
 
-GROUPS = ("estimators", "shapes", "guards", "hackable", "evaluations")
+GROUPS = ("estimators", "shapes", "guards", "hackable", "evaluations", "quantised")
 HACKABLE_PREFIX = "100 ratings, "
 DEFAULT = f"{ScoreConfig().score_estimator} + {ScoreConfig().reward_loss}"
 GUARDS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,8 @@ def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
         found |= {f"{DEFAULT}, {name}": changes for name, changes in GUARDS.items()}
     if "evaluations" in groups:
         found |= {f"{DEFAULT}, {name}": changes for name, changes in EVALUATIONS.items()}
+    if "quantised" in groups:
+        found |= {f"{DEFAULT}, base weights {name}": {"quantize_base": name} for name in PACKERS}
     if "hackable" in groups:
         few = estimators | {f"{DEFAULT}, {name}": changes for name, changes in HACKABLE.items()}
         found |= {f"{HACKABLE_PREFIX}{name}": {"scorer": "few", **changes} for name, changes in few.items()}

@@ -19,6 +19,7 @@ from examples.shapes.scores import SCORES
 from library.measuring.image_statistics import rms_diversity
 from library.measuring.statistics import within_prompt_std
 from library.models.loading import load_model
+from library.models.packed import pack_unet
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.rewards import RewardConfig, load_reward
@@ -97,7 +98,8 @@ class Laboratory:
         """Train one slider until its U-Net evaluations reach `budget`, or for so many `updates`.
 
         Args:
-            changes: settings by option name; `learning_rate` and `batch_size` among them.
+            changes: settings by option name; `learning_rate` among them. With `quantize_base` it trains on packed weights, and is
+                measured on the whole ones, as a UI has them.
             checks: at which shares of the budget the true gain at +1 is measured, which is not part of the time.
 
         Returns:
@@ -105,24 +107,29 @@ class Laboratory:
         """
         options = {"leco_denoise_guidance_scale": 3.0, "prompts_file": self.prompts_file, "train_batch_size": 8, **changes}
         learning_rate = options.pop("learning_rate", 1e-3)
+        precision = options.pop("quantize_base", None)
+        model = self.model
+        if precision:
+            model = load_model(str(MODEL)).freeze()
+            pack_unet(model.unet, precision, 0, "cpu")
         settings = build(Settings, options)
         network = build_network(
-            NetworkConfig(network_dim=8, network_alpha=8.0), self.model, generator(seed, "network"), gradient_checkpointing=False
+            NetworkConfig(network_dim=8, network_alpha=8.0), model, generator(seed, "network"), gradient_checkpointing=False
         )
         try:
             reward = load_reward(
                 settings.reward,
-                self.model.vae_fingerprint(),
+                model.vae_fingerprint(),
                 needs_noise_aware=ESTIMATORS[settings.score.score_estimator].noisy,
             )
-            started, spent, evaluations_before = time.process_time(), 0.0, self.model.num_unet_evaluations
+            started, spent, evaluations_before = time.process_time(), 0.0, model.num_unet_evaluations
             context = TrainingContext(
-                model=self.model,
+                model=model,
                 network=network,
                 encoder=self.encoder,
                 generator=lambda name: generator(seed, name),
                 rollout=settings.rollout,
-                sampling=resolve_sampling(settings.rollout, self.model),
+                sampling=resolve_sampling(settings.rollout, model),
                 reward=reward,
                 prompts=self.prompts,
                 settings=vars(settings),
@@ -137,16 +144,19 @@ class Laboratory:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                evaluations, made = evaluations + self.model.num_unet_evaluations - evaluations_before, made + 1
-                evaluations_before = self.model.num_unet_evaluations
+                evaluations, made = evaluations + model.num_unet_evaluations - evaluations_before, made + 1
+                evaluations_before = model.num_unet_evaluations
                 if goals and evaluations >= goals[0]:
                     spent += time.process_time() - started
                     goals = [goal for goal in goals if goal > evaluations]
                     curve.append((evaluations, spent, self.quick_gain(network)))
-                    evaluations_before = self.model.num_unet_evaluations  # without those of the measurement
+                    evaluations_before = model.num_unet_evaluations  # without those of the measurement
                     started = time.process_time()
             spent += time.process_time() - started
             network.eval()
+            if model is not self.model:
+                network.remove()
+                network.apply_to(None, self.model.unet)
             measured = self.measure(network)
             curve.append((evaluations, spent, float(measured.gains("true")[:, :, PLUS].mean())))
         finally:

@@ -255,6 +255,15 @@ def test_no_unconditional_branch_at_guidance_1(monkeypatch):
     assert rows == [6, 6, 6]
 
 
+def test_pictures_are_sampled_without_torch_compile():
+    """Training steps have few numbers of rows; measurements have many, and each would be compiled anew."""
+    model, compilations = tiny_model("sd1"), []
+    model.unet.compile(backend=lambda graph, _: compilations.append(graph) or graph.forward)
+    compiled = model.unet._compiled_call_impl
+    sample(model, None, PROMPTS[:1], SEEDS[:1], sampling=replace(SAMPLING, num_steps=1))
+    assert not compilations and model.unet._compiled_call_impl is compiled is not None
+
+
 def test_a_prompt_brings_its_own_guidance_and_size():
     model = tiny_model()
     own = PromptSpec(prompt="a cat", guidance_scale=7.0, width=96, height=64)

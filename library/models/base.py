@@ -286,6 +286,16 @@ class DiffusionModel(ABC):
             return v_to_eps(latents, output, self.schedule.abar(timesteps))
         return output
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """The U-Net is called as it is within the block: pictures that are measured come in other numbers than a training step's rows, each of
+        which `torch.compile` would compile anew."""
+        compiled, self.unet._compiled_call_impl = self.unet._compiled_call_impl, None
+        try:
+            yield
+        finally:
+            self.unet._compiled_call_impl = compiled
+
     @property
     def embeds_guidance(self) -> bool:
         """Whether the U-Net was distilled together with guidance and takes the scale as an input (`embedded_guidance`): then guidance by

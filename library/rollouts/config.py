@@ -35,9 +35,9 @@ class RolloutConfig:
         None, help="Classifier-free guidance of the rollout; 1 is none, and faster. Not set: 5, or a few-step base's own."
     )
     uncond_every_n_steps: int | None = option(
-        1,
+        None,
         help="Steps of a trajectory that one evaluation of the unconditional branch serves: in between, its distance from the conditional "
-        "one is taken to stay. Not set: 3 with 20 steps, fewer with fewer.",
+        "one is taken to stay. Not set: 3 with 20 steps, fewer with fewer; 1 takes nothing over.",
         expert=True,
     )
     sampler: str | None = option(

@@ -143,7 +143,7 @@ def sample(
     batches = []
     for start in range(0, count, sampling.batch_size):
         rows = slice(start, start + sampling.batch_size)
-        with network_at(network, strengths[rows].to(model.device)), model_autocast(model):
+        with network_at(network, strengths[rows].to(model.device)), model_autocast(model), model.uncompiled():
             batches.append(_sample_batch(model, prompts[rows], seeds[rows], strengths[rows].tolist(), sampling, encoder, progress))
     return torch.cat(batches)
 

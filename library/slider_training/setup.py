@@ -156,7 +156,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
         config.network, model, generator(seed, "network"), gradient_checkpointing=config.training.gradient_checkpointing
     )
     if config.training.torch_compile:
-        logger.info("the U-Net is compiled at its first use, and again for other numbers and sizes of pictures: these steps take long")
+        logger.info("the U-Net is compiled in the first training steps, which take long; pictures are sampled without")
         model.unet.compile()
     encoder, train_prompts = encoder_and_prompts(config.text_free, model, network, reward.scorers, prompts)
     eval_prompts = eval_prompts or train_prompts
