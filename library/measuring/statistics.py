@@ -29,6 +29,11 @@ class Interval:
         """The same in another unit; NaN where the unit is 0."""
         return Interval(*(bound / unit if unit > 0 else math.nan for bound in (self.value, self.low, self.high)))
 
+    def stretched(self, factor: float, least: float, most: float) -> "Interval":
+        """Its bounds so many times as far from the value, within what is possible at all."""
+        low, high = (self.value + factor * (bound - self.value) for bound in (self.low, self.high))
+        return Interval(self.value, max(low, least), min(high, most))
+
     def __str__(self) -> str:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 

@@ -288,8 +288,8 @@ class DiffusionModel(ABC):
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """The U-Net is called as it is within the block: pictures that are measured come in other numbers than a training step's rows, each of
-        which `torch.compile` would compile anew."""
+        """The U-Net is called as it is within the block: pictures that are measured come in many numbers of rows, and `torch.compile` would
+        compile it for each."""
         compiled, self.unet._compiled_call_impl = self.unet._compiled_call_impl, None
         try:
             yield

@@ -13,6 +13,7 @@ from scipy.stats import chi2, rankdata
 from library.measuring.statistics import Interval
 from library.rating.space import FeatureSpace
 from library.rating.taste import Answers, Choice, Taste
+from library.scorers.worth import OF_FOLDS
 
 FEWEST = 20  # answers before anything is said about how well they are predicted
 FEWEST_BY_CHANCE = 10  # of them, that were asked at random
@@ -241,7 +242,8 @@ def measure_progress(
     said = np.concatenate([worth, leads])
     truth = np.concatenate([answers.stars, answers.preference])
     statistic = pair_accuracy if pairs else rank_correlation
-    held_out = bootstrapped(statistic, said[own], truth[own], rng=rng)
+    least = 0.0 if pairs else -1.0
+    held_out = bootstrapped(statistic, said[own], truth[own], rng=rng).stretched(OF_FOLDS, least, 1.0)
     told = own & np.isfinite(ahead)
     agreement = ceiling = None
     if len(repeats) >= FEWEST_REPEATS:
@@ -252,7 +254,7 @@ def measure_progress(
     curve = learning_curve(space, answers, own, choices, rng)
     found = basis | {
         "held_out": held_out,
-        "pair_accuracy": held_out if pairs else bootstrapped(concordance, said[own], truth[own], rng=rng),
+        "pair_accuracy": held_out if pairs else bootstrapped(concordance, said[own], truth[own], rng=rng).stretched(OF_FOLDS, 0.0, 1.0),
         "ahead": bootstrapped(statistic, ahead[told], truth[told], rng=rng) if told.sum() >= 8 else None,
         "agreement": agreement,
         "ceiling": ceiling,
