@@ -11,6 +11,7 @@ table of how well it does at each noise level.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -24,7 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 import torch
 
-from library.models.vae import VaeFingerprint
+from library.models.vae import VaeFingerprint, decode_pictures
+from library.scorer_training.closed_form import fit_head, fits_head
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.folds import choose_steps
 from library.scorer_training.run import PretrainingScorer, ScorerRun
@@ -94,6 +96,7 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
     if config.scorer.backbone_weights is not None:
         load_backbone_weights(config.scorer.backbone_weights, backbone, spec)
     encode_prompts = make_prompt_encoder(source, accelerator) if spec.uses_prompt else None
+    vae = source.vae
     del source  # the rest of the model is not needed
     files.shared = shared_settings(config, spec, [*tasks, *pretraining_tasks], accelerator)
     resumed = files.load_state()
@@ -115,19 +118,24 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
             names = [task.name for task in pretraining_tasks]
             pretrained = dataclasses.replace(spec, heads=tuple(task.head for task in pretraining_tasks), score_head=names[0])
             stage = Stage("pretraining", pretraining_tasks, names, first_step, optimizer, pretraining=True)
-            record["pretraining"] = trainer.fit(run_of(PretrainingScorer(pretrained, backbone), stage), record, resumed)
+            teaching = PretrainingScorer(pretrained, backbone, functools.partial(decode_pictures, vae))
+            record["pretraining"] = trainer.fit(run_of(teaching, stage), record, resumed)
             resumed = None
             if accelerator.is_main_process:
                 files.keep_earlier()
                 save_backbone(files.backbone_path, backbone, dataclasses.replace(spec, training=record))
         scorer = BackboneScorer(spec, backbone)
         stage = Stage("training", tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
-        if tasks[0].folds is not None and "folds" not in record:
-            record["folds"] = choose_steps(run_of, scorer, stage, interrupts).to_dict()
-        if "folds" in record:
-            stage = dataclasses.replace(stage, chosen=Chosen.from_dict(record["folds"]))
-        run = run_of(scorer, stage)
-        record |= trainer.fit(run, record, resumed)
+        if fits_head(scorer, tasks):
+            run = run_of(scorer, stage)
+            record |= fit_head(run)
+        else:
+            if tasks[0].folds is not None and "folds" not in record:
+                record["folds"] = choose_steps(run_of, scorer, stage, interrupts).to_dict()
+            if "folds" in record:
+                stage = dataclasses.replace(stage, chosen=Chosen.from_dict(record["folds"]))
+            run = run_of(scorer, stage)
+            record |= trainer.fit(run, record, resumed)
         path = files.save_scorer(run, record)
     logger.info("scorer saved to %s", path)
     if worth := worth_of(scorer.spec, output.output_name):

@@ -141,6 +141,11 @@ def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
         return pixels[:, :, 0] if space.has_frames else pixels
 
 
+def decode_pictures(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Normalised latents [B, C, h, w] -> pixels [B, 3, H, W] in 0..1, as a file would hold them."""
+    return (decode_latents(vae, latents) / 2 + 0.5).clamp(0, 1)
+
+
 def probe_picture(size: int = 64) -> Tensor:
     """A fixed picture [1, 3, size, size] in -1..1 with flat, smooth and sharp parts in every channel."""
     y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")

@@ -137,7 +137,7 @@ class PretrainingConfig:
         None, help="Pictures to pretrain on: as train_data_file, a dataset.toml too; labels are learned by default."
     )
     pretrain_criterion: str | None = option(
-        None, choices=CRITERIA, help="What pretrain_data_file teaches, masked without ratings; not set: classification."
+        None, choices=CRITERIA, help="What pretrain_data_file teaches, masked or imitation without ratings; not set: classification."
     )
     pretrain_steps: int | None = option(None, help="Steps of pretraining; not set: 2000.")
 

@@ -68,7 +68,7 @@ def choose_steps(
                     if any_process(bool(interrupts), accelerator):
                         logger.info("stopped in the folds, of which there is no state: the same command begins anew")
                         raise SystemExit(interrupts.exit_code)
-            table = _mean([table_of(_pooled(own), score.criterion, score.head) for own in runs])
+            table = mean_table([table_of(_pooled(own), score.criterion, score.head) for own in runs])
             value = selection_value(table, score.criterion.selection)
             if value > best[0] or not best[2]:
                 best = (value, min(done, stage.steps), table)
@@ -90,5 +90,6 @@ def _pooled(runs: Sequence[ScorerRun]) -> Predictions:
     return {sigma: (torch.cat([own[sigma][0] for own in found]), torch.cat([own[sigma][1] for own in found])) for sigma in found[0]}
 
 
-def _mean(tables: Sequence[SigmaTable]) -> SigmaTable:
+def mean_table(tables: Sequence[SigmaTable]) -> SigmaTable:
+    """The mean of each metric at each noise level."""
     return [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} for rows in zip(*tables, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from library.diffusion.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
 from library.scorer_data.batches import LatentBatch, upload
 
-DrawVisible = Callable[[Tensor, torch.Generator], Tensor]  # (latents, generator) -> `NoisyBatch.visible`
+DrawVisible = Callable[[Tensor, torch.Generator], Tensor | None]  # (latents, generator) -> `NoisyBatch.visible`
 
 
 def standard_schedule() -> NoiseSchedule:

@@ -16,7 +16,7 @@ from library.scorer_training.balancing import Balance
 from library.scorer_training.config import ScorerTrainingConfig
 from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs, member_losses
-from library.scorer_training.criteria.masked import MaskedLatentPretraining
+from library.scorer_training.criteria.self_taught import FromPictures, SelfTaught
 from library.scorer_training.noise import NoisyBatch, draw_sigmas, standard_schedule
 from library.scorer_training.stages import Stage
 from library.scorer_training.tasks import Task
@@ -62,14 +62,20 @@ def share_out(batch_size: int, proportions: Sequence[float]) -> list[int]:
 
 
 class PretrainingScorer(BackboneScorer):
-    """A scorer of which only the backbone is kept; it may also learn to fill in hidden cells."""
+    """A scorer of which only the backbone is kept; it may also learn from pictures that nobody has rated.
 
-    masked: MaskedLatentPretraining
+    Args:
+        decode: scaled latents [B, C, h, w] to pixels [B, 3, H, W] in 0..1.
+    """
 
-    def __init__(self, spec: ScorerSpec, backbone: Backbone) -> None:
+    self_taught: SelfTaught
+
+    def __init__(self, spec: ScorerSpec, backbone: Backbone, decode: Callable[[Tensor], Tensor]) -> None:
         super().__init__(spec, backbone)
-        if any(get_criterion(head.criterion).target == "picture" for head in spec.heads):
-            self.masked = MaskedLatentPretraining(backbone)
+        for head in spec.heads:
+            criterion = get_criterion(head.criterion)
+            if isinstance(criterion, FromPictures):
+                self.self_taught = criterion.pretraining(backbone, decode)
 
 
 class ScorerRun:
@@ -186,6 +192,12 @@ class ScorerRun:
             batch_size=self.settings.train_batch_size,
         )
 
+    def features(self, batch: LatentBatch, sigmas: Tensor, rng: torch.Generator) -> Tensor:
+        """What the backbone makes of a batch behind noise [B, feature_width]."""
+        noisy = NoisyBatch.of(batch, sigmas, rng).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            return self.scorer.backbone(noisy.latents, noisy.sigmas, self._cond(noisy.batch), noisy.batch.prompts)
+
     @torch.no_grad()
     def reference_scale(self, task: Task) -> tuple[float, float]:
         """Mean and standard deviation of the score over clean training pictures, REFERENCE_PICTURES at most.
@@ -253,16 +265,16 @@ class ScorerRun:
         return member_losses(task.criterion, outputs.float(), noisy.batch.targets, task.head, weights)
 
     def _noisy(self, task: Task, batch: LatentBatch, sigmas: Tensor, rng: torch.Generator) -> NoisyBatch:
-        if isinstance(self.scorer, PretrainingScorer) and task.criterion.target == "picture":
-            return NoisyBatch.of(batch, sigmas, rng, self.scorer.masked.draw_visible)
+        if isinstance(self.scorer, PretrainingScorer) and isinstance(task.criterion, FromPictures):
+            return NoisyBatch.of(batch, sigmas, rng, self.scorer.self_taught.draw_visible)
         return NoisyBatch.of(batch, sigmas, rng)
 
     def _outputs(self, task: Task, noisy: NoisyBatch) -> Tensor:
         """Outputs [B, members, K] of a noisy batch, or [B, 2, members, K] of pairs."""
         batch, sigmas, cond = noisy.batch, noisy.sigmas, self._cond(noisy.batch)
         with self.accelerator.autocast():
-            if isinstance(self.scorer, PretrainingScorer) and noisy.visible is not None:
-                return self.scorer.masked(noisy.latents, sigmas, batch.latents, noisy.visible)[:, None, None]
+            if isinstance(self.scorer, PretrainingScorer) and isinstance(task.criterion, FromPictures):
+                return self.scorer.self_taught(noisy.latents, sigmas, batch.latents, noisy.visible)[:, None, None]
             outputs = self.scorer.outputs(task.name, noisy.latents, sigmas, cond, batch.prompts)
             if (second := noisy.second) is None:
                 return outputs

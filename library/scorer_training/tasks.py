@@ -263,13 +263,13 @@ def _num_folds(config: DataConfig, rows: Collected) -> int:
 
 
 def _records(subset: Subset, target: str) -> Records:
-    """What a subset holds; for masked pretraining, which learns from pictures alone, every picture of a folder."""
+    """What a subset holds; for pretraining from pictures alone, every picture of a folder."""
     if target != "picture":
         options = ReaderOptions.of(subset.reader_options, target=target, image_dir=subset.image_dir)
         yield from read_records(subset.path, subset.reader, options)
         return
     if not subset.path.is_dir():
-        raise UserError(f"masked pretraining learns from the pictures of a folder, and {subset.path} is none; give a folder")
+        raise UserError(f"pretraining without ratings learns from the pictures of a folder, and {subset.path} is none; give a folder")
     tally, folder = SkipReport(), subset.path.absolute()
     for name in pictures_below(folder, tally):
         yield RatedImage(picture=FilePicture(folder / name), name=name, where=str(folder / name), score=0.0)

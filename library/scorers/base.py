@@ -81,10 +81,12 @@ class Backbone(nn.Module):
         presets: arguments of each of its sizes, by the name that `scorer_size` gives.
         not_chosen: arguments that are not the user's to choose by `scorer_args`.
         feature_width: numbers that it puts out for a picture.
+        features_are_given: whether ratings do not train it, so that a head is all that is learned from them.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     not_chosen: ClassVar[tuple[str, ...]] = ("in_channels",)
+    features_are_given: ClassVar[bool] = False
     feature_width: int
 
     def forward(

@@ -1,37 +1,23 @@
 """Masked pretraining: a transformer learns to see from pictures that nobody has rated."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.scorer_training.criteria.base import CRITERIA, Criterion
+from library.scorer_training.criteria.base import CRITERIA
+from library.scorer_training.criteria.self_taught import FromPictures, SelfTaught
 from library.scorers.base import Backbone
-from library.scorers.heads import HeadSpec
 
 
 @CRITERIA.register("masked")
-class MaskedCells(Criterion):
-    """Filling in hidden cells, for pretraining. `MaskedLatentPretraining` computes the error, so the outputs [B, 1] are the losses.
+class MaskedCells(FromPictures):
+    """Filling in hidden cells; `MaskedLatentPretraining` computes the error."""
 
-    Metrics: `closeness`, minus the mean error.
-    """
-
-    target = "picture"
-    selection = "closeness"
-    gives_score = False
-
-    def make_head(self, name: str, targets: Tensor, classes: tuple[str, ...], options: Mapping[str, Any]) -> HeadSpec:
-        return HeadSpec(name=name, criterion=self.name)
-
-    def losses(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> Tensor:
-        return outputs[:, 0]
-
-    def metrics(self, outputs: Tensor, targets: Tensor, head: HeadSpec) -> dict[str, float]:
-        return {"closeness": -outputs.double().mean().item()}
+    def pretraining(self, backbone: Backbone, decode: Callable[[Tensor], Tensor]) -> "MaskedLatentPretraining":
+        return MaskedLatentPretraining(backbone)
 
 
 def draw_visible(count: int, num_patches: int, masked_fraction: float, generator: torch.Generator) -> Tensor:
@@ -40,7 +26,7 @@ def draw_visible(count: int, num_patches: int, masked_fraction: float, generator
     return torch.rand(count, num_patches, generator=generator).argsort(dim=1)[:, :num_visible]
 
 
-class MaskedLatentPretraining(nn.Module):
+class MaskedLatentPretraining(SelfTaught):
     """A masked autoencoder (arXiv 2111.06377) of noisy latents: the backbone sees some patches, a small decoder fills in the others.
 
     Hidden cells are 0 before the convolutions of the stem, which would see across the border of a patch. The target is clean
@@ -74,7 +60,7 @@ class MaskedLatentPretraining(nn.Module):
         rows, columns = (math.ceil(side / self.backbone.patch) for side in latents.shape[2:])
         return draw_visible(len(latents), rows * columns, self.masked_fraction, generator)
 
-    def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, visible: Tensor | None) -> Tensor:
         """The loss of each picture.
 
         Args:
@@ -87,6 +73,7 @@ class MaskedLatentPretraining(nn.Module):
         """
         from library.scorers.kinds.latent_vit import axial_angles, grid_positions
 
+        assert visible is not None
         backbone, patch = self.backbone, self.backbone.patch
         latents, clean = backbone.fill_patches(latents), backbone.fill_patches(clean)
         rows, columns = latents.shape[2] // patch, latents.shape[3] // patch
