@@ -5,22 +5,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a U-Net is given besides latents and timestep: one record for every family.
+    """What the network is given besides latents and timestep: one record for every family.
 
     Attributes:
         text: token embeddings [B, T, D].
         pooled: pooled embedding [B, P] (SDXL), or None.
         time_ids: original size, crop corner and target size, (h, w, top, left, h, w) [B, 6] (SDXL), or None.
+        lengths: how many of the T tokens a row has, the others being 0 [B] (Z-Image), or None where all have T.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.text.shape[0]
@@ -35,15 +38,19 @@ class Conditioning:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """Move it all; `dtype` is for the embeddings, time_ids are sizes in pixels, which half precision would round."""
-        return self.map(lambda part: part.to(device=device, dtype=None if part is self.time_ids else dtype))
+        return self.map(lambda part: part.to(device=device, dtype=None if part is self.time_ids or part is self.lengths else dtype))
 
     @staticmethod
     def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
-        """Join batches of one family along B."""
+        """Join batches of one family along B; texts with `lengths` become as long as the longest."""
+        longest = max(batch.text.shape[1] for batch in batches)
+        lacking = [longest - batch.text.shape[1] for batch in batches]
+        assert not any(lacking) or all(batch.lengths is not None for batch in batches), "texts of different lengths"
         return Conditioning(
-            torch.cat([batch.text for batch in batches]),
+            torch.cat([F.pad(batch.text, (0, 0, 0, more)) if more else batch.text for batch, more in zip(batches, lacking, strict=True)]),
             _cat_optional([batch.pooled for batch in batches]),
             _cat_optional([batch.time_ids for batch in batches]),
+            _cat_optional([batch.lengths for batch in batches]),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
@@ -51,6 +58,7 @@ class Conditioning:
             change(self.text),
             None if self.pooled is None else change(self.pooled),
             None if self.time_ids is None else change(self.time_ids),
+            None if self.lengths is None else change(self.lengths),
         )
 
 

@@ -27,7 +27,7 @@ def create_network(
     """A fresh network that changes nothing yet.
 
     Every Linear and 1x1 Conv2d inside a Transformer2DModel and every Linear inside CLIPAttention and CLIPMLP; with conv_dim also
-    every Linear and Conv2d inside ResnetBlock2D, Downsample2D and Upsample2D.
+    every Linear and Conv2d inside ResnetBlock2D, Downsample2D and Upsample2D. Of a transformer, attention and MLP of its main layers.
 
     Args:
         network_dim, network_alpha: rank and alpha; None is 4 and 1.

@@ -34,6 +34,8 @@ _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _FACTORS))})(?:\.\w+)?\.we
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # of Diffusers before 0.21
 _PARTS = (
     ("unet.", "lora_unet_"),
+    ("transformer.", "lora_unet_"),
+    ("diffusion_model.", "lora_unet_"),
     ("text_encoder.", "lora_te1_"),
     ("text_encoder_2.", "lora_te2_"),
     ("text_model.", "lora_te1_text_model_"),

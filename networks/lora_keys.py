@@ -1,7 +1,8 @@
 """Module path <-> name in a LoRA file, per model family, and the block of the U-Net that it is in.
 
 SD1 and SD2 files use Diffusers' paths, SDXL files the paths of Stability's original code ("sgm"): the one style per family
-that A1111, Forge, ComfyUI, Diffusers and sd-scripts all read whole.
+that A1111, Forge, ComfyUI, Diffusers and sd-scripts all read whole. Files for transformers have the original paths with their dots, after
+"diffusion_model.", with lora_A and lora_B: what ComfyUI and Diffusers both read whole.
 """
 
 import re
@@ -14,8 +15,25 @@ _RESNET_PARTS = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj
 _BLOCK_PATH = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?:\.(.+))?")
 
 
+_COSMOS_PARTS = {
+    "transformer_blocks.": "blocks.",
+    "attn1.": "self_attn.",
+    "attn2.": "cross_attn.",
+    "to_out.0": "output_proj",
+    "to_q": "q_proj",
+    "to_k": "k_proj",
+    "to_v": "v_proj",
+    "ff.net.0.proj": "mlp.layer1",
+    "ff.net.2": "mlp.layer2",
+}
+
+
 def unet_family(config: Mapping[str, Any]) -> str:
-    """ "sd1", "sd2" or "sdxl", from the config of a UNet2DConditionModel."""
+    """ "sd1", "sd2", "sdxl", "z_image" or "anima", from the config of a UNet2DConditionModel or a transformer."""
+    if "cap_feat_dim" in config:
+        return "z_image"
+    if "adaln_lora_dim" in config:
+        return "anima"
     if config.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if config.get("use_linear_projection") or config.get("cross_attention_dim") == 1024 else "sd1"
@@ -23,12 +41,32 @@ def unet_family(config: Mapping[str, Any]) -> str:
 
 def unet_key(path: str, config: Mapping[str, Any]) -> str:
     """The name, in the style of the U-Net's family, of the module at `path` ("down_blocks.0.attentions.0.proj_in")."""
-    return _underscored("lora_unet", sgm_path(path, config) if unet_family(config) == "sdxl" else path)
+    return _underscored("lora_unet", path if unet_family(config) in ("sd1", "sd2") else original_path(path, config))
 
 
 def unet_aliases(path: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names in both styles: some SDXL files have Diffusers', and some SD1 files the original ones."""
-    return _underscored("lora_unet", path), _underscored("lora_unet", sgm_path(path, config))
+    return _underscored("lora_unet", path), _underscored("lora_unet", original_path(path, config))
+
+
+def dotted_path(path: str, config: Mapping[str, Any]) -> str | None:
+    """What a file calls the module at `path` of a transformer; None of a U-Net, whose names have no dots."""
+    return f"diffusion_model.{original_path(path, config)}" if is_transformer(config) else None
+
+
+def is_transformer(config: Mapping[str, Any]) -> bool:
+    return unet_family(config) in ("z_image", "anima")
+
+
+def original_path(path: str, config: Mapping[str, Any]) -> str:
+    """Diffusers' path of a module -> its path in the code that the family was published with; of Z-Image, whose q, k and v are one
+    matrix there, the path that ComfyUI takes for its parts."""
+    if not is_transformer(config):
+        return sgm_path(path, config)
+    if unet_family(config) == "anima":
+        for ours, theirs in _COSMOS_PARTS.items():
+            path = path.replace(ours, theirs)
+    return path
 
 
 def text_encoder_key(path: str, family: str, index: int) -> str:
@@ -84,7 +122,9 @@ def _underscored(prefix: str, path: str) -> str:
 
 
 def num_blocks(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """sd-scripts' count of blocks (down, mid, up) in one direction of the U-Net: SD1 12, 1, 12; SDXL 9, 3, 9."""
+    """sd-scripts' count of blocks (down, mid, up) in one direction of the U-Net: SD1 12, 1, 12; SDXL 9, 3, 9; a transformer has none."""
+    if is_transformer(config):
+        return 0, 0, 0
     slots = (_layers_per_block(config) + 1) * len(config["down_block_types"])
     return slots, 3 if unet_family(config) == "sdxl" else 1, slots
 

@@ -173,7 +173,9 @@ def write_cards(lora_file: str | Path, spec: BaseModel, card: Card, folder: Path
         "size": file.stat().st_size,
         "modified": file.stat().st_mtime,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "base_model": _family(spec, "SD 1.5", "SD 2.1", "SDXL 1.0"),
+        "base_model": _family(
+            spec, "SD 1.5", "SD 2.1", "SDXL 1.0", z_image="ZImageTurbo" if "turbo" in spec.name.lower() else "ZImageBase", anima="Anima"
+        ),
         "preview_url": f"{file.stem}.preview.png",
         "usage_tips": json.dumps(tips),
         "modelDescription": card.hint,
@@ -186,9 +188,11 @@ def write_cards(lora_file: str | Path, spec: BaseModel, card: Card, folder: Path
     return paths
 
 
-def _family(spec: BaseModel, sd1: str, sd2: str, sdxl: str) -> str:
-    """One of three names, told as A1111 tells the family of a file without a card."""
+def _family(spec: BaseModel, sd1: str, sd2: str, sdxl: str, **others: str) -> str:
+    """One of these names, told as A1111 tells the family of a file without a card; `others` by ss_base_model_version."""
     version = spec.base_model_version
+    if spec.prediction_type == "flow":
+        return others.get(version, "Unknown")
     return sdxl if version.startswith("sdxl") else sd2 if version.startswith("sd_v2") else sd1
 
 

@@ -120,7 +120,7 @@ class LoRAModule(nn.Module):
         super().__init__()
         if rank > LARGEST_RANK:
             raise UserError(f"{target.path} would have rank {rank}, and {LARGEST_RANK} is the largest: a branch would outgrow its module")
-        self.name, self.aliases, self.part, self.path = target.name, target.aliases, target.part, target.path
+        self.name, self.aliases, self.part, self.path, self.dotted = target.name, target.aliases, target.part, target.path, target.dotted
         self.rank = rank
         self.lr_factors, self.own_lr = lr_factors, own_lr
         self.dropouts = dropouts

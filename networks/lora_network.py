@@ -1,4 +1,4 @@
-"""LoRA beside the Linear and Conv2d layers of a U-Net and its text encoders, with the interface of sd-scripts' networks.lora.
+"""LoRA beside the Linear and Conv2d layers of a network and its text encoders, with the interface of sd-scripts' networks.lora.
 
     y = W x + multiplier * alpha / rank * up(down(x))        (Hu et al. 2021, arXiv 2106.09685)
 
@@ -25,7 +25,7 @@ _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # of blocks in diffusers 
 
 
 class LoRANetwork(nn.Module):
-    """All branches of one LoRA file. Its state dict is the file: keys, shapes and all.
+    """All branches of one LoRA file. Its state dict is the file, keys, shapes and all, but for a transformer's (`file_tensors`).
 
     It does nothing until `apply_to`; then every call of the U-Net has it in, at `multiplier`, but inside `disabled()`.
     """
@@ -187,9 +187,18 @@ class LoRANetwork(nn.Module):
         """Write a .safetensors file in `dtype` (None: float32), whole or not at all, with metadata and the hashes of its tensors."""
         if Path(file).suffix != ".safetensors":
             raise UserError(f"{file}: LoRA files are written as .safetensors; give a name that ends so")
-        tensors = {key: value.detach().to("cpu", dtype or torch.float32).contiguous() for key, value in self.state_dict().items()}
+        tensors = {key: value.detach().to("cpu", dtype or torch.float32).contiguous() for key, value in self.file_tensors().items()}
         metadata = dict(metadata or {})
         atomic_save_safetensors(tensors, file, metadata | hash_metadata(tensors, metadata))
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The state dict as the file has it. With dotted names alpha is multiplied into lora_B: diffusers refuses alphas in such files."""
+        tensors = self.state_dict()
+        for lora in self.loras:
+            if lora.dotted is not None:
+                down, up, alpha = (tensors.pop(f"{lora.name}.{part}") for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+                tensors |= {f"{lora.dotted}.lora_A.weight": down, f"{lora.dotted}.lora_B.weight": up * (alpha / lora.rank)}
+        return tensors
 
     def load_weights(self, file: str | Path) -> Any:
         """Copy a file's weights into these modules, in float32 -> load_state_dict's missing and unexpected keys.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from networks.lora_keys import block_index, num_blocks
+from networks.lora_keys import block_index, is_transformer, num_blocks
 from networks.lora_targets import Target
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
@@ -105,7 +105,7 @@ class NetworkOptions:
         rank, alpha, prefix = self.dim, self.alpha, ""
         if target.is_large_conv:
             rank, alpha, prefix = self.values.get("conv_dim", 0), self.values.get("conv_alpha", 1.0), "conv_"
-        if target.part == "unet":
+        if target.part == "unet" and not is_transformer(self.config):
             block = block_index(target.path, self.config)
             rank = self.values[f"{prefix}block_dims"][block] if f"{prefix}block_dims" in self.values else rank
             alpha = self.values[f"{prefix}block_alphas"][block] if f"{prefix}block_alphas" in self.values else alpha
@@ -150,6 +150,8 @@ def _parsed(key: str, value: Any, config: Mapping[str, Any]) -> Any:
         nearest = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(NETWORK_ARGS)}"
         raise UserError(f"network_args: {key} is not an option of networks.lora; {_ELSEWHERE.get(key, hint)}")
+    if key in (*_SIDES, *_BLOCKS, "conv_dim", "conv_alpha", "block_lr_zero_threshold") and is_transformer(config):
+        raise UserError(f"network_args: {key} is of a U-Net, and this model is a transformer; use network_reg_dims or network_reg_lrs")
     if key in _BY_NAME:
         return _numbers_by_pattern(key, str(value))
     if key in _PATTERNS:

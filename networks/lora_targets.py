@@ -1,15 +1,19 @@
 """Which modules of a U-Net and its text encoders get a LoRA branch."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from networks.lora_keys import text_encoder_aliases, text_encoder_key, unet_aliases, unet_family, unet_key
+from networks.lora_keys import dotted_path, is_transformer, text_encoder_aliases, text_encoder_key, unet_aliases, unet_family, unet_key
 
 UNET_BLOCKS = ("Transformer2DModel",)
 UNET_CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+TRANSFORMER_BLOCKS = ("ZImageTransformerBlock", "CosmosTransformerBlock")
+# Attention and MLP of the main layers: what trainers of these families take, and not what modulates them, nor Z-Image's refiners.
+_TRANSFORMER_PATH = re.compile(r"(layers|transformer_blocks)\.\d+\.(attention|feed_forward|attn[12]|ff)\.")
 TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
 
 TextEncoders = nn.Module | Sequence[nn.Module] | None
@@ -19,7 +23,8 @@ class Target(NamedTuple):
     """A module that can have a branch.
 
     Attributes:
-        name: what the file calls it.
+        name: what the file calls it, or what kohya's would where that has dots.
+        dotted: what the file calls it, with dots (transformers), or None.
         aliases: what files of other programs call it.
         part: "unet", "text_encoder" or "text_encoder_2".
         path: of the base module within that part.
@@ -31,6 +36,7 @@ class Target(NamedTuple):
     part: str
     path: str
     base: nn.Module
+    dotted: str | None = None
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -43,10 +49,14 @@ class Target(NamedTuple):
 
 
 def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) -> Iterator[Target]:
-    """sd-scripts' choice of modules; `with_convs` adds those of the convolutional blocks."""
+    """sd-scripts' choice of modules; `with_convs` adds those of a U-Net's convolutional blocks."""
     config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
     for part, model in parts_of(text_encoder, unet).items():
-        if part == "unet":
+        if part == "unet" and is_transformer(config):
+            for path, base in layers_inside(model, TRANSFORMER_BLOCKS):
+                if _TRANSFORMER_PATH.match(path):
+                    yield Target(unet_key(path, config), unet_aliases(path, config), part, path, base, dotted_path(path, config))
+        elif part == "unet":
             blocks = UNET_BLOCKS + (UNET_CONV_BLOCKS if with_convs else ())
             for path, base in layers_inside(model, blocks):
                 yield Target(unet_key(path, config), unet_aliases(path, config), part, path, base)

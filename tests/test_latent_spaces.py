@@ -52,11 +52,12 @@ def kind(request):
 
 def as_diffusers_normalises(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """As the pipelines of Z-Image, FLUX.2, Qwen-Image and Wan do, and TAESD."""
-    if isinstance(vae, diffusers.AutoencoderTiny):
+    kind = type(vae).__name__
+    if kind == "AutoencoderTiny":
         return vae.encode(pixels).latents
-    if isinstance(vae, diffusers.AutoencoderKL):
+    if kind == "AutoencoderKL":
         return (vae.encode(pixels).latent_dist.mode() - vae.config["shift_factor"]) * vae.config["scaling_factor"]
-    if isinstance(vae, diffusers.AutoencoderKLFlux2):
+    if kind == "AutoencoderKLFlux2":
         packed = diffusers.Flux2Pipeline._patchify_latents(vae.encode(pixels).latent_dist.mode())
         mean, var = (part.view(1, -1, 1, 1) for part in (vae.bn.running_mean, vae.bn.running_var))
         return diffusers.Flux2Pipeline._unpatchify_latents((packed - mean) / torch.sqrt(var + vae.config["batch_norm_eps"]))

@@ -1,8 +1,12 @@
-"""The noise schedule of a variance-preserving model, and the conversions between eps, v, x0, abar and sigma.
+"""The noise schedule of a variance-preserving model, and the conversions between eps, v, a flow's velocity, x0, abar and sigma.
 
 `abar` is the cumulative product of 1 - beta; `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`; `sigma = sqrt(1 - abar) / sqrt(abar)`.
+
+Flow matching (arXiv 2210.02747, 2209.03003) has latents z = (1 - s) x0 + s eps for s in 0..1, and a network that puts out the velocity
+eps - x0. Divided by sqrt((1 - s)^2 + s^2) they are variance-preserving, sigma = s / (1 - s), and Euler's step along the velocity is DDIM's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -12,11 +16,13 @@ from torch import Tensor
 
 from library.errors import UserError
 
-PredictionType = Literal["epsilon", "v_prediction"]
-TimestepSpacing = Literal["leading", "trailing", "linspace", "lcm", "karras"]
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+TimestepSpacing = Literal["leading", "trailing", "linspace", "lcm", "karras", "flow"]
 CONFIG_SPACINGS = ("leading", "trailing", "linspace")  # those that a scheduler_config.json can name
 
 KARRAS_RHO = 7.0
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_OTHER_FLOWS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
 
 # The smallest abar a schedule may hold. A zero-terminal-SNR schedule ends at abar = 0, where eps alone does not determine x0.
 # 2**-24 (sigma = 4096) is what diffusers' EulerDiscreteScheduler puts there. It is also where the two errors balance: pretending
@@ -60,6 +66,42 @@ def v_to_x0(latents: Tensor, v: Tensor, abar: Tensor) -> Tensor:
     return abar.sqrt() * latents - (1 - abar).sqrt() * v
 
 
+def flow_scale(abar: Tensor) -> Tensor:
+    """What flow-matching latents are divided with to be variance-preserving, sqrt((1 - s)^2 + s^2), at the same sigma."""
+    return 1 / (abar.sqrt() + (1 - abar).sqrt())
+
+
+def flow_to_eps(latents: Tensor, velocity: Tensor, abar: Tensor) -> Tensor:
+    """eps = z + (1 - s) v of variance-preserving latents [B, C, h, w], z being theirs times `flow_scale`; v = eps - x0."""
+    abar = per_sample(abar, latents)
+    return flow_scale(abar) * (latents + abar.sqrt() * velocity)
+
+
+def eps_to_flow(latents: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """v = eps - x0: the inverse of `flow_to_eps`."""
+    return eps - eps_to_x0(latents, eps, abar)
+
+
+def output_to_eps(latents: Tensor, output: Tensor, abar: Tensor, prediction_type: PredictionType) -> Tensor:
+    """What a network of this prediction type puts out [B, C, h, w], as eps."""
+    match prediction_type:
+        case "v_prediction":
+            return v_to_eps(latents, output, abar)
+        case "flow":
+            return flow_to_eps(latents, output, abar)
+    return output
+
+
+def eps_to_output(latents: Tensor, eps: Tensor, abar: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The inverse of `output_to_eps`."""
+    match prediction_type:
+        case "v_prediction":
+            return eps_to_v(latents, eps, abar)
+        case "flow":
+            return eps_to_flow(latents, eps, abar)
+    return eps
+
+
 def abar_to_sigma(abar: Tensor) -> Tensor:
     """sigma = sqrt((1 - abar) / abar), the noise level of the variance-exploding form; EDM, arXiv 2206.00364."""
     return ((1 - abar) / abar).sqrt()
@@ -76,13 +118,23 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def _num_timesteps(config: Mapping[str, Any]) -> int:
+    num_steps = config.get("num_train_timesteps", 1000)
+    if type(num_steps) is not int or not 1 < num_steps <= MOST_TIMESTEPS:
+        raise UserError(f"The model's scheduler has num_train_timesteps {str(num_steps)[:40]}; it must be from 2 to {MOST_TIMESTEPS}.")
+    return num_steps
+
+
+def _flow_abar(share: Tensor) -> Tensor:
+    """abar where the share of noise is s, float64 -> float32; at s = 1 the floor."""
+    return ((1 - share) ** 2 / ((1 - share) ** 2 + share**2)).clamp(min=ABAR_FLOOR).float()
+
+
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """[T] float32; computed in float32 as diffusers does, because models are sampled with its rounding."""
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
-    num_steps = config.get("num_train_timesteps", 1000)
-    if type(num_steps) is not int or not 1 < num_steps <= MOST_TIMESTEPS:
-        raise UserError(f"The model's scheduler has num_train_timesteps {str(num_steps)[:40]}; it must be from 2 to {MOST_TIMESTEPS}.")
+    num_steps = _num_timesteps(config)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     match config.get("beta_schedule", "linear"):
         case "linear":
@@ -100,9 +152,12 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: abar of each training timestep [T], float32 on the CPU, falling, never below `ABAR_FLOOR`.
         final_alpha_cumprod: abar where sampling ends (timestep -1): 1.0, or that of timestep 0 when set_alpha_to_one is false.
-        prediction_type: what the U-Net puts out, "epsilon" or "v_prediction".
+        prediction_type: what the network puts out, "epsilon", "v_prediction" or "flow". With the last, timestep t is s = (t + 1) / T.
         timestep_spacing, steps_offset: the model's own choice of timesteps; arXiv 2305.08891, table 2.
         lcm_steps: on how many of its timesteps a latent consistency model was distilled; spacing "lcm" takes some of them.
+        shift: of spacing "flow"; above 1, more of the steps are taken where there is much noise (arXiv 2403.03206, section 5.3.2).
+        shift_of_size: (base_image_seq_len, base_shift, max_image_seq_len, max_shift) of diffusers: log shift on a line over the number of
+            patches of 2 x 2 latents; it takes the place of `shift`.
     """
 
     alphas_cumprod: Tensor
@@ -111,6 +166,8 @@ class NoiseSchedule:
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 0
     lcm_steps: int = 50
+    shift: float = 1.0
+    shift_of_size: tuple[float, float, float, float] | None = None
     _tables: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # alphas_cumprod, by device
 
     @classmethod
@@ -120,8 +177,10 @@ class NoiseSchedule:
         Raises:
             UserError: a beta schedule, prediction type or spacing that is not supported.
         """
+        if scheduler_config.get("_class_name") == FLOW_SCHEDULER:
+            return cls._of_flow(scheduler_config)
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
-        if prediction_type not in get_args(PredictionType):
+        if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"The model's scheduler has prediction_type {prediction_type!r}; only epsilon and v_prediction are supported.")
         spacing = scheduler_config.get("timestep_spacing", "leading")
         if spacing not in CONFIG_SPACINGS:
@@ -144,6 +203,29 @@ class NoiseSchedule:
             lcm_steps=scheduler_config.get("original_inference_steps", 50),
         )
 
+    @classmethod
+    def _of_flow(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """From the config of a FlowMatchEulerDiscreteScheduler."""
+        if unknown := [name for name in _OTHER_FLOWS if config.get(name)]:
+            raise UserError(f"The model's scheduler has {unknown[0]}, which is not supported.")
+        size = None
+        if config.get("use_dynamic_shifting"):
+            if config.get("time_shift_type", "exponential") != "exponential":
+                raise UserError("The model's scheduler has time_shift_type linear; only exponential is supported.")
+            defaults = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
+            size = tuple(float(config.get(name, default)) for name, default in defaults.items())
+        shift = config.get("shift", 1.0)
+        if not isinstance(shift, int | float) or not 0 < shift < 1000:
+            raise UserError(f"The model's scheduler has shift {str(shift)[:40]}; it must be a number above 0.")
+        share = torch.arange(1, _num_timesteps(config) + 1, dtype=torch.float64)
+        return cls(
+            alphas_cumprod=_flow_abar(share / len(share)),
+            prediction_type="flow",
+            timestep_spacing="flow",
+            shift=float(shift),
+            shift_of_size=size,  # type: ignore[arg-type]
+        )
+
     def with_zero_terminal_snr(self) -> "NoiseSchedule":
         """The schedule rescaled to end in pure noise, with trailing steps, which begin there; arXiv 2305.08891, sections 3.1 and 3.3.
 
@@ -152,6 +234,8 @@ class NoiseSchedule:
         Raises:
             UserError: the model predicts eps, which says nothing about the picture where all is noise.
         """
+        if self.prediction_type == "flow":  # which ends in pure noise
+            return self
         if self.prediction_type != "v_prediction":
             raise UserError(
                 "zero_terminal_snr was asked for, but the model predicts eps; only a v-prediction model can use it: leave it out."
@@ -168,12 +252,15 @@ class NoiseSchedule:
     def abar(self, timesteps: Tensor) -> Tensor:
         """abar at each timestep [B] -> [B] float32 on its device; below 0 is the end of the schedule (`final_alpha_cumprod`).
 
-        A float timestep lies between two training timesteps: log sigma is interpolated linearly, as k-diffusion does.
+        A float timestep lies between two training timesteps: log sigma is interpolated linearly, as k-diffusion does. A flow has its own
+        noise there.
         """
         table = self._tables.get(timesteps.device)
         if table is None:  # copied once: a copy is waited for
             table = self._tables[timesteps.device] = self.alphas_cumprod.to(timesteps.device)
-        if timesteps.is_floating_point():
+        if timesteps.is_floating_point() and self.prediction_type == "flow":
+            abar = _flow_abar((timesteps.double() + 1) / len(self))
+        elif timesteps.is_floating_point():
             log_sigmas = abar_to_sigma(table.double()).log()
             position = timesteps.double().clamp(0, len(self) - 1)
             low = position.floor().long()
@@ -189,20 +276,25 @@ class NoiseSchedule:
 
     def timesteps_of(self, sigmas: Tensor) -> Tensor:
         """The float timestep in 0..T-1 whose sigma it is [B] -> [B] float32; a sigma outside the schedule takes the nearest end."""
+        if self.prediction_type == "flow":
+            share = sigmas.double() / (1 + sigmas.double())
+            return (share * len(self) - 1).clamp(0, len(self) - 1).float()
         log_sigmas = abar_to_sigma(self.alphas_cumprod.to(sigmas.device).double()).log()
         wanted = sigmas.double().log().clamp(log_sigmas[0], log_sigmas[-1])
         high = torch.searchsorted(log_sigmas, wanted).clamp(1, len(self) - 1)
         low_value, high_value = log_sigmas[high - 1], log_sigmas[high]
         return (high - 1 + (wanted - low_value) / (high_value - low_value)).float()
 
-    def inference_timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None) -> Tensor:
+    def inference_timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None, size: tuple[int, int] = (128, 128)) -> Tensor:
         """The timesteps of a sampler with `num_steps` steps: [num_steps + 1] on the CPU, descending, the last one -1 (clean).
 
-        int64, but float32 for "karras", whose sigmas lie between the training timesteps. The first `num_steps` equal those of
-        diffusers' DDIMScheduler, those of its LCMScheduler ("lcm"), or the sigmas of EDM (arXiv 2206.00364, eq. 5).
+        int64, but float32 for "karras" and "flow", whose sigmas lie between the training timesteps. The first `num_steps` equal those of
+        diffusers' DDIMScheduler, those of its LCMScheduler ("lcm") or FlowMatchEulerDiscreteScheduler ("flow", at s from 1 to 1 / num_steps
+        as the pipelines ask for), or the sigmas of EDM (arXiv 2206.00364, eq. 5).
 
         Args:
             spacing: overrides the model's own.
+            size: (height, width) of the latents, which `shift_of_size` heeds.
 
         Raises:
             UserError: more steps than there are timesteps, or fewer than 1; an unknown spacing.
@@ -231,9 +323,19 @@ class NoiseSchedule:
                 ends = self.sigmas(torch.tensor([total - 1, 0])).double() ** (1 / KARRAS_RHO)
                 sigmas = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_steps, dtype=torch.float64)) ** KARRAS_RHO
                 steps = self.timesteps_of(sigmas)
+            case "flow":
+                share = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+                shift = self._shift_at(size)
+                steps = (total * shift * share / (1 + (shift - 1) * share) - 1).clamp(min=0).float()
             case other:
                 raise UserError(f"There is no timestep spacing {other!r}; use {', '.join(get_args(TimestepSpacing))}.")
         return torch.cat([steps, torch.tensor([-1])])
+
+    def _shift_at(self, size: tuple[int, int]) -> float:
+        if self.shift_of_size is None:
+            return self.shift
+        base_length, base, max_length, most = self.shift_of_size
+        return math.exp(base + (most - base) * (size[0] * size[1] / 4 - base_length) / (max_length - base_length))
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise; DDPM, arXiv 2006.11239, eq. 4. x0, noise [B, C, h, w]; timesteps [B]."""

@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, abar_to_sigma, eps_to_v, eps_to_x0, per_sample, v_to_eps
+from library.diffusion.noise_schedule import (
+    NoiseSchedule,
+    PredictionType,
+    abar_to_sigma,
+    eps_to_output,
+    eps_to_x0,
+    output_to_eps,
+    per_sample,
+)
 from library.settings.registry import Registry
 from library.types import History
 
@@ -96,13 +104,11 @@ def rescale_guided_eps(
 ) -> Tensor:
     """`rescale_guidance` for predictions as eps [B, C, h, w] at latents [B, C, h, w] and abar [B].
 
-    The rescaling is done on what the U-Net puts out. Of a v-prediction model that makes the difference: at zero terminal SNR eps is the
+    The rescaling is done on what the network puts out. Of a v-prediction model that makes the difference: at zero terminal SNR eps is the
     latents, whatever was guided, and has nothing to rescale.
     """
-    if prediction_type == "epsilon":
-        return rescale_guidance(guided, cond, phi)
-    v = rescale_guidance(eps_to_v(latents, guided, abar), eps_to_v(latents, cond, abar), phi)
-    return v_to_eps(latents, v, abar)
+    output, cond_output = (eps_to_output(latents, eps, abar, prediction_type) for eps in (guided, cond))
+    return output_to_eps(latents, rescale_guidance(output, cond_output, phi), abar, prediction_type)
 
 
 @dataclass(frozen=True)

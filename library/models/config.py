@@ -15,7 +15,7 @@ from library.settings.options import check_at_least, option
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which Stable Diffusion model is trained on."""
+    """Which model is trained on."""
 
     pretrained_model_name_or_path: str = option("", help="Checkpoint file (.safetensors, .ckpt), diffusers folder, or its hub id.")
     model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; auto reads it from the weights.", expert=True)
@@ -23,6 +23,12 @@ class ModelConfig:
         None, help="The U-Net predicts v (true) or eps (false); not set: read from the model.", expert=True
     )
     vae: Path | None = option(None, help="VAE file, folder or hub id to use in place of the model's own, or where it has none.")
+    text_encoder: Path | None = option(
+        None, help="Language model (file, folder or hub id) of a Z-Image or Anima checkpoint without one.", expert=True
+    )
+    tokenizer: tuple[Path, ...] = option(
+        (), help="Folders of its tokenizers, where they are not beside it (Anima: Qwen3's, T5's).", expert=True
+    )
     clip_skip: int | None = option(
         None, help="Take the text encoder's output this many layers before its end (1 = the last layer).", expert=True
     )
@@ -42,6 +48,8 @@ class ModelConfig:
             family=self.model_family,
             v_parameterization=self.v_parameterization,
             vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
             clip_skip=self.clip_skip,
             dtype=dtype,
             device=device,

@@ -79,8 +79,12 @@ def _cached(hub_id: str) -> Path | None:
 
 def _parts(index: dict[str, object]) -> list[str]:
     """The folders of a diffusers model that hold weights which are needed here."""
-    needed = [name for name in index if name in ("unet", "vae") or name.startswith("text_encoder")]
+    needed = [name for name in index if _holds_weights(name)]
     return [name for name in needed if index[name] != [None, None]]
+
+
+def _holds_weights(folder: str) -> bool:
+    return folder in ("unet", "transformer", "vae") or folder.startswith("text_")
 
 
 def _in_folder(names: Iterable[str], folder: str) -> list[str]:
@@ -113,8 +117,8 @@ def _wanted(names: list[str]) -> list[str]:
     """Those of a repository's files that a model, or a VAE alone, is loaded from; none if it is neither."""
     folders = {PurePosixPath(name).parent.as_posix() for name in names}
     whole = "model_index.json" in names
-    parts = [folder for folder in folders if folder in ("unet", "vae") or folder.startswith("text_encoder")] if whole else ["."]
+    parts = [folder for folder in folders if _holds_weights(folder)] if whole else ["."]
     weights = [(part, choose_weights(_in_folder(names, part))) for part in parts]
     files = [f"{part}/{file}".removeprefix("./") for part, chosen in weights if chosen for file in chosen.files]
-    small = [name for name in names if name.endswith((".json", ".txt")) and name.count("/") <= 1]
+    small = [name for name in names if name.endswith((".json", ".txt", ".jinja")) and name.count("/") <= 1]
     return small + files if files else []

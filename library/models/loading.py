@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from library.diffusion.noise_schedule import NoiseSchedule
+from library.diffusion.noise_schedule import FLOW_SCHEDULER, NoiseSchedule
 from library.errors import UserError
 from library.models import single_file
 from library.models.base import DiffusionModel, Family
 from library.models.clip_tokenizer import build_clip_tokenizer
+from library.models.flow_model import FlowFamily, read_tokenizer
 from library.models.hub import choose_weights, find_model
 from library.models.prediction import predicts_v, warn_of_name
 from library.models.registry import FAMILIES
+from library.models.unet_model import UNetFamily
 from library.models.vae import Autoencoder, LatentSpace, place_vae, vae_class
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,8 @@ def load_model(
     family: str = "auto",
     v_parameterization: bool | None = None,
     vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: Sequence[str | Path] = (),
     clip_skip: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -46,6 +52,8 @@ def load_model(
         v_parameterization: whether the U-Net puts out v; None is what the folder's scheduler or the file says, see
             `library.models.prediction`. A tensor ztsnr in a file asks for a zero-terminal-SNR schedule.
         vae: a file, folder or hub id with another VAE, in place of the model's own or where it has none.
+        text_encoder, tokenizer: the same of the language model of a flow-matching transformer; its tokenizer's folder is in the text
+            encoder's if it is not given. Anima has two.
         clip_skip: as sd-scripts means it: 1 is the last hidden state, 2 the last but one; None is the family's own.
         dtype: of U-Net and text encoders; and of the VAE unless its config says force_upcast.
         device: "meta" reads no weights: a model of tensors without values.
@@ -58,8 +66,10 @@ def load_model(
     logger.info("loading the model %s", path)
     load = _load_folder if path.is_dir() else _load_file
     with _foreign(path):
-        model = load(path, family, v_parameterization, vae, dtype, torch.device(device).type == "meta")
+        text = TextSource(text_encoder, tokenizer)
+        model = load(path, family, v_parameterization, vae, text, dtype, torch.device(device).type == "meta")
         _check_latent_space(model.vae)
+        _check_vae(model, path if vae is None else vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
     return model.freeze().to(device, dtype)
@@ -97,8 +107,8 @@ def _load_vae(path: Path, family: str) -> Autoencoder:
             raise UserError(
                 f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
             )
-        family = single_file.detect_family(tensors, path).name
-    return single_file.build_vae(tensors, family, path)
+        return single_file.build_vae(tensors, single_file.detect_family(tensors, path), path)
+    return single_file.build_vae(tensors, FAMILIES[family], path)
 
 
 @contextmanager
@@ -126,11 +136,17 @@ def _check_latent_space(vae: Autoencoder) -> None:
 
 
 def _other_vae(path: str | Path, family: Family) -> Autoencoder:
-    vae = load_vae(path, family=family.name)
-    channels = LatentSpace.of(vae).channels
-    if channels != (expected := single_file.bundled_config(family.name)["unet"]["in_channels"]):
-        raise UserError(f"The VAE {path} has {channels} latent channels and the model {expected}; give a VAE made for it.")
-    return vae
+    return load_vae(path, family=family.name)
+
+
+def _check_vae(model: DiffusionModel, path: str | Path) -> None:
+    """Refuse a VAE whose latents have other channels than the network takes."""
+    space, expected = model.spec.latent_space, model.unet.config["in_channels"]
+    if space.channels != expected:
+        raise UserError(
+            f"The VAE {path} makes {space.name}, of {space.channels} channels, and {model.spec.name} takes {expected} latent channels; "
+            "give a VAE made for it."
+        )
 
 
 def _check_family_name(family: str) -> None:
@@ -143,26 +159,71 @@ def _expect_family(found: Family, wanted: str, path: Path) -> None:
         raise UserError(f"{path} is a {found.title} model ({found.name}), but family {wanted!r} was given; leave it out or correct it.")
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """Where a flow-matching transformer's language model is, if not with the model."""
+
+    text_encoder: str | Path | None
+    tokenizers: Sequence[str | Path]
+
+    def check(self, family: Family) -> None:
+        if isinstance(family, FlowFamily):
+            if self.tokenizers and len(self.tokenizers) != len(family.tokenizers):
+                raise UserError(f"tokenizer has {len(self.tokenizers)} folders; {family.title} takes {len(family.tokenizers)}.")
+        elif self.text_encoder is not None or self.tokenizers:
+            raise UserError(f"text_encoder and tokenizer are for transformers; {family.title} models bring their own: leave them out.")
+
+    def parts(self, family: FlowFamily, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+        """Text encoder and tokenizers for a single file with these tensors, which may hold the first itself."""
+        own = {name.removeprefix(family.text_prefix): tensor for name, tensor in tensors.items() if name.startswith(family.text_prefix)}
+        folder = None
+        if self.text_encoder is not None:
+            source = find_model(self.text_encoder)
+            if source.is_dir():
+                folder = source if (source / "config.json").is_file() else source / "text_encoder"
+                source = folder
+            else:
+                own = single_file.read_tensors(source)[0]
+            path = source
+        if folder is None and not own:
+            raise UserError(f"{path} has no text encoder; give --text_encoder: the file or folder of {family.title}'s language model.")
+        tokenizers = [find_model(tokenizer) for tokenizer in self.tokenizers]
+        if not tokenizers and folder is not None:
+            tokenizers = [folder if (folder / "tokenizer_config.json").is_file() else folder.parent / name for name in family.tokenizers]
+        if not tokenizers:
+            raise UserError(f"{path} has no tokenizer; give --tokenizer: the folder of that of {family.title}'s language model.")
+        if folder is not None:
+            import transformers
+
+            text_encoder = _component(transformers.AutoModel, folder, dtype)
+        else:
+            text_encoder = single_file.build_language_model(own, family, dtype, path)
+        return [text_encoder], [read_tokenizer(tokenizer) for tokenizer in tokenizers]
+
+
 def _load_folder(
-    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype, no_values: bool
+    path: Path,
+    wanted_family: str,
+    v_parameterization: bool | None,
+    vae_path: str | Path | None,
+    text: TextSource,
+    dtype: torch.dtype,
+    no_values: bool,
 ) -> DiffusionModel:
-    import transformers
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
     _expect_family(family, wanted_family, path)
+    text.check(family)
     scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
     schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
     if v_parameterization is None:
         warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
     component = _component_without_values if no_values else _component
-    unet = component(UNet2DConditionModel, path / "unet", dtype)
+    unet = component(getattr(diffusers, family.denoiser_class), path / family.denoiser, dtype)
     vae = _vae_of_folder(path / "vae", component) if vae_path is None else _other_vae(vae_path, family)
-    text_encoders, tokenizers = [], []
-    for slot in family.text_encoders:
-        text_encoders.append(component(getattr(transformers, slot.class_name), path / slot.folder, dtype))
-        tokenizers.append(_tokenizer(path / slot.tokenizer_folder, text_encoders[-1].config.vocab_size))
+    text_encoders, tokenizers = family.text_of_folder(path, component, dtype)
     return family.model_class(
         spec=family.spec(
             prediction_type=schedule.prediction_type,
@@ -191,20 +252,21 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     pipeline = index.get("_class_name")
     titles = ", ".join(family.title for family in FAMILIES.values())
     what = f"{path} holds a {pipeline}; the models that can be trained are {titles}."
-    if "unet" not in index:
+    denoiser = next((name for name in ("unet", "transformer") if name in index), None)
+    if denoiser is None:
         raise UserError(what)
-    unet_config = _read_json(path / "unet" / "config.json", "the diffusers model is not complete")
-    in_channels = unet_config.get("in_channels", 4)
-    if in_channels != 4:
-        raise UserError(f"The U-Net of {path} takes {in_channels} channels: an inpainting or editing model; give a text-to-image model.")
-    if unet_config.get("class_embed_type") is not None:
-        raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image model.")
-    parts = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1] is not None}
-    encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    candidates = [family for family in FAMILIES.values() if family.linear_projection == unet_config.get("use_linear_projection", False)]
-    for family in [family for family in candidates if family.pipeline_class == pipeline] or candidates:
-        if {slot.folder: slot.class_name for slot in family.text_encoders} == encoders and parts.get("vae") == "AutoencoderKL":
-            return family
+    config = _read_json(path / denoiser / "config.json", "the diffusers model is not complete")
+    if denoiser == "unet":
+        in_channels = config.get("in_channels", 4)
+        if in_channels != 4:
+            raise UserError(
+                f"The U-Net of {path} takes {in_channels} channels: an inpainting or editing model; give a text-to-image model."
+            )
+        if config.get("class_embed_type") is not None:
+            raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image model.")
+    found = [family for family in FAMILIES.values() if family.denoiser == denoiser and family.is_folder(index, config)]
+    for family in [family for family in found if family.pipeline_class == pipeline] or found:
+        return family
     raise UserError(what)
 
 
@@ -250,48 +312,55 @@ def _component_without_values(cls: Any, folder: Path, dtype: torch.dtype) -> Any
         raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:300]}); download or copy it again.") from error
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> Any:
-    import transformers
-
-    # transformers 5 makes an empty tokenizer of a folder without files, so what came out is checked
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else ()
-    if len(tokenizer) != vocab_size:
-        raise UserError(
-            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the text encoder {vocab_size}; download the folder again."
-        )
-    return tokenizer
-
-
 def _load_file(
-    path: Path, wanted_family: str, v_parameterization: bool | None, vae_path: str | Path | None, dtype: torch.dtype, no_values: bool
+    path: Path,
+    wanted_family: str,
+    v_parameterization: bool | None,
+    vae_path: str | Path | None,
+    text: TextSource,
+    dtype: torch.dtype,
+    no_values: bool,
 ) -> DiffusionModel:
     tensors, metadata = single_file.read_tensors(path, shapes_only=no_values)
     family = single_file.detect_family(tensors, path)
     _expect_family(family, wanted_family, path)
-    bundled = single_file.bundled_config(family.name)
-    if v_parameterization is None:
-        v_parameterization = predicts_v(tensors, metadata, family.name, path.name)
-    scheduler_config = _with_prediction_type(bundled["scheduler"], v_parameterization)
-    if "ztsnr" in tensors:  # only trailing steps begin at the timestep where the SNR is zero; arXiv 2305.08891, section 3.3
-        scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    schedule = NoiseSchedule.from_config(scheduler_config)
-
-    unet_config = single_file.unet_config(tensors, family) | bundled.get(schedule.prediction_type, {}).get("unet", {})
-    unet = single_file.build_unet(tensors, unet_config, dtype, path)
-    vae = single_file.build_vae(tensors, family.name, path) if vae_path is None else _other_vae(vae_path, family)
+    text.check(family)
+    bundled = family.config
+    scheduler_config = bundled["scheduler"]
+    if isinstance(family, UNetFamily):
+        if v_parameterization is None:
+            v_parameterization = predicts_v(tensors, metadata, family.name, path.name)
+        if "ztsnr" in tensors:  # only trailing steps begin at the timestep where the SNR is zero; arXiv 2305.08891, section 3.3
+            scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
+    if isinstance(family, UNetFamily):
+        unet_config = single_file.unet_config(tensors, family) | bundled.get(schedule.prediction_type, {}).get("unet", {})
+        unet = single_file.build_unet(tensors, unet_config, dtype, path)
+        text_encoders: list[Any] = [
+            single_file.build_text_encoder(tensors, slot, bundled[slot.folder], dtype, path) for slot in family.text_encoders
+        ]
+        tokenizers: list[Any] = [build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders]
+    else:
+        assert isinstance(family, FlowFamily)
+        text_encoders, tokenizers = text.parts(family, tensors, path, dtype)
+        unet, *others = single_file.build_transformer(tensors, family, dtype, path)
+        text_encoders += others
+    vae = single_file.build_vae(tensors, family, path) if vae_path is None else _other_vae(vae_path, family)
     return family.model_class(
         spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
         schedule=schedule,
         unet=unet,
         vae=vae,
-        text_encoders=[single_file.build_text_encoder(tensors, slot, bundled[slot.folder], dtype, path) for slot in family.text_encoders],
-        tokenizers=[build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders],
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
     )
 
 
 def _with_prediction_type(scheduler_config: Mapping[str, Any], v_parameterization: bool | None) -> dict[str, Any]:
     if v_parameterization is None:
         return dict(scheduler_config)
+    if scheduler_config.get("_class_name") == FLOW_SCHEDULER:
+        raise UserError("v_parameterization was given, but the model is of flow matching and predicts velocities; leave it out.")
     return dict(scheduler_config) | {"prediction_type": "v_prediction" if v_parameterization else "epsilon"}
 
 

@@ -26,7 +26,9 @@ NF4 = (  # quantiles of the normal distribution, from bitsandbytes
     *(0.7229568362236023, 1.0),
 )
 SMALLEST = 4096  # weights with fewer numbers stay as they are
-SWAPPED = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers; what blocks_to_swap counts
+# of diffusers; what blocks_to_swap counts
+SWAPPED = ("ResnetBlock2D", "BasicTransformerBlock", "ZImageTransformerBlock", "CosmosTransformerBlock")
+PARTS = ("down_blocks", "mid_block", "up_blocks", "noise_refiner", "context_refiner", "layers", "transformer_blocks")  # that hold blocks
 
 
 @dataclass(frozen=True)
@@ -166,19 +168,19 @@ class PackedConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def pack_unet(unet: Any, precision: str | None, blocks_to_swap: int, device: torch.device | str) -> int:
-    """Put packed layers in the places of a U-Net's Linear and Conv2d layers inside its blocks -> how many blocks are swapped.
+    """Put packed layers in the places of a network's Linear and Conv2d layers inside its blocks -> how many blocks are swapped.
 
     Args:
         precision: "fp8", "int8", "nf4"; None leaves the weights as they are, and packs those that are swapped only.
         blocks_to_swap: so many of its residual and transformer blocks, the largest first, keep their weights on the CPU.
-        device: where the others' weights go. The rest of the U-Net is not moved.
+        device: where the others' weights go. The rest of the network is not moved.
     """
     blocks = [block for block in unet.modules() if type(block).__name__ in SWAPPED]
     blocks.sort(key=lambda block: -sum(parameter.numel() for parameter in block.parameters()))
     swapped = {id(module) for block in blocks[:blocks_to_swap] for module in block.modules()}
     pack, device = PACKERS[precision] if precision else pack_whole, torch.device(device)
     made: dict[int, nn.Module] = {}  # a layer may have two names
-    for part in (unet.down_blocks, unet.mid_block, unet.up_blocks):
+    for part in (getattr(unet, name) for name in PARTS if hasattr(unet, name)):
         for parent, name in [(module, name) for module in part.modules() for name in module._modules]:
             layer: Any = getattr(parent, name)
             if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < SMALLEST:

@@ -1,4 +1,4 @@
-"""From the tensors of one .safetensors or .ckpt file in the original (LDM / SGM) layout to diffusers modules, offline.
+"""From the tensors of one .safetensors or .ckpt file in the original layout to diffusers modules, offline.
 
 The configs of the published models are bundled beside the families. What tensors' shapes say (widths, depths, vocabulary) is taken from
 the shapes, so that checkpoints of another size load too; the bundled config answers the rest.
@@ -6,7 +6,6 @@ the shapes, so that checkpoints of another size load too; the bundled config ans
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,23 +16,26 @@ from torch import Tensor, nn
 
 from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
-from library.models.base import Family, TextEncoderSlot
+from library.models.base import Family
+from library.models.flow_model import FlowFamily
 from library.models.registry import FAMILIES
+from library.models.unet_model import TextEncoderSlot, UNetFamily
+from library.models.vae import Autoencoder
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import PreTrainedModel
 
 UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
+VAE_PREFIXES = ("first_stage_model.", "vae.")
 HEAD_WIDTH = 64  # of SD2's and SDXL's U-Net and of every CLIP text encoder here
 
 StateDict = Mapping[str, Tensor]
 
 
 def bundled_config(family: str) -> dict[str, Any]:
-    """The published configs of a family by component: unet, vae, text_encoder, (text_encoder_2,) scheduler."""
-    return json.loads(FAMILIES[family].config_file.read_text(encoding="utf-8"))
+    """The published configs of a family by component."""
+    return FAMILIES[family].config
 
 
 def read_tensors(path: Path, *, shapes_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,24 +79,29 @@ def detect_family(tensors: StateDict, path: Path) -> Family:
     """Which family a checkpoint belongs to, from its tensors' names.
 
     Raises:
-        UserError: it is no whole SD1, SD2 or SDXL text-to-image checkpoint; the message says what it looks like.
+        UserError: it is no text-to-image model that is known; the message says what it looks like.
     """
     if any(".lora_" in name or name.startswith(("lora_", "lycoris_")) for name in tensors):
         raise UserError(f"{path} is a LoRA, not a model; give the checkpoint that the LoRA is to be trained for.")
     for name, what in (("edm_mean", "Playground v2.5"), ("edm_vpred.sigma_max", "a CosXL model")):
         if name in tensors:
             raise UserError(f"{path} is {what}, whose noise schedule (EDM) is another than Stable Diffusion's; give another model.")
+    for family in FAMILIES.values():
+        if isinstance(family, FlowFamily) and denoiser_prefix(tensors, family) is not None:
+            return family
     conv_in = tensors.get(UNET_PREFIX + "input_blocks.0.0.weight")
     if conv_in is None:
         if any(name.startswith("down_blocks.") for name in tensors):
             raise UserError(f"{path} is the U-Net of a diffusers model alone; give the folder of the whole model.")
-        raise UserError(f"{path} has no Stable Diffusion U-Net ({UNET_PREFIX}...); give a whole SD1, SD2 or SDXL checkpoint.")
+        titles = ", ".join(family.title for family in FAMILIES.values())
+        raise UserError(f"{path} has no network that is known here ({UNET_PREFIX}...); give a checkpoint of {titles}.")
     if conv_in.shape[1] != 4:
         raise UserError(
             f"The U-Net of {path} takes {conv_in.shape[1]} channels: an inpainting or editing model; give a text-to-image checkpoint."
         )
     # the family with the most text encoders first: what an SD1 file has, another may have besides
-    for family in sorted(FAMILIES.values(), key=lambda family: -len(family.text_encoders)):
+    families = [family for family in FAMILIES.values() if isinstance(family, UNetFamily)]
+    for family in sorted(families, key=lambda family: -len(family.text_encoders)):
         if all(any(name.startswith(slot.prefix) for name in tensors) for slot in family.text_encoders):
             if UNET_PREFIX + "label_emb.0.0.weight" in tensors and len(family.text_encoders) == 1:
                 raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image checkpoint.")
@@ -104,24 +111,24 @@ def detect_family(tensors: StateDict, path: Path) -> Family:
     raise UserError(f"{path} has a U-Net but not the text encoders of SD1, SD2 or SDXL; give a whole checkpoint.")
 
 
-def _count(names: StateDict, pattern: str) -> int:
+def count_groups(names: StateDict, pattern: str) -> int:
     """How many different numbers the group in `pattern` takes among the names that begin with it."""
     return len({match.group(1) for name in names if (match := re.match(pattern, name))})
 
 
-def unet_config(tensors: StateDict, family: Family) -> dict[str, Any]:
+def unet_config(tensors: StateDict, family: UNetFamily) -> dict[str, Any]:
     """The config of the U-Net whose tensors these are."""
     names = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
     if "middle_block.1.proj_in.weight" not in names:
         raise UserError(
             "The U-Net has no attention in its middle: a cut-down model (SSD-1B and the like), which is loaded from a diffusers folder."
         )
-    num_downsamplers = _count(names, r"input_blocks\.(\d+)\.0\.op\.weight")
-    layers = (_count(names, r"input_blocks\.(\d+)\.") - 1 - num_downsamplers) // (num_downsamplers + 1)
+    num_downsamplers = count_groups(names, r"input_blocks\.(\d+)\.0\.op\.weight")
+    layers = (count_groups(names, r"input_blocks\.(\d+)\.") - 1 - num_downsamplers) // (num_downsamplers + 1)
     first_of_level = [(layers + 1) * level + 1 for level in range(num_downsamplers + 1)]
     widths = [names[f"input_blocks.{index}.0.out_layers.3.weight"].shape[0] for index in first_of_level]
-    depths = [_count(names, rf"input_blocks\.{index}\.1\.transformer_blocks\.(\d+)\.") for index in first_of_level]
-    config = bundled_config(family.name)["unet"] | {
+    depths = [count_groups(names, rf"input_blocks\.{index}\.1\.transformer_blocks\.(\d+)\.") for index in first_of_level]
+    config = family.config["unet"] | {
         "in_channels": names["input_blocks.0.0.weight"].shape[1],
         "out_channels": names["out.2.weight"].shape[0],
         "layers_per_block": layers,
@@ -141,13 +148,13 @@ def unet_config(tensors: StateDict, family: Family) -> dict[str, Any]:
     return config
 
 
-def vae_config(tensors: StateDict, family: str) -> dict[str, Any]:
-    """The config of the VAE whose tensors these are, under LDM's names or diffusers', without a prefix."""
+def vae_config(tensors: StateDict, family: Family) -> dict[str, Any]:
+    """The config of the AutoencoderKL whose tensors these are, under LDM's names or diffusers', without a prefix."""
     down, block = ("down_blocks", "resnets") if "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors else ("down", "block")
-    levels = _count(tensors, rf"encoder\.{down}\.(\d+)\.")
-    return bundled_config(family)["vae"] | {
+    levels = count_groups(tensors, rf"encoder\.{down}\.(\d+)\.")
+    return family.config["vae"] | {
         "block_out_channels": [tensors[f"encoder.{down}.{level}.{block}.0.conv2.weight"].shape[0] for level in range(levels)],
-        "layers_per_block": _count(tensors, rf"encoder\.{down}\.0\.{block}\.(\d+)\."),
+        "layers_per_block": count_groups(tensors, rf"encoder\.{down}\.0\.{block}\.(\d+)\."),
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -197,7 +204,7 @@ def text_encoder_tensors(tensors: StateDict, slot: TextEncoderSlot) -> dict[str,
 def text_encoder_config(own: StateDict, bundled: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the text encoder whose tensors these are (from `text_encoder_tensors`)."""
     vocab_size, width = own["embeddings.token_embedding.weight"].shape
-    layers = _count(own, r"encoder\.layers\.(\d+)\.")
+    layers = count_groups(own, r"encoder\.layers\.(\d+)\.")
     # SD2's files hold OpenCLIP's whole tower, of which the last layer is not used; diffusers leaves it out
     unused = int(bundled["num_hidden_layers"] == 23 and layers == 24)
     projection = own.get("text_projection.weight")
@@ -212,7 +219,7 @@ def text_encoder_config(own: StateDict, bundled: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> None:
+def fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> None:
     """Give a module built without memory its weights; every tensor must be there, and none beside them."""
     try:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
@@ -222,36 +229,42 @@ def _fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path,
         ) from error
 
 
-def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, path: Path) -> UNet2DConditionModel:
+def denoiser_prefix(tensors: StateDict, family: FlowFamily) -> str | None:
+    """What the names of a flow-matching transformer begin with, or None if it is not there."""
+    return next((prefix for prefix in (UNET_PREFIX, "net.", "") if prefix + family.mark in tensors), None)
+
+
+def build(cls: Any, config: Mapping[str, Any], tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> Any:
+    """A module of diffusers from its config and all of its tensors."""
     from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = cls.from_config(dict(config))
+    fill(module, tensors, dtype, path, part)
+    return module
+
+
+def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, path: Path) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
-    assert isinstance(unet, UNet2DConditionModel)
-    _fill(unet, convert_ldm_unet_checkpoint(dict(tensors), config), dtype, path, "U-Net")
-    return unet
+    return build(UNet2DConditionModel, config, convert_ldm_unet_checkpoint(dict(tensors), config), dtype, path, "U-Net")
 
 
-def build_vae(tensors: StateDict, family: str, path: Path) -> AutoencoderKL:
-    """A VAE in float32 from tensors under LDM names with or without "first_stage_model.", or under diffusers' names."""
-    from accelerate import init_empty_weights
+def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
+    """A VAE in float32 from tensors under the original names, with or without a prefix, or under diffusers'."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    own = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(VAE_PREFIX)} or dict(tensors)
+    prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
         raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
     config = vae_config(own, family)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" not in own:
         own = convert_ldm_vae_checkpoint(own, config)
-    with init_empty_weights():
-        vae = AutoencoderKL.from_config(config)
-    assert isinstance(vae, AutoencoderKL)
-    _fill(vae, own, torch.float32, path, "VAE")
-    return vae
+    return build(AutoencoderKL, config, own, torch.float32, path, "VAE")
 
 
 def build_text_encoder(
@@ -267,5 +280,42 @@ def build_text_encoder(
         text_encoder = getattr(transformers, slot.class_name)(transformers.CLIPTextConfig(**config))
     if hasattr(text_encoder, "text_model"):  # transformers 5.6 took the inner module out of CLIPTextModel only
         own = {name if name.startswith("text_projection.") else f"text_model.{name}": tensor for name, tensor in own.items()}
-    _fill(text_encoder, own, dtype, path, "text encoder")
+    fill(text_encoder, own, dtype, path, "text encoder")
+    return text_encoder
+
+
+def build_transformer(tensors: StateDict, family: FlowFamily, dtype: torch.dtype, path: Path) -> list[Any]:
+    """A flow-matching transformer, and what the file holds besides that belongs to `text_encoders`."""
+    import diffusers
+
+    prefix = denoiser_prefix(tensors, family)
+    assert prefix is not None, "detect_family found it"
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not prefix:  # what else such a file may hold
+        own = {name: tensor for name, tensor in own.items() if not name.startswith((*VAE_PREFIXES, family.text_prefix))}
+    parts = [(getattr(diffusers, family.denoiser_class), *family.denoiser_of_file(own)), *family.other_parts_of_file(own)]
+    return [build(cls, config, part, dtype, path, cls.__name__) for cls, config, part in parts]
+
+
+def build_language_model(tensors: StateDict, family: FlowFamily, dtype: torch.dtype, path: Path) -> Any:
+    """Qwen3 without its head, from transformers' names."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    if "layers.0.self_attn.q_norm.weight" not in own:
+        raise UserError(f"{path} is no Qwen3 language model, which {family.title} reads prompts with; give that.")
+    head = own["layers.0.self_attn.q_norm.weight"].shape[0]
+    config = family.config["text_encoder"] | {
+        "vocab_size": own["embed_tokens.weight"].shape[0],
+        "hidden_size": own["embed_tokens.weight"].shape[1],
+        "intermediate_size": own["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": count_groups(own, r"layers\.(\d+)\."),
+        "num_attention_heads": own["layers.0.self_attn.q_proj.weight"].shape[0] // head,
+        "num_key_value_heads": own["layers.0.self_attn.k_proj.weight"].shape[0] // head,
+        "head_dim": head,
+    }
+    with init_empty_weights():
+        text_encoder = transformers.Qwen3Model(transformers.Qwen3Config(**config))
+    fill(text_encoder, own, dtype, path, "text encoder")
     return text_encoder

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.single_file import read_tensors
+from library.models.unet_model import UNetModel
 
 ENDINGS = (".safetensors", ".pt", ".bin")
 SDXL_NAMES = ("clip_l", "clip_g")
@@ -26,6 +27,8 @@ def load_embeddings(model: DiffusionModel, paths: Sequence[Path]) -> None:
     Raises:
         UserError: no such file, no embedding in it, or one that was made for another family.
     """
+    if paths and not isinstance(model, UNetModel):
+        raise UserError(f"textual_inversion_embeddings are for CLIP, which {model.spec.name} has not; leave them out")
     for file in (file for path in paths for file in _files(path)):
         tables: list[Any] = [encoder.get_input_embeddings() for encoder in model.text_encoders]
         vectors = _vectors(file, [table.weight.shape[1] for table in tables])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_schedule import eps_to_v
+from library.diffusion import noise_schedule
 from library.models.base import DiffusionModel
 from library.settings.options import check_above, option
 
@@ -26,10 +26,8 @@ class RegressionConfig:
 
 
 def as_output(model: DiffusionModel, latents: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-    """eps [B, C, h, w] as the U-Net itself puts it out: v for a v-prediction model, whose training loss is an error in v."""
-    if model.spec.prediction_type == "v_prediction":
-        return eps_to_v(latents, eps, model.schedule.abar(timesteps))
-    return eps
+    """eps [B, C, h, w] as the network itself puts it out: v for a v-prediction model, whose training loss is an error in v."""
+    return noise_schedule.eps_to_output(latents, eps, model.schedule.abar(timesteps), model.spec.prediction_type)
 
 
 def squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -38,12 +36,14 @@ def squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def min_snr_weights(model: DiffusionModel, timesteps: Tensor, gamma: float | None) -> Tensor:
-    """min(SNR, gamma) times an error in x0, as a weight of the error in the U-Net's output [B]; arXiv 2303.09556, eq. 5.
+    """min(SNR, gamma) times an error in x0, as a weight of the error in the network's output [B]; arXiv 2303.09556, eq. 5.
 
-    That is min(SNR, gamma) / SNR where the output is eps, and min(SNR, gamma) / (SNR + 1) where it is v. All 1 if gamma is None.
+    That is min(SNR, gamma) / SNR where the output is eps, min(SNR, gamma) / (SNR + 1) where it is v, and min(SNR, gamma) s^2 where it is a
+    flow's velocity, s = 1 / (sqrt(SNR) + 1). All 1 if gamma is None.
     """
     if gamma is None:
         return torch.ones(len(timesteps), device=timesteps.device)
     abar = model.schedule.abar(timesteps)
     snr = abar / (1 - abar)
-    return snr.clamp(max=gamma) / (snr + 1 if model.spec.prediction_type == "v_prediction" else snr)
+    of_x0 = {"epsilon": snr, "v_prediction": snr + 1, "flow": (snr.sqrt() + 1) ** 2}  # squared error in the output over that in x0
+    return snr.clamp(max=gamma) / of_x0[model.spec.prediction_type]

@@ -1,7 +1,8 @@
 """Bases that were distilled to draw in a few steps: how to tell one, how to sample it, and what to say when the settings do not fit it.
 
 The figures are those of the models' own pages: SDXL-Turbo and SD-Turbo (arXiv 2311.17042), LCM (2310.04378), SDXL-Lightning (2402.13929),
-Hyper-SD (2404.13686), DMD2 (2405.14867), PCM (2405.18407), SDXL Flash (huggingface.co/sd-community/sdxl-flash).
+Hyper-SD (2404.13686), DMD2 (2405.14867), PCM (2405.18407), SDXL Flash (huggingface.co/sd-community/sdxl-flash),
+Z-Image-Turbo (2511.22699).
 """
 
 import logging
@@ -80,6 +81,16 @@ TURBO = FewStepBase(
     samplers=("euler_a", "euler", "ddim", "ddpm"),
     spacing="trailing",
 )
+Z_IMAGE_TURBO = FewStepBase(
+    name="Z-Image-Turbo",
+    num_steps=8,
+    min_steps=8,
+    max_steps=9,
+    max_guidance_scale=1.0,
+    sampler="euler",
+    samplers=("euler", "ddim"),
+    spacing="flow",
+)
 LIGHTNING = FewStepBase(
     name="Lightning", num_steps=4, min_steps=2, max_steps=8, sampler="euler", samplers=("euler", "ddim"), spacing="trailing"
 )
@@ -124,6 +135,8 @@ def detect(model: DiffusionModel) -> FewStepBase | None:
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", spec.name).lower()
     for pattern, base in _NAMES:
         if re.search(pattern, name):
+            if base is TURBO and spec.prediction_type == "flow":
+                base = Z_IMAGE_TURBO
             return _variant(replace(base, note=f"it is called {spec.name}"), name)
     if spec.scheduler == "LCMScheduler":
         return replace(LCM, note="its scheduler is LCMScheduler")
@@ -132,7 +145,7 @@ def detect(model: DiffusionModel) -> FewStepBase | None:
         spec.scheduler in _EULER
         and schedule.timestep_spacing == "trailing"
         and spec.prediction_type == "epsilon"
-        and FAMILIES[spec.family].has_turbo
+        and getattr(FAMILIES[spec.family], "has_turbo", False)
         and spec.resolution == _TURBO_RESOLUTION
     ):
         return replace(TURBO, note=f"its scheduler is {spec.scheduler} with trailing steps, and it draws {spec.resolution} pixels")

@@ -230,6 +230,7 @@ def _sample_batch(
     progress: Callable[[int], object] | None,
 ) -> Tensor:
     count, device, size, solver = len(prompts), model.device, sampling.size, get_solver(sampling.sampler)
+    model.check_size(size)
     shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
     scales = guidance_scales(model, prompts, sampling.guidance_scale)
     cond = encoder.cond(prompts, size, strengths)
@@ -237,7 +238,7 @@ def _sample_batch(
     noise, generators = initial_noise(seeds, shape)
     latents = noise.to(device)
     schedule = solver.schedule(model.schedule)
-    timesteps = schedule.inference_timesteps(sampling.num_steps, sampling.spacing).to(device)
+    timesteps = schedule.inference_timesteps(sampling.num_steps, sampling.spacing, shape[1:]).to(device)
     timesteps = torch.cat([timesteps[:-1][:: sampling.stride], timesteps[-1:]])
     history: History | None = None
     difference: Tensor | None = None  # of the two branches

@@ -148,8 +148,9 @@ class Trajectories:
     def _new_pool(self, size: Size, num_steps: int, prompts: list[PromptSpec]) -> Pool:
         # no fewer than there are multipliers, so that a run of single samples does not stay at one for a whole trajectory
         count, scale = max(self.sampling.batch_size, len(MULTIPLIERS)), self.model.spec.vae_scale_factor
+        self.model.check_size(size)
         latents = torch.empty(count, self.model.spec.latent_channels, size[0] // scale, size[1] // scale, device=self.model.device)
-        timesteps = self.schedule.inference_timesteps(num_steps, self.sampling.spacing)
+        timesteps = self.schedule.inference_timesteps(num_steps, self.sampling.spacing, (latents.shape[2], latents.shape[3]))
         # Neighbours hold different multipliers, so that a batch always holds each.
         pool = Pool(
             size=size,

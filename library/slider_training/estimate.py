@@ -222,9 +222,9 @@ def _counted(model: DiffusionModel, allocations: Allocations, fingerprint: VaeFi
         def device(self) -> torch.device:
             return torch.device("cpu")
 
-        def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> Any:
+        def _hidden_states(self, text_encoder: Any, token_ids: Tensor, *others: Tensor) -> Any:
             with allocations.within(PROMPTS):
-                return _without_values(super()._hidden_states)(text_encoder, token_ids)
+                return _without_values(super()._hidden_states)(text_encoder, token_ids, *others)
 
         @contextmanager
         def _fetched(self, module: Any) -> Iterator[None]:

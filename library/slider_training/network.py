@@ -51,6 +51,8 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     network.apply_to(text_encoders, model.unet, apply_unet=not config.network_train_text_encoder_only)
     if config.network_weights is not None and not config.dim_from_weights:
         network.load_weights(config.network_weights)
+    if config.trains_text_encoders and not model.trains_text:
+        raise UserError(f"{model.spec.name} has a language model, which no LoRA is put on; leave network_train_unet_only on")
     model.freeze()
     network.prepare_grad_etc(text_encoders, model.unet)
     network.to(model.unet.device)

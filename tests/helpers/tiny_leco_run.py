@@ -16,9 +16,9 @@ from train_leco_score import leco_score_config, train
 PROMPTS = "a red circle\na blue square --w 128\n"
 
 
-def tiny_scorer(vae: VaeFingerprint, **spec: Any) -> Scorer:
+def tiny_scorer(vae: VaeFingerprint, channels: int = 4, **spec: Any) -> Scorer:
     """An untrained latent ResNet: an opinion without sense, but with a gradient."""
-    architecture = {"in_channels": 4, "channels": [8, 16], "blocks": 1, "norm_groups": 4}
+    architecture = {"in_channels": channels, "channels": [8, 16], "blocks": 1, "norm_groups": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_scorer(

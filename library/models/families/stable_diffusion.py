@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from library.models.base import DiffusionModel, Family, TextEncoderSlot
 from library.models.registry import FAMILIES
+from library.models.unet_model import TextEncoderSlot, UNetFamily, UNetModel
 from library.types import Conditioning
 
 
-class StableDiffusion(DiffusionModel):
+class StableDiffusion(UNetModel):
     """The last hidden state of the text encoder, after the final layer norm; SD2's encoder comes without its last layer."""
 
-    def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden_states(self, text_encoder: Any, token_ids: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         output = text_encoder(token_ids, output_hidden_states=True)
         if self.clip_skip is None:
             return output.last_hidden_state, None
@@ -25,7 +25,7 @@ class StableDiffusion(DiffusionModel):
         return None
 
 
-SD1 = Family(
+SD1 = UNetFamily(
     name="sd1",
     title="Stable Diffusion 1.x",
     model_class=StableDiffusion,

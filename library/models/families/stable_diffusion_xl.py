@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.base import DiffusionModel, Family, TextEncoderSlot, TimeIds
+from library.models.base import TimeIds
 from library.models.registry import FAMILIES
+from library.models.unet_model import TextEncoderSlot, UNetFamily, UNetModel
 from library.types import Conditioning
 
 PENULTIMATE = 2
 
 
-class SDXL(DiffusionModel):
+class SDXL(UNetModel):
     """Both text encoders give their last hidden state but one, without layer norm, side by side; arXiv 2307.01952, section 2.1."""
 
     told_size = True
@@ -32,7 +33,7 @@ class SDXL(DiffusionModel):
         assert len(rows) == count, "one row a prompt"
         return torch.tensor(rows, dtype=torch.float32, device=device)
 
-    def _hidden_states(self, text_encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden_states(self, text_encoder: Any, token_ids: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         output = text_encoder(token_ids, output_hidden_states=True)
         return output.hidden_states[-PENULTIMATE], getattr(output, "text_embeds", None)
 
@@ -48,7 +49,7 @@ class SDXL(DiffusionModel):
 
 _VERSION = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")
 
-SDXL_BASE = Family(
+SDXL_BASE = UNetFamily(
     name="sdxl",
     title="Stable Diffusion XL",
     model_class=SDXL,
