@@ -338,18 +338,6 @@ def test_a_replacement_is_an_option(hint: str):
     assert names and set(names) <= here
 
 
-def test_the_keys_of_the_gui_are_all_known():
-    """What kohya_ss's LECO tab writes must run here: either an option or one of the named."""
-    written = """pretrained_model_name_or_path v2 v_parameterization output_dir output_name save_model_as save_precision training_comment
-    no_metadata prompts_file network_module network_dim network_alpha network_dropout network_args network_weights dim_from_weights
-    learning_rate unet_lr optimizer_type optimizer_args lr_scheduler lr_scheduler_args lr_warmup_steps lr_scheduler_num_cycles
-    lr_scheduler_power max_train_steps max_grad_norm max_denoising_steps leco_denoise_guidance_scale seed gradient_accumulation_steps
-    mixed_precision gradient_checkpointing full_fp16 full_bf16 sdpa xformers mem_eff_attn clip_skip noise_offset zero_terminal_snr
-    min_snr_gamma save_every_n_steps save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end resume logging_dir
-    log_with log_tracker_name log_tracker_config log_config wandb_api_key wandb_run_name"""
-    assert set(written.split()) <= options(Script).keys() | UNUSED | REPLACEMENTS.keys()
-
-
 @pytest.mark.parametrize(
     "values, message",
     [

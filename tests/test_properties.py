@@ -1,7 +1,8 @@
-"""What holds for all numbers: conversions have inverses, buckets keep their bounds."""
+"""What holds for all numbers: conversions have inverses, buckets keep their bounds, and no two modules of a U-Net have one name."""
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from library.diffusion.noise_schedule import (
     x0_to_eps,
 )
 from library.scorer_data.buckets import BucketConfig, bucket_sizes, choose_bucket, crop_share
+from networks.lora_targets import find_targets
 from tests.helpers.fuzzing import fuzzed
 
 ABARS = st.floats(1e-3, 1 - 1e-3)
@@ -49,3 +51,28 @@ def test_no_bucket_cuts_less_off_and_none_is_larger_than_the_resolution(width: i
     assert crop_share(height, width, choose_bucket(height, width, config)) == pytest.approx(crop_share(width, height, chosen)) or (
         config.width != config.height
     )
+
+
+@fuzzed(0.05)
+@given(crossing=st.lists(st.booleans(), min_size=1, max_size=4), layers=st.integers(1, 3), depth=st.integers(1, 3), sdxl=st.booleans())
+def test_a_name_of_any_style_is_one_module_of_a_unet(crossing: list[bool], layers: int, depth: int, sdxl: bool) -> None:
+    """Whatever its blocks: so a file's names are the modules, one to one, and a name in another program's style means no other."""
+    down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossing]
+    up = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(crossing)]
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 16} if sdxl else {}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(8,) * len(crossing),
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            layers_per_block=layers,
+            transformer_layers_per_block=depth,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            **more,
+        )
+    targets = list(find_targets(None, unet, with_convs=True))
+    paths = {name: target.path for target in targets for name in {target.name, *target.aliases}}
+    assert len({target.name for target in targets}) == len({target.path for target in targets}) == len(targets)
+    assert all(paths[name] == target.path for target in targets for name in (target.name, *target.aliases))

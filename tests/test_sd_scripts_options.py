@@ -71,3 +71,94 @@ def test_their_defaults_can_be_had(tmp_path, capsys):
     config = parse_config(leco_score_config(), ["--config_file", str(file), "--seed", "3"], defaults={"sd-scripts": SD_SCRIPTS})
     assert (config.network.network_dim, config.network.network_alpha, config.training.max_train_steps) == (16, 1.0, 1600)
     assert (config.optimizer.learning_rate, config.saving.save_precision, config.rollout.train_batch_size) == (2e-6, "float", 1)
+
+
+# As the two tabs of kohya_ss write them: a value for everything, in their forms.
+LECO_TAB = """
+clip_skip = 1
+gradient_checkpointing = true
+learning_rate = 0.0002
+leco_denoise_guidance_scale = 3.0
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_args = []
+lr_scheduler_num_cycles = 2
+lr_scheduler_power = 1
+lr_warmup_steps = 20
+max_denoising_steps = 30
+max_train_steps = 300
+min_snr_gamma = 5
+mixed_precision = "fp16"
+network_alpha = 4.0
+network_args = [ "conv_dim=4", "conv_alpha=2",]
+network_dim = 8
+network_module = "networks.lora"
+noise_offset = 0.05
+optimizer_args = [ "weight_decay=0.02",]
+optimizer_type = "AdamW8bit"
+prompts_file = "PROMPTS"
+save_every_n_steps = 100
+save_model_as = "safetensors"
+sdpa = true
+unet_lr = 0.0002
+v2 = true
+wandb_run_name = "words"
+zero_terminal_snr = true
+"""
+LORA_TAB = """
+bucket_reso_steps = 64
+cache_latents = true
+caption_extension = ".txt"
+dynamo_backend = "no"
+enable_bucket = true
+epoch = 4
+huber_schedule = "snr"
+huggingface_repo_id = ""
+huggingface_repo_type = ""
+huggingface_repo_visibility = ""
+keep_tokens = 1
+loss_type = "l2"
+lr_scheduler = "cosine"
+lr_scheduler_num_cycles = 1
+lr_warmup_steps = 0.1
+max_data_loader_n_workers = 0
+max_timestep = 1000
+max_token_length = 75
+metadata_author = "somebody"
+network_args = [ "down_lr_weight=1,1,1,1,1,1,1,1,1,1,1,1", "loraplus_lr_ratio=16",]
+network_dim = 16
+network_module = "networks.lora"
+noise_offset_type = "Multires"
+optimizer_args = [ "scale_parameter=False", "relative_step=False",]
+optimizer_type = "Adafactor"
+prior_loss_weight = 1.0
+resolution = "512,768"
+reg_data_dir = ""
+resume = ""
+sample_prompts = "samples.txt"
+sample_sampler = "euler_a"
+save_every_n_epochs = 1
+save_model_as = "safetensors"
+shuffle_caption = true
+stop_text_encoder_training = 50
+text_encoder_lr = [ 5e-5, 5e-5,]
+train_batch_size = 2
+train_data_dir = "/pictures"
+xformers = true
+"""
+
+
+@pytest.mark.parametrize(
+    "text, unread, read",
+    [
+        (LECO_TAB, "lr_scheduler_power noise_offset wandb_run_name", "min_snr_gamma v2 lr_scheduler_num_cycles"),
+        (LORA_TAB, "train_data_dir epoch shuffle_caption sample_prompts", "resolution metadata_author resume huggingface_repo_type"),
+    ],
+    ids=["LECO", "LoRA"],
+)
+def test_a_file_of_a_tab_of_kohya_ss_runs_with_one_warning(text: str, unread: str, read: str, tmp_path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "prompts.toml").write_text('[[prompts]]\ntarget = "a"\nneutral = ""\naction = "erase"\n', encoding="utf-8")
+    (tmp_path / "tab.toml").write_text(text.replace("PROMPTS", (tmp_path / "prompts.toml").as_posix()), encoding="utf-8")
+    parse_config(leco_score_config(), ["--config_file", str(tmp_path / "tab.toml"), "--pretrained_model_name_or_path", "m"])
+    (message,) = caplog.messages
+    assert message.startswith("these settings do nothing here: ")
+    assert all(name in message for name in unread.split()) and not any(name in message for name in read.split())
