@@ -21,6 +21,7 @@ from library.settings.options import build
 from train_latent_scorer import train
 
 MODEL = ROOT / "examples" / "shapes" / "model"
+VAE, FLOW_MODEL = MODEL / "vae", MODEL.with_name("flow_model")  # a transformer in the same VAE's latents
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # columns of the tables
 BASE: Mapping[str, Any] = {
     "pretrained_model_name_or_path": str(MODEL),

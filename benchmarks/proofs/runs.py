@@ -1,7 +1,8 @@
 """Sliders of the shapes world, trained where they are not there, and what functions of pixels say of them on held-out prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks import ROOT
-from benchmarks.shapes_runs import MODEL, learned_scorer, written_prompts
+from benchmarks.shapes_runs import MODEL, VAE, learned_scorer, written_prompts
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Part, Raters, seed_table
 from library.measuring.record import EvaluationRecord
+from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.rollouts.sample import SamplingConfig
@@ -20,7 +22,7 @@ from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
 from library.settings.options import build, options
 from library.training.tracking import read_metrics
-from networks.lora import create_network_from_weights
+from networks.lora import LoRANetwork, create_network_from_weights
 from train_leco_score import leco_score_config, train
 
 Row = dict[str, Any]
@@ -52,12 +54,23 @@ def measurer(model: Path, prompts_file: Path, count: int, sampler: str = "ddim",
     """One for all sliders that are measured alike, so that the base model's pictures are made once."""
     found = spread(load_prompts(prompts_file), count)
     return Measurer(
-        model=load_model(str(model)).freeze(),
+        model=load_model(str(model), vae=None if (model / "vae").is_dir() else VAE).freeze(),
         raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in JUDGES})),
         prompts=found,
         seeds=seed_table(found, UNIT_SEEDS, first=50_000),
         sampling=SamplingConfig(num_steps=num_steps, guidance_scale=guidance, size=(64, 64), sampler=sampler),
     )
+
+
+@contextmanager
+def attached(model: DiffusionModel, path: Path) -> Iterator[LoRANetwork]:
+    """A slider's file on a model, and off again at the end."""
+    network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)
+    network.apply_to(model.text_encoders, model.unet)
+    try:
+        yield network
+    finally:
+        network.remove()
 
 
 def measure(
@@ -69,12 +82,8 @@ def measure(
     if kept.is_file():
         return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     used = measurer(model, prompts_file, count, **sampling)
-    network, _ = create_network_from_weights(1.0, path, used.model.vae, used.model.text_encoders, used.model.unet, for_inference=True)
-    network.apply_to(used.model.text_encoders, used.model.unet)
-    try:
+    with attached(used.model, path) as network:
         record = used.measure(network, (-1.0, 1.0), part=Part(range(len(used.prompts)), slice(0, seeds)))
-    finally:
-        network.remove()
     kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
     return record
 

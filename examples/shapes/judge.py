@@ -129,13 +129,13 @@ def measure_drawings(count: int = 2000, seed: int = 1_000_003) -> None:
     print(f"judge on {count} new drawings: shape {right_shapes / count:.1%}, colour {right_colours / count:.1%}")
 
 
-def measure_samples(model_path: str, per_resolution: int = 180, seed: int = 7) -> None:
+def measure_samples(model_path: str, vae: str | None = None, per_resolution: int = 180, seed: int = 7) -> None:
     """Print how often a model's samples show what their captions say, by resolution."""
     from library.models.loading import load_model
     from library.rollouts.sample import SamplingConfig, decode, sample
     from library.types import PromptSpec
 
-    model, rng = load_model(model_path), random.Random(seed)
+    model, rng = load_model(model_path, vae=vae), random.Random(seed)
     for width, height in RESOLUTIONS:
         prompts = [caption(random_scene(rng), rng) for _ in range(per_resolution)]
         with tqdm(total=per_resolution * 20, desc=f"sampling {width}x{height}", leave=False) as bar:
@@ -156,13 +156,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=0, help="train for so many steps and replace the weights (0: do not train)")
     parser.add_argument("--measure", help="a model folder or file to sample from")
+    parser.add_argument("--vae", help="of a model folder that has none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.steps:
         train(args.steps, args.seed)
     measure_drawings()
     if args.measure:
-        measure_samples(args.measure)
+        measure_samples(args.measure, args.vae)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a tiny Z-Image from scratch on captioned drawings, in the latents of the embedded Stable Diffusion's VAE.
 
-    python -m examples.shapes.make_flow_model --output_dir examples/shapes/flow_model
+    python -m examples.shapes.make_flow_model --output_dir output/shapes/flow_model_4000
+    python -m examples.shapes.make_flow_model --start_from output/shapes/flow_model_4000 --learning_rate 2e-3 --steps 2500 --seed 1
 
 The parts are Z-Image's own classes (arXiv 2511.22699): a Qwen3 text encoder behind a Qwen2 tokenizer with a chat template, and a
 single-stream transformer that predicts the velocity of a rectified flow (arXiv 2209.03003); only narrower. Both learn together. Noise
@@ -102,6 +103,7 @@ def save_pipeline(model: TextToVelocity, tokenizer: Qwen2Tokenizer, folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/flow_model"))
+    parser.add_argument("--start_from", type=Path, help="a folder that was written before: go on from its weights, with a new schedule")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
@@ -117,6 +119,9 @@ def main() -> None:
     sets = [encode_drawings(vae, round(share * args.num_pictures), size, rng) for size, share in zip(RESOLUTIONS, SHARES, strict=True)]
 
     model = TextToVelocity(tokenizer)
+    if args.start_from:
+        for name, part in model.named_children():
+            part.load_state_dict(type(part).from_pretrained(args.start_from / name, dtype=torch.float32).state_dict())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizers = optimizers_of(model, args.learning_rate)
     schedules = [
