@@ -8,6 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_SIDE = 16384  # pixels
+SIDES = f"multiples of 8 from 8 to {LARGEST_SIDE} pixels"  # in words
+
+
+def is_side(value: float) -> bool:
+    """Whether a picture may be so many pixels wide or high."""
+    return 8 <= value <= LARGEST_SIDE and value % 8 == 0
+
 
 @dataclass(frozen=True)
 class Conditioning:

@@ -194,6 +194,7 @@ def test_an_unknown_key_above_the_tables_is_named_in_a_warning(write: Write, cap
         ('[[prompts]]\ntarget = "a"\naction = "raise"', "erase or enhance"),
         ('[[targets]]\ntarget_class = "a"', "positive and negative are both empty"),
         ('[[prompts]]\ntarget = "a"\nresolution = 500', "multiples of 8"),
+        ('[[prompts]]\ntarget = "a"\nresolution = 800000', "multiples of 8"),
         ('[[prompts]]\ntarget = "a"\nresolution = [512]', "multiples of 8"),
         ('[[prompts]]\ntarget = "a"\nmultiplier = 0', "learns nothing"),
         ('[[prompts]]\ntarget = "a"\nweight = 0', "above 0"),

@@ -274,7 +274,8 @@ def test_wildcards_need_their_folder(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("p.txt", "\n# nothing\n", "holds no prompts"),
-        ("p.txt", "cat --w 100", "multiple of 8"),
+        ("p.txt", "cat --w 100", "width is 100; sides are multiples of 8 from 8 to 16384 pixels"),
+        ("p.txt", "cat --w 80000000", "width is 80000000; sides are"),
         ("p.txt", "cat --w", "width is '', which is not a number"),
         ("p.txt", "cat --x 3", "--x is not an option"),
         ("p.txt", "ok\n\ncat --s 2.5", "line 3: num_steps is 2.5; it must be a whole number from 1"),

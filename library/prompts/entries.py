@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.settings.options import nearest
-from library.types import PromptSpec
+from library.types import SIDES, PromptSpec, is_side
 
 logger = logging.getLogger(__name__)
 
-PIXELS_PER_LATENT = 8
 TEXTS = ("prompt", "negative_prompt")
-SIDES = ("width", "height")
 # Whole numbers and the least that each may be; the others are any numbers.
 WHOLE = {"seed": 0, "num_steps": 1, "original_width": 1, "original_height": 1, "crop_top": 0, "crop_left": 0}
 LARGEST = 2**53
-KEYS = (*TEXTS, *SIDES, "guidance_scale", "weight", "direction", *WHOLE)
+KEYS = (*TEXTS, "width", "height", "guidance_scale", "weight", "direction", *WHOLE)
 # Names in lines: sd-scripts' sample prompts, the size conditioning of its gen_img.py, and A1111's prompts from a file; --direction and
 # --weight are ours.
 LINE_OPTIONS = {
@@ -188,9 +186,9 @@ def _spec(values: Mapping[str, Any], where: str) -> PromptSpec:
     numbers = {key: _number(value, key, where) for key, value in values.items() if key not in TEXTS}
     if numbers.get("seed") == -1:  # any, in A1111 and its descendants
         del numbers["seed"]
-    for key in numbers.keys() & set(SIDES):
-        if numbers[key] <= 0 or numbers[key] % PIXELS_PER_LATENT:
-            raise UserError(f"{where}: {key} is {values[key]}; it must be a positive multiple of {PIXELS_PER_LATENT} pixels")
+    for key in numbers.keys() & {"width", "height"}:
+        if not is_side(numbers[key]):
+            raise UserError(f"{where}: {key} is {values[key]}; sides are {SIDES}")
     for key in numbers.keys() & WHOLE.keys():
         if not WHOLE[key] <= numbers[key] <= LARGEST or numbers[key] % 1:
             raise UserError(f"{where}: {key} is {values[key]}; it must be a whole number from {WHOLE[key]} to {LARGEST}")
@@ -202,7 +200,7 @@ def _spec(values: Mapping[str, Any], where: str) -> PromptSpec:
         raise UserError(
             f"{where}: direction is {numbers['direction']}; it must be 1 (raise the score at a positive multiplier) or -1 (lower it)"
         )
-    whole = {key: int(numbers[key]) for key in numbers.keys() & {*SIDES, *WHOLE}}
+    whole = {key: int(numbers[key]) for key in numbers.keys() & {"width", "height", *WHOLE}}
     return PromptSpec(**{key: values[key] for key in TEXTS if key in values}, **{**numbers, **whole})
 
 

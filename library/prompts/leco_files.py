@@ -33,10 +33,10 @@ from library.errors import UserError
 from library.prompts.contents import TABLE_ENDINGS, read_lines, read_tables
 from library.prompts.entries import leco_keys, tables_with_defaults
 from library.settings.options import nearest
+from library.types import SIDES, is_side
 
 logger = logging.getLogger(__name__)
 
-PIXELS_PER_LATENT = 8
 ACTIONS = ("erase", "enhance")
 SHARED_KEYS = ("guidance_scale", "resolution", "dynamic_resolution", "batch_size", "dynamic_crops", "multiplier", "weight")
 PROMPT_KEYS = ("target", "positive", "unconditional", "neutral", "action", *SHARED_KEYS)
@@ -265,10 +265,8 @@ def _sizes(values: Mapping[str, Any], where: str) -> Iterable[tuple[int, int] | 
 def _size(resolution: Any, where: str) -> tuple[int, int]:
     """(height, width) of a number of pixels or [height, width]."""
     sides = resolution if isinstance(resolution, list) else [resolution, resolution]
-    if len(sides) != 2 or not all(_is_number(side) and side > 0 and side % PIXELS_PER_LATENT == 0 for side in sides):
-        raise UserError(
-            f"{where}: resolution is {resolution!r}; it must be a size or [height, width] in multiples of {PIXELS_PER_LATENT} pixels"
-        )
+    if len(sides) != 2 or not all(_is_number(side) and is_side(side) for side in sides):
+        raise UserError(f"{where}: resolution is {resolution!r}; it must be a size or [height, width], {SIDES}")
     return int(sides[0]), int(sides[1])
 
 

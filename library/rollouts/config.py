@@ -9,9 +9,9 @@ from library.errors import UserError
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.prompt_encoder import Size
 from library.settings.options import check_above, check_at_least, option
+from library.types import SIDES, is_side
 
 DEFAULT_BATCH_SIZE = 8
-LARGEST_SIDE = 16384  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,8 @@ class RolloutConfig:
         check_above(self, 0, "leco_denoise_guidance_scale")
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale is {self.guidance_rescale}; it must be from 0 (off) to 1")
-        if len(self.resolution) > 2 or any(not 0 < pixels <= LARGEST_SIDE or pixels % 8 for pixels in self.resolution):
-            raise UserError(
-                f"resolution is {list(self.resolution)}; it must be one or two multiples of 8 (width, height), from 8 to {LARGEST_SIDE}"
-            )
+        if len(self.resolution) > 2 or not all(map(is_side, self.resolution)):
+            raise UserError(f"resolution is {list(self.resolution)}; it must be one number or width and height, {SIDES}")
 
     @property
     def batch_size(self) -> int:

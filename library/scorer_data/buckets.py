@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from library.errors import UserError
 from library.settings.options import option
+from library.types import SIDES, is_side
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class BucketConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("resolution", self.width), ("resolution", self.height), ("bucket_reso_steps", self.bucket_reso_steps)):
-            if value <= 0 or value % 8:
-                raise UserError(f"{name} is {value}, but it must be a positive multiple of 8, the VAE's step")
+            if not is_side(value):
+                raise UserError(f"{name} is {value}, but sides are {SIDES}")
         if not 0 <= self.max_crop <= 1:
             raise UserError(f"max_crop is {self.max_crop}, but it must be between 0 and 1")
         unused = ("min_bucket_reso", "max_bucket_reso") if self.bucket_no_upscale else ()

@@ -115,7 +115,8 @@ class CacheIndex:
         }
         names = json.dumps([shard.name for shard in self.shards])
         with contextlib.suppress(UserError):
-            atomic_write_bytes(folder / INDEX_NAME, safetensors.numpy.save(tensors, {"names": names}))
+            written = safetensors.numpy.save(tensors, {"names": names, "checksum": _checksum(names, tensors)})
+            atomic_write_bytes(folder / INDEX_NAME, written)
 
     def _sort_in(self) -> None:
         if not self._added:
@@ -145,9 +146,12 @@ def open_index(folder: Path) -> CacheIndex:
 def _saved(folder: Path, present: Mapping[str, FileState]) -> CacheIndex:
     """What the saved index says of the shards that are as it knew them."""
     with safe_open(folder / INDEX_NAME, framework="numpy") as file:
-        names: Sequence[str] = json.loads(file.metadata()["names"])
-        keys = file.get_tensor("keys").view(KEY_DTYPE).reshape(-1)
-        rows, files, buckets, counts = (file.get_tensor(name) for name in ("rows", "files", "buckets", "counts"))
+        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in ("keys", "rows", "files", "buckets", "counts")}
+    if metadata["checksum"] != _checksum(metadata["names"], tensors):
+        raise ValueError("its checksum is another")
+    names: Sequence[str] = json.loads(metadata["names"])
+    keys = tensors.pop("keys").view(KEY_DTYPE).reshape(-1)
+    rows, files, buckets, counts = tensors.values()
     shards = [
         Shard(name=name, file=FileState(int(size), int(mtime)), bucket=(int(width), int(height)), rows=int(count))
         for name, (size, mtime), (width, height), count in zip(names, files, buckets, counts, strict=True)
@@ -164,3 +168,10 @@ def _saved(folder: Path, present: Mapping[str, FileState]) -> CacheIndex:
     index._keys = keys[kept]
     index._rows = (rows - old_first[shard_of_row] + new_first[shard_of_row])[kept]
     return index
+
+
+def _checksum(names: str, tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(names.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()

@@ -15,10 +15,10 @@ HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def output_stem(name: str) -> str:
-    """The name of a result, without the ending that some people give it. Raises UserError: it is no file name."""
+    """The name of a result, without the ending that some people give it. Raises UserError: it is no file name, or a hidden one."""
     stem = name.removesuffix(".safetensors")
-    if not stem or stem != Path(stem).name:
-        raise UserError(f"output_name is {name!r}, but it must be a file name; the folder is output_dir")
+    if not stem or stem != Path(stem).name or stem.startswith("."):
+        raise UserError(f"output_name is {name!r}, but it must be a file name that does not begin with a dot; the folder is output_dir")
     return stem
 
 
