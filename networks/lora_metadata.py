@@ -97,7 +97,7 @@ def lora_metadata(spec: BaseModel, record: LoRARecord, *, no_metadata: bool = Fa
         "modelspec.title": record.output_name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": date.isoformat(),
-        "modelspec.prediction_type": "v" if spec.prediction_type == "v_prediction" else spec.prediction_type,
+        "modelspec.prediction_type": {"v_prediction": "v", "epsilon": "epsilon"}.get(spec.prediction_type),
     }
     values.update({key if key.startswith("ss_") else f"ss_{key}": value for key, value in record.training.items()})
     values.update({f"modelspec.{key}": value for key, value in record.modelspec.items() if value is not None})

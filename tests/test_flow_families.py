@@ -1,32 +1,41 @@
-"""Families by flow matching: their schedules and solvers against diffusers', and Z-Image from its files to a slider."""
+"""Families by flow matching: their schedules and solvers against diffusers', and Z-Image and Anima from their files to a slider."""
 
-import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import CosmosTransformer3DModel, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.diffusion.noise_schedule import ABAR_FLOOR, NoiseSchedule, eps_to_flow, eps_to_x0, flow_scale, flow_to_eps, sigma_to_abar
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
+from library.models.flow_model import FlowFamily
 from library.models.loading import load_model
 from library.models.packed import PackedLinear, pack_unet
 from library.models.registry import FAMILIES
+from library.models.textual_inversion import load_embeddings
+from library.rating.features import PictureFeatures
 from library.rollouts.few_step import detect
 from library.rollouts.sample import SamplingConfig, initial_noise, sample
+from library.scorers.base import SCORER_KINDS, ModelSource
 from library.scorers.io import save_scorer
+from library.settings.options import build
 from library.settings.shared import NetworkConfig
+from library.slider_training.estimate import estimate
 from library.slider_training.network import build_network
+from library.text_free.adapter import text_encoder_fingerprint
 from library.types import Conditioning, PromptSpec
 from networks.lora import create_network, create_network_from_weights
 from networks.lora_targets import find_targets
-from tests.helpers.tiny_flow_models import tiny_flux_vae, z_image_folder, z_image_pipeline
-from tests.helpers.tiny_leco_run import run, tiny_scorer
+from tests.helpers.tiny_flow_models import PIPELINES, original_names
+from tests.helpers.tiny_leco_run import run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_vae
+from train_leco_score import leco_score_config
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 SHIFTS: list[dict[str, Any]] = [{"shift": 3.0}, {"shift": 1.0}, {"shift": 6.0}, {"use_dynamic_shifting": True}]
@@ -115,109 +124,144 @@ def test_a_flow_ends_in_pure_noise():
     assert schedule.with_zero_terminal_snr() is schedule
 
 
-# ---- Z-Image ----
+# ---- the families ----
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return z_image_folder(tmp_path_factory.mktemp("z_image") / "model")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(kind) / "model"
+    PIPELINES[kind]().save_pretrained(str(path))
+    return path
 
 
-def ours_and_theirs(folder: Path, **options: Any) -> tuple[Tensor, Tensor]:
-    model = load_model(folder)
-    pipeline: Any = ZImagePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = SamplingConfig(num_steps=4, guidance_scale=4.0, size=SIZE, sampler="euler", **options)
+@pytest.fixture
+def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diffusers' own transformer of Anima takes of torchvision, for a mask of zeros."""
+    functional = SimpleNamespace(resize=lambda mask, size, **_: mask.new_zeros(*mask.shape[:2], *size))
+    mode = SimpleNamespace(NEAREST=None)
+    monkeypatch.setattr(transformer_cosmos, "transforms", SimpleNamespace(functional=functional, InterpolationMode=mode), raising=False)
+
+
+FULL_SIZE: Any = {  # class, parameters of the transformer, modules of its LoRA
+    "z_image": (ZImageTransformer2DModel, 6_154_908_736, 30 * 7, "lora_unet_layers_29_feed_forward_w3"),
+    "anima": (CosmosTransformer3DModel, 1_956_405_248, 28 * 10, "lora_unet_blocks_0_self_attn_q_proj"),
+}
+
+
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_full_size_structure(family):
+    make, size, modules, name = FULL_SIZE[family]
+    with torch.device("meta"):
+        transformer = make(**FAMILIES[family].config["transformer"])
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == size
+    targets = list(find_targets(None, transformer, with_convs=False))
+    assert len({target.name for target in targets}) == len(targets) == modules
+    assert name in {target.name for target in targets}
+    assert all(target.dotted and target.name == "lora_unet" + target.dotted[15:].replace(".", "_") for target in targets)
+
+
+def test_pictures_equal_the_pipeline(kind, folder, no_torchvision):
+    model, pipeline = load_model(folder), PIPELINES[kind]()
+    sampling = SamplingConfig(num_steps=4, guidance_scale=4.0, size=SIZE, sampler="euler")
     ours = sample(model, None, [PromptSpec(prompt=prompt) for prompt in PROMPTS], [1, 2], sampling=sampling)
     noise, _ = initial_noise([1, 2], (16, 8, 12))
-    arguments = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4, "output_type": "latent"}
-    return ours, pipeline(list(PROMPTS), guidance_scale=3.0, latents=noise, **arguments).images  # theirs is ours less 1
-
-
-def test_full_size_structure():
-    config = FAMILIES["z_image"].config["transformer"]
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel(**config)
-    assert sum(parameter.numel() for parameter in transformer.parameters()) == 6_154_908_736
-    targets = list(find_targets(None, transformer, with_convs=False))
-    assert len({target.name for target in targets}) == len(targets) == 30 * 7
-    assert targets[0].dotted == "diffusion_model.layers.0.attention.to_q"
-    assert "lora_unet_layers_29_feed_forward_w3" in {target.name for target in targets}
-
-
-def test_pictures_equal_the_pipeline(folder):
-    ours, theirs = ours_and_theirs(folder)
+    arguments = {"prompt": list(PROMPTS), "height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4}
+    if kind == "z_image":  # whose scale is ours less 1
+        theirs = pipeline(**arguments, guidance_scale=3.0, latents=noise, output_type="latent").images
+    else:
+        theirs = pipeline(**arguments, latents=noise[:, :, None], output="latents")[:, :, 0]
     torch.testing.assert_close(ours, theirs, **START)
 
 
-def test_one_prediction_equals_the_transformer(folder):
+def test_one_prediction_equals_the_transformer(kind, folder):
     model = load_model(folder)
-    assert (model.spec.family, model.spec.prediction_type, model.spec.resolution) == ("z_image", "flow", 64)
+    assert (model.spec.family, model.spec.prediction_type) == (kind, "flow")
     model.expect_prompts(PROMPTS)
     cond = model.encode_prompts(PROMPTS)
     joined = Conditioning.cat([model.encode_prompts(PROMPTS[:1]), model.encode_prompts(PROMPTS[1:])])
     torch.testing.assert_close(joined.text, cond.text)
-    assert cond.lengths is not None and cond.lengths[0] < cond.lengths[1] == cond.text.shape[1]
+    assert model.encode_prompts(["", *PROMPTS]).text.isfinite().all()
     latents, share = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.3])
     abar = sigma_to_abar(share / (1 - share))
     eps = model.predict_eps(latents / flow_scale(abar)[:, None, None, None], 1000 * share - 1, cond)
-    texts = [row[:length] for row, length in zip(cond.text, cond.lengths.tolist(), strict=True)]
-    output = -torch.stack(model.unet(list(latents[:, :, None]), 1 - share, texts, return_dict=False)[0])[:, :, 0]
-    torch.testing.assert_close(eps, latents + (1 - share[:, None, None, None]) * output, atol=1e-5, rtol=1e-5)
+    if kind == "z_image":
+        assert cond.lengths is not None and cond.lengths[0] < cond.lengths[1] == cond.text.shape[1]
+        texts = [row[:length] for row, length in zip(cond.text, cond.lengths.tolist(), strict=True)]
+        velocity = -torch.stack(model.unet(list(latents[:, :, None]), 1 - share, texts, return_dict=False)[0])[:, :, 0]
+    else:
+        zeros = torch.zeros(2, 1, 1, 8, 12)
+        velocity = model.unet(latents[:, :, None], share, cond.text, condition_mask=zeros, return_dict=False)[0][:, :, 0]
+    torch.testing.assert_close(eps, latents + (1 - share[:, None, None, None]) * velocity, atol=1e-5, rtol=1e-5)
 
 
-def original_names(transformer: nn.Module) -> dict[str, Tensor]:
-    """As the published single files have them: q, k and v in one matrix."""
-    tensors = dict(transformer.state_dict())
-    found = {}
-    for name, tensor in tensors.items():
-        if ".to_q." in name:
-            tensor = torch.cat([tensors[name.replace(".to_q.", f".to_{letter}.")] for letter in "qkv"])
-        if ".to_k." not in name and ".to_v." not in name:
-            name = name.replace(".to_q.", ".qkv.").replace(".to_out.0.", ".out.").replace("all_x_embedder.2-1", "x_embedder")
-            name = re.sub(r"\.norm_([qk])\.", r".\1_norm.", name).replace("all_final_layer.2-1", "final_layer")
-            found[name] = tensor.clone()
-    return found
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_is_the_same_model(folder, tmp_path, prefix):
-    pipeline = z_image_pipeline()
-    tensors = {prefix + name: tensor for name, tensor in original_names(pipeline.transformer).items()}
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_single_file_is_the_same_model(kind, folder, tmp_path, whole):
+    pipeline, family = PIPELINES[kind](), FAMILIES[kind]
+    assert isinstance(family, FlowFamily)
+    prefix = "model.diffusion_model." if whole else "net." if kind == "anima" else ""
+    tensors = {prefix + name: tensor for name, tensor in original_names(kind, pipeline).items()}
     language = {f"model.{name}": tensor for name, tensor in pipeline.text_encoder.state_dict().items()}
-    options: dict[str, Any] = {"vae": folder / "vae", "tokenizer": [folder / "tokenizer"]}
-    if prefix:  # ComfyUI's checkpoints of everything
-        tensors |= {f"text_encoders.qwen3_4b.transformer.{name}": tensor for name, tensor in language.items()}
+    options: dict[str, Any] = {"vae": folder / "vae", "tokenizer": [folder / "tokenizer"] * len(family.tokenizers)}
+    if whole:  # ComfyUI's checkpoints of everything
+        tensors |= {family.text_prefix + name: tensor for name, tensor in language.items()}
     else:
         save_file(language, tmp_path / "qwen.safetensors")
         options["text_encoder"] = tmp_path / "qwen.safetensors"
-    save_file(tensors, tmp_path / "z_image.safetensors")
-    model, expected = load_model(tmp_path / "z_image.safetensors", **options), load_model(folder)
-    for ours, theirs in ((model.unet, expected.unet), (model.text_encoders[0], expected.text_encoders[0])):
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    model, expected = load_model(file, **options), load_model(folder)
+    for ours, theirs in zip((model.unet, *model.text_encoders), (expected.unet, *expected.text_encoders), strict=True):
         assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     torch.testing.assert_close(model.encode_prompts(PROMPTS).text, expected.encode_prompts(PROMPTS).text)
-    assert model.unet.config["axes_dims"] == expected.unet.config["axes_dims"] and model.schedule.shift == 3.0
+    assert model.schedule.shift == 3.0
+    same = ("axes_dims", "n_heads", "num_attention_heads", "mlp_ratio", "rope_scale")
+    assert all(model.unet.config.get(name) == expected.unet.config.get(name) for name in same)
     with pytest.raises(UserError, match="no tokenizer; give --tokenizer"):
-        load_model(tmp_path / "z_image.safetensors", **{**options, "tokenizer": ()})
-    if not prefix:
+        load_model(file, **{**options, "tokenizer": ()})
+    if not whole:
         with pytest.raises(UserError, match="no text encoder; give --text_encoder"):
-            load_model(tmp_path / "z_image.safetensors", vae=folder / "vae")
-        by_folder = load_model(tmp_path / "z_image.safetensors", vae=folder / "vae", text_encoder=folder)
+            load_model(file, vae=folder / "vae")
+        by_folder = load_model(file, vae=folder / "vae", text_encoder=folder)
         assert by_folder.tokenizers[0].chat_template == expected.tokenizers[0].chat_template
 
 
-def test_what_does_not_fit_is_said(folder, tmp_path):
+def test_what_does_not_fit_is_said(kind, folder, tmp_path):
     tiny_vae(0.13025).save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="makes SDXL latents, of 4 channels, and model takes 16"):
+    other = PIPELINES["anima" if kind == "z_image" else "z_image"]().vae
+    other.save_pretrained(tmp_path / "other")
+    names = {"z_image": "FLUX.1", "anima": "Qwen-Image and Wan"}
+    with pytest.raises(UserError, match=rf"makes SDXL latents \(4 channels\), and model draws {names[kind]} latents"):
         load_model(folder, vae=tmp_path / "vae")
+    with pytest.raises(UserError, match=rf"latents \(16 channels\), and model draws {names[kind]} latents"):
+        load_model(folder, vae=tmp_path / "other")
     with pytest.raises(UserError, match="v_parameterization .* flow matching"):
         load_model(folder, v_parameterization=True)
     with pytest.raises(UserError, match="clip_skip"):
         load_model(folder, clip_skip=2)
+    with pytest.raises(UserError, match="tokenizer has 3 folders"):
+        load_model(folder, tokenizer=[folder] * 3)
+    model = load_model(folder)
     with pytest.raises(UserError, match="multiples of 16 pixels; 72 x 64 is none"):
-        sample(
-            load_model(folder), None, [PromptSpec(prompt="")], [1], sampling=SamplingConfig(num_steps=1, guidance_scale=1, size=(64, 72))
-        )
+        sampling = SamplingConfig(num_steps=1, guidance_scale=1, size=(64, 72))
+        sample(model, None, [PromptSpec(prompt="")], [1], sampling=sampling)
+    with pytest.raises(UserError, match="block_dims is of a U-Net"):
+        create_network(1.0, 2, 1.0, None, None, model.unet, block_dims="1,2")
+    with pytest.raises(UserError, match="unet_encoder needs a model with a U-Net"):
+        SCORER_KINDS["unet_encoder"].architecture_for("base", ModelSource(lambda: model, model.vae))
+    with pytest.raises(UserError, match="running scorer of the page needs a model with a U-Net"):
+        PictureFeatures(model)
+    with pytest.raises(UserError, match="image_prompts needs a model with a U-Net"):
+        text_encoder_fingerprint(model)
+    with pytest.raises(UserError, match="textual_inversion_embeddings are for CLIP"):
+        load_embeddings(model, [tmp_path / "word.safetensors"])
+    with pytest.raises(UserError, match="language model"):
+        config = NetworkConfig(network_train_unet_only=False)
+        build_network(config, model, torch.Generator(), gradient_checkpointing=False)
 
 
 def test_turbo_is_known_by_its_name(folder, tmp_path):
@@ -227,18 +271,18 @@ def test_turbo_is_known_by_its_name(folder, tmp_path):
     assert detect(load_model(folder)) is None
 
 
-def test_a_slider_is_trained_and_diffusers_applies_it_as_we_mean_it(folder, tmp_path):
+def test_a_slider_is_trained_and_diffusers_applies_it_as_we_mean_it(kind, folder, tmp_path):
     pytest.importorskip("peft")
-    model = load_model(folder)
+    model, pipeline = load_model(folder), PIPELINES[kind]()
     save_scorer(tmp_path / "scorer.safetensors", tiny_scorer(model.vae_fingerprint(), channels=16))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     (tmp_path / "model").symlink_to(folder)
-    run(tmp_path, tmp_path, gradient_checkpointing=True, network_alpha=1.0, max_denoising_steps=2)
+    run(tmp_path, tmp_path, gradient_checkpointing=True, network_alpha=1.0, max_denoising_steps=2, resolution=[64])
+    count = len(list(find_targets(None, model.unet, with_convs=False)))
     file = load_file(tmp_path / "tiny.safetensors")
-    assert len(file) == 2 * 2 * 7 and {name.partition(".")[0] for name in file} == {"diffusion_model"}
+    assert len(file) == 2 * count and {name.partition(".")[0] for name in file} == {"diffusion_model"}
 
     network, _ = create_network_from_weights(1.0, tmp_path / "tiny.safetensors", None, None, model.unet, for_inference=True)
-    pipeline: Any = ZImagePipeline.from_pretrained(folder)
     pipeline.load_lora_weights(str(tmp_path), weight_name="tiny.safetensors")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -249,43 +293,41 @@ def test_a_slider_is_trained_and_diffusers_applies_it_as_we_mean_it(folder, tmp_
         expected = deltas.get(name.replace(".base_layer", ""), torch.zeros(()))
         torch.testing.assert_close(change, expected.expand_as(change), atol=1e-6, rtol=0)
         moved += int(bool(expected.any()))
-    assert moved == len(network.loras) == 14
+    assert moved == len(network.loras) == count
 
 
 def test_files_of_other_programs_are_read(folder):
+    """kohya's names, which are those in memory, and diffusers' own."""
     model = load_model(folder)
     state = create_network(1.0, 2, 1.0, None, None, model.unet).state_dict()
     generator = torch.Generator().manual_seed(0)
     state = {name: tensor if name.endswith("alpha") else torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
-    expected, _ = create_network_from_weights(1.0, None, None, None, model.unet, weights_sd=state)
+    kohya, _ = create_network_from_weights(1.0, None, None, None, model.unet, weights_sd=state)
     renamed = {}
-    for lora in expected.loras:
+    for lora in kohya.loras:
         own = {part: state[f"{lora.name}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha")}
         renamed |= {f"transformer.{lora.path}.{part}": tensor for part, tensor in own.items()}
-    found, _ = create_network_from_weights(1.0, None, None, None, model.unet, weights_sd=renamed)
-    assert found.state_dict().keys() == expected.state_dict().keys() == state.keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
-    assert tiny_flux_vae().config["shift_factor"] == 0.1159
-
-
-def test_options_of_a_u_net_are_refused(folder):
-    with pytest.raises(UserError, match="block_dims is of a U-Net"):
-        create_network(1.0, 2, 1.0, None, None, load_model(folder).unet, block_dims="1,2")
+    diffusers, _ = create_network_from_weights(1.0, None, None, None, model.unet, weights_sd=renamed)
+    for network in (kohya, diffusers):
+        assert network.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("precision", ["int8", None])
-def test_blocks_are_packed_and_swapped(folder, precision):
+def test_blocks_are_packed_and_swapped(kind, folder, precision):
     model, latents = load_model(folder), torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     cond, time = model.encode_prompts(PROMPTS[:1]), torch.tensor([500.0])
     expected = model.predict_eps(latents, time, cond)
     assert pack_unet(model.unet, precision, 1, "cpu") == 1
-    packed = sum(isinstance(module, PackedLinear) for module in model.unet.modules())
-    assert packed == (4 * 8 - 1 if precision else 8)  # context refiners have no modulation
+    assert sum(isinstance(module, PackedLinear) for module in model.unet.modules()) > 5
     assert (model.predict_eps(latents, time, cond) - expected).norm() < (0.05 if precision else 1e-6) * expected.norm()
 
 
-def test_no_lora_on_the_language_model(folder, tmp_path):
-    model = load_model(folder)
-    config = NetworkConfig(network_train_unet_only=False)
-    with pytest.raises(UserError, match="language model"):
-        build_network(config, model, torch.Generator(), gradient_checkpointing=False)
+@pytest.mark.slow
+def test_memory_of_a_run_is_estimated(kind, folder, tmp_path):
+    (tmp_path / "model").symlink_to(folder)
+    save_scorer(tmp_path / "scorer.safetensors", tiny_scorer(load_model(folder).vae_fingerprint(), channels=16))
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0], encoding="utf-8")
+    config = build(leco_score_config(), settings(tmp_path, tmp_path, resolution=[64], measure="full", quantize_base="int8"))
+    found = estimate(config)
+    assert found.weights["U-Net"] > 0 and all(peak > 0 for peak in found.peaks.values())

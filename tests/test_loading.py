@@ -190,7 +190,7 @@ def test_missing_path():
 
 
 def test_unknown_and_wrong_family(sd1_file, sd1_folder):
-    with pytest.raises(UserError, match="no model family 'flux'; model_family is one of sd1, sd2, sdxl"):
+    with pytest.raises(UserError, match="no model family 'flux'; model_family is one of .*sd1, sd2, sdxl"):
         load_model(sd1_file, family="flux")
     for path in (sd1_file, sd1_folder):
         with pytest.raises(UserError, match=r"is a Stable Diffusion 1.x model \(sd1\), but family 'sdxl' was given"):
@@ -274,7 +274,7 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
     broken = shutil.copytree(sd1_folder, tmp_path / "broken")
     vae = json.loads((broken / "model_index.json").read_text())["vae"]
     edit_json(broken / "model_index.json", _class_name="FluxPipeline", vae=["diffusers", "AutoencoderKLFlux2"])
-    with pytest.raises(UserError, match="holds a FluxPipeline; the models that can be trained are Stable Diffusion 1.x"):
+    with pytest.raises(UserError, match="holds a FluxPipeline; the models that can be trained are .*Stable Diffusion 1.x"):
         load_model(broken)
     edit_json(broken / "model_index.json", _class_name="StableDiffusionPipeline", vae=vae)
     edit_json(broken / "unet" / "config.json", in_channels=9)
@@ -337,7 +337,7 @@ def test_vae_folder_brings_its_scaling_factor_and_must_fit(sd1_file, tmp_path):
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "other")
     assert load_model(sd1_file, vae=tmp_path / "other").spec.latent_space.scaling_factor == 0.5
     AutoencoderKL(latent_channels=16, block_out_channels=(32,)).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match="has 16 latent channels and the model 4"):
+    with pytest.raises(UserError, match=r"16 channels\), and model.safetensors draws SD1 and SD2 latents"):
         load_model(sd1_file, vae=tmp_path / "wide")
 
 

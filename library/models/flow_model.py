@@ -45,7 +45,7 @@ class FlowFamily(Family):
     def text_of_folder(self, path: Path, component: Component, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
         import transformers
 
-        return [component(transformers.AutoModel, path / "text_encoder", dtype)], [read_tokenizer(path / name) for name in self.tokenizers]
+        return [component(transformers.Qwen3Model, path / "text_encoder", dtype)], [read_tokenizer(path / name) for name in self.tokenizers]
 
     @abstractmethod
     def denoiser_of_file(self, tensors: StateDict) -> tuple[dict[str, Any], dict[str, Tensor]]:

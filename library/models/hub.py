@@ -67,12 +67,12 @@ def _cached(hub_id: str) -> Path | None:
     """The folder of a model in the cache, if every part of it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    for index in ("model_index.json", "config.json"):
+    for index in ("model_index.json", "modular_model_index.json", "config.json"):
         file = try_to_load_from_cache(hub_id, index)
         if isinstance(file, str):
             folder = Path(file).parent
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.exists()]
-            parts = _parts(json.loads(Path(file).read_text(encoding="utf-8"))) if index == "model_index.json" else ["."]
+            parts = ["."] if index == "config.json" else _parts(json.loads(Path(file).read_text(encoding="utf-8")))
             return folder if all(choose_weights(_in_folder(names, part)) for part in parts) else None
     return None
 
@@ -116,7 +116,7 @@ def reason_of(error: Exception, secret: str | None = None) -> str:
 def _wanted(names: list[str]) -> list[str]:
     """Those of a repository's files that a model, or a VAE alone, is loaded from; none if it is neither."""
     folders = {PurePosixPath(name).parent.as_posix() for name in names}
-    whole = "model_index.json" in names
+    whole = bool({"model_index.json", "modular_model_index.json"} & set(names))
     parts = [folder for folder in folders if _holds_weights(folder)] if whole else ["."]
     weights = [(part, choose_weights(_in_folder(names, part))) for part in parts]
     files = [f"{part}/{file}".removeprefix("./") for part, chosen in weights if chosen for file in chosen.files]

@@ -140,12 +140,13 @@ def _other_vae(path: str | Path, family: Family) -> Autoencoder:
 
 
 def _check_vae(model: DiffusionModel, path: str | Path) -> None:
-    """Refuse a VAE whose latents have other channels than the network takes."""
-    space, expected = model.spec.latent_space, model.unet.config["in_channels"]
-    if space.channels != expected:
+    """Refuse a VAE whose latents are not what the network draws, as far as that can be told."""
+    space, published = model.spec.latent_space, LatentSpace.of_config(FAMILIES[model.spec.family].config["vae"])
+    expected = model.unet.config["in_channels"]
+    if space.channels != expected or (expected == published.channels and space.has_frames != published.has_frames):
+        wanted = published.name if expected == published.channels else f"latents of {expected} channels"
         raise UserError(
-            f"The VAE {path} makes {space.name}, of {space.channels} channels, and {model.spec.name} takes {expected} latent channels; "
-            "give a VAE made for it."
+            f"The VAE {path} makes {space.name} ({space.channels} channels), and {model.spec.name} draws {wanted}; leave it out."
         )
 
 
@@ -189,13 +190,14 @@ class TextSource:
             raise UserError(f"{path} has no text encoder; give --text_encoder: the file or folder of {family.title}'s language model.")
         tokenizers = [find_model(tokenizer) for tokenizer in self.tokenizers]
         if not tokenizers and folder is not None:
-            tokenizers = [folder if (folder / "tokenizer_config.json").is_file() else folder.parent / name for name in family.tokenizers]
+            beside = [folder.parent / name for name in family.tokenizers]
+            tokenizers = [folder] if len(beside) == 1 and (folder / "tokenizer_config.json").is_file() else beside
         if not tokenizers:
             raise UserError(f"{path} has no tokenizer; give --tokenizer: the folder of that of {family.title}'s language model.")
         if folder is not None:
             import transformers
 
-            text_encoder = _component(transformers.AutoModel, folder, dtype)
+            text_encoder = _component(transformers.Qwen3Model, folder, dtype)
         else:
             text_encoder = single_file.build_language_model(own, family, dtype, path)
         return [text_encoder], [read_tokenizer(tokenizer) for tokenizer in tokenizers]
@@ -212,7 +214,9 @@ def _load_folder(
 ) -> DiffusionModel:
     import diffusers
 
-    index = _read_json(path / "model_index.json", "give the folder of a whole diffusers model, or a checkpoint file")
+    modular = path / "modular_model_index.json"
+    index_file = modular if modular.is_file() else path / "model_index.json"
+    index = _read_json(index_file, "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
     _expect_family(family, wanted_family, path)
     text.check(family)

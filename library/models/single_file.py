@@ -253,14 +253,21 @@ def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, p
 
 def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
     """A VAE in float32 from tensors under the original names, with or without a prefix, or under diffusers'."""
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from diffusers import AutoencoderKL, AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
 
     prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if "encoder.downsamples.0.residual.0.gamma" in own:  # Wan's and Qwen-Image's, which is the same
+        wan = family.config["vae"] | {"base_dim": own["encoder.conv1.weight"].shape[0], "z_dim": own["conv2.weight"].shape[0]}
+        if "latent_channels" in wan:
+            raise UserError(f"{path} is a VAE of Qwen-Image or Wan, and {family.title} has another; give one made for it.")
+        return build(AutoencoderKLWan, wan, convert_wan_vae_to_diffusers(dict(own)), torch.float32, path, "VAE")
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
         raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
+    if "latent_channels" not in family.config["vae"]:
+        raise UserError(f"{path} is a VAE of Stable Diffusion's or FLUX's kind, and {family.title} has another; give one made for it.")
     config = vae_config(own, family)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" not in own:
         own = convert_ldm_vae_checkpoint(own, config)

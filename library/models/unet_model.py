@@ -96,6 +96,12 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
+def check_unet(model: DiffusionModel, what: str) -> None:
+    """Raises UserError if the model has a transformer in the place of a U-Net."""
+    if not isinstance(model, UNetModel):
+        raise UserError(f"{what} needs a model with a U-Net and CLIP, and {model.spec.name} has a transformer; give Stable Diffusion's.")
+
+
 class UNetModel(DiffusionModel):
     """A family subclasses it and says how prompts are encoded and what else the U-Net is given."""
 

@@ -64,17 +64,21 @@ class LatentSpace:
     @classmethod
     def of(cls, vae: Autoencoder) -> LatentSpace:
         """From a VAE's configuration; of FLUX.2's, from the statistics that it has as a batch normalisation."""
-        config = vae.config
-        if (norm := getattr(vae, "bn", None)) is not None:
+        return cls.of_config(vae.config, getattr(vae, "bn", None))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], norm: Any = None) -> LatentSpace:
+        """The same of a configuration alone; all but FLUX.2's say what is needed."""
+        if norm is not None:
             shift, deviations = norm.running_mean.tolist(), (norm.running_var + config["batch_norm_eps"]).sqrt().tolist()
-        elif config.get("latents_mean") is not None:
+        elif config.get("latents_mean"):
             shift, deviations = config["latents_mean"], config["latents_std"]
         else:
             shift, deviations = [config.get("shift_factor") or 0.0], None
         is_video = "z_dim" in config
         return cls(
             channels=config["z_dim"] if is_video else config["latent_channels"],
-            downsampling=vae.spatial_compression_ratio if is_video else 2 ** (len(config["block_out_channels"]) - 1),
+            downsampling=2 ** (len(config["temperal_downsample"]) if is_video else len(config["block_out_channels"]) - 1),
             shift=tuple(shift),
             factor=(config["scaling_factor"],) if deviations is None else tuple(1 / deviation for deviation in deviations),
             packing=1 if norm is None else config["patch_size"][0],

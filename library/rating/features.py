@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from library.models.base import DiffusionModel
+from library.models.unet_model import check_unet
 from library.rating.space import LATENT_FEATURES
 from library.rollouts.sample import model_autocast
 from library.scorers.kinds.unet_encoder import outputs_of, tap_names
@@ -23,6 +24,7 @@ class PictureFeatures:
     """
 
     def __init__(self, model: DiffusionModel) -> None:
+        check_unet(model, "the running scorer of the page")
         self._model = model
         self._taps = [model.unet.get_submodule(name) for name in tap_names("all", model.unet.config)]
         self._null = model.encode_prompts([""])

@@ -152,7 +152,7 @@ def _as_on_cuda() -> Iterator[None]:
 
     def rounded(function: Callable[..., Tensor], low: bool) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            if args[0].is_meta and enabled("cpu"):
+            if (args or tuple(kwargs.values()))[0].is_meta and enabled("cpu"):
                 dtype = autocast_dtype("cpu") if low else torch.float32
                 args, kwargs = tree_map_only(Tensor, lambda one: one.to(dtype), (args, kwargs))
             return function(*args, **kwargs)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from library.atomic_files import NoTensors, atomic_save_safetensors, load_tensors
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.models.unet_model import check_unet
 from library.types import Conditioning
 
 FORMAT_KEY, FORMAT, SPEC_KEY = "leco_score.format", "image_prompt_adapter/1", "leco_score.spec"
@@ -51,6 +52,7 @@ def text_encoder_fingerprint(model: DiffusionModel) -> Fingerprint:
 
     The first token is left out: it says nothing of the prompt and is so large in CLIP that it would hide the rest.
     """
+    check_unet(model, "image_prompts")
     return Fingerprint.of(model.encode_prompts([PROBE_PROMPT]).text[0, 1:16])
 
 

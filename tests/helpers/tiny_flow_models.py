@@ -1,11 +1,20 @@
-"""Tiny random models of the families by flow matching, as objects and as folders; pictures of 64 pixels have latents of 8."""
+"""Tiny random pipelines of the families by flow matching, whose `save_pretrained` writes folders."""
 
-from pathlib import Path
+import re
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from torch import nn
+from diffusers import (
+    AnimaAutoBlocks,
+    AnimaTextConditioner,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    CosmosTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
 from examples.shapes.tokenizer import build_chat_tokenizer
@@ -49,6 +58,58 @@ def z_image_pipeline(**changes: Any) -> ZImagePipeline:
     return pipeline
 
 
-def z_image_folder(folder: Path) -> Path:
-    z_image_pipeline().save_pretrained(folder)
-    return folder
+def anima_pipeline() -> Any:
+    """The same of Anima, both of whose tokenizers are Qwen's here."""
+    config = bundled_config("anima")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer: Any = build_chat_tokenizer()
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "text_embed_dim": 32, "adaln_lora_dim": 16}
+        adapter = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 1, "num_attention_heads": 2}
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config["scheduler"])
+        pipeline: Any = AnimaAutoBlocks().init_pipeline()
+        pipeline.update_components(
+            transformer=CosmosTransformer3DModel(**config["transformer"] | sizes).eval(),
+            text_conditioner=AnimaTextConditioner(**adapter, target_vocab_size=len(tokenizer)).eval(),
+            vae=AutoencoderKLWan(**config["vae"] | {"base_dim": 8}).eval(),
+            text_encoder=tiny_language_model(len(tokenizer)).eval(),
+            tokenizer=tokenizer,
+            t5_tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+PIPELINES = {"z_image": z_image_pipeline, "anima": anima_pipeline}
+
+
+ANIMA_NAMES = {"transformer_blocks": "blocks", "attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "output_proj"}
+ANIMA_NAMES |= {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "norm_q": "q_norm", "norm_k": "k_norm", "ff.net.2": "mlp.layer2"}
+ANIMA_NAMES |= {"ff.net.0.proj": "mlp.layer1", "patch_embed.proj": "x_embedder.proj.1", "proj_out": "final_layer.linear"}
+ANIMA_NAMES |= {"time_embed.t_embedder": "t_embedder.1", "time_embed.norm": "t_embedding_norm"}
+ANIMA_NAMES |= {f"norm_out.linear_{place}": f"final_layer.adaln_modulation.{place}" for place in (1, 2)}
+ANIMA_NAMES |= {
+    f"norm{number}.linear_{place}": f"adaln_modulation_{part}.{place}"
+    for number, part in enumerate(("self_attn", "cross_attn", "mlp"), start=1)
+    for place in (1, 2)
+}
+
+
+def original_names(kind: str, pipeline: Any) -> dict[str, Tensor]:
+    """As the published single files have them: of Z-Image q, k and v in one matrix, of Anima with its adapter."""
+    tensors, found = dict(pipeline.transformer.state_dict()), {}
+    if kind == "anima":
+        for name, tensor in tensors.items():
+            for ours, theirs in ANIMA_NAMES.items():
+                name = name.replace(ours, theirs)
+            found[name] = tensor.clone()
+        return found | {f"llm_adapter.{name}": tensor for name, tensor in pipeline.text_conditioner.state_dict().items()}
+    for name, tensor in tensors.items():
+        if ".to_q." in name:
+            tensor = torch.cat([tensors[name.replace(".to_q.", f".to_{letter}.")] for letter in "qkv"])
+        if ".to_k." not in name and ".to_v." not in name:
+            name = name.replace(".to_q.", ".qkv.").replace(".to_out.0.", ".out.").replace("all_x_embedder.2-1", "x_embedder")
+            name = re.sub(r"\.norm_([qk])\.", r".\1_norm.", name).replace("all_final_layer.2-1", "final_layer")
+            found[name] = tensor.clone()
+    return found

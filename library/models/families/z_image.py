@@ -20,11 +20,9 @@ class ZImage(FlowModel):
     """The last hidden state but one of Qwen3, of the prompt as a user's request; a row is as many tokens as its prompt has."""
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        text_encoder, tokenizer = self.text_encoders[0], self.tokenizers[0]
-        ids, mask = self._tokens([self._request(prompt) for prompt in prompts], tokenizer)
-        with self._fetched(text_encoder):
-            ids, mask = ids.to(text_encoder.device), mask.to(text_encoder.device)
-            text = self._hidden_states(text_encoder, ids, mask)
+        ids, mask = (part.to(self.device) for part in self._tokens([self._request(prompt) for prompt in prompts], self.tokenizers[0]))
+        with self._fetched(self.text_encoders[0]):
+            text = self._hidden_states(self.text_encoders[0], ids, mask)
         return Conditioning(text * mask[..., None].to(text), lengths=mask.sum(1))
 
     def _hidden_states(self, text_encoder: Any, token_ids: Tensor, *others: Tensor) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
+from library.models.unet_model import check_unet
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.types import Conditioning
@@ -98,6 +99,7 @@ class UNetEncoder(Backbone):
         known = [name for name in parameters if name != "self" and name not in FROM_THE_MODEL]
         check_scorer_args("unet_encoder", options, known)
         model = source.model()
+        check_unet(model, "scorer kind unet_encoder")
         values: dict[str, Any] = {
             "unet": distinctive_config(model.unet),
             "prompt_tokens": model.encode_prompts([""]).text.shape[1],
