@@ -185,6 +185,8 @@ def test_it_is_not_raised_beyond_where_judges_and_pictures_hold():
     chosen = choose_scale(seen(abs, sound=sound), SEEN)
     assert chosen.scale == pytest.approx(0.75) and chosen.gain == pytest.approx(1.5) and "hard to see in some pictures" in chosen.note
     assert next_strength(seen(lambda m: 0.1 * abs(m), sound=sound), SEEN) is None  # and no stronger one is tried
+    weak = choose_scale(seen(abs, gain=lambda m: 0.3 * m, sound=sound), SEEN)
+    assert "1 standard deviation is not reached" in weak.note and "so that no more was tried" in weak.note
 
 
 def test_it_is_not_raised_beyond_where_both_signs_are_usable():

@@ -1,11 +1,12 @@
 """Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
 
-    python -m benchmarks.proofs calibration running_gain elsewhere worlds both_ends hacking opposites two_scores leco text_free
+    python -m benchmarks.proofs calibration running_gain elsewhere worlds full_width both_ends hacking opposites two_scores leco text_free
 
 calibration  three scores, three seeds: what the file promises of +1 and -1, the true gain on prompts that training never saw
 running_gain  what those runs' running gain said before each observation, and what that measured
 elsewhere    one of them at other guidance scales, samplers and numbers of steps
-worlds       other learning rates, a score ten times as steep, other drawings and prompts, a full-width SD1.5 with random weights
+worlds       other learning rates, a score ten times as steep, other drawings and prompts
+full_width   a full-width SD1.5 with random weights, at 64 pixels
 both_ends    with and without more trajectories for the weaker sign
 hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
@@ -31,7 +32,7 @@ from benchmarks.proofs.runs import Row
 PROOFS: dict[str, Callable[[], list[Row]]] = {
     proof.__name__: proof
     for proof in (
-        *(strength.calibration, strength.running_gain, strength.elsewhere, strength.worlds, strength.both_ends),
+        *(strength.calibration, strength.running_gain, strength.elsewhere, strength.worlds, strength.full_width, strength.both_ends),
         *(objective.hacking, objective.opposites, objective.two_scores, objective.leco, objective.text_free),
     )
 }

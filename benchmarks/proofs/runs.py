@@ -35,17 +35,14 @@ PLAIN: Row = {"max_train_steps": 120, "measure": "off"}  # as trained: neither s
 UNIT_SEEDS = 4  # of the base model: the unit is harder to know than the gain
 
 
-def slider(name: str, *, example: bool = True, **changes: Any) -> Path:
-    """Train a slider with the example's settings, or with the program's defaults, changed; or take the one that is there."""
+def slider(name: str, **changes: Any) -> Path:
+    """Train a slider with the example's settings and the program's own calibration, changed; or take the one that is there."""
     folder = OUTPUT / name
     path = folder / "slider.safetensors"
     if not path.is_file():
-        settings: Row = {"pretrained_model_name_or_path": str(MODEL)}
-        if example:
-            settings = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(leco_score_config()))
-            settings |= {"calibrate": "visible", "sample_every_n_steps": ""}
+        settings: Row = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(leco_score_config()))
         settings |= {"prompts_file": str(prompts()[0]), "output_dir": str(folder), "output_name": "slider", "num_threads": 1}
-        train(build(leco_score_config(), settings | changes))
+        train(build(leco_score_config(), settings | {"calibrate": "visible", "sample_every_n_steps": ""} | changes))
     return path
 
 

@@ -21,17 +21,13 @@ SEEDS = (0, 1, 2)
 
 
 def calibrated(score: str, seed: int) -> Path:
-    """With the program's defaults, but the guidance that this small model bears."""
-    name = f"calibration_{score}_{seed}"
-    return slider(name, example=False, scorer=[str(scorer(score))], seed=seed, leco_denoise_guidance_scale=3.0)
+    return slider(f"calibration_{score}_{seed}", scorer=[str(scorer(score))], seed=seed)
 
 
 def calibration() -> list[Row]:
     """What the file promises of +1 and -1, and what the true score says on prompts that training never saw."""
-    return [
-        row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=2.0, count=256, seeds=1)
-        for seed, score in product(SEEDS, SCORES)
-    ]
+    runs = list(product(SEEDS, SCORES))
+    return [row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=1.3, count=48) for seed, score in runs]
 
 
 def running_gain() -> list[Row]:
@@ -102,11 +98,15 @@ def worlds() -> list[Row]:
         "score ten times as steep": {"scorer": [str(steep)]},
         "other drawings and prompts": {"scorer": [str(drawings)], "prompts_file": str(others)},
     }
-    rows = [row(name, slider(f"worlds_{name.replace(' ', '_')}", **changes), "brightness", stops_at=1.3) for name, changes in runs.items()]
+    paths = {name: slider(f"worlds_{name.replace(' ', '_')}", **changes) for name, changes in runs.items()}
+    return [row(name, path, "brightness", stops_at=1.3, count=16) for name, path in paths.items()]
+
+
+def full_width() -> list[Row]:
+    """A world of another size: SD1.5 with random weights, at 64 pixels. Neither its pictures nor its score mean anything."""
     folder = OUTPUT / "random_sd15"
     path = slider("worlds_sd15", **random_sd15(folder))
-    sampling = {"num_steps": 4, "guidance": 1.0}
-    return [*rows, row("SD1.5, full width, random weights, 64 pixels", path, None, stops_at=1.3, model=folder, count=8, **sampling)]
+    return [row("SD1.5, random weights", path, None, stops_at=1.3, model=folder, count=8, num_steps=4, guidance=1.0)]
 
 
 def random_sd15(folder: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def random_sd15(folder: Path) -> dict[str, Any]:
         "max_denoising_steps": 4,
         "leco_denoise_guidance_scale": 1.0,
     }
-    return {"pretrained_model_name_or_path": str(folder), "scorer": [str(folder / "scorer.safetensors")], "calibrate": "visible", **short}
+    return {"pretrained_model_name_or_path": str(folder), "scorer": [str(folder / "scorer.safetensors")], **short}
 
 
 def both_ends() -> list[Row]:

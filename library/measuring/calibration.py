@@ -162,7 +162,8 @@ def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
     Where the target is not reached, s is the end of that range; where the range is empty, 1; and never below `WEAKEST`.
     """
     arm = _Arm.of(curve, target)
-    words = f"The target of {target.gain:.3g} standard deviations"
+    wished = f"{target.gain:.3g} standard deviation{'' if target.gain == 1 else 's'}"
+    words = f"The target of {wished}"
     if arm.end == 0:
         choice = "The slider does not raise its training score even when it is weakest, so its strength was left as trained."
         return _calibration(curve, 1.0, target, False, choice)
@@ -175,13 +176,14 @@ def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
     wanted = arm.wanted if arm.wanted < np.inf else min(arm.end, float(arm.strengths[-1])) if arm.wanted_gain < np.inf else np.inf
     if wanted <= arm.end:
         farther = wanted > 1.01 * arm.wanted_gain
-        unit = "standard deviation" if target.gain == 1 else "standard deviations"
-        reason = f", so that it can be seen; {target.gain:.3g} {unit} would be weight {arm.wanted_gain / wanted:.2f}" if farther else ""
+        reason = f", so that it can be seen; {wished} would be weight {arm.wanted_gain / wanted:.2f}" if farther else ""
         return _calibration(curve, wanted, target, True, f"Weight 1 is {wanted:.3g} of the trained strength{reason}.")
     far, reason = f"weight 1 is {arm.end:.3g} of the trained strength", "the largest that was tried"
     if arm.end < arm.strengths[-1]:
         cause = "the pictures drift too far" if arm.drift_end < arm.monotone_end else "the score stops following the weight"
         reason = f"beyond which {cause}"
+    elif not all(curve.sound):
+        reason = "where judges fall, pixels clip or what was asked for is lost, so that no more was tried"
     return _calibration(curve, arm.end, target, False, f"{words} is not reached: {far}, {reason}.")
 
 
