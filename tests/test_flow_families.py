@@ -15,10 +15,11 @@ from library.diffusion.noise_schedule import ABAR_FLOOR, NoiseSchedule, eps_to_f
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.flow_model import FlowFamily
-from library.models.loading import load_model
+from library.models.loading import load_model, load_vae
 from library.models.packed import PackedLinear, pack_unet
 from library.models.registry import FAMILIES
 from library.models.textual_inversion import load_embeddings
+from library.models.vae import VaeFingerprint
 from library.rating.features import PictureFeatures
 from library.rollouts.few_step import detect
 from library.rollouts.sample import SamplingConfig, initial_noise, sample
@@ -34,7 +35,7 @@ from networks.lora import create_network, create_network_from_weights
 from networks.lora_targets import find_targets
 from tests.helpers.tiny_flow_models import PIPELINES, original_names
 from tests.helpers.tiny_leco_run import run, settings, tiny_scorer
-from tests.helpers.tiny_models import tiny_vae
+from tests.helpers.tiny_models import tiny_vae, vae_to_ldm
 from train_leco_score import leco_score_config
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
@@ -228,6 +229,16 @@ def test_a_single_file_is_the_same_model(kind, folder, tmp_path, whole):
             load_model(file, vae=folder / "vae")
         by_folder = load_model(file, vae=folder / "vae", text_encoder=folder)
         assert by_folder.tokenizers[0].chat_template == expected.tokenizers[0].chat_template
+
+
+def test_flux_vae_of_a_single_file(tmp_path):
+    """ae.safetensors, as ComfyUI has it."""
+    pipeline = PIPELINES["z_image"]()
+    save_file({name: tensor.clone() for name, tensor in vae_to_ldm(pipeline.vae).items()}, tmp_path / "ae.safetensors")
+    vae = load_vae(tmp_path / "ae.safetensors", family="z_image")
+    assert VaeFingerprint.of(vae).matches(own := VaeFingerprint.of(pipeline.vae)) and own.name == "FLUX.1 latents"
+    with pytest.raises(UserError, match="of Stable Diffusion's or FLUX's kind, and Anima has another"):
+        load_vae(tmp_path / "ae.safetensors", family="anima")
 
 
 def test_what_does_not_fit_is_said(kind, folder, tmp_path):
