@@ -112,7 +112,7 @@ class SliderPictures:
 
     def calibration(self, target: Target, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
-        fresh seeds; and what those say of weight +1 and -1, with the pictures nearest to these weights, whichever measurement made them."""
+        fresh seeds; and the measurement that is nearest to the weights +1 and -1, whose judges, flaws and pictures are told of."""
         before = self.model.num_unet_evaluations
         known = known or self.measured((-1.0, 1.0), "the strength")
         made = {1.0: known}  # by strength
@@ -143,8 +143,8 @@ class SliderPictures:
         made[scale] = record
         with_pictures = [strength for strength, own in made.items() if own.pictures] or [scale]  # those of a resumed run are not kept
         nearest = min(with_pictures, key=lambda strength: abs(math.log(strength / calibration.scale)))
-        weights = tuple(weight / scale for weight in record.multipliers)
-        record = replace(record, multipliers=weights, pictures=made[nearest].pictures)
+        own = made[nearest]
+        record = replace(own, multipliers=tuple(weight / nearest for weight in own.multipliers))
         return replace(calibration, pictured_at=nearest / calibration.scale), record
 
     def _curve(self, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
