@@ -11,7 +11,8 @@ from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.diffusion.noise_schedule import ABAR_FLOOR, NoiseSchedule, eps_to_flow, eps_to_x0, flow_scale, flow_to_eps, sigma_to_abar
+from library.diffusion.flow import FlowSchedule
+from library.diffusion.noise_schedule import ABAR_FLOOR, eps_to_flow, eps_to_x0, flow_scale, flow_to_eps, sigma_to_abar
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.flow_model import FlowFamily
@@ -20,6 +21,7 @@ from library.models.packed import PackedLinear, pack_unet
 from library.models.registry import FAMILIES
 from library.models.textual_inversion import load_embeddings
 from library.models.vae import VaeFingerprint
+from library.objectives.regression import as_output, min_snr_weights, squared_errors
 from library.rating.features import PictureFeatures
 from library.rollouts.few_step import detect
 from library.rollouts.sample import SamplingConfig, initial_noise, sample
@@ -56,7 +58,7 @@ def test_timesteps_and_sigmas_equal_diffusers(config, num_steps):
     theirs: Any
     theirs, mu = FlowMatchEulerDiscreteScheduler.from_config(FLOW | config), 0.5 + 0.65 * (8 * 12 / 4 - 256) / (4096 - 256)
     theirs.set_timesteps(sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist(), mu=mu)
-    ours = NoiseSchedule.from_config(FLOW | config)
+    ours = FlowSchedule.from_config(FLOW | config)
     timesteps = ours.inference_timesteps(num_steps, size=(8, 12))
     torch.testing.assert_close((timesteps[:-1] + 1) / 1000, theirs.sigmas[:-1], atol=1e-6, rtol=0)
     assert timesteps[-1] == -1 and ours.abar(timesteps[-1:]).item() == 1
@@ -88,7 +90,7 @@ def moved_by(theirs: Any, start: Tensor, velocity: Any) -> Tensor:
 @pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp_2m"])
 def test_solvers_equal_diffusers(name):
     """From s = 0.999 on, where nothing stands in for infinity: float32 rounding."""
-    schedule, solver, num_steps = NoiseSchedule.from_config(FLOW | {"shift": 3.0}), get_solver(name), 6
+    schedule, solver, num_steps = FlowSchedule.from_config(FLOW | {"shift": 3.0}), get_solver(name), 6
     start = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def velocity(latents: Tensor, share: Tensor) -> Tensor:
@@ -116,11 +118,11 @@ def test_solvers_equal_diffusers(name):
 @pytest.mark.parametrize("change", [{"invert_sigmas": True}, {"use_karras_sigmas": True}, {"shift": -1}])
 def test_other_flows_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        NoiseSchedule.from_config(FLOW | change)
+        FlowSchedule.from_config(FLOW | change)
 
 
 def test_a_flow_ends_in_pure_noise():
-    schedule = NoiseSchedule.from_config(FLOW)
+    schedule = FlowSchedule.from_config(FLOW)
     assert schedule.alphas_cumprod[-1] == schedule.abar(torch.tensor([999.0])) == ABAR_FLOOR
     assert schedule.with_zero_terminal_snr() is schedule
 
@@ -342,3 +344,16 @@ def test_memory_of_a_run_is_estimated(kind, folder, tmp_path):
     config = build(leco_score_config(), settings(tmp_path, tmp_path, resolution=[64], measure="full", quantize_base="int8"))
     found = estimate(config)
     assert found.weights["U-Net"] > 0 and all(peak > 0 for peak in found.peaks.values())
+
+
+@torch.no_grad()
+def test_min_snr_weighs_an_error_in_x0(folder):
+    model, gamma = load_model(folder), 5.0
+    eps, wrong, latents = torch.randn(3, 4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([30.0, 300.0, 600.0, 900.0])
+    abar = model.schedule.abar(timesteps)
+    outputs, targets = (as_output(model, latents, part, timesteps) for part in (wrong, eps))
+    weighed = min_snr_weights(model, timesteps, gamma) * squared_errors(outputs, targets)
+    snr = abar / (1 - abar)
+    of_x0 = squared_errors(eps_to_x0(latents, wrong, abar), eps_to_x0(latents, eps, abar))
+    torch.testing.assert_close(weighed, snr.clamp(max=gamma) * of_x0, rtol=1e-3, atol=0)

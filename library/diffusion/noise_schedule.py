@@ -1,12 +1,8 @@
 """The noise schedule of a variance-preserving model, and the conversions between eps, v, a flow's velocity, x0, abar and sigma.
 
 `abar` is the cumulative product of 1 - beta; `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`; `sigma = sqrt(1 - abar) / sqrt(abar)`.
-
-Flow matching (arXiv 2210.02747, 2209.03003) has latents z = (1 - s) x0 + s eps for s in 0..1, and a network that puts out the velocity
-eps - x0. Divided by sqrt((1 - s)^2 + s^2) they are variance-preserving, sigma = s / (1 - s), and Euler's step along the velocity is DDIM's.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -21,8 +17,6 @@ TimestepSpacing = Literal["leading", "trailing", "linspace", "lcm", "karras", "f
 CONFIG_SPACINGS = ("leading", "trailing", "linspace")  # those that a scheduler_config.json can name
 
 KARRAS_RHO = 7.0
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-_OTHER_FLOWS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
 
 # The smallest abar a schedule may hold. A zero-terminal-SNR schedule ends at abar = 0, where eps alone does not determine x0.
 # 2**-24 (sigma = 4096) is what diffusers' EulerDiscreteScheduler puts there. It is also where the two errors balance: pretending
@@ -118,23 +112,18 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def _num_timesteps(config: Mapping[str, Any]) -> int:
+def num_timesteps(config: Mapping[str, Any]) -> int:
     num_steps = config.get("num_train_timesteps", 1000)
     if type(num_steps) is not int or not 1 < num_steps <= MOST_TIMESTEPS:
         raise UserError(f"The model's scheduler has num_train_timesteps {str(num_steps)[:40]}; it must be from 2 to {MOST_TIMESTEPS}.")
     return num_steps
 
 
-def _flow_abar(share: Tensor) -> Tensor:
-    """abar where the share of noise is s, float64 -> float32; at s = 1 the floor."""
-    return ((1 - share) ** 2 / ((1 - share) ** 2 + share**2)).clamp(min=ABAR_FLOOR).float()
-
-
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """[T] float32; computed in float32 as diffusers does, because models are sampled with its rounding."""
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
-    num_steps = _num_timesteps(config)
+    num_steps = num_timesteps(config)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     match config.get("beta_schedule", "linear"):
         case "linear":
@@ -152,12 +141,9 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: abar of each training timestep [T], float32 on the CPU, falling, never below `ABAR_FLOOR`.
         final_alpha_cumprod: abar where sampling ends (timestep -1): 1.0, or that of timestep 0 when set_alpha_to_one is false.
-        prediction_type: what the network puts out, "epsilon", "v_prediction" or "flow". With the last, timestep t is s = (t + 1) / T.
+        prediction_type: what the network puts out, "epsilon", "v_prediction" or "flow" (`library.diffusion.flow`).
         timestep_spacing, steps_offset: the model's own choice of timesteps; arXiv 2305.08891, table 2.
         lcm_steps: on how many of its timesteps a latent consistency model was distilled; spacing "lcm" takes some of them.
-        shift: of spacing "flow"; above 1, more of the steps are taken where there is much noise (arXiv 2403.03206, section 5.3.2).
-        shift_of_size: (base_image_seq_len, base_shift, max_image_seq_len, max_shift) of diffusers: log shift on a line over the number of
-            patches of 2 x 2 latents; it takes the place of `shift`.
     """
 
     alphas_cumprod: Tensor
@@ -166,8 +152,6 @@ class NoiseSchedule:
     timestep_spacing: TimestepSpacing = "leading"
     steps_offset: int = 0
     lcm_steps: int = 50
-    shift: float = 1.0
-    shift_of_size: tuple[float, float, float, float] | None = None
     _tables: dict[torch.device, Tensor] = field(init=False, default_factory=dict)  # alphas_cumprod, by device
 
     @classmethod
@@ -177,8 +161,6 @@ class NoiseSchedule:
         Raises:
             UserError: a beta schedule, prediction type or spacing that is not supported.
         """
-        if scheduler_config.get("_class_name") == FLOW_SCHEDULER:
-            return cls._of_flow(scheduler_config)
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"The model's scheduler has prediction_type {prediction_type!r}; only epsilon and v_prediction are supported.")
@@ -203,29 +185,6 @@ class NoiseSchedule:
             lcm_steps=scheduler_config.get("original_inference_steps", 50),
         )
 
-    @classmethod
-    def _of_flow(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """From the config of a FlowMatchEulerDiscreteScheduler."""
-        if unknown := [name for name in _OTHER_FLOWS if config.get(name)]:
-            raise UserError(f"The model's scheduler has {unknown[0]}, which is not supported.")
-        size = None
-        if config.get("use_dynamic_shifting"):
-            if config.get("time_shift_type", "exponential") != "exponential":
-                raise UserError("The model's scheduler has time_shift_type linear; only exponential is supported.")
-            defaults = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
-            size = tuple(float(config.get(name, default)) for name, default in defaults.items())
-        shift = config.get("shift", 1.0)
-        if not isinstance(shift, int | float) or not 0 < shift < 1000:
-            raise UserError(f"The model's scheduler has shift {str(shift)[:40]}; it must be a number above 0.")
-        share = torch.arange(1, _num_timesteps(config) + 1, dtype=torch.float64)
-        return cls(
-            alphas_cumprod=_flow_abar(share / len(share)),
-            prediction_type="flow",
-            timestep_spacing="flow",
-            shift=float(shift),
-            shift_of_size=size,  # type: ignore[arg-type]
-        )
-
     def with_zero_terminal_snr(self) -> "NoiseSchedule":
         """The schedule rescaled to end in pure noise, with trailing steps, which begin there; arXiv 2305.08891, sections 3.1 and 3.3.
 
@@ -234,8 +193,6 @@ class NoiseSchedule:
         Raises:
             UserError: the model predicts eps, which says nothing about the picture where all is noise.
         """
-        if self.prediction_type == "flow":  # which ends in pure noise
-            return self
         if self.prediction_type != "v_prediction":
             raise UserError(
                 "zero_terminal_snr was asked for, but the model predicts eps; only a v-prediction model can use it: leave it out."
@@ -252,23 +209,21 @@ class NoiseSchedule:
     def abar(self, timesteps: Tensor) -> Tensor:
         """abar at each timestep [B] -> [B] float32 on its device; below 0 is the end of the schedule (`final_alpha_cumprod`).
 
-        A float timestep lies between two training timesteps: log sigma is interpolated linearly, as k-diffusion does. A flow has its own
-        noise there.
+        A float timestep lies between two training timesteps: log sigma is interpolated linearly, as k-diffusion does.
         """
         table = self._tables.get(timesteps.device)
         if table is None:  # copied once: a copy is waited for
             table = self._tables[timesteps.device] = self.alphas_cumprod.to(timesteps.device)
-        if timesteps.is_floating_point() and self.prediction_type == "flow":
-            abar = _flow_abar((timesteps.double() + 1) / len(self))
-        elif timesteps.is_floating_point():
-            log_sigmas = abar_to_sigma(table.double()).log()
-            position = timesteps.double().clamp(0, len(self) - 1)
-            low = position.floor().long()
-            high = position.ceil().long()
-            abar = sigma_to_abar(torch.lerp(log_sigmas[low], log_sigmas[high], position - low).exp()).float()
-        else:
-            abar = table[timesteps.clamp(min=0)]
+        abar = self._between(timesteps, table) if timesteps.is_floating_point() else table[timesteps.clamp(min=0)]
         return torch.where(timesteps < 0, self.final_alpha_cumprod, abar)
+
+    def _between(self, timesteps: Tensor, table: Tensor) -> Tensor:
+        """abar at float timesteps [B] -> [B] float32."""
+        log_sigmas = abar_to_sigma(table.double()).log()
+        position = timesteps.double().clamp(0, len(self) - 1)
+        low = position.floor().long()
+        high = position.ceil().long()
+        return sigma_to_abar(torch.lerp(log_sigmas[low], log_sigmas[high], position - low).exp()).float()
 
     def sigmas(self, timesteps: Tensor) -> Tensor:
         """sigma at each timestep [B] -> [B] float32 on its device; see `abar`."""
@@ -276,9 +231,6 @@ class NoiseSchedule:
 
     def timesteps_of(self, sigmas: Tensor) -> Tensor:
         """The float timestep in 0..T-1 whose sigma it is [B] -> [B] float32; a sigma outside the schedule takes the nearest end."""
-        if self.prediction_type == "flow":
-            share = sigmas.double() / (1 + sigmas.double())
-            return (share * len(self) - 1).clamp(0, len(self) - 1).float()
         log_sigmas = abar_to_sigma(self.alphas_cumprod.to(sigmas.device).double()).log()
         wanted = sigmas.double().log().clamp(log_sigmas[0], log_sigmas[-1])
         high = torch.searchsorted(log_sigmas, wanted).clamp(1, len(self) - 1)
@@ -288,13 +240,12 @@ class NoiseSchedule:
     def inference_timesteps(self, num_steps: int, spacing: TimestepSpacing | None = None, size: tuple[int, int] = (128, 128)) -> Tensor:
         """The timesteps of a sampler with `num_steps` steps: [num_steps + 1] on the CPU, descending, the last one -1 (clean).
 
-        int64, but float32 for "karras" and "flow", whose sigmas lie between the training timesteps. The first `num_steps` equal those of
-        diffusers' DDIMScheduler, those of its LCMScheduler ("lcm") or FlowMatchEulerDiscreteScheduler ("flow", at s from 1 to 1 / num_steps
-        as the pipelines ask for), or the sigmas of EDM (arXiv 2206.00364, eq. 5).
+        int64, but float32 for "karras", whose sigmas lie between the training timesteps. The first `num_steps` equal those of
+        diffusers' DDIMScheduler, those of its LCMScheduler ("lcm"), or the sigmas of EDM (arXiv 2206.00364, eq. 5).
 
         Args:
             spacing: overrides the model's own.
-            size: (height, width) of the latents, which `shift_of_size` heeds.
+            size: (height, width) of the latents, which some flows heed.
 
         Raises:
             UserError: more steps than there are timesteps, or fewer than 1; an unknown spacing.
@@ -324,18 +275,10 @@ class NoiseSchedule:
                 sigmas = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_steps, dtype=torch.float64)) ** KARRAS_RHO
                 steps = self.timesteps_of(sigmas)
             case "flow":
-                share = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
-                shift = self._shift_at(size)
-                steps = (total * shift * share / (1 + (shift - 1) * share) - 1).clamp(min=0).float()
+                raise UserError("The timestep spacing flow is for models of flow matching; use another, or leave it out.")
             case other:
                 raise UserError(f"There is no timestep spacing {other!r}; use {', '.join(get_args(TimestepSpacing))}.")
         return torch.cat([steps, torch.tensor([-1])])
-
-    def _shift_at(self, size: tuple[int, int]) -> float:
-        if self.shift_of_size is None:
-            return self.shift
-        base_length, base, max_length, most = self.shift_of_size
-        return math.exp(base + (most - base) * (size[0] * size[1] / 4 - base_length) / (max_length - base_length))
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise; DDPM, arXiv 2006.11239, eq. 4. x0, noise [B, C, h, w]; timesteps [B]."""

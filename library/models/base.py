@@ -5,13 +5,11 @@ The network that predicts is called `unet`, as it is in sd-scripts, whether it i
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,6 @@ from library.models.vae_slices import in_slices
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
-
-NATIVE_SIZE = 1024  # pixels, of a model that does not say its own
 
 TimeIds = tuple[int, int, int, int, int, int]
 """What SDXL is given of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
@@ -64,69 +60,6 @@ class ModelSpec:
     def vae_scale_factor(self) -> int:
         """Pixels to a latent."""
         return self.latent_space.downsampling
-
-
-Component = Callable[[Any, Path, torch.dtype], Any]
-"""Loads one part: a class of diffusers or transformers, the folder, the dtype of its weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family(ABC):
-    """All that loading needs to know about a family; a file in families/ makes one and registers it.
-
-    Attributes:
-        name, title: for options, for messages.
-        model_class: the DiffusionModel subclass.
-        config_file: the published configs (JSON) by component: `denoiser`, vae, the text encoders, scheduler.
-        pipeline_class: _class_name in a diffusers folder's model_index.json.
-        denoiser, denoiser_class: the folder of the network that predicts, and its class in diffusers.
-        versions: (ss_base_model_version, modelspec.architecture) of its LoRAs by prediction type.
-        implementation: modelspec.implementation of its LoRAs.
-    """
-
-    name: str
-    title: str
-    model_class: type[DiffusionModel]
-    config_file: Path
-    pipeline_class: str
-    denoiser: str = "unet"
-    denoiser_class: str = "UNet2DConditionModel"
-    versions: Mapping[PredictionType, tuple[str, str]]
-    implementation: str
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The published configs by component."""
-        return json.loads(self.config_file.read_text(encoding="utf-8"))
-
-    @property
-    def in_channels(self) -> int:
-        """Of the latents that it draws, as published."""
-        return self.config[self.denoiser]["in_channels"]
-
-    @abstractmethod
-    def is_folder(self, index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        """Whether a diffusers folder with this model_index.json and this config of its denoiser is of this family."""
-
-    @abstractmethod
-    def text_of_folder(self, path: Path, component: Component, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
-        """The text encoders of a diffusers folder, in the order in which the denoiser expects them, and their tokenizers."""
-
-    def spec(self, *, prediction_type: PredictionType, unet: Any, vae: Autoencoder, name: str, scheduler: str = "") -> ModelSpec:
-        version, architecture = self.versions[prediction_type]
-        latent_space = LatentSpace.of(vae)
-        own_size = unet.config.get("sample_size")
-        return ModelSpec(
-            family=self.name,
-            prediction_type=prediction_type,
-            latent_space=latent_space,
-            resolution=own_size * latent_space.downsampling if own_size else vae.config.get("sample_size", NATIVE_SIZE),
-            base_model_version=version,
-            architecture=architecture,
-            implementation=self.implementation,
-            name=name,
-            scheduler=scheduler,
-        )
 
 
 class DiffusionModel(ABC):

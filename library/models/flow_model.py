@@ -14,11 +14,13 @@ from torch import Tensor
 
 from library.diffusion.noise_schedule import flow_scale, per_sample
 from library.errors import UserError
-from library.models.base import Component, DiffusionModel, Family, TimeIds
+from library.models.base import DiffusionModel, TimeIds
+from library.models.family import Component, Family
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
 
+PREFIXES = ("model.diffusion_model.", "net.", "")
 MOST_TOKENS = 512  # of a prompt, in diffusers' pipelines
 
 StateDict = Mapping[str, Tensor]
@@ -46,6 +48,10 @@ class FlowFamily(Family):
         import transformers
 
         return [component(transformers.Qwen3Model, path / "text_encoder", dtype)], [read_tokenizer(path / name) for name in self.tokenizers]
+
+    def prefix_in(self, tensors: StateDict) -> str | None:
+        """What the names of its transformer begin with in a single file, or None if it is not there."""
+        return next((prefix for prefix in PREFIXES if prefix + self.mark in tensors), None)
 
     @abstractmethod
     def denoiser_of_file(self, tensors: StateDict) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from library.diffusion.noise_schedule import FLOW_SCHEDULER, NoiseSchedule
+from library.diffusion.flow import FLOW_SCHEDULER, FlowSchedule
+from library.diffusion.noise_schedule import NoiseSchedule
 from library.errors import UserError
 from library.models import single_file
-from library.models.base import DiffusionModel, Family
+from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.models.flow_model import FlowFamily, read_tokenizer
-from library.models.hub import choose_weights, find_model
+from library.models.family import Component, Family
+from library.models.flow_file import TextSource, build_transformer
+from library.models.flow_model import FlowFamily
+from library.models.folder_parts import component, component_without_values, read_json
+from library.models.hub import find_model
 from library.models.prediction import predicts_v, warn_of_name
 from library.models.registry import FAMILIES
 from library.models.unet_model import UNetFamily
 from library.models.vae import Autoencoder, LatentSpace, place_vae, vae_class
 
 logger = logging.getLogger(__name__)
-
-LARGEST_SIZE = 1 << 20  # a width, a vocabulary, a side of a picture
-MOST_LAYERS = 200  # of one kind, in one place
 
 
 def load_model(
@@ -100,7 +98,7 @@ def _load_vae(path: Path, family: str) -> Autoencoder:
         folder = path if (path / "config.json").is_file() else path / "vae"
         if not (folder / "config.json").is_file():
             raise UserError(f"The folder {path} has no VAE: neither config.json nor vae/config.json is in it.")
-        return _vae_of_folder(folder, _component)
+        return _vae_of_folder(folder, component)
     tensors, _ = single_file.read_tensors(path)
     if family == "auto":
         if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
@@ -123,9 +121,9 @@ def _foreign(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be loaded as a model, it is damaged or of another layout ({reason}); download it again.") from error
 
 
-def _vae_of_folder(folder: Path, component: Callable[..., Any]) -> Autoencoder:
-    config = _read_json(folder / "config.json", "the diffusers model is not complete")
-    return component(vae_class(str(config.get("_class_name", "AutoencoderKL"))), folder, torch.float32)
+def _vae_of_folder(folder: Path, load: Component) -> Autoencoder:
+    config = read_json(folder / "config.json", "the diffusers model is not complete")
+    return load(vae_class(str(config.get("_class_name", "AutoencoderKL"))), folder, torch.float32)
 
 
 def _check_latent_space(vae: Autoencoder) -> None:
@@ -160,49 +158,6 @@ def _expect_family(found: Family, wanted: str, path: Path) -> None:
         raise UserError(f"{path} is a {found.title} model ({found.name}), but family {wanted!r} was given; leave it out or correct it.")
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Where a flow-matching transformer's language model is, if not with the model."""
-
-    text_encoder: str | Path | None
-    tokenizers: Sequence[str | Path]
-
-    def check(self, family: Family) -> None:
-        if isinstance(family, FlowFamily):
-            if self.tokenizers and len(self.tokenizers) != len(family.tokenizers):
-                raise UserError(f"tokenizer has {len(self.tokenizers)} folders; {family.title} takes {len(family.tokenizers)}.")
-        elif self.text_encoder is not None or self.tokenizers:
-            raise UserError(f"text_encoder and tokenizer are for transformers; {family.title} models bring their own: leave them out.")
-
-    def parts(self, family: FlowFamily, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
-        """Text encoder and tokenizers for a single file with these tensors, which may hold the first itself."""
-        own = {name.removeprefix(family.text_prefix): tensor for name, tensor in tensors.items() if name.startswith(family.text_prefix)}
-        folder = None
-        if self.text_encoder is not None:
-            source = find_model(self.text_encoder)
-            if source.is_dir():
-                folder = source if (source / "config.json").is_file() else source / "text_encoder"
-                source = folder
-            else:
-                own = single_file.read_tensors(source)[0]
-            path = source
-        if folder is None and not own:
-            raise UserError(f"{path} has no text encoder; give --text_encoder: the file or folder of {family.title}'s language model.")
-        tokenizers = [find_model(tokenizer) for tokenizer in self.tokenizers]
-        if not tokenizers and folder is not None:
-            beside = [folder.parent / name for name in family.tokenizers]
-            tokenizers = [folder] if len(beside) == 1 and (folder / "tokenizer_config.json").is_file() else beside
-        if not tokenizers:
-            raise UserError(f"{path} has no tokenizer; give --tokenizer: the folder of that of {family.title}'s language model.")
-        if folder is not None:
-            import transformers
-
-            text_encoder = _component(transformers.Qwen3Model, folder, dtype)
-        else:
-            text_encoder = single_file.build_language_model(own, family, dtype, path)
-        return [text_encoder], [read_tokenizer(tokenizer) for tokenizer in tokenizers]
-
-
 def _load_folder(
     path: Path,
     wanted_family: str,
@@ -216,18 +171,18 @@ def _load_folder(
 
     modular = path / "modular_model_index.json"
     index_file = modular if modular.is_file() else path / "model_index.json"
-    index = _read_json(index_file, "give the folder of a whole diffusers model, or a checkpoint file")
+    index = read_json(index_file, "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
     _expect_family(family, wanted_family, path)
     text.check(family)
-    scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
-    schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
+    scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
+    schedule = _schedule(scheduler_config, v_parameterization)
     if v_parameterization is None:
         warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
-    component = _component_without_values if no_values else _component
-    unet = component(getattr(diffusers, family.denoiser_class), path / family.denoiser, dtype)
-    vae = _vae_of_folder(path / "vae", component) if vae_path is None else _other_vae(vae_path, family)
-    text_encoders, tokenizers = family.text_of_folder(path, component, dtype)
+    load = component_without_values if no_values else component
+    unet = load(getattr(diffusers, family.denoiser_class), path / family.denoiser, dtype)
+    vae = _vae_of_folder(path / "vae", load) if vae_path is None else _other_vae(vae_path, family)
+    text_encoders, tokenizers = family.text_of_folder(path, load, dtype)
     return family.model_class(
         spec=family.spec(
             prediction_type=schedule.prediction_type,
@@ -259,7 +214,7 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     denoiser = next((name for name in ("unet", "transformer") if name in index), None)
     if denoiser is None:
         raise UserError(what)
-    config = _read_json(path / denoiser / "config.json", "the diffusers model is not complete")
+    config = read_json(path / denoiser / "config.json", "the diffusers model is not complete")
     if denoiser == "unet":
         in_channels = config.get("in_channels", 4)
         if in_channels != 4:
@@ -272,48 +227,6 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     for family in [family for family in found if family.pipeline_class == pipeline] or found:
         return family
     raise UserError(what)
-
-
-def _component(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """One part of a diffusers folder, from the weights that are best to take."""
-    weights = choose_weights(file.name for file in folder.glob("*"))
-    if weights is None:
-        raise UserError(
-            f"{folder} has no weights (*.safetensors or *.bin), or not all of their parts; the diffusers model is not complete."
-        )
-    _check_sizes(_read_json(folder / "config.json", "the diffusers model is not complete"), folder / "config.json")
-    try:
-        options = {"variant": weights.variant, "use_safetensors": weights.use_safetensors}
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **options)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if "weights_only" in reason:  # torch's own words advise to turn its guard off
-            reason = "its .bin holds more than tensors, or is not whole"
-        raise UserError(f"{folder} cannot be loaded ({reason}); download or copy it again.") from error
-
-
-def _check_sizes(value: Any, path: Path, name: str = "") -> None:
-    """Refuse a config that would build for hours, or more than fits into memory, before its weights are compared with it."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_sizes(inner, path, key)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_sizes(inner, path, name)
-    elif isinstance(value, int | float) and abs(value) > (MOST_LAYERS if "layers" in name else LARGEST_SIZE):
-        raise UserError(f"{path} has {name} = {str(value)[:40]}, which no model has; download it again.")
-
-
-def _component_without_values(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """The same on the device "meta", from its config alone."""
-    _check_sizes(_read_json(folder / "config.json", "the diffusers model is not complete"), folder / "config.json")
-    try:
-        with torch.device("meta"):
-            if hasattr(cls, "load_config"):  # diffusers
-                return cls.from_config(cls.load_config(folder, local_files_only=True))
-            return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:300]}); download or copy it again.") from error
 
 
 def _load_file(
@@ -336,7 +249,7 @@ def _load_file(
             v_parameterization = predicts_v(tensors, metadata, family.name, path.name)
         if "ztsnr" in tensors:  # only trailing steps begin at the timestep where the SNR is zero; arXiv 2305.08891, section 3.3
             scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    schedule = NoiseSchedule.from_config(_with_prediction_type(scheduler_config, v_parameterization))
+    schedule = _schedule(scheduler_config, v_parameterization)
     if isinstance(family, UNetFamily):
         unet_config = single_file.unet_config(tensors, family) | bundled.get(schedule.prediction_type, {}).get("unet", {})
         unet = single_file.build_unet(tensors, unet_config, dtype, path)
@@ -347,7 +260,7 @@ def _load_file(
     else:
         assert isinstance(family, FlowFamily)
         text_encoders, tokenizers = text.parts(family, tensors, path, dtype)
-        unet, *others = single_file.build_transformer(tensors, family, dtype, path)
+        unet, *others = build_transformer(tensors, family, dtype, path)
         text_encoders += others
     vae = single_file.build_vae(tensors, family, path) if vae_path is None else _other_vae(vae_path, family)
     return family.model_class(
@@ -360,21 +273,10 @@ def _load_file(
     )
 
 
-def _with_prediction_type(scheduler_config: Mapping[str, Any], v_parameterization: bool | None) -> dict[str, Any]:
-    if v_parameterization is None:
-        return dict(scheduler_config)
-    if scheduler_config.get("_class_name") == FLOW_SCHEDULER:
-        raise UserError("v_parameterization was given, but the model is of flow matching and predicts velocities; leave it out.")
-    return dict(scheduler_config) | {"prediction_type": "v_prediction" if v_parameterization else "epsilon"}
-
-
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}; {advice}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); {advice}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where a table of settings is expected; {advice}.")
-    return content
+def _schedule(config: Mapping[str, Any], v_parameterization: bool | None) -> NoiseSchedule:
+    is_flow = config.get("_class_name") == FLOW_SCHEDULER
+    if v_parameterization is not None:
+        if is_flow:
+            raise UserError("v_parameterization was given, but the model is of flow matching and predicts velocities; leave it out.")
+        config = {**config, "prediction_type": "v_prediction" if v_parameterization else "epsilon"}
+    return (FlowSchedule if is_flow else NoiseSchedule).from_config(config)

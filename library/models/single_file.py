@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
-from library.models.base import Family
+from library.models.family import Family
 from library.models.flow_model import FlowFamily
 from library.models.registry import FAMILIES
 from library.models.unet_model import TextEncoderSlot, UNetFamily
@@ -87,7 +87,7 @@ def detect_family(tensors: StateDict, path: Path) -> Family:
         if name in tensors:
             raise UserError(f"{path} is {what}, whose noise schedule (EDM) is another than Stable Diffusion's; give another model.")
     for family in FAMILIES.values():
-        if isinstance(family, FlowFamily) and denoiser_prefix(tensors, family) is not None:
+        if isinstance(family, FlowFamily) and family.prefix_in(tensors) is not None:
             return family
     conv_in = tensors.get(UNET_PREFIX + "input_blocks.0.0.weight")
     if conv_in is None:
@@ -229,11 +229,6 @@ def fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path, 
         ) from error
 
 
-def denoiser_prefix(tensors: StateDict, family: FlowFamily) -> str | None:
-    """What the names of a flow-matching transformer begin with, or None if it is not there."""
-    return next((prefix for prefix in (UNET_PREFIX, "net.", "") if prefix + family.mark in tensors), None)
-
-
 def build(cls: Any, config: Mapping[str, Any], tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> Any:
     """A module of diffusers from its config and all of its tensors."""
     from accelerate import init_empty_weights
@@ -287,42 +282,5 @@ def build_text_encoder(
         text_encoder = getattr(transformers, slot.class_name)(transformers.CLIPTextConfig(**config))
     if hasattr(text_encoder, "text_model"):  # transformers 5.6 took the inner module out of CLIPTextModel only
         own = {name if name.startswith("text_projection.") else f"text_model.{name}": tensor for name, tensor in own.items()}
-    fill(text_encoder, own, dtype, path, "text encoder")
-    return text_encoder
-
-
-def build_transformer(tensors: StateDict, family: FlowFamily, dtype: torch.dtype, path: Path) -> list[Any]:
-    """A flow-matching transformer, and what the file holds besides that belongs to `text_encoders`."""
-    import diffusers
-
-    prefix = denoiser_prefix(tensors, family)
-    assert prefix is not None, "detect_family found it"
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if not prefix:  # what else such a file may hold
-        own = {name: tensor for name, tensor in own.items() if not name.startswith((*VAE_PREFIXES, family.text_prefix))}
-    parts = [(getattr(diffusers, family.denoiser_class), *family.denoiser_of_file(own)), *family.other_parts_of_file(own)]
-    return [build(cls, config, part, dtype, path, cls.__name__) for cls, config, part in parts]
-
-
-def build_language_model(tensors: StateDict, family: FlowFamily, dtype: torch.dtype, path: Path) -> Any:
-    """Qwen3 without its head, from transformers' names."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    if "layers.0.self_attn.q_norm.weight" not in own:
-        raise UserError(f"{path} is no Qwen3 language model, which {family.title} reads prompts with; give that.")
-    head = own["layers.0.self_attn.q_norm.weight"].shape[0]
-    config = family.config["text_encoder"] | {
-        "vocab_size": own["embed_tokens.weight"].shape[0],
-        "hidden_size": own["embed_tokens.weight"].shape[1],
-        "intermediate_size": own["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": count_groups(own, r"layers\.(\d+)\."),
-        "num_attention_heads": own["layers.0.self_attn.q_proj.weight"].shape[0] // head,
-        "num_key_value_heads": own["layers.0.self_attn.k_proj.weight"].shape[0] // head,
-        "head_dim": head,
-    }
-    with init_empty_weights():
-        text_encoder = transformers.Qwen3Model(transformers.Qwen3Config(**config))
     fill(text_encoder, own, dtype, path, "text encoder")
     return text_encoder

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.base import Component, DiffusionModel, Family, TimeIds
+from library.models.base import DiffusionModel, TimeIds
+from library.models.family import Component, Family
 from library.models.prompt_syntax import apply_weights, read_as_text, tokenize
 from library.types import Conditioning
 

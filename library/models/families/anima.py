@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.models.base import Component
+from library.models.family import Component
 from library.models.flow_model import FlowFamily, FlowModel
 from library.models.registry import FAMILIES
 from library.models.single_file import count_groups
