@@ -81,6 +81,9 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
         files.remove_unfinished()
     source = make_source(config.model, accelerator)
     tasks, pretraining_tasks = load_tasks(config, source, accelerator)
+    if tasks[0].folds is not None and config.scorer.scorer_kind == "latent_resnet":
+        few = "%d ratings are few; if they are of photographs, scorer_kind efficientnet_lite may learn more from them (docs/guide.md)"
+        logger.info(few, len(tasks[0].train))
     backbone, architecture = make_backbone(
         config.scorer, source, tasks[0].train.latent_area, gradient_checkpointing=settings.gradient_checkpointing
     )

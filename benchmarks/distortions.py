@@ -26,7 +26,7 @@ from library.scorer_training.closed_form import ridge
 from library.scorer_training.criteria.metrics import spearman
 from library.settings.cli import run_main
 
-SIZE = (192, 144)
+SMALL = (192, 144)
 
 
 def _jpeg(picture: Image.Image, strength: float) -> Image.Image:
@@ -54,7 +54,7 @@ def statistics(files: Sequence[Path], strengths: np.ndarray, vae: Any, worse: Ca
     """Of the latents of each picture made worse [N, D]."""
     latents = []
     for file, strength in zip(tqdm(files), strengths, strict=True):
-        picture = worse(cover(read_picture(FilePicture(file)), SIZE), float(strength))
+        picture = worse(cover(read_picture(FilePicture(file)), SMALL), float(strength))
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(vae.encoder(to_pixels([picture]) / 2 + 0.5).float())
     return standardised(moments_of(torch.cat(latents)))

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from library.atomic_files import atomic_save_safetensors, load_tensors
 from library.errors import UserError
-from library.scorer_data.pictures import read_picture, to_pixels
-from library.scorer_data.pixel_augmentation import FLIPPED, PLAIN, render
+from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 
 LEFT_OUT = (
@@ -29,7 +28,7 @@ LEFT_OUT = (
     *("war", "weapon"),
 )
 SCORES = ("valence", "arousal")
-WIDE, TALL = (288, 224), (224, 288)  # pixels: OASIS is 5 : 4; the area of 256 x 256
+SIZE = (288, 224)  # pixels: OASIS is 5 : 4; the area of 256 x 256
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 160  # pixels a side, of a picture without a rating
 
@@ -98,13 +97,13 @@ def load_taesd(folder: Path) -> Any:
     return module.TAESD(str(folder / "taef2_encoder.pth"), str(folder / "taef2_decoder.pth")).eval().requires_grad_(False)
 
 
-def encoded(files: Sequence[Path], vae: Any, cache: Path, *, mirrored: bool = False) -> Photographs:
-    """Pictures as pixels and latents, from the file `cache` if it is there.
+def encoded(files: Sequence[Path], vae: Any, cache: Path, size: tuple[int, int] = SIZE) -> Photographs:
+    """Pictures as pixels and latents, from the file `cache` if it is there; `size` is (width, height) of the wide ones.
 
     The VAE computes in bfloat16, whose latents are off by 1.4 % (relative RMS), a noise of sigma 0.014.
     """
     if not cache.is_file():
-        atomic_save_safetensors(_encode(files, vae, FLIPPED if mirrored else PLAIN), cache)
+        atomic_save_safetensors(_encode(files, vae, size), cache)
     tensors, _ = load_tensors(cache)
     sides = [side for side in ("wide", "tall") if f"{side}.number" in tensors]
     number, pixels, latents = ([tensors[f"{side}.{part}"] for side in sides] for part in ("number", "pixels", "latents"))
@@ -112,15 +111,15 @@ def encoded(files: Sequence[Path], vae: Any, cache: Path, *, mirrored: bool = Fa
 
 
 @torch.inference_mode()
-def _encode(files: Sequence[Path], vae: Any, variant: str) -> Mapping[str, Tensor]:
+def _encode(files: Sequence[Path], vae: Any, wide: tuple[int, int]) -> Mapping[str, Tensor]:
     found: dict[str, dict[str, list[Tensor]]] = {side: {"number": [], "pixels": [], "latents": []} for side in ("wide", "tall")}
     encoder = vae.encoder.to(memory_format=torch.channels_last)
     for number, file in enumerate(tqdm(files, desc="encode")):
         picture = read_picture(FilePicture(file))
         if min(picture.size) < SMALLEST:
             continue
-        side, size = ("wide", WIDE) if picture.width >= picture.height else ("tall", TALL)
-        picture = render(picture, size, variant, file.name)
+        side, size = ("wide", wide) if picture.width >= picture.height else ("tall", (wide[1], wide[0]))
+        picture = cover(picture, size)
         pixels = (to_pixels([picture]) / 2 + 0.5).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = encoder(pixels)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from benchmarks import ROOT
-from benchmarks.photographs import Opinions, Photographs, encoded, load_taesd, pictures_of, read_oasis
+from benchmarks.photographs import SIZE, Opinions, Photographs, encoded, load_taesd, pictures_of, read_oasis
 from benchmarks.shapes_runs import write_results
 from library.atomic_files import atomic_save_safetensors, load_tensors
 from library.scorer_training.closed_form import ridge
@@ -171,12 +171,12 @@ def ceiling(opinions: Opinions) -> float:
     return float(np.mean([spearman(torch.from_numpy(opinions.of_one_person(seed)), mean) for seed in range(10)]))
 
 
-def measure(seers: Mapping[str, Mapping[float, Tensor]], opinions: Mapping[str, Opinions]) -> list[dict[str, Any]]:
+def measure(seers: Mapping[str, Mapping[float, Tensor]], opinions: Mapping[str, Opinions], counts: Sequence[int]) -> list[dict[str, Any]]:
     """A row for each way of seeing, score, kind of rating and number of ratings."""
     rows = []
     for (seer, features), (score, own) in itertools.product(seers.items(), opinions.items()):
         for who, ratings in (("mean", [own.mean]), ("one person", [own.of_one_person(seed) for seed in range(PERSONS)])):
-            for count in (*COUNTS, None):
+            for count in (*counts, None):
                 found = cross_validated(features, own, ratings, count)
                 rows.append({"features": seer, "score": score, "ratings of": who, "count": count, "srcc": found})
                 mean, half = found[0.0]
@@ -221,7 +221,7 @@ def from_scratch(photographs: Photographs, opinions: Opinions, rated: np.ndarray
 
 def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> str:
     """Rank correlations on clean latents by number of ratings, and by noise level at 100 ratings."""
-    counts = [*COUNTS, None]
+    counts = list(dict.fromkeys(row["count"] for row in rows))
     lines = [
         "| score | ratings of | learned from | " + " | ".join(str(count or "all") for count in counts) + " |",
         "|---|---|---|" + "---|" * len(counts),
@@ -251,6 +251,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--taesd", type=Path, required=True)
     parser.add_argument("--efficientnet", type=Path, required=True)
     parser.add_argument("--unrated", type=Path, nargs="+", required=True)
+    parser.add_argument("--count", type=int, help="So many of the rated photographs, by chance; not set: all.")
+    parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="Width and height in pixels of the rated photographs.")
     parser.add_argument("--every", type=int, default=1, help="Take every n-th of the pictures without ratings.")
     parser.add_argument("--epochs", type=int, default=8, help="Of the imitation.")
     parser.add_argument(
@@ -262,8 +264,10 @@ def main(words: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     weights = next(options.efficientnet.rglob("efficientnet-lite0*.pth"), options.efficientnet)
     files, people = read_oasis(options.oasis)
-    vae = load_taesd(options.taesd)
-    rated = encoded(files, vae, options.work / "rated.safetensors")
+    chosen = np.random.default_rng(5).permutation(len(files))[: options.count] if options.count else np.arange(len(files))
+    files, people = [files[number] for number in chosen], {score: own[chosen] for score, own in people.items()}
+    vae, size = load_taesd(options.taesd), (options.size[0], options.size[1])
+    rated = encoded(files, vae, options.work / f"rated_{len(files)}_{size[0]}.safetensors", size)
     unrated = encoded(pictures_of(options.unrated)[:: options.every], vae, options.work / f"unrated_{options.every}.safetensors")
     backbone = pretrained(unrated, weights, options.work / f"imitation_{options.every}_{options.epochs}.safetensors", options.epochs)
     people = {score: own[rated.numbers.numpy()] for score, own in people.items()}
@@ -274,7 +278,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "the same, imitated in latents": features_by_sigma(backbone, rated),
         "moments of the latents": {0.0: standardised(torch.cat([moments_of(part) for part in rated.latents]))},
     }
-    rows = measure(seers, people)
+    rows = measure(seers, people, [count for count in COUNTS if count < len(files) * (FOLDS - 1) // FOLDS])
     if options.scratch_steps:
         person = people["valence"].of_one_person(0)
         values = from_scratch(rated, people["valence"], person, 100, folds=3, steps=options.scratch_steps)

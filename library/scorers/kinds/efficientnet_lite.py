@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
-from library.scorers.conditioning import SigmaEmbedding
+from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.efficientnet_lite import LAST, STAGES, EfficientNetLite0, installed_weights, load_efficientnet_lite0
 from library.types import Conditioning
 
@@ -63,6 +63,7 @@ class EfficientNetLite(Backbone):
         )
         self.to_maps = nn.Conv2d(channels, STAGES[ENTRY - 1][3], kernel_size=1)
         nn.init.normal_(self.to_maps.weight, std=0.01)  # nearly the average picture, to begin with
+        self.belief = FiLM(2 * channels, WIDTH)  # the noisier, the nearer to the average picture's features
         self.network = EfficientNetLite0().eval().requires_grad_(False)
         for name in ("maps_mean", "maps_std"):
             self.register_buffer(name, torch.full((STAGES[ENTRY - 1][3], 1, 1), float(name == "maps_std")))
@@ -80,7 +81,7 @@ class EfficientNetLite(Backbone):
             hidden = block(hidden, embedding)
         maps = self.to_maps(hidden).float()
         features = self.network.upper(maps * self.maps_std + self.maps_mean, ENTRY, TAPS)
-        return Seen(maps, (features - self.features_mean) / self.features_std)
+        return Seen(maps, self.belief((features - self.features_mean) / self.features_std, embedding))
 
     @torch.no_grad()
     def look(self, pixels: Tensor) -> Seen:
@@ -113,7 +114,12 @@ class EfficientNetLite(Backbone):
 
     def layers(self) -> list[list[nn.Parameter]]:
         first = [*self.sigma_embedding.parameters(), *self.stem.parameters()]
-        return [first, *(list(block.parameters()) for block in self.blocks), list(self.to_maps.parameters())]
+        return [
+            first,
+            *(list(block.parameters()) for block in self.blocks),
+            list(self.to_maps.parameters()),
+            list(self.belief.parameters()),
+        ]
 
     def train(self, mode: bool = True) -> "EfficientNetLite":
         super().train(mode)
