@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, and stays so in what is forked
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         if given.steps:
