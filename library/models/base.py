@@ -169,11 +169,13 @@ class DiffusionModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device  # the model's own property looks at every module, and is asked for ten times a step
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        kept = getattr(self.unet, "_keep_in_fp32_modules", None) or ()
+        of_floats = (weight.dtype for name, weight in self.unet.named_parameters() if not any(part in name for part in kept))
+        return next(dtype for dtype in of_floats if dtype.is_floating_point)
 
     def predict_eps(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """The noise that the network sees in the latents, whatever its prediction type.
