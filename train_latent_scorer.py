@@ -127,6 +127,8 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
             if accelerator.is_main_process:
                 files.keep_earlier()
                 save_backbone(files.backbone_path, backbone, dataclasses.replace(spec, training=record))
+        if backbone.features_are_given:
+            backbone.requires_grad_(False)
         scorer = BackboneScorer(spec, backbone)
         stage = Stage("training", tasks, [spec.score_head], settings.max_train_steps, optimizer, first_step)
         if fits_head(scorer, tasks):

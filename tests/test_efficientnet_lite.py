@@ -125,6 +125,12 @@ def test_pictures_teach_it_to_see_and_few_ratings_give_it_a_head(workplace):
         both = [load_scorer(file)(latents, torch.zeros(2)) for file in (path, again)]
     torch.testing.assert_close(*both)
 
+    other = train(
+        settings(workplace, output_dir=workplace / "other", criterion="ordinal", max_train_steps=2, validation_folds=0, **backbone)
+    )
+    for name, weight in load_scorer(other).backbone.state_dict().items():
+        assert torch.equal(weight, scorer.backbone.state_dict()[name]), f"ratings moved {name}, which they are too few for"
+
 
 def test_a_backbone_that_cannot_see_yet_is_refused(workplace, monkeypatch):
     monkeypatch.setattr("library.scorers.kinds.efficientnet_lite.installed_weights", lambda: "")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs
-from library.scorer_training.criteria.regression import ScoreRegression, standardised
+from library.scorer_training.criteria.regression import SquaredError, standardised
 from library.scorer_training.folds import REPEATS, mean_table
 from library.scorer_training.run import ScorerRun
 from library.scorer_training.tasks import Task
@@ -54,7 +54,7 @@ def ridge(features: Tensor, targets: Tensor, weights: Tensor | None = None) -> t
 
 
 def fits_head(scorer: BackboneScorer, tasks: list[Task]) -> bool:
-    """Whether the head is fitted here: there is one score to learn, by its error, on given features.
+    """Whether the head is fitted here: there is one score to learn, by its squared error, on given features.
 
     Raises:
         UserError: the backbone gives features, but has not learned to see.
@@ -64,7 +64,7 @@ def fits_head(scorer: BackboneScorer, tasks: list[Task]) -> bool:
             "scorer kind efficientnet_lite has not learned to see; give pretrain_data_file with pretrain_criterion imitation, "
             "or by backbone_weights a backbone that had them"
         )
-    return scorer.backbone.features_are_given and len(tasks) == 1 and isinstance(tasks[0].criterion, ScoreRegression)
+    return scorer.backbone.features_are_given and len(tasks) == 1 and isinstance(tasks[0].criterion, SquaredError)
 
 
 @torch.no_grad()
