@@ -49,11 +49,6 @@ class Family(ABC):
         """The published configs by component."""
         return json.loads(self.config_file.read_text(encoding="utf-8"))
 
-    @property
-    def in_channels(self) -> int:
-        """Of the latents that it draws, as published."""
-        return self.config[self.denoiser]["in_channels"]
-
     @abstractmethod
     def is_folder(self, index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         """Whether a diffusers folder with this model_index.json and this config of its denoiser is of this family."""

@@ -22,6 +22,9 @@ REPLACEMENTS: Mapping[str, str] = {
     "epoch": "use max_train_steps",
     "optimizer": "use optimizer_type",
     "network_train_text_encoder": "use network_train_unet_only = false",
+    "qwen3": "use text_encoder",
+    "t5_tokenizer_path": "use tokenizer, which takes both of Anima's",
+    "discrete_flow_shift": "it is read from the model's scheduler",
     "lr_warmup": "use lr_warmup_steps",
     "lr_restart_cycles": 'use lr_scheduler_args = ["num_cycles=..."]',
     "sample_batch_size": "it follows the size of the latents",
@@ -81,7 +84,7 @@ log_tracker_config log_config console_log_level console_log_file console_log_sim
 
 ae apply_lg_attn_mask apply_t5_attn_mask attn_mode base_weights base_weights_multiplier block_lr blocks_to_swap blockwise_fused_optimizers
 byt5 ckpt clip_g clip_g_dropout_rate clip_l clip_l_dropout_rate clip_skip cond_emb_dim control_net_lr controlnet_model_name_or_path
-cross_attn_lr diffusers_xformers dim_from_weights discrete_flow_shift double_blocks_to_swap enable_scaled_pos_embed
+cross_attn_lr diffusers_xformers dim_from_weights double_blocks_to_swap enable_scaled_pos_embed
 fp16_master_weights_and_gradients fp8_scaled fp8_vl fused_optimizer_groups gemma2 gemma2_max_token_length gradient_accumulation_steps
 gradient_checkpointing guidance_scale init_word input_image_dir learning_rate learning_rate_te learning_rate_te1 learning_rate_te2
 learning_rate_te3 llm_adapter_lr llm_adapter_path log_with logging_dir logit_mean logit_std lr_scheduler lr_scheduler_args lr_warmup_steps
@@ -89,10 +92,10 @@ max_grad_norm max_train_steps mem_eff_save mixed_precision mlp_lr mod_lr mode_sc
 network_args network_dim network_dropout network_module network_train_text_encoder_only network_train_unet_only network_weights
 no_metadata no_token_padding num_last_block_to_freeze num_vectors_per_token offload_optimizer_device offload_optimizer_nvme_path
 offload_param_device offload_param_nvme_path optimizer_args optimizer_type output_dir output_image_dir output_name perlin_noise
-pos_emb_random_crop_rate pretrained_model_name_or_path qwen3 qwen3_max_token_length resume save_clip save_every_n_steps save_last_n_steps
+pos_emb_random_crop_rate pretrained_model_name_or_path qwen3_max_token_length resume save_clip save_every_n_steps save_last_n_steps
 save_precision save_state save_state_on_train_end save_t5xxl scale_weight_norms seed self_attn_lr sigmoid_scale single_blocks_to_swap
 skip_latents_validity_check split_attn split_mode stop_text_encoder_training support_controlnet support_dreambooth support_dropout
-support_finetuning system_prompt t5_dropout_rate t5_max_token_length t5_tokenizer_path t5xxl t5xxl_device t5xxl_dtype
+support_finetuning system_prompt t5_dropout_rate t5_max_token_length t5xxl t5xxl_device t5xxl_dtype
 t5xxl_max_token_length text_encoder text_encoder_batch_size text_encoder_cpu text_encoder_lr timestep_sampling token_string torch_compile
 train_t5xxl train_text_encoder training_comment training_shift unet_lr unsloth_offload_checkpointing use_flash_attn use_object_template
 use_safetensors use_sage_attn use_style_template use_t5xxl_cache_only v_parameterization vae vae_chunk_size vae_disable_cache

@@ -50,7 +50,9 @@ class ZImageFamily(FlowFamily):
     def denoiser_of_file(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 
-        own = convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors))
+        own = dict(tensors)
+        if "x_embedder.weight" in own:  # else the names are diffusers' already
+            own = convert_z_image_transformer_checkpoint_to_diffusers(own)
         patches = own["all_x_embedder.2-1.weight"]
         head = own["layers.0.attention.norm_q.weight"].shape[0]
         config = self.config[self.denoiser] | {
