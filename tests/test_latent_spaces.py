@@ -1,5 +1,6 @@
 """VAEs of every kind: what they encode to, what it is called, and that scorers, caches and statistics take it."""
 
+import copy
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from library.errors import UserError
 from library.measuring.image_statistics import vae_features
 from library.models.loading import load_vae
 from library.models.vae import LatentSpace, VaeFingerprint, decode_latents, encode_images
+from library.models.vae_slices import for_pictures
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.encoding import encode_missing, make_encoder
 from library.scorer_data.latent_cache import open_cache
@@ -77,6 +79,22 @@ def test_latents_are_normalised_as_pipelines_do_and_back(kind):
     decoded = decode_latents(vae, latents)
     expected = vae.decode(raw, return_dict=False)[0]
     torch.testing.assert_close(decoded, expected[:, :, 0] if expected.ndim == 5 else expected)
+
+
+def test_single_frames_need_no_films(kind):
+    """What loading does to VAEs of films: the same numbers, to rounding, and a copy has its own weights."""
+    _, vae, channels = kind
+    changed = copy.deepcopy(vae)
+    for_pictures(changed)
+    changed = copy.deepcopy(changed)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(encode_images(changed, pixels), encode_images(vae, pixels), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decode_latents(changed, latents), decode_latents(vae, latents), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.zero_()
+    assert not encode_images(changed, pixels).equal(encode_images(vae, pixels))
 
 
 def test_the_pixel_decoder_decodes_as_the_vae_and_its_config_is_json(kind):

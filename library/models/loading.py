@@ -26,6 +26,7 @@ from library.models.prediction import predicts_v, warn_of_name
 from library.models.registry import FAMILIES
 from library.models.unet_model import UNetFamily
 from library.models.vae import Autoencoder, LatentSpace, place_vae, vae_class
+from library.models.vae_slices import for_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def load_model(
     with _foreign(path):
         text = TextSource(text_encoder, tokenizer)
         model = load(path, family, v_parameterization, vae, text, dtype, torch.device(device).type == "meta")
-        _check_latent_space(model.vae)
+        _make_ready(model.vae)
         _check_vae(model, path if vae is None else vae)
     if clip_skip is not None:
         model.set_clip_skip(clip_skip)
@@ -87,7 +88,7 @@ def load_vae(path: str | Path, *, family: str = "auto") -> Autoencoder:
     logger.info("loading the VAE of %s", path)
     with _foreign(path):
         vae = _load_vae(path, family)
-        _check_latent_space(vae)
+        _make_ready(vae)
     vae.requires_grad_(False).eval()
     place_vae(vae, dtype=torch.float32)
     return vae
@@ -126,7 +127,8 @@ def _vae_of_folder(folder: Path, load: Component) -> Autoencoder:
     return load(vae_class(str(config.get("_class_name", "AutoencoderKL"))), folder, torch.float32)
 
 
-def _check_latent_space(vae: Autoencoder) -> None:
+def _make_ready(vae: Autoencoder) -> None:
+    for_pictures(vae)
     if vae.device.type != "meta" or not hasattr(vae, "bn"):
         for factor in LatentSpace.of(vae).factor:
             if type(factor) not in (int, float) or not 0 < factor < math.inf:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
 STRIP = 2**22  # numbers in a strip
 LARGE = 2**24  # numbers in a layer's output; smaller ones are computed at once
 Rows = Callable[[int, int], Tensor]  # from one row to before another -> [B, C, rows, W]
+
+
+def for_pictures(vae: Any) -> None:
+    """Let a VAE of films (Qwen-Image's, Wan's) know that it sees single frames: its causal convolutions are of height and width alone, for
+    the frames before the first are zeros, and it keeps no layer's input for a frame to come. Other VAEs stay as they are."""
+    if not hasattr(vae, "clear_cache") or vae.config.get("is_residual"):
+        return
+    vae.clear_cache = MethodType(_keep_nothing, vae)  # a bound method is copied with the module
+    for module in vae.modules():
+        if type(module).__name__ in ("QwenImageCausalConv3d", "WanCausalConv3d"):
+            module.forward = MethodType(_of_one_frame, module)
+
+
+def _keep_nothing(vae: Any) -> None:
+    vae._feat_map = vae._enc_feat_map = None
+
+
+def _of_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    if cache_x is not None or x.shape[2] != 1:
+        return type(conv).forward(conv, x, cache_x)
+    padding = conv._padding[2], conv._padding[0]
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
 
 
 @contextmanager
