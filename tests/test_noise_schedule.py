@@ -134,6 +134,12 @@ def test_what_is_not_supported_is_said(key, value):
         NoiseSchedule.from_config(STABLE_DIFFUSION | {key: value})
 
 
+@pytest.mark.parametrize("betas", [[0.1, 1.5], [-0.1, 0.2], [0.0, 0.0], [[0.1, 0.2]]])
+def test_betas_that_are_no_noise_schedule(betas):
+    with pytest.raises(UserError, match="from 0 to 1, and rise"):
+        NoiseSchedule.from_config(STABLE_DIFFUSION | {"trained_betas": betas, "num_train_timesteps": len(betas)})
+
+
 def test_abar_of_integer_and_final_timesteps(schedule):
     timesteps = torch.tensor([0, 999, -1, 500])
     expected = schedule.alphas_cumprod[torch.tensor([0, 999, 0, 500])]
