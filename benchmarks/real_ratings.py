@@ -187,10 +187,10 @@ def measure(seers: Mapping[str, Mapping[float, Tensor]], opinions: Mapping[str, 
 # -- a network that learns to see from the ratings alone ---------------------------------------------------------------------------
 
 
-def from_scratch(photographs: Photographs, opinions: Opinions, rated: np.ndarray, count: int, *, folds: int, steps: int) -> list[float]:
-    """Rank correlations on clean latents, by fold, of the default kind of scorer, trained for so many steps of BATCH pictures."""
+def from_scratch(photographs: Photographs, opinions: Opinions, rated: np.ndarray, count: int, steps: int) -> list[float]:
+    """Rank correlations on clean latents, by fold, of the default kind of scorer, trained for so many steps of twice BATCH pictures."""
     latents, fold, found = torch.cat(photographs.latents), folds_of(len(rated)), []
-    for own in range(folds):
+    for own in range(FOLDS):
         torch.manual_seed(own)
         inside, outside = np.flatnonzero(fold != own), np.flatnonzero(fold == own)
         chosen = torch.from_numpy(np.random.default_rng(10 * own).permutation(inside)[:count])
@@ -281,7 +281,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = measure(seers, people, [count for count in COUNTS if count < len(files) * (FOLDS - 1) // FOLDS])
     if options.scratch_steps:
         person = people["valence"].of_one_person(0)
-        values = from_scratch(rated, people["valence"], person, 100, folds=3, steps=options.scratch_steps)
+        values = from_scratch(rated, people["valence"], person, 100, options.scratch_steps)
         print(f"latent_resnet from scratch, 100 ratings of one person, valence: {values}")
         rows.append({"features": "latent_resnet, trained", "score": "valence", "ratings of": "one person", "count": 100, "folds": values})
     write_results(
