@@ -226,6 +226,9 @@ def test_a_single_file_is_the_same_model(kind, folder, tmp_path, whole):
     assert all(model.unet.config.get(name) == expected.unet.config.get(name) for name in same)
     with pytest.raises(UserError, match="no tokenizer; give --tokenizer"):
         load_model(file, **{**options, "tokenizer": ()})
+    with pytest.raises(UserError, match="tokenizer has 3 folders"):
+        load_model(file, **{**options, "tokenizer": [folder] * 3})
+    assert load_model(file, **options, device="meta").text_encoders[0].device.type == "meta"
     if not whole:
         if kind == "z_image":  # diffusers' own names are read too
             save_file(pipeline.transformer.state_dict(), tmp_path / "names.safetensors")
@@ -259,8 +262,8 @@ def test_what_does_not_fit_is_said(kind, folder, tmp_path):
         load_model(folder, v_parameterization=True)
     with pytest.raises(UserError, match="clip_skip"):
         load_model(folder, clip_skip=2)
-    with pytest.raises(UserError, match="tokenizer has 3 folders"):
-        load_model(folder, tokenizer=[folder] * 3)
+    with pytest.raises(UserError, match="brings its own text encoder and tokenizer"):
+        load_model(folder, tokenizer=[folder / "tokenizer"])
     model = load_model(folder)
     with pytest.raises(UserError, match="multiples of 16 pixels; 72 x 64 is none"):
         sampling = SamplingConfig(num_steps=1, guidance_scale=1, size=(64, 72))

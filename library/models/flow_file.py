@@ -1,17 +1,16 @@
 """Single files of flow-matching transformers, whose language model and tokenizers may be elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from library.errors import UserError
 from library.models.family import Family
 from library.models.flow_model import FlowFamily, read_tokenizer
-from library.models.folder_parts import component
+from library.models.folder_parts import component, component_without_values
 from library.models.hub import find_model
 from library.models.single_file import VAE_PREFIXES, StateDict, build, count_groups, fill, read_tensors
 
@@ -23,39 +22,36 @@ class TextSource:
     text_encoder: str | Path | None
     tokenizers: Sequence[str | Path]
 
-    def check(self, family: Family) -> None:
-        if isinstance(family, FlowFamily):
-            if self.tokenizers and len(self.tokenizers) != len(family.tokenizers):
-                raise UserError(f"tokenizer has {len(self.tokenizers)} folders; {family.title} takes {len(family.tokenizers)}.")
-        elif self.text_encoder is not None or self.tokenizers:
-            raise UserError(f"text_encoder and tokenizer are for transformers; {family.title} models bring their own: leave them out.")
+    def check(self, family: Family, path: Path) -> None:
+        """Raises UserError where it was given for a model that has its own."""
+        given = self.text_encoder is not None or bool(self.tokenizers)
+        if given and (path.is_dir() or not isinstance(family, FlowFamily)):
+            raise UserError(f"{path} brings its own text encoder and tokenizer; leave text_encoder and tokenizer out.")
+        if isinstance(family, FlowFamily) and self.tokenizers and len(self.tokenizers) != len(family.tokenizers):
+            raise UserError(f"tokenizer has {len(self.tokenizers)} folders; {family.title} takes {len(family.tokenizers)}.")
 
-    def parts(self, family: FlowFamily, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    def parts(self, family: FlowFamily, tensors: StateDict, path: Path, dtype: torch.dtype, no_values: bool) -> tuple[list[Any], list[Any]]:
         """Text encoder and tokenizers for a single file with these tensors, which may hold the first itself."""
-        own = {name.removeprefix(family.text_prefix): tensor for name, tensor in tensors.items() if name.startswith(family.text_prefix)}
-        folder = None
-        if self.text_encoder is not None:
-            source = find_model(self.text_encoder)
-            if source.is_dir():
-                folder = source if (source / "config.json").is_file() else source / "text_encoder"
-                source = folder
-            else:
-                own = read_tensors(source)[0]
-            path = source
-        if folder is None and not own:
-            raise UserError(f"{path} has no text encoder; give --text_encoder: the file or folder of {family.title}'s language model.")
-        tokenizers = [find_model(tokenizer) for tokenizer in self.tokenizers]
-        if not tokenizers and folder is not None:
-            beside = [folder.parent / name for name in family.tokenizers]
-            tokenizers = [folder] if len(beside) == 1 and (folder / "tokenizer_config.json").is_file() else beside
-        if not tokenizers:
-            raise UserError(f"{path} has no tokenizer; give --tokenizer: the folder of that of {family.title}'s language model.")
-        if folder is not None:
-            import transformers
+        import transformers
 
-            text_encoder = component(transformers.Qwen3Model, folder, dtype)
+        source = path if self.text_encoder is None else find_model(self.text_encoder)
+        tokenizers = [find_model(tokenizer) for tokenizer in self.tokenizers]
+        if source.is_dir():
+            folder = source if (source / "config.json").is_file() else source / "text_encoder"
+            if not tokenizers:
+                beside = [folder.parent / name for name in family.tokenizers]
+                tokenizers = [folder] if len(beside) == 1 and (folder / "tokenizer_config.json").is_file() else beside
+            load = component_without_values if no_values else component
+            text_encoder = load(transformers.Qwen3Model, folder, dtype)
         else:
-            text_encoder = build_language_model(own, family, dtype, path)
+            found = tensors if source == path else read_tensors(source, shapes_only=no_values)[0]
+            prefix = family.text_prefix if source == path else ""
+            own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+            if not own:
+                raise UserError(f"{path} has no text encoder; give --text_encoder: the file or folder of {family.title}'s language model.")
+            if not tokenizers:
+                raise UserError(f"{path} has no tokenizer; give --tokenizer: the folder of that of {family.title}'s language model.")
+            text_encoder = build_language_model(own, family, dtype, source)
         return [text_encoder], [read_tokenizer(tokenizer) for tokenizer in tokenizers]
 
 

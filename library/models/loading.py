@@ -176,7 +176,7 @@ def _load_folder(
     index = read_json(index_file, "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
     _expect_family(family, wanted_family, path)
-    text.check(family)
+    text.check(family, path)
     scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
     schedule = _schedule(scheduler_config, v_parameterization)
     if v_parameterization is None:
@@ -243,7 +243,7 @@ def _load_file(
     tensors, metadata = single_file.read_tensors(path, shapes_only=no_values)
     family = single_file.detect_family(tensors, path)
     _expect_family(family, wanted_family, path)
-    text.check(family)
+    text.check(family, path)
     bundled = family.config
     scheduler_config = bundled["scheduler"]
     if isinstance(family, UNetFamily):
@@ -261,7 +261,7 @@ def _load_file(
         tokenizers: list[Any] = [build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders]
     else:
         assert isinstance(family, FlowFamily)
-        text_encoders, tokenizers = text.parts(family, tensors, path, dtype)
+        text_encoders, tokenizers = text.parts(family, tensors, path, dtype, no_values)
         unet, *others = build_transformer(tensors, family, dtype, path)
         text_encoders += others
     vae = single_file.build_vae(tensors, family, path) if vae_path is None else _other_vae(vae_path, family)
