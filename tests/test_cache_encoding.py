@@ -342,7 +342,8 @@ class Overflowing(torch.nn.Module):
     def __init__(self, largest: float) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(largest))
-        self.config, self.device = {"scaling_factor": 1.0}, torch.device("cpu")
+        self.config = {"scaling_factor": 1.0, "latent_channels": 3, "block_out_channels": [1]}
+        self.device = torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
