@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
 from library.scorer_training.criteria.ensembles import bootstrap_weights, mean_outputs
 from library.scorer_training.criteria.regression import SquaredError, standardised
 from library.scorer_training.folds import REPEATS, mean_table
@@ -21,7 +20,6 @@ from library.scorer_training.tasks import Task
 from library.scorer_training.validation import SigmaTable, format_table, table_of, validate
 from library.scorers.base import BackboneScorer
 from library.scorers.heads import Head
-from library.scorers.kinds.efficientnet_lite import EfficientNetLite
 from library.scorers.worth import worth_in
 
 logger = logging.getLogger(__name__)
@@ -59,11 +57,7 @@ def fits_head(scorer: BackboneScorer, tasks: list[Task]) -> bool:
     Raises:
         UserError: the backbone gives features, but has not learned to see.
     """
-    if isinstance(scorer.backbone, EfficientNetLite) and not scorer.backbone.knows_units:
-        raise UserError(
-            "scorer kind efficientnet_lite has not learned to see; give pretrain_data_file with pretrain_criterion imitation, "
-            "or by backbone_weights a backbone that had them"
-        )
+    scorer.backbone.check_taught()
     return scorer.backbone.features_are_given and len(tasks) == 1 and isinstance(tasks[0].criterion, SquaredError)
 
 

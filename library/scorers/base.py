@@ -115,6 +115,9 @@ class Backbone(nn.Module):
     def initialise(self, source: ModelSource) -> None:
         """Take weights from the diffusion model, its VAE or a library's pretrained files. Most kinds start from random weights."""
 
+    def check_taught(self) -> None:
+        """Called before ratings are learned. Raises UserError where `features_are_given` and nothing has taught it to give them."""
+
     def layers(self) -> list[list[nn.Parameter]]:
         """The trainable parameters from the input to the output: the order in which they are summed. Every one stands in it once."""
         return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]

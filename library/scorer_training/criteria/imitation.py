@@ -1,6 +1,9 @@
 """Imitation: a backbone learns to find in noisy latents what a network that was trained on photographs sees in the pictures."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +13,9 @@ from library.scorer_training.criteria.base import CRITERIA
 from library.scorer_training.criteria.self_taught import FromPictures, SelfTaught
 from library.scorers.base import Backbone
 from library.scorers.efficientnet_lite import PACKAGE
-from library.scorers.kinds.efficientnet_lite import EfficientNetLite, Seen
+
+if TYPE_CHECKING:
+    from library.scorers.kinds.efficientnet_lite import EfficientNetLite, Seen
 
 DECODED_AT_A_TIME = 8  # pictures
 
@@ -19,7 +24,7 @@ DECODED_AT_A_TIME = 8  # pictures
 class Imitation(FromPictures):
     """Seeing in latents what the backbone's own network sees in pixels; `ImitationPretraining` computes the error."""
 
-    def pretraining(self, backbone: Backbone, decode: Callable[[Tensor], Tensor]) -> "ImitationPretraining":
+    def pretraining(self, backbone: Backbone, decode: Callable[[Tensor], Tensor]) -> ImitationPretraining:
         return ImitationPretraining(backbone, decode)
 
 
@@ -31,6 +36,8 @@ class ImitationPretraining(SelfTaught):
     """
 
     def __init__(self, backbone: Backbone, decode: Callable[[Tensor], Tensor]) -> None:
+        from library.scorers.kinds.efficientnet_lite import EfficientNetLite  # it takes seconds, and not whenever settings are read
+
         super().__init__()
         if not isinstance(backbone, EfficientNetLite):
             raise UserError(f"imitation needs a network, which a {type(backbone).__name__} has not; set scorer_kind to efficientnet_lite")

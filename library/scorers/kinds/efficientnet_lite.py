@@ -8,6 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from library.errors import UserError
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.efficientnet_lite import LAST, STAGES, EfficientNetLite0, installed_weights, load_efficientnet_lite0
@@ -111,6 +112,13 @@ class EfficientNetLite(Backbone):
         if file := self.pretrained or installed_weights():
             self.network.load_state_dict(load_efficientnet_lite0(file).state_dict())
             self.taught = True
+
+    def check_taught(self) -> None:
+        if not self.knows_units:
+            raise UserError(
+                "scorer kind efficientnet_lite has not learned to see; give pretrain_data_file with pretrain_criterion imitation, "
+                "or by backbone_weights a backbone that had them"
+            )
 
     def layers(self) -> list[list[nn.Parameter]]:
         first = [*self.sigma_embedding.parameters(), *self.stem.parameters()]
