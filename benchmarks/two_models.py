@@ -33,7 +33,7 @@ from library.scorer_training.criteria.metrics import spearman
 from library.scorers.io import load_scorer
 
 SCORE = "brightness"
-MODELS = {"U-Net": MODEL, "transformer": FLOW_MODEL}
+MODELS = {"U-Net": MODEL, "Z-Image": FLOW_MODEL}
 RESULTS, GRID = ROOT / "benchmarks" / "results" / "two_models", ROOT / "docs" / "images" / "two_models.png"
 WEIGHTS = (-1.0, 0.0, 1.0)
 COUNT = 48  # prompts of a measurement, with 2 seeds each, and 4 of the base model
@@ -52,7 +52,7 @@ def slider_of(model: Path, seed: int) -> Path:
 def strengths() -> list[Row]:
     """What each file promises of +1 and -1, and the true gain; what another true score did."""
     return [
-        row(f"{name}, seed {seed}", slider_of(model, seed), SCORE, other="size", promised=True, model=model, count=COUNT)
+        row(f"{name}, seed {seed}", slider_of(model, seed), SCORE, other="size", stops_at=1.3, model=model, count=COUNT)
         for name, model in MODELS.items()
         for seed in SEEDS
     ]
