@@ -213,9 +213,11 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     pipeline = index.get("_class_name")
     titles = ", ".join(family.title for family in FAMILIES.values())
     what = f"{path} holds a {pipeline}; the models that can be trained are {titles}."
-    denoiser = next((name for name in ("unet", "transformer") if name in index), None)
-    if denoiser is None:
+    classes = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple) and len(value) > 1}
+    known = [family for family in FAMILIES.values() if classes.get(family.denoiser) == family.denoiser_class]
+    if not known:
         raise UserError(what)
+    denoiser = known[0].denoiser
     config = read_json(path / denoiser / "config.json", "the diffusers model is not complete")
     if denoiser == "unet":
         in_channels = config.get("in_channels", 4)
@@ -225,7 +227,7 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
             )
         if config.get("class_embed_type") is not None:
             raise UserError(f"The U-Net of {path} takes an embedding of a picture (unCLIP); give a text-to-image model.")
-    found = [family for family in FAMILIES.values() if family.denoiser == denoiser and family.is_folder(index, config)]
+    found = [family for family in known if family.is_folder(index, config)]
     for family in [family for family in found if family.pipeline_class == pipeline] or found:
         return family
     raise UserError(what)
