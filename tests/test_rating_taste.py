@@ -121,6 +121,12 @@ def progress_of(stars: list[tuple[int, float]], space: FeatureSpace, repeats: np
     )
 
 
+def test_a_stretched_interval_stays_within_what_is_possible() -> None:
+    held = Interval(0.8, 0.6, 0.95)
+    assert held.stretched(1.5, -1, 1).to_list() == pytest.approx([0.8, 0.5, 1.0])
+    assert held.stretched(1, -1, 1) == held
+
+
 def test_held_out_figures_agree_with_new_answers() -> None:
     features, worth = world()
     space = FeatureSpace(features)
