@@ -81,7 +81,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                 page.wait_for_function("s => document.querySelector('.stage figure img')?.getAttribute('src') !== s", arg=source)
             rating_seconds = time.monotonic() - began
             live = rating_session.opinion("beauty")
-            while live.measured < args.ratings - 2 * LEARN_EVERY:
+            while live.measured < args.ratings:
                 time.sleep(0.5)
             worth = true_worth(project, rating_session.gallery.pictures, score)
             rated = {rating_session.gallery.row_of[rating.first] for rating in live.ratings}

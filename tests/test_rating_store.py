@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,9 @@ def test_answers_come_back_and_one_sent_twice_counts_once(tmp_path: Path) -> Non
     again.undo(beauty, "a")
     assert project.ratings(beauty) == []
     assert project.add_ratings(beauty, [answer]) == 0  # what was taken back does not come back by a late retry
+    assert again.undo(beauty, "late") is None
+    project.add_ratings(beauty, [replace(answer, token="late")])  # it was overtaken on its way by its own undoing
+    assert project.ratings(beauty) == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from library.measuring.statistics import Interval
 from library.rating import choice
 from library.rating import taste as taste_module
 from library.rating.choice import choose
-from library.rating.live import Gallery, LiveOpinion
+from library.rating.live import REST, Gallery, LiveOpinion
 from library.rating.progress import (
     Progress,
     ceiling_of,
@@ -213,4 +213,10 @@ def test_a_live_opinion_asks_learns_and_measures(tmp_path) -> None:
     assert all(live._picture(asked.pictures[0]).prompt == "a" for asked in live.ask(5, prompt="a") if asked.reason == "random")
     token = live.ratings[-1].token
     assert live.undo(token) is not None and live.undo(token) is None and len(live.ratings) == 59
+    assert not live.measure_due()
+    live._changed -= REST  # the person rests: now one answer is enough
+    assert live.measure_due() and live.due()
+    live.learn()
+    live.measure()
+    assert live.progress.answers == 59 - sum(rating.mode == "skip" for rating in live.ratings) and not live.measure_due()
     assert Taste(gallery.space, Answers.of(), [Choice(0, 0.3)]).size == COUNT

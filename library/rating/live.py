@@ -22,7 +22,8 @@ LEARN_EVERY = 5  # answers
 FIRST_BY_CHANCE = 10  # answers: before that many, what is chosen teaches less than what is drawn
 REPEAT_AFTER = 10  # answers, at the earliest, a question is asked again
 REPEAT_EVERY = (11, 19)  # answers lie between two that are asked again, unannounced: about one in fifteen
-MEASURE_EVERY = 10
+MEASURE_EVERY = 10  # answers
+REST = 1.5  # seconds without an answer, after which what came since is learned and measured, however little it is
 WEIGHED = 20  # answers, from which on assumptions change little by little
 LEASE = 600.0  # seconds for which a picture that one tab shows is not shown in another
 GROWTH = 1.1  # of the pictures, after which features are made comparable anew
@@ -68,6 +69,7 @@ class LiveOpinion:
         self.ratings: list[Rating] = project.ratings(opinion)
         self.taste: Taste | None = None
         self.learned = self.measured = -1
+        self._changed = time.monotonic()
         self._rng = np.random.default_rng(seed)
         self._queues: dict[bool, list[Question]] = {False: [], True: []}
         self._leases: dict[int, float] = {}
@@ -150,6 +152,7 @@ class LiveOpinion:
     def reload(self) -> None:
         """Read the answers anew, where somebody else may have written some."""
         self.ratings = self.project.ratings(self.opinion)
+        self._changed = time.monotonic()
 
     def _predict(self, rating: Rating) -> float | None:
         taste = self.taste
@@ -163,7 +166,15 @@ class LiveOpinion:
 
     def due(self) -> bool:
         """Whether there is something to learn."""
-        return self.learned < 0 or abs(len(self.ratings) - self.learned) >= LEARN_EVERY or min(map(len, self._queues.values())) < 4
+        return self._behind(self.learned, LEARN_EVERY) or min(map(len, self._queues.values())) < 4
+
+    def measure_due(self) -> bool:
+        """Whether the figures are of too few answers."""
+        return self._behind(self.measured, MEASURE_EVERY)
+
+    def _behind(self, known: int, most: int) -> bool:
+        count = len(self.ratings)
+        return known < 0 or abs(count - known) >= most or (count != known and time.monotonic() - self._changed > REST)
 
     def learn(self) -> None:
         """Learn all answers, and choose what to ask next."""

@@ -160,7 +160,7 @@ class RatingSession:
                 for live in list(self.live.values()):
                     if grown or live.due():
                         live.learn()
-                    if live.measured < 0 or live.learned - live.measured >= 2 * LEARN_EVERY or (grown and live.ratings):
+                    if live.measure_due() or (grown and live.ratings):
                         live.measure()
             except Exception:  # the page must go on
                 logger.exception("learning failed; it is tried again")

@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS ratings (
     first INTEGER NOT NULL REFERENCES pictures, second INTEGER REFERENCES pictures, value REAL, reason TEXT NOT NULL,
     predicted REAL, time REAL NOT NULL, undone INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE TABLE IF NOT EXISTS taken_back (token TEXT PRIMARY KEY) STRICT;
 CREATE INDEX IF NOT EXISTS ratings_by_opinion ON ratings (opinion, undone, id);
 """
 
@@ -196,22 +197,31 @@ class Project:
         for rating in ratings:
             check_rating(rating, opinion)
         rows = [(r.token, opinion.id, r.mode, r.first, r.second, r.value, r.reason, r.predicted, r.time or time.time()) for r in ratings]
-        columns = "token, opinion, mode, first, second, value, reason, predicted, time"
+        columns = "token, opinion, mode, first, second, value, reason, predicted, time, undone"
+        undone = "EXISTS (SELECT 1 FROM taken_back WHERE token = ?1)"
         with self._writing() as db:
             before = db.total_changes
             try:
                 # on conflict of the token alone: INSERT OR IGNORE would pass over a picture that does not exist
-                sql = f"INSERT INTO ratings ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (token) DO NOTHING"
+                sql = (
+                    f"INSERT INTO ratings ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, {undone}) ON CONFLICT (token) DO NOTHING"
+                )
                 db.executemany(sql, rows)
             except sqlite3.IntegrityError as error:
                 raise UserError("the answer names a picture that this project does not have; load the page anew") from error
             return db.total_changes - before
 
     def undo(self, opinion: Opinion, token: str) -> Rating | None:
-        """Take back the answer of that token -> it, or None if there is none (any more)."""
+        """Take back the answer of that token -> it, or None if there is none (any more).
+
+        One that is still on its way does not count when it arrives: a page sends answers and what is taken back by requests of their own,
+        which may overtake each other.
+        """
         found = next((rating for rating in self.ratings(opinion) if rating.token == token), None)
         with self._writing() as db:
             db.execute("UPDATE ratings SET undone = 1 WHERE token = ? AND opinion = ?", (token, opinion.id))
+            if found is None:
+                db.execute("INSERT OR IGNORE INTO taken_back (token) VALUES (?)", (token,))
         return found
 
     def ratings(self, opinion: Opinion) -> list[Rating]:
