@@ -29,7 +29,16 @@ export function rate(main, app) {
     current = null;
     ended = false;
     showModes();
-    fillQueue().then(next);
+    stage.replaceChildren();
+    showWhatCame();
+  }
+
+  // Only where nothing is shown when it comes: else a question would be passed over, under the hand of who answers it.
+  async function showWhatCame() {
+    await fillQueue();
+    if (current || stage.querySelector(".grid")) return;
+    if (queue.length) next();
+    else showEmpty();
   }
 
   function showModes() {
@@ -238,8 +247,7 @@ export function rate(main, app) {
       filter.hidden = state.prompts.length < 2;
     }
     side.replaceChildren(summary(state));
-    const idle = !current && !stage.querySelector(".grid");
-    if (idle) fillQueue().then(() => (queue.length ? next() : showEmpty()));
+    if (!current) showWhatCame();
   }
 
   restart();
