@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,26 @@ from library.models.vae import Autoencoder, LatentSpace, place_vae, vae_class
 from library.models.vae_slices import for_pictures
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What `load_model` was asked for."""
+
+    path: Path
+    family: str
+    v_parameterization: bool | None
+    vae: str | Path | None
+    text: TextSource
+    dtype: torch.dtype
+    no_values: bool
+
+    def check_family(self, found: Family) -> None:
+        if self.family not in ("auto", found.name):
+            raise UserError(
+                f"{self.path} is a {found.title} model ({found.name}), but family {self.family!r} was given; leave it out or correct it."
+            )
+        self.text.check(found, self.path)
 
 
 def load_model(
@@ -63,10 +84,17 @@ def load_model(
     path = find_model(path)
     _check_family_name(family)
     logger.info("loading the model %s", path)
-    load = _load_folder if path.is_dir() else _load_file
+    wanted = _Wanted(
+        path=path,
+        family=family,
+        v_parameterization=v_parameterization,
+        vae=vae,
+        text=TextSource(text_encoder, tokenizer),
+        dtype=dtype,
+        no_values=torch.device(device).type == "meta",
+    )
     with _foreign(path):
-        text = TextSource(text_encoder, tokenizer)
-        model = load(path, family, v_parameterization, vae, text, dtype, torch.device(device).type == "meta")
+        model = (_load_folder if path.is_dir() else _load_file)(wanted)
         _make_ready(model.vae)
         _check_vae(model, path if vae is None else vae)
     if clip_skip is not None:
@@ -135,10 +163,6 @@ def _make_ready(vae: Autoencoder) -> None:
                 raise ValueError(f"latents of the VAE are multiplied with {str(factor)[:40]}")
 
 
-def _other_vae(path: str | Path, family: Family) -> Autoencoder:
-    return load_vae(path, family=family.name)
-
-
 def _check_vae(model: DiffusionModel, path: str | Path) -> None:
     """Refuse a VAE whose latents are not what the network draws, as far as that can be told."""
     space, published = model.spec.latent_space, LatentSpace.of_config(FAMILIES[model.spec.family].config["vae"])
@@ -155,50 +179,24 @@ def _check_family_name(family: str) -> None:
         FAMILIES[family]  # raises UserError
 
 
-def _expect_family(found: Family, wanted: str, path: Path) -> None:
-    if wanted not in ("auto", found.name):
-        raise UserError(f"{path} is a {found.title} model ({found.name}), but family {wanted!r} was given; leave it out or correct it.")
-
-
-def _load_folder(
-    path: Path,
-    wanted_family: str,
-    v_parameterization: bool | None,
-    vae_path: str | Path | None,
-    text: TextSource,
-    dtype: torch.dtype,
-    no_values: bool,
-) -> DiffusionModel:
+def _load_folder(wanted: _Wanted) -> DiffusionModel:
     import diffusers
 
+    path = wanted.path
     modular = path / "modular_model_index.json"
     index_file = modular if modular.is_file() else path / "model_index.json"
     index = read_json(index_file, "give the folder of a whole diffusers model, or a checkpoint file")
     family = _family_of_folder(index, path)
-    _expect_family(family, wanted_family, path)
-    text.check(family, path)
+    wanted.check_family(family)
     scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", "the diffusers model is not complete")
-    schedule = _schedule(scheduler_config, v_parameterization)
-    if v_parameterization is None:
+    schedule = _schedule(scheduler_config, wanted.v_parameterization)
+    if wanted.v_parameterization is None:
         warn_of_name(_folder_name(path), schedule.prediction_type == "v_prediction")
-    load = component_without_values if no_values else component
-    unet = load(getattr(diffusers, family.denoiser_class), path / family.denoiser, dtype)
-    vae = _vae_of_folder(path / "vae", load) if vae_path is None else _other_vae(vae_path, family)
-    text_encoders, tokenizers = family.text_of_folder(path, load, dtype)
-    return family.model_class(
-        spec=family.spec(
-            prediction_type=schedule.prediction_type,
-            unet=unet,
-            vae=vae,
-            name=_folder_name(path),
-            scheduler=scheduler_config.get("_class_name", ""),
-        ),
-        schedule=schedule,
-        unet=unet,
-        vae=vae,
-        text_encoders=text_encoders,
-        tokenizers=tokenizers,
-    )
+    load = component_without_values if wanted.no_values else component
+    unet = load(getattr(diffusers, family.denoiser_class), path / family.denoiser, wanted.dtype)
+    vae = _vae_of_folder(path / "vae", load) if wanted.vae is None else load_vae(wanted.vae, family=family.name)
+    text = family.text_of_folder(path, load, wanted.dtype)
+    return _model(family, schedule, unet, vae, text, _folder_name(path), scheduler_config.get("_class_name", ""))
 
 
 def _folder_name(path: Path) -> str:
@@ -233,19 +231,11 @@ def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     raise UserError(what)
 
 
-def _load_file(
-    path: Path,
-    wanted_family: str,
-    v_parameterization: bool | None,
-    vae_path: str | Path | None,
-    text: TextSource,
-    dtype: torch.dtype,
-    no_values: bool,
-) -> DiffusionModel:
-    tensors, metadata = single_file.read_tensors(path, shapes_only=no_values)
+def _load_file(wanted: _Wanted) -> DiffusionModel:
+    path, dtype, v_parameterization = wanted.path, wanted.dtype, wanted.v_parameterization
+    tensors, metadata = single_file.read_tensors(path, shapes_only=wanted.no_values)
     family = single_file.detect_family(tensors, path)
-    _expect_family(family, wanted_family, path)
-    text.check(family, path)
+    wanted.check_family(family)
     bundled = family.config
     scheduler_config = bundled["scheduler"]
     if isinstance(family, UNetFamily):
@@ -263,12 +253,19 @@ def _load_file(
         tokenizers: list[Any] = [build_clip_tokenizer(slot.pad_token) for slot in family.text_encoders]
     else:
         assert isinstance(family, FlowFamily)
-        text_encoders, tokenizers = text.parts(family, tensors, path, dtype, no_values)
+        text_encoders, tokenizers = wanted.text.parts(family, tensors, path, dtype, wanted.no_values)
         unet, *others = build_transformer(tensors, family, dtype, path)
         text_encoders += others
-    vae = single_file.build_vae(tensors, family, path) if vae_path is None else _other_vae(vae_path, family)
+    vae = single_file.build_vae(tensors, family, path) if wanted.vae is None else load_vae(wanted.vae, family=family.name)
+    return _model(family, schedule, unet, vae, (text_encoders, tokenizers), path.name)
+
+
+def _model(
+    family: Family, schedule: NoiseSchedule, unet: Any, vae: Autoencoder, text: tuple[list[Any], list[Any]], name: str, scheduler: str = ""
+) -> DiffusionModel:
+    text_encoders, tokenizers = text
     return family.model_class(
-        spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=path.name),
+        spec=family.spec(prediction_type=schedule.prediction_type, unet=unet, vae=vae, name=name, scheduler=scheduler),
         schedule=schedule,
         unet=unet,
         vae=vae,
