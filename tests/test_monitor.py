@@ -20,6 +20,7 @@ from library.reports.plots import GAP, HEADER, LABEL_WIDTH
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
+from library.scorers.pixel_decoder import check_decodes
 from library.slider_training.monitor import Monitor, Observation, due
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.pictures import SliderPictures
@@ -29,6 +30,7 @@ from library.types import PromptSpec
 from networks.lora import LoRANetwork
 from tests.helpers.records import record_of
 from tests.helpers.scorers import ChannelScorer, WavyScorer, scorer_for
+from tests.helpers.tiny_image_models import tiny_taesd
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_networks import lora_for
 
@@ -347,6 +349,16 @@ def test_the_grid_of_previews_shows_every_pixel_where_it_belongs(tmp_path: Path)
     enlarged = (base * 255).round().permute(1, 2, 0).numpy().astype(int).repeat(2, 0).repeat(2, 1)  # 64 -> 128
     left = LABEL_WIDTH + (192 + GAP) + (192 - 128) // 2  # the second column, in cells as wide as the second prompt's pictures
     assert np.abs(grid[HEADER : HEADER + 128, left : left + 128] - enlarged).max() <= 1
+
+
+def test_a_tiny_decoder_makes_the_pictures_of_previews() -> None:
+    model, tiny = tiny_model(), tiny_taesd()
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = tiny.decode(latents).sample / 2 + 0.5  # type: ignore[arg-type]
+    torch.testing.assert_close(decode(model, latents, 2, tiny), expected, rtol=0, atol=1e-5)
+    check_decodes(tiny, model.vae, "preview_vae")
+    with pytest.raises(UserError, match="preview_vae x is for latents of 16 channels, 8 pixels wide, and the model makes"):
+        check_decodes(tiny_taesd(latent_channels=16), model.vae, "preview_vae x")
 
 
 def test_the_running_gain_asks_for_an_observation_when_the_slider_is_strong_enough() -> None:

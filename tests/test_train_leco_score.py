@@ -17,7 +17,7 @@ import pytest
 import safetensors
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,6 +40,7 @@ from library.types import LossOutput, PromptSpec
 from networks.lora import create_network_from_weights
 from tests.helpers.golden_run import RUNS, golden_file, golden_numbers
 from tests.helpers.records import record_of
+from tests.helpers.tiny_image_models import tiny_taesd
 from tests.helpers.tiny_leco_run import foreign_vae_fingerprint, make_workplace, run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.two_processes import SETTINGS, run_alone
@@ -125,10 +126,12 @@ def test_what_a_person_says_of_a_run_counts(
 
     def seen(*given: Any) -> None:
         previews.append([prompt.prompt for prompt in given[3]])
+        assert isinstance(given[-1], AutoencoderTiny)
         write_preview(*given)
 
     monkeypatch.setattr("library.slider_training.monitor.write_preview", seen)
     (tmp_path / "sample.txt").write_text("a hut --w 64 --h 64\n", encoding="utf-8")
+    tiny_taesd().save_pretrained(tmp_path / "tiny")
     said = {"title": "Light", "author": "Ada", "description": "It brightens.", "license": "CC-BY-4.0", "tags": "light, slider"}
     path = run(
         workplace,
@@ -141,6 +144,7 @@ def test_what_a_person_says_of_a_run_counts(
         save_last_n_steps_state=0,
         sample_prompts=str(tmp_path / "sample.txt"),
         sample_every_n_steps=4,
+        preview_vae=str(tmp_path / "tiny"),
         **{f"metadata_{name}": value for name, value in said.items()},
     )
     metadata = metadata_of(path)

@@ -15,6 +15,7 @@ from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import ALIASES, SOLVERS, get_solver, guided_eps, rescale_guided_eps
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.models.vae import Autoencoder, decode_latents
 from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, size_of
 from library.training.runtime import upload
 from library.types import Conditioning, History, PromptSpec
@@ -149,15 +150,20 @@ def sample(
 
 
 @torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor, batch_size: int) -> Tensor:
+def decode(model: DiffusionModel, latents: Tensor, batch_size: int, tiny: Autoencoder | None = None) -> Tensor:
     """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured.
 
     At most `batch_size` pictures in a call, and no more than `DECODED_PIXELS`: the decoder's activations are a run's peak of memory.
+    `tiny` decodes in place of the model's VAE, whose latents it reads.
     """
     pixels = latents.shape[2] * latents.shape[3] * model.spec.vae_scale_factor**2
     at_once = max(1, min(batch_size, DECODED_PIXELS // pixels))
-    with model.vae_at_work():
-        decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in latents.split(at_once)]
+    batches = latents.split(at_once)
+    if tiny is not None:
+        decoded = [decode_latents(tiny, batch.to(tiny.device)).cpu() for batch in batches]
+    else:
+        with model.vae_at_work():
+            decoded = [model.decode_latents(batch.to(model.device)).cpu() for batch in batches]
     return torch.cat(decoded) / 2 + 0.5
 
 

@@ -108,17 +108,31 @@ def _ramp(length: int) -> Tensor:
     return (torch.minimum(place, length - place) / (OVERLAP * length)).clamp_max(1)
 
 
-def load_tiny_autoencoder(folder: str) -> AutoencoderTiny:
-    """A tiny autoencoder such as TAESD, from the folder of diffusers' AutoencoderTiny. Raises UserError if the folder is none."""
+def load_tiny_autoencoder(folder: str, setting: str = "decoder", otherwise: str = "vae for the run's own VAE") -> AutoencoderTiny:
+    """A tiny autoencoder such as TAESD, from the folder of diffusers' AutoencoderTiny.
+
+    Raises:
+        UserError: the folder, given as `setting`, is none.
+    """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"decoder {folder} is not vae, nor the folder of a tiny autoencoder such as TAESD: it has no config.json")
+        raise UserError(f"{setting} {folder} is not the folder of a tiny autoencoder such as TAESD: it has no config.json")
     config: Any = AutoencoderTiny.load_config(folder)
     if config.get("_class_name") != "AutoencoderTiny":
-        raise UserError(f"decoder {folder} is not the folder of a tiny autoencoder such as TAESD; give that, or vae for the run's own VAE")
+        raise UserError(f"{setting} {folder} is not the folder of a tiny autoencoder such as TAESD; give that, or {otherwise}")
     try:
         return AutoencoderTiny.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"decoder {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{setting} {folder} cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+
+
+def check_decodes(autoencoder: Autoencoder, vae: Autoencoder, given: str) -> None:
+    """Raises UserError, by the name of what was `given`, if an autoencoder cannot decode the latents of a VAE."""
+    own, wanted = LatentSpace.of(autoencoder), LatentSpace.of(vae)
+    if (own.channels, own.downsampling) != (wanted.channels, wanted.downsampling):
+        raise UserError(
+            f"{given} is for latents of {own.channels} channels, {own.downsampling} pixels wide, and the model makes {wanted.name} "
+            f"({wanted.channels} channels, {wanted.downsampling} pixels); give one that belongs to this VAE"
+        )
 
 
 def post_quant_of(autoencoder: Autoencoder) -> nn.Module:

@@ -18,6 +18,7 @@ from library.measuring.record import FIRM_GAIN, REWARD, EvaluationRecord
 from library.measuring.statistics import within_prompt_std
 from library.measuring.warnings import SliderWarning, find_warnings
 from library.models.base import DiffusionModel
+from library.models.vae import Autoencoder
 from library.objectives.rewards import Reward
 from library.objectives.terms.score import ScoreTerm
 from library.prompts.files import spread
@@ -68,6 +69,7 @@ class Monitor:
         num_steps: updates of the whole run.
         agree: what all processes of a run decide, of what this one does; one process decides alone.
         sample_prompts: of the previews; none: some of `prompts`.
+        preview_vae: decodes the previews; None: the model's own.
 
     Attributes:
         running: the gain that training shows of itself; None before the first observation and without a training score.
@@ -88,10 +90,12 @@ class Monitor:
         num_steps: int = 500,
         agree: Callable[[bool], bool] = bool,
         sample_prompts: Sequence[PromptSpec] = (),
+        preview_vae: Autoencoder | None = None,
     ) -> None:
         self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
         self.config, self.judges, self.num_steps, self.agree = config, judges or Judges(), num_steps, agree
         self.train_steps, self.sample_prompts = sampling.num_steps, sample_prompts
+        self.preview_vae = preview_vae
         if not prompts:
             if config.previews and not sample_prompts:
                 raise UserError("there are no prompts to make previews of; give eval_prompts_file")
@@ -294,7 +298,7 @@ class Monitor:
         """Write the grid of previews and return its path."""
         path = preview_path(output_dir, output_name, step)
         prompts = self.sample_prompts or spread(self.pictures.prompts, PREVIEW_PROMPTS)
-        write_preview(path, self.model, self.network, prompts, PREVIEW_WEIGHTS, self.pictures.sampling, self.encoder)
+        write_preview(path, self.model, self.network, prompts, PREVIEW_WEIGHTS, self.pictures.sampling, self.encoder, self.preview_vae)
         return path
 
     def state_dict(self) -> dict[str, Any]:

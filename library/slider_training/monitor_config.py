@@ -1,6 +1,7 @@
 """How a training is watched: the settings."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.errors import UserError
 from library.measuring.calibration import Target
@@ -57,6 +58,13 @@ class MonitorConfig:
     sample_prompts: str | None = option(
         None,
         help="Prompts of the previews, all of them; not set: four of those that are measured.",
+        only_with=("sample_every_n_steps", "sample_at_first"),
+        expert=True,
+    )
+    preview_vae: Path | None = option(
+        None,
+        help="Tiny autoencoder (TAESD and its like, a folder of diffusers' AutoencoderTiny) that decodes the previews, which is quicker "
+        "and takes less memory; what is measured is decoded by the model's own.",
         only_with=("sample_every_n_steps", "sample_at_first"),
         expert=True,
     )

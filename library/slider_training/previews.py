@@ -9,6 +9,7 @@ from PIL import Image
 
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
+from library.models.vae import Autoencoder
 from library.reports.plots import image_grid, multiplier_grid, signed
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
@@ -33,8 +34,10 @@ def write_preview(
     multipliers: Sequence[float],
     sampling: SamplingConfig,
     encoder: PromptEncoder | None = None,
+    tiny: Autoencoder | None = None,
 ) -> None:
     """Write a PNG with a row for each prompt (at its seed, or the number of its row) and a column for each multiplier.
+    `tiny` decodes in place of the model's VAE.
 
     Raises:
         UserError: if the file cannot be written.
@@ -44,7 +47,7 @@ def write_preview(
     for prompt, seed in zip(prompts, seeds, strict=True):
         count = len(multipliers)
         latents = sample(model, network, [prompt] * count, [seed] * count, multipliers, sampling=sampling, encoder=encoder)
-        rows.append((decode(model, latents, sampling.batch_size).clamp(0, 1) * 255).round().byte())
+        rows.append((decode(model, latents, sampling.batch_size, tiny).clamp(0, 1) * 255).round().byte())
     labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
     atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))
 

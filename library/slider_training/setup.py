@@ -14,6 +14,7 @@ from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
 from library.models.config import ModelConfig
 from library.models.packed import pack_unet
+from library.models.vae import move
 from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
@@ -24,6 +25,7 @@ from library.prompts.files import PromptOptions, load_prompts, with_aspect_bucke
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
+from library.scorers.pixel_decoder import check_decodes, load_tiny_autoencoder
 from library.settings.presets import PRESETS, MemoryConfig
 from library.settings.shared import LoggingConfig, MetadataConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
@@ -131,7 +133,12 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
     sample_file = config.monitor.sample_prompts
     sample_prompts = load_prompts(sample_file, config.prompts) if sample_file and config.monitor.previews else []
+    tiny_folder = config.monitor.preview_vae if config.monitor.previews else None
+    preview_vae = None if tiny_folder is None else load_tiny_autoencoder(str(tiny_folder), "preview_vae", "nothing for the model's own")
     model = model or load_base(config, accelerator)
+    if preview_vae is not None:
+        check_decodes(preview_vae, model.vae, f"preview_vae {tiny_folder}")
+        move(preview_vae, accelerator.device)
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(prompts, sampling.size)
@@ -191,6 +198,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
         num_steps=config.training.max_train_steps,
         agree=lambda wanted: any_process(wanted, accelerator),
         sample_prompts=sample_prompts,
+        preview_vae=preview_vae,
     )
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)

@@ -15,7 +15,7 @@ from library.scorers.conditioning import FiLM, SigmaEmbedding
 from library.scorers.image_models.base import Loaded, build_image_model, read_image_model
 from library.scorers.image_models.preprocessing import Preprocessing
 from library.scorers.image_models.trainable import CONFIGURATIONS
-from library.scorers.pixel_decoder import PixelDecoder, decoder_config, load_tiny_autoencoder
+from library.scorers.pixel_decoder import PixelDecoder, check_decodes, decoder_config, load_tiny_autoencoder
 from library.types import Conditioning
 
 RUNS_VAE = "vae"
@@ -105,8 +105,7 @@ class PixelBackbone(Backbone):
             options: `decode_tile`, `decode_batch`, `decode_checkpointing`.
         """
         autoencoder = source.vae if decoder == RUNS_VAE else load_tiny_autoencoder(decoder)
-        if (channels := LatentSpace.of(autoencoder).channels) != LatentSpace.of(source.vae).channels:
-            raise UserError(f"decoder {decoder} is for latents of {channels} channels; give one that belongs to this VAE")
+        check_decodes(autoencoder, source.vae, f"decoder {decoder}")
         specification = _specification(size, pretrained)
         if specification:
             image_model = read_image_model(specification).architecture
@@ -117,7 +116,7 @@ class PixelBackbone(Backbone):
         own = ("decoder", "image_size", "pretrained")
         check_scorer_args("pixel", [*options], (*own, "decode_tile", "decode_batch", "decode_checkpointing"))
         return {
-            "in_channels": channels,
+            "in_channels": LatentSpace.of(autoencoder).channels,
             "decoder": decoder_config(autoencoder),
             "image_model": image_model,
             "decoder_folder": "" if decoder == RUNS_VAE else decoder,
