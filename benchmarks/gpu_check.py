@@ -90,7 +90,7 @@ def sections(tiny: bool) -> list[Section]:
         own("optimizers"),
         step("sd1_bf16", "sd1", *half, *sizes),
         step("sd1_fp16", "sd1", "--mixed_precision", "fp16", *one_size),
-        step("sd1_fp32", "sd1", *one_size),
+        step("sd1_fp32", "sd1", "--mixed_precision", "no", *one_size),
         step("sdxl_bf16", "sdxl", *half, *sizes, timeout=180.0),
         own("memory", timeout=120.0),
         own("mfu"),

@@ -189,7 +189,7 @@ class Laboratory:
         places = [self.eval_prompts.index(prompt) for prompt in prompts]
         seeds = [1000 + place * 100 + seed for place in places for seed in range(num_seeds)]
         latents = sample(self.model, network, rows, seeds, strength, encoder=self.encoder, sampling=SAMPLING)
-        pixels = decode(self.model, latents, 48).clamp(0, 1)
+        pixels = decode(self.model, latents).clamp(0, 1)
         texts = [prompt.prompt for prompt in rows]
         shape = (len(prompts), num_seeds)
         found = {

@@ -96,7 +96,7 @@ def rank_correlations() -> list[Row]:
     for name, model in MODELS.items():
         used = measurer(model, prompts()[1], COUNT)
         trail = list(followed(used, RANKED))
-        truth = SCORES[SCORE](decode(used.model, trail[-1][1], 64).clamp(0, 1)).view(RANKED, -1)
+        truth = SCORES[SCORE](decode(used.model, trail[-1][1]).clamp(0, 1)).view(RANKED, -1)
         for sigma, latents in trail:
             with torch.no_grad():
                 said = rated(latents, torch.full((len(latents),), sigma)).view(RANKED, -1)
@@ -120,7 +120,7 @@ def grid(path: Path) -> None:
         with attached(used.model, slider_of(model, SEEDS[0])) as network:
             for weight in WEIGHTS:
                 latents = sample(used.model, network, asked, range(SHOWN), weight, sampling=used.sampling)
-                columns.append((255 * decode(used.model, latents, 64).clamp(0, 1)).round().byte())
+                columns.append((255 * decode(used.model, latents).clamp(0, 1)).round().byte())
                 labels.append(f"{name} {signed(weight)}")
     image_grid(list(torch.stack(columns, dim=1)), [prompt.prompt for prompt in asked], labels).save(path, optimize=True)
 

@@ -145,17 +145,16 @@ class Sparse:
             evaluated: the other one, where it is due [R, C, h, w]; None where none is.
         """
         eps = eps.detach()
+        if evaluated is None:
+            assert self.distances is not None
+            return eps - self.distances
         if self.due is None:
-            assert evaluated is not None
-            other = evaluated
             if self.distances is not None:
-                self.distances.copy_(eps - other)
-            return other
+                self.distances.copy_(eps - evaluated)
+            return evaluated
         assert self.distances is not None
-        if evaluated is not None:
-            self.distances.index_copy_(0, self.due, eps[self.due] - evaluated)
-        other = eps - self.distances
-        return other if evaluated is None else other.index_copy(0, self.due, evaluated)
+        self.distances.index_copy_(0, self.due, eps[self.due] - evaluated)
+        return (eps - self.distances).index_copy(0, self.due, evaluated)
 
 
 @dataclass(frozen=True, kw_only=True)

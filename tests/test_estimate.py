@@ -1,5 +1,6 @@
 """What a run needs, counted without weights, beside what it takes when it runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import train_leco_score
 from benchmarks import memory
+from library.rollouts.sample import SAMPLED_BYTES, SAMPLED_LATENTS
 from library.settings.options import build
 from library.slider_training.estimate import COMPARE, DECODE, PARTS, SAMPLE, SCORE, STEP, Allocations, Estimate, estimate
 from library.slider_training.setup import leco_score_config
@@ -26,6 +28,13 @@ def test_allocations_count_what_is_held() -> None:
         assert allocations.now == 40 and allocations.rises[STEP] == 4096 + 40
         del second
     assert allocations.now == 0
+
+
+def test_pictures_in_a_call_are_as_many_as_was_counted() -> None:
+    """What a picture is said to take while it is sampled covers both families, and not by much."""
+    rows = [row for row in json.loads((memory.ROOT / "benchmarks" / "results" / "memory.json").read_text()) if "rises" in row]
+    shares = {row["family"]: row["rises"][SAMPLE] / (SAMPLED_LATENTS * 2 * SAMPLED_BYTES) for row in rows}
+    assert set(shares) == {"sd1", "sdxl"} and all(0.5 < share < 0.9 for share in shares.values())
 
 
 @pytest.fixture(scope="module")

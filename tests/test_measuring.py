@@ -81,7 +81,7 @@ def test_every_picture_is_scored_in_its_place(measured) -> None:
     for row, prompt in enumerate(PROMPTS):
         for place, multiplier in enumerate(record.multipliers):
             latents = by_hand(measurer.model, network, prompt, list(record.seeds[row]), multiplier)
-            pixels = decode(measurer.model, latents, 2).clamp(0, 1)
+            pixels = decode(measurer.model, latents).clamp(0, 1)
             expected = {
                 "reward": latents[:, 0].mean((1, 2)),
                 "ChannelScorer": latents[:, 0].mean((1, 2)),
@@ -101,7 +101,7 @@ def test_the_pictures_that_are_kept_are_the_first_seeds(measured) -> None:
     measurer, network, record = measured
     assert [tuple(pictures.shape) for pictures in record.pictures] == [(3, 3, 64, 64), (3, 3, 64, 96)]
     for place, multiplier in enumerate(record.multipliers):
-        own = decode(measurer.model, by_hand(measurer.model, network, PROMPTS[0], [0], multiplier), 1)[0].clamp(0, 1)
+        own = decode(measurer.model, by_hand(measurer.model, network, PROMPTS[0], [0], multiplier))[0].clamp(0, 1)
         assert (record.pictures[0][place] / 255 - own).abs().max() < 1.01 / 255
 
 
@@ -110,7 +110,7 @@ def test_statistics_are_those_of_the_pictures() -> None:
     measured = measurer.measure(network, [1.0]).statistics
     vae = measurer.model.vae
     latents, base = (by_hand(measurer.model, network, PROMPTS[0], [0, 1], multiplier) for multiplier in (1.0, 0.0))
-    decoded, base_decoded = (decode(measurer.model, part, 2) for part in (latents, base))
+    decoded, base_decoded = (decode(measurer.model, part) for part in (latents, base))
     pixels, base_pixels = decoded.clamp(0, 1), base_decoded.clamp(0, 1)
     expected = {
         "latent_drift": (0.0, rms_distance(latents, base).mean().item()),
@@ -147,19 +147,19 @@ def test_base_pictures_are_made_once_for_several_sliders_and_batches_are_bounded
     measurer, first = measurer_for()
     sampled, sizes = [], []
     monkeypatch.setattr(measure, "sample", lambda *args, **kwargs: sampled.append(args[4]) or sample(*args, **kwargs))
-    decode_latents = measurer.model.decode_latents
-    monkeypatch.setattr(measurer.model, "decode_latents", lambda latents: sizes.append(len(latents)) or decode_latents(latents))
+    predict = measurer.model.predict_eps
+    monkeypatch.setattr(measurer.model, "predict_eps", lambda *given: sizes.append(len(given[0])) or predict(*given))
     values = [measurer.measure(first, [-1.0, 1.0]).responses["reward"].values]
     first.remove()
     values.append(measurer.measure(lora_for(measurer.model, 0.1), [-1.0, 1.0]).responses["reward"].values)
-    assert sampled == [[0.0, 0.0], [-1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, 1.0]] and max(sizes) == SAMPLING.batch_size
+    assert sampled == [[0.0, 0.0], [-1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, 1.0]] and max(sizes) == 2 * SAMPLING.batch_size
     assert np.array_equal(values[0][:, :, 1], values[1][:, :, 1]) and np.abs(values[0] - values[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(("pixels", "judges", "decodes"), [(False, Judges(), False), (False, Judges({"redness": REDNESS}), True)])
 def test_pictures_are_decoded_only_where_somebody_looks(pixels: bool, judges: Judges, decodes: bool, monkeypatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(measure, "decode", lambda model, latents, size: calls.append(1) or decode(model, latents, size))
+    monkeypatch.setattr(measure, "decode", lambda model, latents: calls.append(1) or decode(model, latents))
     measurer, network = measurer_for(raters=Raters(judges=judges, scorers={"other": scorer_for(tiny_model())}), pixels=pixels)
     measured = measurer.measure(network, [1.0]).statistics
     assert bool(calls) is decodes and ("saturation" in measured) is decodes

@@ -345,7 +345,7 @@ def test_the_grid_of_previews_shows_every_pixel_where_it_belongs(tmp_path: Path)
     write_preview(tmp_path / "preview.png", model, network, prompts, (-1.0, 0.0, 1.0), sampling)
     grid = np.asarray(Image.open(tmp_path / "preview.png")).astype(int)
     with network.disabled():
-        base = decode(model, sample(model, None, prompts[:1], [1], sampling=sampling), 1)[0].clamp(0, 1)
+        base = decode(model, sample(model, None, prompts[:1], [1], sampling=sampling))[0].clamp(0, 1)
     enlarged = (base * 255).round().permute(1, 2, 0).numpy().astype(int).repeat(2, 0).repeat(2, 1)  # 64 -> 128
     left = LABEL_WIDTH + (192 + GAP) + (192 - 128) // 2  # the second column, in cells as wide as the second prompt's pictures
     assert np.abs(grid[HEADER : HEADER + 128, left : left + 128] - enlarged).max() <= 1
@@ -355,7 +355,7 @@ def test_a_tiny_decoder_makes_the_pictures_of_previews() -> None:
     model, tiny = tiny_model(), tiny_taesd()
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = tiny.decode(latents).sample / 2 + 0.5  # type: ignore[arg-type]
-    torch.testing.assert_close(decode(model, latents, 2, tiny), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decode(model, latents, tiny), expected, rtol=0, atol=1e-5)
     check_decodes(tiny, model.vae, "preview_vae")
     with pytest.raises(UserError, match="preview_vae x is for latents of 16 channels, 8 pixels wide, and the model makes"):
         check_decodes(tiny_taesd(latent_channels=16), model.vae, "preview_vae x")

@@ -97,6 +97,18 @@ def test_the_precision_on_a_gpu(asked: str | None, launched: str | None, has_bf1
     assert choose_precision(asked, torch.device("cuda")) == expected
 
 
+@pytest.mark.parametrize(("precision", "on_gpu", "expected"), [(None, True, "high"), ("no", True, "highest"), (None, False, "highest")])
+def test_tf32_is_for_a_gpu_on_which_nobody_asked_for_float32(precision: str | None, on_gpu: bool, expected: str, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    try:
+        create_accelerator(TrainingConfig(mixed_precision=precision))
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_weight_dtype():
     assert [weight_dtype(name) for name in ("no", "float", "fp16", "bf16")] == [
         torch.float32,

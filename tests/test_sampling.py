@@ -85,7 +85,7 @@ def test_equals_diffusers(kind, guidance_scale):
     pixels = pipeline.image_processor.denormalize(
         pipeline.vae.decode(expected / model.spec.latent_space.scaling_factor, return_dict=False)[0]
     )
-    torch.testing.assert_close(decode(model, ours, 2).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(decode(model, ours).clamp(0, 1), pixels.clamp(0, 1), atol=1e-3, rtol=0)
 
 
 def test_a_part_of_the_steps_and_of_the_unconditional_branch() -> None:
@@ -217,6 +217,24 @@ def test_a_seed_is_a_picture_whatever_the_batch(solver):
     torch.testing.assert_close(together, small, **ROUNDING)
     other = sample(model, None, PROMPTS, [1, 2, 3], sampling=replace(SAMPLING, sampler=solver))
     assert (other - together).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "free_gib", "expected"),
+    [((64, 64), None, 64), ((512, 512), None, 8), ((1024, 1024), None, 2), ((4096, 4096), None, 1)]
+    + [((512, 512), 20.0, 8), ((512, 512), 1.1, 4), ((512, 512), 0.1, 1), ((64, 64), 0.1, 25)],
+)
+def test_pictures_in_a_call_suit_their_size_and_the_memory_that_is_free(size, free_gib, expected, monkeypatch):
+    """A bf16 model; on a GPU, whose memory torch keeps some of for tensors to come, 0.25 GiB a picture of 512 x 512."""
+    model = tiny_model().to(dtype=torch.bfloat16)
+    if free_gib is not None:
+        free = int(free_gib * 2**30)
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 2, 2**40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**20 + free // 2)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    assert replace(SAMPLING, batch_size=None).pictures_at_once(model, size) == expected
+    assert SAMPLING.pictures_at_once(model, size) == 8
 
 
 def test_one_batch_holds_different_multipliers():

@@ -107,7 +107,7 @@ class EvaluationConfig:
         "num_steps=30.",
     )
     resolution: tuple[int, ...] = option((), help="Width and height (or one number) in pixels, multiples of 8; default the model's own.")
-    batch_size: int = option(8, help="Pictures sampled together.")
+    batch_size: int | None = option(None, help="Pictures sampled together; not set: what suits their size and the free memory.")
     num_grid_prompts: int = option(6, help="Rows of the picture grid.")
     mixed_precision: str | None = option(
         None,

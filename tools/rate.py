@@ -143,7 +143,6 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
             "seeds_per_prompt": 2,
             "multipliers": [-1.0, -0.5, 0.0, 0.5, 1.0],
             "guidance_scale": guidance,
-            "batch_size": 40 if embedded else 4,
         }
     }
     for values, name, given in ((scorer, "max_train_steps", config.scorer_steps), (slider, "max_train_steps", config.train_steps)):

@@ -147,7 +147,7 @@ def measure_samples(model_path: str, vae: str | None = None, per_resolution: int
                 sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(height, width), batch_size=60),
                 progress=bar.update,
             )
-        shape_right, colour_right = obeyed(decode(model, latents, 60), prompts)
+        shape_right, colour_right = obeyed(decode(model, latents), prompts)
         shares = f"shape {shape_right.float().mean():.1%}, colour {colour_right.float().mean():.1%}"
         print(f"{per_resolution} samples at {width}x{height}: {shares}, both {(shape_right & colour_right).float().mean():.1%}")
 

@@ -56,7 +56,7 @@ def main() -> None:
             sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64), batch_size=24),
             encoder=encoder,
         )
-        shape_right, colour_right = obeyed(decode(model, latents, 24), wanted)
+        shape_right, colour_right = obeyed(decode(model, latents), wanted)
         print(f"{name}: {shares(shape_right, colour_right)}", flush=True)
 
     print(f"{len(scenes)} pictures")

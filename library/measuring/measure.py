@@ -241,22 +241,23 @@ class Measurer:
 
     def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str, part: "Part") -> Iterator[PromptPictures]:
         """One prompt's pictures after the other's, scored. At most a batch of pictures, or those of one prompt, is held at a time."""
-        encoder, batch_size, count = self.encoder or PromptEncoder(self.model, network), self.sampling.batch_size, len(multipliers)
+        encoder, count = self.encoder or PromptEncoder(self.model, network), len(multipliers)
         encoder.expect(self.prompts)
         wanted = [self.prompts[row] for row in part.rows]
         chosen = [self.seeds[row][part.places] for row in part.rows]
         per_prompt = len(chosen[0]) * count
         total = per_prompt * sum(self.sampling.of(prompt).num_calls for prompt in wanted)
         with progress_bar(total=total, desc=label, leave=False, unit="step") as bar:
-            for chunk in self._chunks(wanted, batch_size // per_prompt):
+            for chunk in self._chunks(wanted, per_prompt):
                 pairs = [(wanted[row], seed) for row in chunk for seed in chosen[row] for _ in multipliers]
                 prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
                 strengths = [*multipliers] * (len(pairs) // count)
                 latents = sample(
                     self.model, network, prompts, seeds, strengths, sampling=self.sampling, encoder=encoder, progress=bar.update
                 ).cpu()
-                decoded = decode(self.model, latents, batch_size) if self.pixels or self.raters.judges.functions else None
-                batches = [slice(start, start + batch_size) for start in range(0, len(pairs), batch_size)]
+                decoded = decode(self.model, latents) if self.pixels or self.raters.judges.functions else None
+                at_once = self._at_once(prompts[0])
+                batches = [slice(start, start + at_once) for start in range(0, len(pairs), at_once)]
                 rated = [self._rate(prompts[rows], latents[rows], None if decoded is None else decoded[rows], encoder) for rows in batches]
                 scores = {key: torch.cat([part[key] for part in rated]).unflatten(0, (len(chunk), -1, count)) for key in rated[0]}
                 latents = latents.unflatten(0, (len(chunk), -1, count))
@@ -284,12 +285,15 @@ class Measurer:
             scores |= {name: judge(decoded.clamp(0, 1), texts) for name, judge in judges.functions.items()}
         return {name: score.cpu() for name, score in scores.items()}
 
-    def _chunks(self, prompts: Sequence[PromptSpec], length: int) -> Iterator[list[int]]:
-        """Runs of neighbouring prompts of one size and number of steps, `length` (at least 1) at most."""
+    def _at_once(self, prompt: PromptSpec) -> int:
+        return self.sampling.pictures_at_once(self.model, self.sampling.of(prompt).size)
+
+    def _chunks(self, prompts: Sequence[PromptSpec], per_prompt: int) -> Iterator[list[int]]:
+        """Runs of neighbouring prompts of one size and number of steps, as many as are sampled at once (at least 1)."""
         kinds = [(own.size, own.num_steps) for own in map(self.sampling.of, prompts)]
         chunk: list[int] = []
         for row, kind in enumerate(kinds):
-            if chunk and (len(chunk) >= length or kind != kinds[chunk[0]]):
+            if chunk and ((len(chunk) + 1) * per_prompt > self._at_once(prompts[row]) or kind != kinds[chunk[0]]):
                 yield chunk
                 chunk = []
             chunk.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -124,7 +125,12 @@ class LatentSpace:
         return raw[:, :, None] if self.has_frames else raw
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(torch.tensor(part, device=like.device, dtype=like.dtype)[:, None, None] for part in (self.shift, self.factor))  # type: ignore[return-value]
+        return _columns(self.shift, like.device, like.dtype), _columns(self.factor, like.device, like.dtype)
+
+
+@lru_cache
+def _columns(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:  # [P, 1, 1], sent to a device once
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 
 def encode_images(vae: Autoencoder, pixels: Tensor) -> Tensor:

@@ -95,7 +95,6 @@ class PictureMaker:
             size=(height, width),
             sampler=choice.sampler,
             spacing=choice.spacing,
-            batch_size=BATCH,
         )
 
     def make(self, first: int, count: int) -> list[tuple[str, int, Image.Image, np.ndarray]]:
@@ -108,7 +107,7 @@ class PictureMaker:
         ):
             prompts, seeds = zip(*group, strict=True)
             latents = sample(self.model, None, prompts, seeds, sampling=self.sampling)
-            arrays = (decode(self.model, latents, BATCH).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            arrays = (decode(self.model, latents).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
             pictures = [Image.fromarray(array) for array in arrays]
             features = self.features(to_pixels(pictures))  # of what the file holds, as it will be read again
             made += zip((prompt.prompt for prompt in prompts), seeds, pictures, features, strict=True)

@@ -25,7 +25,7 @@ class Belt(Rollout):
         super().__init__(trajectories, settings)
         self._last: tuple[Pool, RolloutBatch, list[int] | None] | None = None  # what was last handed out, and where it stands in the pool
         for pool in trajectories.pools:
-            count = trajectories.sampling.batch_size  # the pool may hold more: then their signs differ as long as they end together
+            count = trajectories.batch_size  # the pool may hold more: then their signs differ as long as they end together
             trajectories.move_to(pool, [place % count * pool.num_steps // count for place in range(len(pool.steps))])
 
     def next_batch(self) -> RolloutBatch:

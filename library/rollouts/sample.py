@@ -18,9 +18,12 @@ from library.models.base import DiffusionModel
 from library.models.vae import Autoencoder, decode_latents
 from library.rollouts.prompt_encoder import PromptEncoder, Size, network_at, size_of
 from library.training.runtime import upload
-from library.types import Conditioning, History, PromptSpec
+from library.types import Conditioning, History, PromptSpec, Sparse
 from networks.lora import LoRANetwork
 
+SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512; more at once is no faster
+MOST_SAMPLED = 64  # pictures, however small
+SAMPLED_BYTES = 2**15  # of activations for a position and a byte of the dtype, with guidance; counted: SD1 29,000, SDXL 17,000
 DECODED_PIXELS = 512 * 512
 
 
@@ -38,7 +41,7 @@ class SamplingConfig:
         stride: of the num_steps timesteps, every such one is taken.
         guidance_every: of the steps taken, every such one evaluates the unconditional branch; the others keep its distance from the
             conditional one.
-        batch_size: pictures in one call of the U-Net or the VAE.
+        batch_size: pictures in one call of the sampler, or trajectories on the belt; None is `pictures_at_once`.
     """
 
     num_steps: int
@@ -49,7 +52,7 @@ class SamplingConfig:
     guidance_rescale: float = 0.0
     stride: int = 1
     guidance_every: int = 1
-    batch_size: int = 48
+    batch_size: int | None = None
 
     @property
     def num_calls(self) -> int:
@@ -69,6 +72,19 @@ class SamplingConfig:
             guidance_scale=self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
             size=size_of(prompt, self.size),
         )
+
+    def pictures_at_once(self, model: DiffusionModel, size: Size) -> int:
+        """Pictures of (height, width) in one call of the sampler: `batch_size`, or if that is not set, as many as are faster together and,
+        on a GPU, fit into the memory that is free now."""
+        if self.batch_size is not None:
+            return self.batch_size
+        positions = size[0] * size[1] // model.spec.vae_scale_factor**2
+        fit = SAMPLED_LATENTS // positions
+        if model.device.type == "cuda":
+            kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # by torch, for tensors to come
+            free = torch.cuda.mem_get_info(model.device)[0] + kept
+            fit = min(fit, free // (positions * model.dtype.itemsize * SAMPLED_BYTES))
+        return max(1, min(MOST_SAMPLED, fit))
 
 
 def variations(sampling: SamplingConfig, words: Sequence[str]) -> dict[str, SamplingConfig]:
@@ -142,23 +158,23 @@ def sample(
     strengths = torch.as_tensor(multipliers, dtype=torch.float32).flatten().expand(count)
     encoder = encoder or PromptEncoder(model, network)
     batches = []
-    for start in range(0, count, sampling.batch_size):
-        rows = slice(start, start + sampling.batch_size)
+    at_once = sampling.pictures_at_once(model, size)
+    for start in range(0, count, at_once):
+        rows = slice(start, start + at_once)
         with network_at(network, strengths[rows].to(model.device)), model_autocast(model), model.uncompiled():
             batches.append(_sample_batch(model, prompts[rows], seeds[rows], strengths[rows].tolist(), sampling, encoder, progress))
     return torch.cat(batches)
 
 
 @torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor, batch_size: int, tiny: Autoencoder | None = None) -> Tensor:
+def decode(model: DiffusionModel, latents: Tensor, tiny: Autoencoder | None = None) -> Tensor:
     """Pixels [N, 3, H, W] of latents [N, C, h, w], float32 on the CPU: 0..1, not clamped, so that clipping can be measured.
 
-    At most `batch_size` pictures in a call, and no more than `DECODED_PIXELS`: the decoder's activations are a run's peak of memory.
+    No more than `DECODED_PIXELS` in a call: the decoder's activations are a run's peak of memory.
     `tiny` decodes in place of the model's VAE, whose latents it reads.
     """
     pixels = latents.shape[2] * latents.shape[3] * model.spec.vae_scale_factor**2
-    at_once = max(1, min(batch_size, DECODED_PIXELS // pixels))
-    batches = latents.split(at_once)
+    batches = latents.split(max(1, DECODED_PIXELS // pixels))
     if tiny is not None:
         decoded = [decode_latents(tiny, batch.to(tiny.device)).cpu() for batch in batches]
     else:
@@ -247,16 +263,12 @@ def _sample_batch(
     timesteps = schedule.inference_timesteps(sampling.num_steps, sampling.spacing, shape[1:]).to(device)
     timesteps = torch.cat([timesteps[:-1][:: sampling.stride], timesteps[-1:]])
     history: History | None = None
-    difference: Tensor | None = None  # of the two branches
+    seldom = Sparse(distances=torch.zeros_like(latents))  # the unconditional branch
     for call, (now, after) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):
         now, after = now.expand(count), after.expand(count)
-        if uncond is None or call % sampling.guidance_every == 0:
-            cond_eps, uncond_eps = predict_branches(model, latents, now, cond, uncond)
-            difference = None if uncond_eps is None else cond_eps - uncond_eps
-        else:
-            assert difference is not None
-            cond_eps, _ = predict_branches(model, latents, now, cond, None)
-            uncond_eps = cond_eps - difference
+        cond_eps, uncond_eps = predict_branches(model, latents, now, cond, uncond if call % sampling.guidance_every == 0 else None)
+        if uncond is not None:
+            uncond_eps = seldom.complete(cond_eps, uncond_eps)
         eps = guide(model, latents, now, cond_eps, uncond_eps, scales, sampling.guidance_rescale)
         noise = _draw(generators, shape).to(device) if solver.needs_noise else None
         abar = schedule.abar(now)

@@ -84,7 +84,8 @@ class Trajectories:
         uncond_every: int | None = None,
     ) -> None:
         self.model, self.network, self.encoder, self.generator = model, network, encoder, generator
-        self.sampling, self.uncond_every = sampling, uncond_every
+        assert sampling.batch_size is not None
+        self.sampling, self.batch_size, self.uncond_every = sampling, sampling.batch_size, uncond_every
         self.skip: tuple[int, float] = (1, 0.0)
         self.solver = get_solver(sampling.sampler)
         self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
@@ -96,7 +97,7 @@ class Trajectories:
     @property
     def life(self) -> int:
         """Updates from a trajectory's start to its end: pools take turns, and so do the places of one that is larger than a batch."""
-        return sum(pool.num_steps * -(-len(pool.steps) // self.sampling.batch_size) for pool in self.pools)
+        return sum(pool.num_steps * -(-len(pool.steps) // self.batch_size) for pool in self.pools)
 
     def step(self, batch: RolloutBatch, eps: Tensor) -> tuple[Tensor, History | None]:
         """The sampler's step along the guided prediction: the next latents [B, C, h, w] and what the solver is to remember."""
@@ -147,7 +148,7 @@ class Trajectories:
 
     def _new_pool(self, size: Size, num_steps: int, prompts: list[PromptSpec]) -> Pool:
         # no fewer than there are multipliers, so that a run of single samples does not stay at one for a whole trajectory
-        count, scale = max(self.sampling.batch_size, len(MULTIPLIERS)), self.model.spec.vae_scale_factor
+        count, scale = max(self.batch_size, len(MULTIPLIERS)), self.model.spec.vae_scale_factor
         self.model.check_size(size)
         latents = torch.empty(count, self.model.spec.latent_channels, size[0] // scale, size[1] // scale, device=self.model.device)
         timesteps = self.schedule.inference_timesteps(num_steps, self.sampling.spacing, (latents.shape[2], latents.shape[3]))
@@ -225,11 +226,10 @@ class Trajectories:
 
     def next_places(self, pool: Pool) -> list[int] | None:
         """Whose turn it is: None, all, or where the pool holds more than a batch, to have both signs of the multiplier, the next ones."""
-        count = self.sampling.batch_size
-        if count == len(pool.steps):
+        if self.batch_size == len(pool.steps):
             return None
-        pool.turn = (pool.turn + 1) % (len(pool.steps) // count)
-        return list(range(pool.turn * count, (pool.turn + 1) * count))
+        pool.turn = (pool.turn + 1) % (len(pool.steps) // self.batch_size)
+        return list(range(pool.turn * self.batch_size, (pool.turn + 1) * self.batch_size))
 
     @torch.no_grad()
     def predict(self, batch: RolloutBatch) -> Tensor:

@@ -347,15 +347,16 @@ def measurement(made: SliderParts, within: Callable[[str], AbstractContextManage
     """A batch of pictures, as the monitor makes and compares them, in the parts from `SAMPLE` on."""
     model, pictures = made.model, made.monitor.pictures
     sampling = replace(pictures.sampling, num_steps=2, sampler=pictures.measurer.sampling.sampler)
-    count, prompt = sampling.batch_size, pictures.prompts[0]
+    prompt = pictures.prompts[0]
     size = sampling.of(prompt).size
+    count = sampling.pictures_at_once(model, size)
     with within(SAMPLE):
         latents = sample(model, made.network, [prompt] * count, [0] * count, 1.0, sampling=sampling, encoder=made.context.encoder)
     with within(SCORE):
         cond = made.context.encoder.cond([prompt] * count, size)
         made.context.reward(latents, torch.zeros(count), cond, [prompt] * count)
     with within(DECODE):
-        shown = decode(model, latents[: max(1, DECODED_PIXELS // (size[0] * size[1]))], count)  # as many as are decoded at once
+        shown = decode(model, latents[: max(1, DECODED_PIXELS // (size[0] * size[1]))])  # as many as are decoded at once
     with within(COMPARE), model.vae_at_work():
         own = [vae_features(model.vae, shown[:1].expand(len(pictures.measurer.seeds[0]), -1, -1, -1)) for _ in range(2)]
     del own

@@ -31,7 +31,6 @@ MAX_STRENGTHS = 3  # measured for the calibration besides those that observation
 CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
 FEWEST_FRESH = 12  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
-SAMPLED_LATENTS = 8 * 64 * 64  # latent positions in one call of the sampler: 8 pictures of 512 x 512, which bounds a run's memory
 
 
 class SliderPictures:
@@ -60,8 +59,7 @@ class SliderPictures:
         full: bool = False,
     ) -> None:
         self.model, self.network, self.raters, self.encoder, self.full = model, network, raters, encoder, full
-        height, width = (side // model.spec.vae_scale_factor for side in sampling.size)
-        self.sampling = replace(sampling, batch_size=max(1, min(NUM_PICTURES, SAMPLED_LATENTS // (height * width))))
+        self.sampling = replace(sampling, batch_size=None)
         self.prompts, self.others = _two_spreads(prompts, NUM_PROMPTS * (2 if full else 1), sampling.size)
         self.measurer = self.measurer_of(self.prompts)
         self.spent = self._trained_before = self._spent_before = 0

@@ -47,7 +47,7 @@ def write_preview(
     for prompt, seed in zip(prompts, seeds, strict=True):
         count = len(multipliers)
         latents = sample(model, network, [prompt] * count, [seed] * count, multipliers, sampling=sampling, encoder=encoder)
-        rows.append((decode(model, latents, sampling.batch_size, tiny).clamp(0, 1) * 255).round().byte())
+        rows.append((decode(model, latents, tiny).clamp(0, 1) * 255).round().byte())
     labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
     atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))
 

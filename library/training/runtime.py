@@ -40,6 +40,8 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     # not by accelerate's state, which would be made before Accelerator knows whether processes are to meet on the CPU
     device = "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     precision = choose_precision(config.mixed_precision, torch.device(device))
+    if device == "cuda" and precision != "no":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, as cuDNN's convolutions have it
     launched = launched_processes()
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one that waits for another's pictures is not stuck
     on_cpu = launched > 1 and not torch.accelerator.is_available()  # where accelerate would let each process be alone
