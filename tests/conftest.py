@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,19 @@ def tokenizers_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.CLIPTokenizer, "from_pretrained", from_pretrained)
         yield
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> Iterator[None]:
+    """Accelerate keeps the first run's precision for the whole process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder, a scorer and prompts for train_leco_score.py; nothing writes into it."""
+    from tests.helpers.tiny_leco_run import make_workplace
+
+    return make_workplace(tmp_path_factory.mktemp("leco"))

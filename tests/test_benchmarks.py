@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from benchmarks import ROOT, compare, gpu_check, gpu_sections, run, step
 from benchmarks.gpu_check import Section, judge_section, judge_step
@@ -22,19 +21,14 @@ from library.settings.cli import parse_config, read_config_file
 from library.settings.options import options
 from library.slider_training.setup import leco_score_config
 from library.types import LossOutput
-from tests.helpers import tiny_leco_run
 
 TINY = ["--random_weights", "sd1", "--tiny", "--scorer_size", "tiny"]
 QUICK = ["--max_denoising_steps", "3", "--num_threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch):
-    """accelerate keeps its state for the process: later tests must not find this one's."""
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_step(*words: str) -> step.Step:
@@ -138,11 +132,19 @@ def test_the_peak_is_that_of_a_part() -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_run_is_counted_by_part(tmp_path: Path) -> None:
+def test_a_whole_run_is_counted_by_part(workplace: Path) -> None:
     """In a process of its own, as the command does it: what the counts must be is known from the settings."""
-    here = tiny_leco_run.make_workplace(tmp_path / "run")
-    words = ["--pretrained_model_name_or_path", str(here / "model"), "--scorer", str(here / "scorer.safetensors")]
-    words += ["--prompts_file", str(here / "prompts.txt"), "--train_batch_size", "2", "--max_denoising_steps", "3", "--resolution", "64"]
+    words = ["--pretrained_model_name_or_path", str(workplace / "model"), "--scorer", str(workplace / "scorer.safetensors")]
+    words += [
+        "--prompts_file",
+        str(workplace / "prompts.txt"),
+        "--train_batch_size",
+        "2",
+        "--max_denoising_steps",
+        "3",
+        "--resolution",
+        "64",
+    ]
     words += ["--max_train_steps", "2", "--evaluate_every_n_steps", "2", "--early_stop_gain", ""]
     words += ["--calibrate", "off", "--sample_every_n_steps", "2", "--num_threads", "1"]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

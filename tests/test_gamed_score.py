@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +25,6 @@ class Opposite(ChannelScorer):
 def test_a_gamed_score_warns_stops_and_keeps_the_best_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny_model()
     monkeypatch.setattr(slider_setup, "load_reward", lambda *_args, **_settings: Reward([Goal(scorer=scorer_for(model))]))
     judges = Judges(scorers={"taste": scorer_for(model, Opposite)})

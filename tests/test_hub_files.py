@@ -13,7 +13,7 @@ from library.models.hub import find_model
 from library.settings.shared import RunFilesConfig
 from library.training.hub_files import Uploads, fetch_state
 from tests.helpers.hub_server import Hub, hub_on_loopback
-from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_leco_run import run
 from tests.helpers.tiny_models import save_folder, tiny_model
 
 SECRET = "hf_secretsecret"
@@ -27,9 +27,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_a_run_puts_its_files_there_and_another_goes_on_from_them(
-    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    hub: Hub, workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    workplace = make_workplace(tmp_path / "work")
     often = {"save_every_n_steps": 1, "save_state": True, "max_train_steps": 2}
     there = {**TO_HUB, "huggingface_path_in_repo": "/runs/", "async_upload": True, "save_state_to_huggingface": True}
     with caplog.at_level(logging.DEBUG):

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,8 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 @pytest.fixture
 def accelerator():
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
 
 
 def config_of(name: str, **values) -> OptimizerConfig:

@@ -23,7 +23,7 @@ from library.scorers.kinds.pixel import PixelBackbone, measure_gradient, ready_m
 from library.scorers.pixel_decoder import PixelDecoder, blend, decoder_config, load_tiny_autoencoder, tile_starts
 from library.types import PromptSpec
 from tests.helpers.tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
-from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_leco_run import run
 from tests.helpers.tiny_models import tiny_model, tiny_vae
 from tools import make_pixel_scorer
 
@@ -347,9 +347,8 @@ def test_it_is_refused_for_noisy_latents_and_for_another_vae(tmp_path: Path, nsf
 
 
 @pytest.mark.slow
-def test_a_slider_is_trained_with_it(tmp_path: Path) -> None:
+def test_a_slider_is_trained_with_it(workplace: Path, tmp_path: Path) -> None:
     """train_leco_score.py takes the file as it is, with score_estimator x0, and refuses it with prev."""
-    workplace = make_workplace(tmp_path / "workplace")
     tiny_clip().save_pretrained(tmp_path / "clip")
     save_scorer(tmp_path / "pick.safetensors", make(tiny_model("sd1").vae, f"pickscore:{tmp_path}/clip"))
     changes = {"scorer": [str(tmp_path / "pick.safetensors")]}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from library.errors import UserError
 from library.objectives.base import TERMS
@@ -17,7 +16,7 @@ from library.rollouts.base import ROLLOUTS
 from library.settings.options import resolve
 from library.settings.registry import Registry
 from library.training.tracking import read_metrics
-from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_leco_run import run
 from train_leco_score import leco_score_config
 
 TERM = '''
@@ -136,7 +135,6 @@ Add = Callable[[Registry, str | None, str], None]
 @pytest.fixture
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Put a recipe's file where its registry finds it: into its package's path, or imported by hand for one that has no package."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     before = set(sys.modules)
 
     def add(registry: Registry, package: str | None, text: str) -> None:
@@ -160,36 +158,36 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-def trained(tmp_path: Path, **settings: Any) -> list[dict[str, float | None]]:
+def trained(workplace: Path, tmp_path: Path, **settings: Any) -> list[dict[str, float | None]]:
     """The numbers of two steps."""
-    run(make_workplace(tmp_path / "in"), tmp_path / "out", **settings)
+    run(workplace, tmp_path / "out", **settings)
     records = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert len(records) == 2
     return records
 
 
-def test_a_loss_term_is_one_file(add: Add, tmp_path: Path) -> None:
+def test_a_loss_term_is_one_file(add: Add, workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shrink"):
         resolve(leco_score_config(), {"objective": ["score", "shrink"]})
     add(TERMS, "library.objectives.terms", TERM)
-    first, _ = trained(tmp_path, objective=["score", "shrink"], objective_weights=["shrink=3"], shrink_power=1.0)
+    first, _ = trained(workplace, tmp_path, objective=["score", "shrink"], objective_weights=["shrink=3"], shrink_power=1.0)
     score, shrink, loss = (first[name] or 0.0 for name in ("score/loss", "shrink/loss", "loss"))
     assert shrink > 0 and loss == pytest.approx(score + 3 * shrink, rel=1e-5)
 
 
-def test_an_estimator_is_one_file(add: Add, tmp_path: Path) -> None:
+def test_an_estimator_is_one_file(add: Add, workplace: Path, tmp_path: Path) -> None:
     add(ESTIMATORS, "library.objectives.estimators", ESTIMATOR)
-    first, _ = trained(tmp_path, score_estimator="dimmed", dimmed_by=0.0)
+    first, _ = trained(workplace, tmp_path, score_estimator="dimmed", dimmed_by=0.0)
     assert first["gain_per_step"] == 0  # all pictures are grey
 
 
-def test_a_rollout_is_one_file(add: Add, tmp_path: Path) -> None:
+def test_a_rollout_is_one_file(add: Add, workplace: Path, tmp_path: Path) -> None:
     add(ROLLOUTS, "library.rollouts", ROLLOUT)
-    records = trained(tmp_path, rollout="per_sample", max_denoising_steps=6)
+    records = trained(workplace, tmp_path, rollout="per_sample", max_denoising_steps=6)
     assert (records[1]["unet_evaluations"] or 0) > 2 * 2 * 5  # two batches of two cost more than the belt's five each
 
 
-def test_a_reward_shape_is_one_function(add: Add, tmp_path: Path) -> None:
+def test_a_reward_shape_is_one_function(add: Add, workplace: Path, tmp_path: Path) -> None:
     add(SHAPES, None, SHAPE)
-    first, _ = trained(tmp_path, reward_loss="gentle", preserve_weight=0.0)
+    first, _ = trained(workplace, tmp_path, reward_loss="gentle", preserve_weight=0.0)
     assert first["pushed"] == 1

@@ -18,7 +18,7 @@ from library.types import PromptSpec
 from networks.lora import create_network
 from tests.helpers.context import make_context, part_settings
 from tests.helpers.scorers import ChannelScorer, scorer_for
-from tests.helpers.tiny_leco_run import make_workplace, settings
+from tests.helpers.tiny_leco_run import settings
 from tests.helpers.tiny_models import tiny_model
 from train_leco_score import FLAT_OR_EXPLODING, leco_score_config, train
 
@@ -122,8 +122,8 @@ def test_a_learning_rate_that_does_nothing_is_a_fault() -> None:
     assert not report.passed and "next to nothing" in report.faults[0]
 
 
-def test_the_script_reports_and_ends_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = build(leco_score_config(), settings(make_workplace(tmp_path / "in"), tmp_path / "out", check_reward=True, learning_rate=1e-12))
+def test_the_script_reports_and_ends_without_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = build(leco_score_config(), settings(workplace, tmp_path / "out", check_reward=True, learning_rate=1e-12))
     with pytest.raises(SystemExit) as ended:
         train(config)
     assert ended.value.code == FLAT_OR_EXPLODING

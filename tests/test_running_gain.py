@@ -9,7 +9,7 @@ import pytest
 from library.measuring.statistics import Interval
 from library.slider_training.running_gain import MAX_SKIP, RunningGain
 from library.training.tracking import read_metrics
-from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_leco_run import run
 
 UNIT, LIFE = 2.0, 20
 
@@ -93,8 +93,7 @@ def test_it_goes_on_after_a_resume() -> None:
     assert [again.gain(sign) for sign in (1, -1)] == [running.gain(sign) for sign in (1, -1)]
 
 
-def test_a_run_logs_it_and_its_trajectories_count(tmp_path: Path) -> None:
-    workplace = make_workplace(tmp_path / "in")
+def test_a_run_logs_it_and_its_trajectories_count(workplace: Path, tmp_path: Path) -> None:
     run(workplace, tmp_path / "out", measure="light", calibrate="off", early_stop_gain="", max_train_steps=8)
     records = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert all({"running_gain_at_+1", "running_gain_at_-1_high"} <= record.keys() for record in records)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from library.errors import UserError
 from library.settings.shared import TrainingConfig
@@ -23,11 +22,9 @@ from library.training.runtime import (
 
 
 @pytest.fixture(autouse=True)
-def fresh_state():
+def same_threads_after():
     threads = torch.get_num_threads()
-    AcceleratorState._reset_state(reset_partial_state=True)
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +22,7 @@ from library.training.tracking import read_metrics
 from library.types import PromptSpec
 from tests.helpers.context import assert_resumes, evaluations_of, make_context, part_settings
 from tests.helpers.scorers import WavyScorer, scorer_for
-from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_leco_run import run
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_networks import lora_for
 
@@ -158,16 +157,6 @@ def test_text_encoders_are_trained_too(estimator: str, kind: str) -> None:
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("term"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from library.errors import UserError
@@ -53,12 +52,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_picture(folder / "pairs" / side / "one.png", seed=seed)
     save_picture(folder / "pictures" / "one.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Accelerate keeps the first run's precision for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_terms(workplace: Path, output_dir: Path, **changes: Any) -> Path:

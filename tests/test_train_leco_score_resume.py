@@ -1,0 +1,180 @@
+"""A slider's training goes on from its state to the bit: after it was stopped, in several processes, and not from another's state."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.atomic_files import only_process
+from library.errors import UserError
+from library.training.checkpoints import STATE_FILE, load_state, save_state
+from library.training.tracking import read_metrics
+from tests.helpers.tiny_leco_run import complaint, run, settings, write_toml
+from tests.helpers.two_processes import SETTINGS, run_alone
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer_type": "AdamWScheduleFree", "max_grad_norm": 0.0}], ids=["AdamW", "schedule_free"])
+def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, optimizer: dict) -> None:
+    """With dropout, fresh noise in every sampler step, a schedule, accumulation, two sizes, and previews and measurements in between."""
+    common = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "network_dropout": 0.3, "sampler": "euler_a", "save_every_n_steps": 2}
+    common |= {
+        "save_state": True,
+        "sample_every_n_steps": 2,
+        "evaluate_every_n_steps": 2,
+        "measure": "light",
+        "calibrate": "off",
+        **optimizer,
+    }
+    if optimizer.get("optimizer_type") != "AdamWScheduleFree":
+        common["lr_scheduler"] = "cosine"
+    straight = load_file(run(workplace, tmp_path / "a", **common))
+    resumed = load_file(run(workplace, tmp_path / "b", resume=tmp_path / "a" / "tiny-step00000002-state", **common))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    halfway = load_file(tmp_path / "a" / "tiny-step00000002.safetensors")
+    assert not all(torch.equal(tensor, halfway[name]) for name, tensor in straight.items())
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl")[-2:] for name in "ab")
+    for one, two in zip(first, second, strict=True):
+        assert {key: value for key, value in one.items() if key != "time"} == {key: value for key, value in two.items() if key != "time"}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_batches_of_both_and_one_goes_on_from_them(workplace: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.helpers.two_processes"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, str(workplace), str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = load_file(tmp_path / "two" / "tiny.safetensors"), load_file(run_alone(workplace, tmp_path / "one"))
+    assert two.keys() == one.keys()
+    for name, weight in two.items():
+        torch.testing.assert_close(weight, one[name], atol=1e-6, rtol=0)
+    assert max(weight.abs().max() for name, weight in two.items() if "lora_up" in name) > 1e-4
+
+    again = run(workplace, tmp_path / "two", **SETTINGS | {"max_train_steps": 4}, resume=str(tmp_path / "two" / "tiny-state"))
+    assert [record["step"] for record in read_metrics(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert any(not torch.equal(weight, two[name]) for name, weight in load_file(again).items())
+
+
+@pytest.fixture(scope="module")
+def state(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After the last of two steps."""
+    return run(workplace, tmp_path_factory.mktemp("state"), save_state_on_train_end=True).parent / "tiny-state"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_train_steps": 2}, "nothing is left to train"),
+        ({"train_batch_size": 3}, "batch size"),
+        ({"network_dim": 3}, "network"),
+        ({"optimizer_type": "Prodigy"}, "optimizer"),
+        ({"seed": 7}, "seed is 7 and was 0"),
+        ({"sampler": "euler"}, "sampler is 'euler' and was 'ddim'"),
+        ({"max_denoising_steps": 4}, "max_denoising_steps is 4 and was 3"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(
+    workplace: Path,
+    state: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    says: str,
+) -> None:
+    values = settings(workplace, tmp_path / "out", resume=str(state), **{"max_train_steps": 3, **changes})
+    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
+    assert says in sentence and "resume" in sentence or "nothing is left" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_purpose_a_run_goes_on_with_another_seed(workplace: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run(workplace, tmp_path, resume=state, seed=7, max_train_steps=3, resume_with_changes=True)
+    assert path.is_file() and "resumed with a change: seed is 7 and was 0" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["step", "rng", "parts", "term score", "negative", "generators"])
+def test_a_state_that_lacks_something_is_one_sentence(workplace: Path, state: Path, tmp_path: Path, part: str) -> None:
+    content = load_state(state)
+    if part == "negative":
+        content["step"] = -5
+    elif part == "generators":
+        content["rng"] = {"python": (1,)}
+    else:
+        del (content if part in content else content["parts"])[part]
+    save_state(tmp_path / "tiny-state", content)
+    with pytest.raises(UserError, match="no usable|does not fit|are none"):
+        run(workplace, tmp_path, resume=tmp_path / "tiny-state", max_train_steps=3)
+
+
+def test_resume_auto_passes_a_broken_state_over_and_begins_where_there_is_none(
+    workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common: dict[str, Any] = {"max_train_steps": 3, "save_every_n_steps": 1, "save_state": True, "resume": "auto"}
+    caplog.set_level("INFO")
+    whole = load_file(run(workplace, tmp_path, **common))
+    assert "no state of tiny yet, training begins" in caplog.text
+    shutil.rmtree(tmp_path / "tiny-state")
+    for step in (2, 3):
+        (tmp_path / f"tiny-step0000000{step}-state" / STATE_FILE).write_bytes(b"cut")
+    caplog.clear()
+    again = load_file(run(workplace, tmp_path, **common))
+    assert caplog.text.count("passed over") == 2 and "resume auto: " in caplog.text and "tiny-step00000001-state" in caplog.text
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_a_second_run_of_the_same_name_is_refused(workplace: Path, tmp_path: Path) -> None:
+    with only_process(tmp_path / ".tiny.lock", "it"), pytest.raises(UserError, match="tiny in .* is trained by process"):
+        run(workplace, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:
+    """SIGTERM, SIGINT and SIGHUP one after the other, each in the middle of what is left, with measurements in between."""
+    common: dict[str, Any] = {
+        "max_train_steps": 40,
+        "evaluate_every_n_steps": 5,
+        "measure": "light",
+        "early_stop_gain": 1e6,
+        "resume": "auto",
+    }
+    straight = load_file(run(workplace, tmp_path / "whole", **common))
+    output = tmp_path / "out"
+    config = write_toml(tmp_path / "x.toml", settings(workplace, output, **common))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "train_leco_score.py", "--config_file", str(config)]
+    steps = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None):
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            if number is not None:
+                wait_for_lines(output / "metrics.jsonl", (steps[-1] if steps else 0) + 4, process)
+                process.send_signal(number)
+            said = process.stderr.read()
+        assert process.returncode == (0 if number is None else 128 + number), said
+        if number is not None:
+            assert "--resume auto goes on from there" in said
+            steps.append(max(load_state(path)["step"] for path in output.glob("*-state")))
+            assert (output / f"tiny-step{steps[-1]:08d}.safetensors").is_file() and not (output / "tiny.safetensors").exists()
+    assert steps == sorted(set(steps)) and steps[-1] < 40
+    resumed = load_file(output / "tiny.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == list(range(40))
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    while process.poll() is None and not (path.is_file() and len(path.read_text(encoding="utf-8").splitlines()) >= count):
+        time.sleep(0.01)
