@@ -10,23 +10,17 @@ weights is what is saved, in half precision, as a diffusers folder without a VAE
 examples/shapes/model/vae`; in diffusers, `from_pretrained(..., vae=...)`).
 """
 
-import argparse
-import random
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from examples.shapes.tokenizer import build_chat_tokenizer
-from examples.shapes.train_diffusion import EMPTY_CAPTIONS, encode_drawings
-from examples.shapes.world import RESOLUTIONS, caption
+from examples.shapes.train_diffusion import settings, train
 
 VAE = Path(__file__).with_name("model") / "vae"
-SHARES = (0.6, 0.2, 0.2)  # of RESOLUTIONS
 LOGIT_MEAN, LOGIT_STD = 0.5, 1.2  # of a noise level's logit: more noise than data, as what a picture shows is decided there
 WIDTH, TEXT_WIDTH = 128, 96
 
@@ -89,75 +83,40 @@ def optimizers_of(model: TextToVelocity, learning_rate: float) -> list[torch.opt
     ]
 
 
-def save_pipeline(model: TextToVelocity, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    pipeline = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=None,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        transformer=model.transformer,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings(__doc__, learning_rate=3e-3, steps=4000)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/flow_model"))
     parser.add_argument("--start_from", type=Path, help="a folder that was written before: go on from its weights, with a new schedule")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--num_pictures", type=int, default=16_000)
-    parser.add_argument("--save_every_n_steps", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     tokenizer = build_chat_tokenizer()
     vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32).eval()
-    sets = [encode_drawings(vae, round(share * args.num_pictures), size, rng) for size, share in zip(RESOLUTIONS, SHARES, strict=True)]
 
     model = TextToVelocity(tokenizer)
     if args.start_from:
         for name, part in model.named_children():
             part.load_state_dict(type(part).from_pretrained(args.start_from / name, dtype=torch.float32).state_dict())
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizers = optimizers_of(model, args.learning_rate)
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(each, args.learning_rate, total_steps=args.steps, pct_start=0.05) for each in optimizers
-    ]
 
-    progress = tqdm(range(1, args.steps + 1), desc="text encoder and transformer")
-    smooth_loss = 1.0
-    for step in progress:
-        drawings = rng.choices(sets, weights=SHARES)[0]
-        rows = rng.sample(range(len(drawings.scenes)), args.batch_size)
-        captions = ["" if rng.random() < EMPTY_CAPTIONS else caption(drawings.scenes[row], rng) for row in rows]
-        told = tokenizer(
-            tokenizer.apply_chat_template(chat(captions), tokenize=False, add_generation_prompt=True), padding=True, return_tensors="pt"
-        )
-        latents = drawings.latents[rows]
+    def loss_of(model: nn.Module, latents: Tensor, captions: list[str]) -> Tensor:
+        chats = tokenizer.apply_chat_template(chat(captions), tokenize=False, add_generation_prompt=True)
+        told = tokenizer(chats, padding=True, return_tensors="pt")
         noise = torch.randn_like(latents)
-        sigmas = (LOGIT_MEAN + LOGIT_STD * torch.randn(args.batch_size)).sigmoid()
+        sigmas = (LOGIT_MEAN + LOGIT_STD * torch.randn(len(latents))).sigmoid()
         noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        return (model(noisy, sigmas, told.input_ids, told.attention_mask) - (noise - latents)).square().mean()
 
-        loss = (model(noisy, sigmas, told.input_ids, told.attention_mask) - (noise - latents)).square().mean()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        average.update_parameters(model)
+    def save(model: nn.Module) -> None:
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=None,
+            text_encoder=model.text_encoder,
+            tokenizer=tokenizer,
+            transformer=model.transformer,
+        )
+        pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
 
-        smooth_loss = 0.98 * smooth_loss + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{smooth_loss:.4f}")
-        if step % args.save_every_n_steps == 0 or step == args.steps:
-            finished = TextToVelocity(tokenizer)
-            finished.load_state_dict(average.module.state_dict())
-            save_pipeline(finished, tokenizer, args.output_dir)
-    print(f"saved to {args.output_dir}")
+    train(model, optimizers_of(model, args.learning_rate), vae, args, loss_of, save)
 
 
 if __name__ == "__main__":

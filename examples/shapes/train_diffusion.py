@@ -9,7 +9,9 @@ exponential moving average of the weights is what is saved, in half precision, a
 """
 
 import argparse
+import copy
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from examples.shapes.tokenizer import build_tokenizer
 from examples.shapes.world import RESOLUTIONS, Scene, caption
 
 SNR_GAMMA = 5.0
+SHARES = (0.6, 0.2, 0.2)  # of RESOLUTIONS
 EMPTY_CAPTIONS = 0.1  # share of captions dropped, so that classifier-free guidance has an unconditional branch
 
 
@@ -83,80 +86,97 @@ def encode_drawings(vae: AutoencoderKL, count: int, resolution: tuple[int, int],
     return LatentSet(torch.cat(latents), scenes)
 
 
+def settings(description: str | None, *, learning_rate: float, steps: int) -> argparse.ArgumentParser:
+    """What both tiny models are trained with; the folder is the script's own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--num_pictures", type=int, default=16_000)
+    parser.add_argument("--save_every_n_steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def train(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    vae: AutoencoderKL,
+    args: argparse.Namespace,
+    loss_of: Callable[[nn.Module, Tensor, list[str]], Tensor],
+    save: Callable[[nn.Module], None],
+) -> None:
+    """Train a model on latents [B, 4, h, w] of drawings and their captions; `save` is given the moving average of the weights."""
+    rng = random.Random(args.seed)
+    sets = [encode_drawings(vae, round(share * args.num_pictures), size, rng) for size, share in zip(RESOLUTIONS, SHARES, strict=True)]
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(each, args.learning_rate, total_steps=args.steps, pct_start=0.05) for each in optimizers
+    ]
+    progress = tqdm(range(1, args.steps + 1), desc=type(model).__name__)
+    smooth_loss = 1.0
+    for step in progress:
+        drawings = rng.choices(sets, weights=SHARES)[0]
+        rows = rng.sample(range(len(drawings.scenes)), args.batch_size)
+        captions = ["" if rng.random() < EMPTY_CAPTIONS else caption(drawings.scenes[row], rng) for row in rows]
+        loss = loss_of(model, drawings.latents[rows], captions)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        average.update_parameters(model)
+
+        smooth_loss = 0.98 * smooth_loss + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{smooth_loss:.4f}")
+        if step % args.save_every_n_steps == 0 or step == args.steps:
+            save(copy.deepcopy(average.module))
+    print(f"saved to {args.output_dir}")
+
+
 def min_snr_weights(alphas_cumprod: Tensor) -> Tensor:
     """Weights [T] of the noise's MSE under min-SNR-gamma: min(SNR, gamma) / SNR."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=SNR_GAMMA) / snr
 
 
-def save_pipeline(model: TextToNoise, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler, folder: Path) -> None:
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings(__doc__, learning_rate=1e-3, steps=5000)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/model"), help="must hold vae/; the rest is written here")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--num_pictures", type=int, default=16_000)
-    parser.add_argument("--save_every_n_steps", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
     vae = AutoencoderKL.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float32).eval()
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     loss_weights = min_snr_weights(scheduler.alphas_cumprod)
-    shares = (0.6, 0.2, 0.2)
-    sets = [encode_drawings(vae, round(share * args.num_pictures), size, rng) for size, share in zip(RESOLUTIONS, shares, strict=True)]
+
+    def loss_of(model: nn.Module, latents: Tensor, captions: list[str]) -> Tensor:
+        input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
+        predicted = model(scheduler.add_noise(latents, noise, timesteps), timesteps, input_ids)
+        return ((predicted - noise).square().mean((1, 2, 3)) * loss_weights[timesteps]).mean()
+
+    def save(model: nn.Module) -> None:
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(args.output_dir / "vae"),
+            text_encoder=model.text_encoder,
+            tokenizer=tokenizer,
+            unet=model.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
 
     model = TextToNoise(tokenizer)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05)
-
-    progress = tqdm(range(1, args.steps + 1), desc="text encoder and U-Net")
-    smooth_loss = 1.0
-    for step in progress:
-        drawings = rng.choices(sets, weights=shares)[0]
-        rows = rng.sample(range(len(drawings.scenes)), args.batch_size)
-        captions = ["" if rng.random() < EMPTY_CAPTIONS else caption(drawings.scenes[row], rng) for row in rows]
-        input_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        latents = drawings.latents[rows]
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (args.batch_size,))
-
-        predicted = model(scheduler.add_noise(latents, noise, timesteps), timesteps, input_ids)
-        loss = ((predicted - noise).square().mean((1, 2, 3)) * loss_weights[timesteps]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-
-        smooth_loss = 0.98 * smooth_loss + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{smooth_loss:.4f}")
-        if step % args.save_every_n_steps == 0 or step == args.steps:
-            finished = TextToNoise(tokenizer)
-            finished.load_state_dict(average.module.state_dict())
-            save_pipeline(finished, AutoencoderKL.from_pretrained(args.output_dir / "vae"), tokenizer, scheduler, args.output_dir)
-    print(f"saved to {args.output_dir}")
+    train(model, [optimizer], vae, args, loss_of, save)
 
 
 if __name__ == "__main__":
