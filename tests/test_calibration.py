@@ -207,6 +207,18 @@ def test_the_visibility_is_confirmed_too():
     assert confirm(seen(abs), many, SEEN).scale == pytest.approx(2.0)
 
 
+def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():
+    doubt = Target(max_strength=1.0)
+    known = replace(curve(lambda m: 0.3 * m), multipliers=(-1.0, 0.0, 1.0), gains=(-0.3, 0.0, 0.3), drifts=(1.0, 0.0, 1.0))
+    known = replace(known, resamples=np.array([known.gains] * 2))
+    assert next_strength(known, Target()) == pytest.approx(2.5) and next_strength(known, doubt) is None
+    for line in (known, curve(lambda m: 0.3 * m), seen(lambda m: 0.4 * abs(m))):
+        chosen = choose_scale(line, replace(doubt, visible=bool(line.visible)))
+        assert chosen.scale == 1 and chosen.reached == bool(line.visible)
+        assert chosen.note.startswith("Weight 1 is 1 of the trained strength and no more, because what the scorer says is in doubt.")
+    assert choose_scale(curve(lambda m: 4 * m), doubt).scale == pytest.approx(0.25)  # weaker it may become
+
+
 # ---- the curve of the calibrated slider ----
 
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.measuring.calibration import Target
+from library.measuring.calibration import Target, choose_scale
 from library.measuring.judges import Judges
 from library.measuring.record import EvaluationRecord
+from library.measuring.response_curve import ResponseCurve
 from library.measuring.statistics import within_prompt_std
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
@@ -21,6 +22,7 @@ from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
 from library.scorers.pixel_decoder import check_decodes
+from library.scorers.worth import Worth
 from library.slider_training.monitor import Monitor, Observation, due
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.pictures import SliderPictures
@@ -305,6 +307,22 @@ def test_an_error_at_the_end_does_not_cost_the_slider(monkeypatch: pytest.Monkey
     train_to(network, PATH[50])
     monitor.last = None
     assert monitor.finish(50).step == 50 and strength_of(network) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("correlation", "strength"), [(0.44, 1.0), (0.95, 2.0)])
+def test_a_slider_is_raised_only_where_its_scorer_is_not_in_doubt(
+    correlation: float, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained to a gain of 0.8, where 1.6 is asked for."""
+    monitor, network = made_up_monitor(calibrate="1.6")
+    scorer = monitor.reward.goals[0].scorer
+    scorer.spec = replace(scorer.spec, training={"worth": Worth("", correlation, 57, in_folds=True).to_dict()})
+    line = ResponseCurve(multipliers=(-4.0, 0.0, 4.0), gains=(-3.2, 0.0, 3.2), drifts=(0.1, 0.0, 0.1))
+    monkeypatch.setattr(SliderPictures, "calibration", lambda _pictures, target, known: (choose_scale(line, target), known))
+    observe_all(monitor, network, [0, 10])
+    outcome = monitor.finish(10)
+    assert outcome.error is None and outcome.calibration is not None and outcome.calibration.scale == pytest.approx(strength)
+    assert ("no more, because what the scorer says is in doubt" in outcome.note) == (strength == 1)
 
 
 def test_due() -> None:

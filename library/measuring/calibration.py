@@ -25,11 +25,14 @@ class Target:
         visible: raise the strength, where that gain is too small to be seen, until a person tells the pictures from the base model's
             (`response_curve.VISIBLE_SHARE`), as far as judges and pictures hold and both signs are usable.
         max_drift: latents may be no farther (RMS) from the base model's; None is no bound.
+        max_strength: weight 1 is no more of the trained strength, because the scorer is in doubt: to raise what it says is then to raise
+            its errors. None is no bound.
     """
 
     gain: float = 1.0
     visible: bool = False
     max_drift: float | None = None
+    max_strength: float | None = None
 
     def __post_init__(self) -> None:
         assert self.gain > 0, f"the target is above 0, not {self.gain}"
@@ -174,6 +177,10 @@ def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
         )
         return _calibration(curve, WEAKEST, target, False, choice)
     wanted = arm.wanted if arm.wanted < np.inf else min(arm.end, float(arm.strengths[-1])) if arm.wanted_gain < np.inf else np.inf
+    most = target.max_strength
+    if most is not None and min(wanted, arm.end) >= most and wanted != most:
+        choice = f"Weight 1 is {most:.3g} of the trained strength and no more, because what the scorer says is in doubt."
+        return _calibration(curve, most, target, arm.wanted_gain <= most, choice)
     if wanted <= arm.end:
         farther = wanted > 1.01 * arm.wanted_gain
         reason = f", so that it can be seen; {wished} would be weight {arm.wanted_gain / wanted:.2f}" if farther else ""
@@ -198,7 +205,9 @@ def next_strength(curve: ResponseCurve, target: Target) -> float | None:
     weakest, strongest = float(arm.strengths[1]), float(arm.strengths[-1])
     if arm.wanted < 0.7 * weakest:
         return None if weakest <= WEAKEST else max(arm.wanted, WEAKEST, STEP_DOWN * weakest)
-    if arm.wanted < np.inf or arm.end < strongest or strongest >= STRONGEST or not curve.interval_at(strongest).low > 0:
+    if arm.wanted < np.inf or arm.end < strongest or strongest >= (target.max_strength or STRONGEST):
+        return None
+    if not curve.interval_at(strongest).low > 0:
         return None
     if curve.sound and not (curve.sound[0] and curve.sound[-1]):
         return None

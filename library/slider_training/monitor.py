@@ -262,9 +262,12 @@ class Monitor:
             return outcome
         try:
             outcome = replace(outcome, step=self._restore_best(step), record=self.best.record or self.record)
-            if self.config.target is not None and self.reward.goals:
+            target = self.config.target
+            if target is not None and self.reward.goals:
+                if any(worth.doubtful for worth in self.reward.worth):
+                    target = replace(target, max_strength=1.0)
                 with self.pictures.spending():
-                    calibration, record = self.pictures.calibration(self.config.target, self.best.record)
+                    calibration, record = self.pictures.calibration(target, self.best.record)
                 self.network.scale_alpha(calibration.scale)
                 logger.info("%s", calibration.note)
                 outcome = replace(outcome, calibration=calibration, record=record)
