@@ -6,11 +6,12 @@ import pytest
 
 from library.errors import UserError
 from library.rating import runs
+from library.rating.live import Gallery, LiveOpinion
 from library.rating.runs import Runs
 from library.rating.store import Rating
-from library.scorer_data.records import RatedImage, RatedPair
+from library.scorer_data.readers.base import ReaderOptions
+from library.scorer_data.readers.recognition import read_records
 from library.scorer_training.config import LatentScorerConfig
-from library.scorer_training.dataset_config import Dataset
 from library.settings.cli import parse_config
 from tests.helpers.rating_project import drawn_project
 from tools.evaluate_slider import EvaluateSliderConfig
@@ -27,29 +28,27 @@ def test_the_written_files_are_read_by_the_scripts(modes: tuple[str, ...], model
     prompts.write_text("a cat\n")
     recipe = make_recipe(RateConfig(pretrained_model_name_or_path=model, prompts_file=prompts), model or "model", prompts)
     beauty = project.add_opinion("My beauty")
+    gallery = Gallery(project)
+    gallery.refresh()
     with pytest.raises(UserError, match="has 0 answers; give at least 20"):
-        Runs(project, recipe).start(beauty)
+        Runs(project, recipe).start(LiveOpinion(project, gallery, beauty))
     answers = [Rating(token=f"s{n}", mode="stars", first=n, value=1 + n % 5) for n in range(1, 25) if "stars" in modes]
     answers += [Rating(token=f"p{n}", mode="pair", first=n, second=n + 1, value=n % 3 / 2) for n in range(1, 25) if "pair" in modes]
     project.add_ratings(beauty, answers)
-    folder = Runs(project, recipe).start(beauty)
+    live = LiveOpinion(project, gallery, beauty)
+    folder = Runs(project, recipe).start(live)
     assert folder.name == "my-beauty-1"
 
     scorer = parse_config(LatentScorerConfig, ["--config_file", str(folder / "scorer.toml")])
-    datasets = scorer.data.datasets()
-    assert [dataset.criterion for dataset in datasets] == [{"stars": "ordinal", "pair": "pairwise"}[mode] for mode in modes]
-    assert [count_of(dataset) for dataset in datasets] == [24] * len(modes)
+    [dataset] = scorer.data.datasets()
+    [subset] = dataset.subsets
+    marks = list(read_records(subset.path, subset.reader, ReaderOptions(target="score", image_dir=subset.image_dir)))
+    assert [mark.score for mark in marks] == pytest.approx(list(live.worths()[0]), abs=1e-5) and len(marks) == 30
+    assert {path.name for path in folder.glob("*.csv")} == {"marks.csv"} | {
+        {"stars": "ratings.csv", "pair": "pairs.csv"}[mode] for mode in modes
+    }
+    assert scorer.data.marks_worth == (0, -1, 1)  # all these pictures were picked, so nothing says how well others are known
     slider = parse_config(leco_score_config(), ["--config_file", str(folder / "slider.toml")])
     assert slider.saving.save_state and str(slider.saving.resume) == "auto"
     check = parse_config(EvaluateSliderConfig, ["--config_file", str(folder / "check.toml")])
     assert check.evaluation.network_weights == (str(folder / "slider" / "slider.safetensors"),)
-
-
-def count_of(dataset: Dataset) -> int:
-    from library.scorer_training.criteria.base import CRITERIA
-    from library.scorer_training.tasks import _records
-
-    [subset] = dataset.subsets
-    records = list(_records(subset, CRITERIA[dataset.criterion].target))
-    assert all(isinstance(record, (RatedImage, RatedPair)) for record in records)
-    return len(records)

@@ -54,6 +54,27 @@ def test_of_an_ensemble_every_member_says_it_and_of_a_file_that_says_nothing_non
     assert worth_in([{"sigma": 0.0, "top1": 0.5}], 50) is None  # a criterion without a rank correlation
 
 
+def test_a_scorer_of_another_ones_marks_is_worth_what_that_one_is_at_most() -> None:
+    """Not how well it follows the marks. And so it is: hidden worth, what one scorer says of it, and what a second one makes of that."""
+    own = Worth("a", 0.9, 30).through((0.8, 0.2, 0.9))
+    assert own.correlation == pytest.approx(0.72) and own.interval == pytest.approx((0.18, 0.81)) and own.doubtful
+    assert worth_from(own.to_dict(), "a") == own
+    assert str(own) == (
+        "scorer a: rank correlation 0.72 (0.18 to 0.81) with ratings that were not learned from: what it says is in doubt, "
+        "rate more pictures"
+    )
+    assert Worth("a", -0.5, 30).through((0.8, 0.6, 0.9)).interval == (0.0, 0.0)
+    truth, *noise = np.random.default_rng(0).normal(size=(3, 20_000))
+    first = truth + 0.7 * noise[0]
+    second = first + 0.8 * noise[1]
+
+    def correlation(one: np.ndarray, other: np.ndarray) -> float:
+        return float(stats.spearmanr(one, other).statistic)
+
+    said = Worth("a", correlation(first, second), 30).through([correlation(truth, first)] * 3)
+    assert said.correlation == pytest.approx(correlation(truth, second), abs=0.02)
+
+
 def test_the_interval_of_folds_is_wider_also_when_it_is_read_back() -> None:
     folds, plain = Worth("a", 0.5, 60, in_folds=True), Worth("a", 0.5, 60)
     widths = [math.atanh(worth.interval[1]) - math.atanh(worth.interval[0]) for worth in (folds, plain)]

@@ -109,8 +109,8 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
     if embedded:
         scorer = {
             "buckets": {"resolution": "80", "bucket_no_upscale": True, "bucket_reso_steps": 8},
-            "scorer": {"scorer_kind": "unet_encoder", "scorer_args": ["tuning=frozen", "pool=mean_max"], "head_members": 3},
-            "training": {"max_train_steps": 200, "train_batch_size": 32, "validate_every_n_steps": 40, "learning_rate": 2e-3},
+            "scorer": {"scorer_kind": "latent_resnet", "head_members": 3},
+            "training": {"max_train_steps": 400, "train_batch_size": 32, "validate_every_n_steps": 40, "learning_rate": 2e-3},
         }
         slider = {
             "rollout": {"train_batch_size": 8, "max_denoising_steps": 20},

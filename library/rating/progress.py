@@ -60,6 +60,16 @@ class Progress:
     words: str = ""
     drift: str = ""
 
+    @property
+    def rank_correlation(self) -> Interval:
+        """`held_out`; of pairs by Greiner's relation: where a share a of normal variables is in the same order, they correlate by
+        sin(pi (a - 1/2)). From -1 to 1 around 0 where nothing was measured."""
+        if self.held_out is None:
+            return Interval(0.0, -1.0, 1.0)
+        if self.measure != "accuracy":
+            return self.held_out
+        return Interval(*(math.sin(math.pi * (share - 0.5)) for share in (self.held_out.value, self.held_out.low, self.held_out.high)))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {

@@ -17,12 +17,14 @@ from typing import Any
 
 from library.atomic_files import atomic_write_text, only_process
 from library.errors import UserError
+from library.rating.live import LiveOpinion
 from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json
 from library.rating.store import Opinion, Project
-from library.rating.tables import write_tables
+from library.rating.tables import marks_csv, write_tables
 
-RUNS = "runs"
+RUNS, MARKS = "runs", "marks.csv"
 FEWEST = 20  # answers that a training is begun with
+ENOUGH = 100  # marks, without the errors that answers have: a part of them says when the network follows them, and folds are not needed
 LOG_TAIL = 60_000  # bytes
 CURVES = ("running_gain_at_+1", "running_gain_at_-1", "gain_at_+1", "gain_at_-1")
 WARNING = re.compile(r"^WARNING: (.*)$", re.MULTILINE)
@@ -89,8 +91,9 @@ class Runs:
         """The run that trains now, whoever started it."""
         return next((path for path in self.folder.glob("*") if is_running(path)), None)
 
-    def start(self, opinion: Opinion) -> Path:
+    def start(self, live: LiveOpinion) -> Path:
         """Write tables and TOML files, and train. Raises UserError if that cannot be done now."""
+        opinion = live.opinion
         if (busy := self.running()) is not None:
             raise UserError(f"{busy.name} is being trained; one training at a time: stop it, or wait for it")
         if self.recipe.prompts_file is None:
@@ -100,8 +103,11 @@ class Runs:
             raise UserError(f"{opinion.name} has {len(answers)} answers; give at least {FEWEST}")
         last = self.latest(opinion)
         folder = self.folder / f"{slug(opinion)}-{1 if last is None else int(last.name.rpartition('-')[2]) + 1}"
-        ratings, pairs = write_tables(self.project, opinion, folder)
-        sections = self.toml(folder, ratings, pairs)
+        live.learn()
+        live.measure()
+        write_tables(self.project, opinion, folder)
+        atomic_write_text(folder / MARKS, marks_csv(live))
+        sections = self.toml(folder, live)
         scripts = {"scorer": "train_latent_scorer.py", "slider": "train_leco_score.py", "check": "tools/evaluate_slider.py"}
         for name, script in scripts.items():
             atomic_write_text(folder / f"{name}.toml", toml_text(script, sections[name]))
@@ -110,24 +116,20 @@ class Runs:
         launch(folder)
         return folder
 
-    def toml(self, folder: Path, ratings: Path | None, pairs: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
-        """The values of the three TOML files, by section. Stars are learned as ordered levels, pairs as choices; where there are both, in
-        one backbone, and the score is that of the stars."""
-        recipe = self.recipe
-        data: dict[str, Any] = {"train_data_file": str(ratings or pairs), "image_dir": str(self.project.folder)}
-        data["criterion"] = "ordinal" if ratings is not None else "pairwise"
-        if ratings is not None and pairs is not None:
-            mixture = folder / "dataset.toml"
-            parts = [("stars", "ordinal", "table", ratings), ("pairs", "pairwise", "pairs", pairs)]
-            tables = [
-                f'[[datasets]]\nname = "{name}"\ncriterion = "{criterion}"\n[[datasets.subsets]]\nreader = "{reader}"\n'
-                f"path = {json.dumps(str(path))}\nimage_dir = {json.dumps(str(self.project.folder))}\n"
-                for name, criterion, reader, path in parts
-            ]
-            atomic_write_text(mixture, "\n".join(tables))
-            data = {"train_data_file": str(mixture)}
+    def toml(self, folder: Path, live: LiveOpinion) -> dict[str, dict[str, dict[str, Any]]]:
+        """The values of the three TOML files, by section. The network of the slider learns what the running scorer says of every picture:
+        from so few answers alone, it learns much less than that one (docs/experiments.md)."""
+        recipe, known = self.recipe, live.progress.rank_correlation
+        data: dict[str, Any] = {
+            "train_data_file": str(folder / MARKS),
+            "image_dir": str(self.project.folder),
+            "criterion": "mse",
+            "marks_worth": [round(number, 4) for number in (known.value, known.low, known.high)],
+            "cache_dir": str(self.project.folder / "latent_cache"),
+        }
+        if len(live.worths()[0]) >= ENOUGH:
+            data["validation_folds"] = 0
         model = {"model": {"pretrained_model_name_or_path": recipe.model}}
-        data["cache_dir"] = str(self.project.folder / "latent_cache")
         scorer, slider = folder / "scorer" / "scorer.safetensors", folder / "slider" / "slider.safetensors"
         return {
             "scorer": merged(model, recipe.scorer, {"data": data, "output": _output(scorer)}),

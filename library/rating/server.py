@@ -69,7 +69,7 @@ def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None =
         return {"name": session.add_opinion(text(body, "name"), whole(body, "levels")).opinion.name}
 
     def train(body: Body) -> Body:
-        return {"run": session.runs.start(session.opinion(text(body, "opinion")).opinion).name}
+        return {"run": session.runs.start(session.opinion(text(body, "opinion"))).name}
 
     def stop(body: Body) -> Body:
         session.runs.stop()

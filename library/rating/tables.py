@@ -13,7 +13,10 @@ import numpy as np
 
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
+from library.rating.live import LiveOpinion
 from library.rating.store import Opinion, Project, Rating, StoredPicture
+
+MOST_MARKED = 1000
 
 
 def ratings_csv(project: Project, opinion: Opinion) -> str:
@@ -40,6 +43,13 @@ def pairs_csv(project: Project, opinion: Opinion) -> str:
             first, second = pictures[rating.first], pictures[rating.second]
             rows.append([first.file, second.file, f"{rating.value:g}", round(rating.time, 3), first.hash, second.hash])
     return _table(("path_a", "path_b", "label", "time", "hash_a", "hash_b"), rows)
+
+
+def marks_csv(live: LiveOpinion) -> str:
+    """path, score, prompt: what the running scorer says of every picture, rated or not; of more than `MOST_MARKED`, every few of them."""
+    worth, pictures = live.worths()[0], live.gallery.pictures
+    rows = np.unique(np.linspace(0, len(worth) - 1, min(len(worth), MOST_MARKED)).round().astype(int))
+    return _table(("path", "score", "prompt"), [(pictures[row].file, f"{worth[row]:.5f}", pictures[row].prompt) for row in rows])
 
 
 def write_tables(project: Project, opinion: Opinion, folder: Path) -> tuple[Path | None, Path | None]:

@@ -92,6 +92,12 @@ class DataConfig:
     score_column: str | None = option(None, help="Column to take as the score, such as year; not set: score.")
     path_column: str | None = option(None, help="Column with the pictures' paths; not set: path, file_name, filename, image ...")
     target_class: str | None = option(None, help="Class or tag whose log odds are the score; not set: the first.")
+    marks_worth: tuple[float, ...] = option(
+        (),
+        help="Where the scores are marks of another scorer: its rank correlation with ratings that it had not learned, and the 95 % "
+        "interval of that, such as 0.8 0.6 0.9. What the file says of itself is that times how well it follows the marks.",
+        expert=True,
+    )
     validation_split: float = option(0.1, help="Share of the pictures kept for validation, chosen by a hash of their path.")
     validation_folds: int | None = option(
         None,
@@ -109,6 +115,11 @@ class DataConfig:
             check_not_set(self, "the mixture of train_data_file says it for each dataset", *of_one)
         if self.criterion is not None and not CRITERIA[self.criterion].gives_score:
             raise UserError(f"criterion {self.criterion} gives no score; it is for pretrain_criterion")
+        if self.marks_worth:
+            value, low, high = self.marks_worth if len(self.marks_worth) == 3 else (2.0, 0.0, 0.0)
+            if not -1 <= low <= value <= high <= 1:
+                given = " ".join(f"{number:g}" for number in self.marks_worth)
+                raise UserError(f"marks_worth is {given}, but it is a correlation and the ends of its interval, such as 0.8 0.6 0.9")
         if not 0 < self.validation_split < 1:
             raise UserError(f"validation_split is {self.validation_split}, but it must be above 0 and below 1, such as 0.1")
         if self.validation_folds is not None and (self.validation_folds < 0 or self.validation_folds == 1):

@@ -51,6 +51,7 @@ class Task:
         train, validation: share no picture.
         train_pictures: a number for the picture of each row of `train`; a picture that counts twice has two rows.
         ratings: what tells its pictures and targets from others.
+        marks_worth: of `DataConfig`.
         folds: seed -> the task for each fold of its pictures, which it validates with; None where it has a validation set.
     """
 
@@ -61,6 +62,7 @@ class Task:
     validation: LatentDataset
     train_pictures: Tensor
     ratings: str = ""
+    marks_worth: Sequence[float] = ()
     folds: Callable[[int], list[Task]] | None = None
 
     @property
@@ -219,6 +221,7 @@ def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Acc
                 if dataset is stage[0][0]:
                     raise
                 logger.warning("dataset %s is left out: %s", dataset.name, error)
+    training[0] = dataclasses.replace(training[0], marks_worth=config.data.marks_worth)
     return training, pretraining
 
 

@@ -14,7 +14,7 @@ from library.scorer_training.config import OutputConfig
 from library.scorer_training.run import ScorerRun
 from library.scorer_training.validation import SigmaTable, format_table
 from library.scorers.io import save_scorer
-from library.scorers.worth import worth_in
+from library.scorers.worth import worth_from, worth_in
 from library.training.interrupts import Interrupts
 from library.training.run_files import RunFiles
 from library.training.run_state import RunState, find_state
@@ -73,6 +73,8 @@ class ScorerFiles(RunFiles):
     def save_scorer(self, run: ScorerRun, record: Mapping[str, Any], step: int | None = None) -> Path:
         """Write the scorer as it is now, with its scale; step None: the result. Raises UserError for one that scores all alike."""
         mean, std = run.reference_scale(run.stage.tasks[0])
+        if (marks := run.stage.tasks[0].marks_worth) and (worth := worth_from(record.get("worth"), "")):
+            record = {**record, "worth": worth.through(marks).to_dict()}
         spec = dataclasses.replace(run.scorer.spec, mean=mean, std=std, training=dict(record))
         path = self.weights_path(step)
         if run.accelerator.is_main_process:

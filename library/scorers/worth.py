@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from library.scorers.base import ScorerSpec
@@ -19,12 +19,14 @@ class Worth:
         name: the scorer's.
         num_pictures: of the validation set, or of all folds together.
         in_folds: whether it is of folds.
+        bounds: the interval, where it does not follow from these: see `through`.
     """
 
     name: str
     correlation: float
     num_pictures: int
     in_folds: bool = False
+    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -32,11 +34,23 @@ class Worth:
 
         That of folds is too narrow by itself (Bates, Hastie and Tibshirani, arXiv 2104.00673).
         """
+        if self.bounds is not None:
+            return self.bounds
         if self.num_pictures < 5:
             return -1.0, 1.0
         z = math.atanh(max(-0.999999, min(0.999999, self.correlation)))
         spread = 1.96 * math.sqrt((1 + self.correlation**2 / 2) / (self.num_pictures - 3)) * (OF_FOLDS if self.in_folds else 1)
         return math.tanh(z - spread), math.tanh(z + spread)
+
+    def through(self, teacher: Sequence[float]) -> "Worth":
+        """Of a scorer that learned another one's marks, and agrees with those of pictures that it never saw to `correlation`: how well it
+        ranks what the other one was measured by. Correlations multiply where errors know nothing of each other.
+
+        Args:
+            teacher: the other one's rank correlation with ratings that it had not learned, and its 95 % interval.
+        """
+        value, low, high = (max(self.correlation, 0.0) * number for number in teacher)
+        return replace(self, correlation=value, bounds=(low, high))
 
     @property
     def doubtful(self) -> bool:
@@ -44,14 +58,16 @@ class Worth:
 
     def __str__(self) -> str:
         low, high = self.interval
-        text = f"scorer {self.name}: rank correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}) on {self.num_pictures} pictures"
+        on = f"on {self.num_pictures} pictures that it never saw" if self.bounds is None else "with ratings that were not learned from"
+        text = f"scorer {self.name}: rank correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}) {on}"
         if low <= 0:
-            return f"{text} that it never saw: too few to tell whether it learned anything, rate more pictures"
-        return f"{text} that it never saw" + (": what it says is in doubt, rate more pictures" if self.doubtful else "")
+            return f"{text}: too few to tell whether it learned anything, rate more pictures"
+        return text + (": what it says is in doubt, rate more pictures" if self.doubtful else "")
 
     def to_dict(self) -> dict[str, Any]:
         """For the header of a scorer's file."""
-        return {"srcc": self.correlation, "interval": list(self.interval), "pictures": self.num_pictures, "in_folds": self.in_folds}
+        own = {"srcc": self.correlation, "interval": list(self.interval), "pictures": self.num_pictures, "in_folds": self.in_folds}
+        return own | ({} if self.bounds is None else {"through_marks": True})
 
 
 def worth_in(table: Sequence[Mapping[str, float]] | None, num_pictures: int, *, in_folds: bool = False) -> Worth | None:
@@ -70,6 +86,7 @@ def worth_of(spec: ScorerSpec, name: str) -> Worth | None:
 def worth_from(record: Any, name: str) -> Worth | None:
     """What `Worth.to_dict` made, else None."""
     try:
-        return Worth(name, float(record["srcc"]), int(record["pictures"]), bool(record["in_folds"]))
+        bounds = tuple(map(float, record["interval"])) if "through_marks" in record else None
+        return Worth(name, float(record["srcc"]), int(record["pictures"]), bool(record["in_folds"]), bounds)
     except (KeyError, TypeError, ValueError):
         return None
