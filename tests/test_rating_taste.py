@@ -121,6 +121,15 @@ def progress_of(stars: list[tuple[int, float]], space: FeatureSpace, repeats: np
     )
 
 
+def test_a_share_of_pairs_is_read_as_the_correlation_that_it_comes_from() -> None:
+    first, second = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], size=4000).T
+    share = float(((first[::2] > first[1::2]) == (second[::2] > second[1::2])).mean())
+    known = Progress(answers=60, measure="accuracy", held_out=Interval(share, 0.5, 1.0)).rank_correlation
+    assert known.to_list() == pytest.approx([0.7, 0.0, 1.0], abs=0.03)
+    held = Interval(0.8, 0.6, 0.9)
+    assert Progress(answers=60, measure="rank correlation", held_out=held).rank_correlation == held
+
+
 def test_a_stretched_interval_stays_within_what_is_possible() -> None:
     held = Interval(0.8, 0.6, 0.95)
     assert held.stretched(1.5, -1, 1).to_list() == pytest.approx([0.8, 0.5, 1.0])

@@ -30,9 +30,11 @@ def test_it_learns_and_the_file_says_how_well(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(encoding, "encode_images", pool)
-    path = train(workplace, tmp_path, cache_dir=None, max_train_steps=40, train_batch_size=16, validate_every_n_steps=20)
+    marks = {"marks_worth": (0.8, 0.6, 0.9)}  # as if the scores were what another scorer says
+    path = train(workplace, tmp_path, cache_dir=None, max_train_steps=40, train_batch_size=16, validate_every_n_steps=20, **marks)
     scorer = load_scorer(path)
-    table = scorer.spec.training["validation"]
+    table, worth = scorer.spec.training["validation"], scorer.spec.training["worth"]
+    assert [worth["srcc"], *worth["interval"]] == pytest.approx([table[0]["srcc"] * number for number in marks["marks_worth"]])
     assert [row["sigma"] for row in table] == list(TABLE_SIGMAS)
     assert table[0]["srcc"] > 0.8 and table[0]["srcc"] > table[-1]["srcc"]
     assert scorer.spec.noise_aware and scorer.spec.training["tasks"]["score"]["pictures"] == {"train": 72, "validation": 24}
