@@ -86,7 +86,8 @@ def worth_of(spec: ScorerSpec, name: str) -> Worth | None:
 def worth_from(record: Any, name: str) -> Worth | None:
     """What `Worth.to_dict` made, else None."""
     try:
-        bounds = tuple(map(float, record["interval"])) if "through_marks" in record else None
+        low, high = record["interval"]
+        bounds = (float(low), float(high)) if "through_marks" in record else None
         return Worth(name, float(record["srcc"]), int(record["pictures"]), bool(record["in_folds"]), bounds)
     except (KeyError, TypeError, ValueError):
         return None
