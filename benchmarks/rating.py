@@ -23,12 +23,15 @@ from PIL import Image
 
 from benchmarks import ROOT
 from examples.shapes.scores import SCORES
+from library.models.loading import load_model
 from library.rating.choice import choose
 from library.rating.live import FIRST_BY_CHANCE, LEARN_EVERY
 from library.rating.progress import measure_progress, rank_correlation
 from library.rating.space import FeatureSpace
 from library.rating.store import Project, StoredPicture
 from library.rating.taste import Answers, Taste
+from library.scorer_data.pictures import to_pixels
+from library.scorers.io import load_scorer
 from tests.helpers.rating_project import served, stars_of
 from tools.rate import EMBEDDED, RateConfig, embedded_prompts, make_recipe, make_source
 
@@ -47,6 +50,14 @@ def true_worth(project: Project, pictures: Sequence[StoredPicture], score: str) 
         values.append(SCORES[score](torch.from_numpy(array).permute(2, 0, 1)[None]).item())
     worth = np.array(values)
     return (worth - worth.mean()) / worth.std()
+
+
+def file_worth(scorer: Path, project: Project, pictures: Sequence[StoredPicture]) -> np.ndarray:
+    """What a scorer's file says of pictures of one size, without noise [N]."""
+    model = load_model(str(EMBEDDED), dtype=torch.float32, device="cpu").freeze()
+    with torch.no_grad():
+        latents = model.encode_images(to_pixels([Image.open(project.path_of(picture.file)).convert("RGB") for picture in pictures]))
+        return load_scorer(scorer)(latents, torch.zeros(len(latents))).numpy()
 
 
 def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -118,6 +129,9 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             browser.close()
         assert seen == "done", (folder, seen)
         run = rating_session.runs.latest(live.opinion)
+    unrated = [rating_session.gallery.pictures[row] for row in rest]
+    found["true_srcc_of_file"] = rank_correlation(file_worth(run / "scorer" / "scorer.safetensors", project, unrated), worth[rest])
+    found["description"] = json.loads((run / "slider" / "slider.json").read_text())["description"]
     measured = json.loads((run / "check" / "evaluation.json").read_text())["sliders"][0]
     for name, response in measured["responses"].items():
         found[name] = (

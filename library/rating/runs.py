@@ -132,7 +132,7 @@ class Runs:
         model = {"model": {"pretrained_model_name_or_path": recipe.model}}
         scorer, slider = folder / "scorer" / "scorer.safetensors", folder / "slider" / "slider.safetensors"
         return {
-            "scorer": merged(model, recipe.scorer, {"data": data, "output": _output(scorer)}),
+            "scorer": merged(model, recipe.scorer, {"data": data, "output": {**_output(scorer), "resume": "auto"}}),
             "slider": merged(
                 model,
                 recipe.slider,
