@@ -411,9 +411,11 @@ def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
     assert step < 300 and seen is not None and "nothing more to gain" in (seen.stop or "")
 
 
-@pytest.mark.parametrize(("trained", "confirmed"), [(0, 12), (10**6, 16)])
-def test_a_short_training_is_calibrated_by_fewer_pictures(trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(16)]
+@pytest.mark.parametrize(("count", "trained", "confirmed"), [(16, 0, 12), (16, 10**6, 16), (33, 10**6, 17)])
+def test_a_short_training_is_calibrated_by_fewer_pictures(
+    count: int, trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(count)]
     monitor, _, _ = monitor_for(prompts, early_stop_gain=None)
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
     _, record = monitor.pictures.calibration(Target(gain=0.01), None)

@@ -28,7 +28,7 @@ NUM_PROMPTS, NUM_PICTURES = 16, 64  # of the base model; with fewer prompts, mor
 FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
 QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
-CALIBRATION_SHARE = 0.25  # of the training's evaluations, that a calibration may take
+MEASURED_SHARE = 0.4  # of the training's evaluations, that all measuring may take: 29 % of a run
 FEWEST_FRESH = 12  # prompts that confirm it all the same
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 
@@ -60,7 +60,7 @@ class SliderPictures:
     ) -> None:
         self.model, self.network, self.raters, self.encoder, self.full = model, network, raters, encoder, full
         self.sampling = replace(sampling, batch_size=None)
-        self.prompts, self.others = _two_spreads(prompts, NUM_PROMPTS * (2 if full else 1), sampling.size)
+        self.prompts, self.others = _two_parts(prompts, NUM_PROMPTS * (2 if full else 1), sampling.size)
         self.measurer = self.measurer_of(self.prompts)
         self.spent = self._trained_before = self._spent_before = 0
 
@@ -111,7 +111,7 @@ class SliderPictures:
     def calibration(self, target: Target, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
         fresh seeds; and the measurement that is nearest to the weights +1 and -1, whose judges, flaws and pictures are told of."""
-        before = self.model.num_unet_evaluations
+        trained, before = self.trained, self.model.num_unet_evaluations
         known = known or self.measured((-1.0, 1.0), "the strength")
         made = {1.0: known}  # by strength
         curve = curve_of(known, REWARD)
@@ -123,7 +123,7 @@ class SliderPictures:
         scale = choose_scale(curve, target).scale
         sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
         pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
-        left = CALIBRATION_SHARE * self.trained - (self.model.num_unet_evaluations - before)
+        left = MEASURED_SHARE * trained - self.spent - (self.model.num_unet_evaluations - before)
         left /= sampling.num_evaluations  # pictures
         prompts = spread(self.others, max(FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
         spare = left - (seeds + 2 * pairs.stop) * len(prompts)
@@ -175,10 +175,12 @@ class SliderPictures:
         self.spent = state["spent"]
 
 
-def _two_spreads(prompts: Sequence[PromptSpec], count: int, size: tuple[int, int]) -> tuple[list[PromptSpec], list[PromptSpec]]:
-    """`count` prompts evenly over the list, and as many others, or the same where there are no others. Those that can be sampled together
-    are neighbours."""
-    both = spread(prompts, 2 * count)
-    parts = (both[::2], both[1::2]) if len(both) == 2 * count else (spread(prompts, count),) * 2
-    first, second = (sorted(part, key=lambda prompt: (size_of(prompt, size), prompt.num_steps or 0)) for part in parts)
-    return first, second
+def _two_parts(prompts: Sequence[PromptSpec], count: int, size: tuple[int, int]) -> tuple[list[PromptSpec], list[PromptSpec]]:
+    """`count` prompts evenly over the list, and all others, or the same where fewer are left. Those that can be sampled together are
+    neighbours."""
+    first = spread(prompts, count)
+    taken = set(first)
+    rest = [prompt for prompt in prompts if prompt not in taken]
+    parts = (first, rest if len(rest) >= len(first) else first)
+    first, others = (sorted(part, key=lambda prompt: (size_of(prompt, size), prompt.num_steps or 0)) for part in parts)
+    return first, others
