@@ -238,7 +238,6 @@ def describe(folder: Path) -> dict[str, Any]:
     errors = ERROR.findall(log)
     scorer, slider = (_metrics(folder / name / "metrics.jsonl") for name in ("scorer", "slider"))
     previews = sorted((folder / "slider" / "sample").glob("slider_*.png"))
-    card = read_json(folder / "slider" / "slider.json")
     return {
         "name": folder.name,
         "state": state,
@@ -250,12 +249,10 @@ def describe(folder: Path) -> dict[str, Any]:
         "log": log[-4000:],
         "progress": {"scorer": _progress(folder, "scorer", scorer), "slider": _progress(folder, "slider", slider)},
         "curves": {name: [[line["step"], line[name]] for line in slider if line.get(name) is not None] for name in CURVES},
-        "loss": [[line["step"], line["loss/score"]] for line in scorer if line.get("loss/score") is not None][-400:],
         "preview": previews[-1].name if previews else "",
         "toml": {name: _text(folder / f"{name}.toml") for name in ("scorer", "slider", "check")},
         "commands": [f"python {' '.join(words)}" for words in plan.get("steps", {}).values()],
-        "description": card.get("description", ""),
-        "weight": card.get("preferred weight"),
+        "description": read_json(folder / "slider" / "slider.json").get("description", ""),
         "files": [name for name, (place, _) in FILES.items() if (folder / place).is_file()],
     }
 
