@@ -114,11 +114,6 @@ class PictureMaker:
         return made
 
 
-def _alike(sampling: SamplingConfig) -> tuple[object, ...]:
-    """What pictures of one call have in common."""
-    return sampling.size, sampling.num_steps
-
-
 def make_samples(project: Project, maker: PictureMaker, enough: threading.Event) -> None:
     """Make pictures a little ahead of the ratings, until `enough`."""
     made = project.count_pictures()
