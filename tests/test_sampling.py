@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 
 from library.diffusion.solvers import ddim_step
 from library.errors import UserError
@@ -23,6 +25,9 @@ from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, initial_noise, sample
 from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
+from networks.lora_module import LoRAModule, Strength
+from networks.lora_options import Dropouts
+from networks.lora_targets import Target
 from tests.helpers.tiny_models import tiny_model, tiny_unet_config
 
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
@@ -273,8 +278,33 @@ def test_no_unconditional_branch_at_guidance_1(monkeypatch):
     assert rows == [6, 6, 6]
 
 
+def test_one_graph_serves_any_number_of_rows():
+    """As training makes them: with gradient and without, and a multiplier for each row."""
+
+    class Network(nn.Module):  # torch's own containers are looked at otherwise
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, graphs, strength = tiny_model(), [], Strength(1.0)
+    model.unet = Network()
+    target = Target("", (), "unet", "layer", model.unet.layer)
+    LoRAModule(target, strength, rank=2, alpha=2.0, dropouts=Dropouts()).attach(target.base)
+    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=True):  # put back after the test
+        model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for rows in (6, 4, 2, 9):
+            for gradient in (False, True):
+                strength.multiplier = torch.ones(rows)
+                with torch.set_grad_enabled(gradient):
+                    model.unet(torch.randn(rows, 5, 8))
+    assert len(graphs) == 2
+
+
 def test_pictures_are_sampled_without_torch_compile():
-    """Training steps have few numbers of rows; measurements have many, and each would be compiled anew."""
+    """A network is compiled for training; measurements come in many sizes."""
     model, compilations = tiny_model("sd1"), []
     model.unet.compile(backend=lambda graph, _: compilations.append(graph) or graph.forward)
     compiled = model.unet._compiled_call_impl

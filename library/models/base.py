@@ -194,6 +194,15 @@ class DiffusionModel(ABC):
         self.num_unet_evaluations += len(latents) * (3 if output.requires_grad else 1)
         return output_to_eps(latents, output, self.schedule.abar(timesteps), self.spec.prediction_type)
 
+    def compile(self, **settings: Any) -> None:
+        """The network is compiled when it is called, with these settings of torch.compile. For each size of picture, one graph serves all
+        numbers of rows with gradient, and another those without."""
+        from torch._dynamo import config
+
+        # else a tensor that a module holds, as the LoRA's multiplier of each row, has the shape that it was first seen with
+        config.force_nn_module_property_static_shapes = False
+        self.unet.compile(dynamic=True, **settings)
+
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
         """The network is called as it is within the block: pictures that are measured come in many numbers of rows, and `torch.compile`

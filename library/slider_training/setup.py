@@ -164,7 +164,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     )
     if config.training.torch_compile:
         logger.info("the U-Net is compiled in the first training steps, which take long; pictures are sampled without")
-        model.unet.compile()
+        model.compile()
     encoder, train_prompts = encoder_and_prompts(config.text_free, model, network, reward.scorers, prompts)
     eval_prompts = eval_prompts or train_prompts
     if not config.network.trains_text_encoders:
