@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from library.scorer_data.latent_cache import LatentCache, open_cache
 from library.scorer_data.records import FilePicture
 from library.scorer_training import tasks
 from library.settings.cli import run_main
+from tests.helpers.processes import run_processes
 from tests.helpers.tiny_models import tiny_vae
 from tools import cache_latents
 
@@ -132,18 +132,15 @@ def test_a_mistake_is_one_sentence(
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_of_accelerate(workplace: Path, tmp_path: Path) -> None:
-    # on GPUs `accelerate launch` does it; on CPUs it starts a single process, so torch's own launcher starts them here
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+@pytest.mark.skipif(os.name != "posix", reason="fork")
+def test_two_processes_of_a_launcher(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = words(workplace, tmp_path, "--picture_folder", str(workplace / "photos"))
-    command = [*launch, str(ROOT / "tools" / "cache_latents.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_processes(2, lambda: run(monkeypatch, *arguments))
     cache = cached(workplace, tmp_path)
     assert found(cache, workplace) == [True] * 4 + [False] and len(cache) == 4
-    assert done.stderr.count("holds 4 latents") == 1
+    assert capfd.readouterr().err.count("holds 4 latents") == 1
     assert len(list(cache.folder.glob("0064x0064*.safetensors"))) == len(set(shares(workplace)))
 
 

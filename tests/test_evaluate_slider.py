@@ -1,7 +1,6 @@
 """The script as a person runs it: files in, files out, and one sentence for what is wrong."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -166,7 +165,7 @@ def test_sliders_are_named_by_what_tells_them_apart():
         evaluate_slider.slider_names([Path("x.safetensors"), Path("./x.safetensors")])
 
 
-def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
+def test_config_file_alone_is_enough(files, tmp_path, monkeypatch, capsys):
     words = arguments(files, tmp_path / "out")
     toml = tmp_path / "evaluation.toml"
     settings = {
@@ -183,10 +182,8 @@ def test_config_file_alone_is_enough_from_any_folder(files, tmp_path):
     }
     assert {f"--{name}" for name in settings} <= set(words)
     toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-    script = ROOT / "tools" / "evaluate_slider.py"
-    done = subprocess.run([sys.executable, str(script), "--config_file", str(toml)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "grid.png").is_file() and "report.html" in done.stdout
+    run(monkeypatch, ["--config_file", str(toml)])
+    assert (tmp_path / "out" / "grid.png").is_file() and "report.html" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

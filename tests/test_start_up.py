@@ -20,21 +20,23 @@ print(*[module for module in {SLOW_TO_IMPORT} if module in sys.modules])
 """
 STOP_AT_TORCH = """
 import os, runpy, sys
+from importlib.machinery import PathFinder
 class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("OMP_WAIT_POLICY"), PathFinder.find_spec("library") is not None)
             sys.exit()
 sys.meta_path.insert(0, Stop())
+sys.path[0] = os.path.dirname(sys.argv[1])
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def python(code: str, *words: str | Path, **environment: str) -> str:
+def python(code: str, *words: str | Path, folder: Path = ROOT, **environment: str) -> str:
     """What a program prints, without the last line's end."""
     clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *words], cwd=folder, env=clean | environment, capture_output=True, text=True, check=True
     )
     return done.stdout.removesuffix("\n")
 
@@ -44,9 +46,9 @@ def test_the_settings_of_all_scripts_are_read_without_what_takes_seconds_to_impo
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_threads_that_wait_are_quiet_from_the_start(script: Path) -> None:
-    assert python(STOP_AT_TORCH, script, PYTHONPATH=str(ROOT)) == "passive"
+def test_threads_that_wait_are_quiet_from_the_start_and_from_any_folder(script: Path, tmp_path: Path) -> None:
+    assert python(STOP_AT_TORCH, script, folder=tmp_path) == "passive True"
 
 
 def test_a_users_own_choice_about_threads_is_kept() -> None:
-    assert python(STOP_AT_TORCH, SCRIPTS[0], PYTHONPATH=str(ROOT), OMP_WAIT_POLICY="active") == "active"
+    assert python(STOP_AT_TORCH, SCRIPTS[0], OMP_WAIT_POLICY="active") == "active True"

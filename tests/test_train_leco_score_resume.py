@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_leco_score
 from library.atomic_files import only_process
 from library.errors import UserError
+from library.settings.cli import run_main
 from library.training.checkpoints import STATE_FILE, load_state, save_state
-from library.training.tracking import read_metrics
+from library.training.tracking import Tracker, read_metrics
+from tests.helpers.processes import run_processes
 from tests.helpers.tiny_leco_run import complaint, run, settings, write_toml
 from tests.helpers.two_processes import SETTINGS, run_alone
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer_type": "AdamWScheduleFree", "max_grad_norm": 0.0}], ids=["AdamW", "schedule_free"])
@@ -49,12 +47,9 @@ def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, op
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="fork")
 def test_two_processes_are_one_with_the_batches_of_both_and_one_goes_on_from_them(workplace: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.helpers.two_processes"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, str(workplace), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes(2, lambda: run(workplace, tmp_path / "two", save_state_on_train_end=True, **SETTINGS))
     two, one = load_file(tmp_path / "two" / "tiny.safetensors"), load_file(run_alone(workplace, tmp_path / "one"))
     assert two.keys() == one.keys()
     for name, weight in two.items():
@@ -142,11 +137,13 @@ def test_a_second_run_of_the_same_name_is_refused(workplace: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="POSIX only")
-def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGTERM, SIGINT and SIGHUP one after the other, each in the middle of what is left, with measurements in between."""
     common: dict[str, Any] = {
-        "max_train_steps": 40,
-        "evaluate_every_n_steps": 5,
+        "max_train_steps": 12,
+        "evaluate_every_n_steps": 3,
         "measure": "light",
         "early_stop_gain": 1e6,
         "resume": "auto",
@@ -154,27 +151,25 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(workplace:
     straight = load_file(run(workplace, tmp_path / "whole", **common))
     output = tmp_path / "out"
     config = write_toml(tmp_path / "x.toml", settings(workplace, output, **common))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-u", "train_leco_score.py", "--config_file", str(config)]
-    steps = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None):
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            if number is not None:
-                wait_for_lines(output / "metrics.jsonl", (steps[-1] if steps else 0) + 4, process)
-                process.send_signal(number)
-            said = process.stderr.read()
-        assert process.returncode == (0 if number is None else 128 + number), said
-        if number is not None:
-            assert "--resume auto goes on from there" in said
-            steps.append(max(load_state(path)["step"] for path in output.glob("*-state")))
-            assert (output / f"tiny-step{steps[-1]:08d}.safetensors").is_file() and not (output / "tiny.safetensors").exists()
-    assert steps == sorted(set(steps)) and steps[-1] < 40
+    monkeypatch.setattr("sys.argv", ["train_leco_score.py", "--config_file", str(config)])
+    log = Tracker.log
+
+    def log_and_end(self: Tracker, metrics: dict, step: int) -> None:
+        log(self, metrics, step)
+        if step == stop_after:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Tracker, "log", log_and_end)
+    for number, stop_after in ((signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGHUP, 9)):
+        with pytest.raises(SystemExit) as caught:
+            run_main(train_leco_score.main)
+        assert caught.value.code == 128 + number
+        assert "--resume auto goes on from there" in capsys.readouterr().err
+        step = max(load_state(path)["step"] for path in output.glob("*-state"))
+        assert stop_after < step <= stop_after + 2
+        assert (output / f"tiny-step{step:08d}.safetensors").is_file() and not (output / "tiny.safetensors").exists()
+    stop_after = -1
+    run_main(train_leco_score.main)
     resumed = load_file(output / "tiny.safetensors")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
-    assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == list(range(40))
-
-
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
-    while process.poll() is None and not (path.is_file() and len(path.read_text(encoding="utf-8").splitlines()) >= count):
-        time.sleep(0.01)
+    assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == list(range(12))

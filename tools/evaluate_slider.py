@@ -22,9 +22,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
+
+import torch
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, load_tensors, remove_unfinished
 from library.diffusion.solvers import ALIASES, SOLVERS

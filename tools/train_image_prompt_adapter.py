@@ -14,12 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
 
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
 from library.atomic_files import check_outputs
 from library.errors import UserError

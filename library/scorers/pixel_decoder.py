@@ -1,19 +1,23 @@
 """From latents to pixels with a gradient, in as little memory as is asked for."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.models.vae import Autoencoder, LatentSpace, vae_class
 from library.scorers.image_models.preprocessing import even_starts
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 SPACE = "latent_space"  # of an autoencoder whose configuration does not say it
 OVERLAP = 0.25  # of a tile, that its neighbour shows too
@@ -44,7 +48,7 @@ class PixelDecoder(nn.Module):
         self.space = LatentSpace.of(autoencoder) if space is None else LatentSpace.from_dict(space)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "PixelDecoder":
+    def train(self, mode: bool = True) -> PixelDecoder:
         return super().train(False)  # it is never trained
 
     def take_weights(self, autoencoder: Autoencoder) -> None:
@@ -116,6 +120,8 @@ def load_tiny_autoencoder(folder: str, setting: str = "decoder", otherwise: str 
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{setting} {folder} is not the folder of a tiny autoencoder such as TAESD: it has no config.json")
+    from diffusers import AutoencoderTiny
+
     config: Any = AutoencoderTiny.load_config(folder)
     if config.get("_class_name") != "AutoencoderTiny":
         raise UserError(f"{setting} {folder} is not the folder of a tiny autoencoder such as TAESD; give that, or {otherwise}")

@@ -1,4 +1,4 @@
-"""Tiny random models with the block layout of the real ones (so that every module has its real name), in memory, as folders and as files.
+"""Tiny random models of the real ones' parts, or with all their blocks (so that every module has its real name), in memory and as files.
 
 A U-Net call on one 8 x 8 latent takes milliseconds. The VAE has real 8 x downsampling: pictures of 64 pixels have latents of 8.
 """
@@ -38,25 +38,22 @@ cached_tokenizer = lru_cache(build_clip_tokenizer)
 
 
 def tiny_unet_config(family: str, full: bool = False) -> dict:
-    """Narrow, and unless `full` with one layer a level, which takes two thirds of the time, and with 8 groups a norm and not 32.
+    """Narrow, and unless `full` of two levels with one layer each, which take a third of the time, and with 8 groups a norm and not 32.
 
-    Two channels at a single position, as in the deepest level at 64 pixels, are normalised to plus and minus 1 whatever they are, so that
-    the last bit of a kernel could become a hundredfold.
+    A norm's few channels at a single position, as in the deepest of four levels at 64 pixels, become nearly plus and minus 1 whatever they
+    are, so that the last bit of a kernel could become a hundredfold.
     """
-    config = bundled_config(family)["unet"] | {"sample_size": LATENT_SIZE}
+    config = bundled_config(family)["unet"] | {"sample_size": LATENT_SIZE, "cross_attention_dim": 32}
+    widths, heads, layers = [32, 32, 64, 64], [1, 1, 1, 1], 1
+    if family == "sdxl":
+        widths, heads, layers = [32, 32, 64], [1, 1, 1], [1, 1, 2]
+        config |= {"cross_attention_dim": 32 + 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64}
     if not full:
         config |= {"layers_per_block": 1, "norm_num_groups": 8}
-    if family == "sdxl":
-        return config | {
-            "block_out_channels": [32, 32, 64],
-            "attention_head_dim": [1, 1, 1],
-            "transformer_layers_per_block": [1, 1, 2],
-            "cross_attention_dim": 32 + 64,
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 64,
-        }
-    config |= {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32}
-    return config if family == "sd1" else config | {"attention_head_dim": [1, 1, 1, 1]}
+        config |= {name: [config[name][0], config[name][-1]] for name in ("down_block_types", "up_block_types")}
+        widths, heads, layers = [32, 64], [1, 1], [1, 2] if family == "sdxl" else 1
+    config |= {"block_out_channels": widths, "transformer_layers_per_block": layers}
+    return config if family == "sd1" else config | {"attention_head_dim": heads}
 
 
 def tiny_text_config(width: int, bundled: dict, layers: int = 3) -> CLIPTextConfig:

@@ -1,16 +1,10 @@
-"""A run of train_leco_score.py in as many processes as it is launched in, and in one process the same run over the batches of two.
+"""A run of train_leco_score.py in one process over the batches of two."""
 
-ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.helpers.two_processes WORKPLACE OUTPUT
-"""
-
-import sys
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-import torch
 
 from library.objectives.base import Term, TrainingContext
 from library.objectives.registry import ObjectiveConfig, build_terms
@@ -49,8 +43,3 @@ def run_alone(workplace: Path, output_dir: Path) -> Path:
     """One process whose gradient accumulation is over the two."""
     with patch.object(setup, "build_terms", lambda context, config: {"score": InTurn(context, config)}):
         return run(workplace, output_dir, gradient_accumulation_steps=2, **SETTINGS)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), Path(sys.argv[2]), save_state_on_train_end=True, **SETTINGS)
