@@ -16,7 +16,6 @@ from library.scorer_training.trainer import PATIENCE
 from library.scorer_training.validation import TABLE_SIGMAS, format_table
 from library.scorers.io import load_scorer
 from library.training.tracking import Tracker, read_metrics
-from tests.helpers.golden_scorer import GOLDEN_FILE, golden_losses
 from tests.helpers.processes import run_processes
 from tests.helpers.tiny_scorer_run import make_workplace, pool, train, write_mixture
 
@@ -50,12 +49,6 @@ def test_it_stops_when_validation_no_longer_improves(workplace: Path, tmp_path: 
     assert (record["best_step"], record["steps"]) == (1, 1 + PATIENCE)
     assert f"training ends after step {1 + PATIENCE}: {PATIENCE} validations in a row were no better than that of step 1" in caplog.text
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1 + PATIENCE
-
-
-def test_the_golden_run(tmp_path: Path) -> None:
-    """20 steps with the defaults. Vector units round in another order: latents in fp16 then differ by their last bit, losses by 3e-4."""
-    expected = [float(line) for line in GOLDEN_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert golden_losses(tmp_path) == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_same_seed_gives_the_same_bits(workplace: Path, tmp_path: Path) -> None:
