@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import assert_same_weights, save_folder, save_sin
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionModel:
-    return tiny_model("sd1")
+    return tiny_model("sd1", full=True)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_without_values_a_folder_and_a_file_have_the_model_s_shapes(kind, tmp_pa
 
 
 def test_v_prediction_is_read_from_the_file_unless_the_flag_says_otherwise(tmp_path):
-    model = tiny_model("sdxl_v")
+    model = tiny_model("sdxl_v", full=True)
     plain = save_single_file(model, tmp_path / "plain.safetensors")
     by_key = save_single_file(model, tmp_path / "key.safetensors", extra={"v_pred": torch.tensor([])})
     by_metadata = save_single_file(model, tmp_path / "metadata.safetensors", metadata={"modelspec.prediction_type": "v"})
@@ -95,36 +95,36 @@ def test_v_prediction_is_read_from_the_file_unless_the_flag_says_otherwise(tmp_p
 
 def test_zero_terminal_snr_is_read_from_the_file(tmp_path):
     markers = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
-    model = load_model(save_single_file(tiny_model("sdxl_v"), tmp_path / "model.safetensors", extra=markers))
+    model = load_model(save_single_file(tiny_model("sdxl_v", full=True), tmp_path / "model.safetensors", extra=markers))
     assert model.schedule.alphas_cumprod[-1] < 1e-7
     assert model.schedule.inference_timesteps(10)[0] == 999
 
 
 def test_flag_overrides_the_folder(tmp_path):
-    folder = save_folder(tiny_model("sd2"), tmp_path / "model")
+    folder = save_folder(tiny_model("sd2", full=True), tmp_path / "model")
     model = load_model(folder, v_parameterization=True)
     assert model.spec.prediction_type == model.schedule.prediction_type == "v_prediction"
     assert model.spec.base_model_version == "sd_v2_v"
 
 
 def test_dtype_and_clip_skip(tmp_path):
-    path = save_single_file(tiny_model("sd1"), tmp_path / "model.safetensors")
+    path = save_single_file(tiny_model("sd1", full=True), tmp_path / "model.safetensors")
     model = load_model(path, dtype=torch.bfloat16, clip_skip=2)
     assert (model.unet.dtype, model.text_encoders[0].dtype, model.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     assert model.clip_skip == 2
 
 
 def test_half_precision_file_loads_in_float32(tmp_path):
-    tensors = {name: tensor.half() for name, tensor in single_file_tensors(tiny_model("sd1")).items()}
+    tensors = {name: tensor.half() for name, tensor in single_file_tensors(tiny_model("sd1", full=True)).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     model = load_model(tmp_path / "model.safetensors")
     assert model.dtype == model.vae.dtype == torch.float32
-    assert torch.equal(model.unet.conv_in.weight, tiny_model("sd1").unet.conv_in.weight.half().float())
+    assert torch.equal(model.unet.conv_in.weight, tiny_model("sd1", full=True).unet.conv_in.weight.half().float())
 
 
 def test_sd2_file_with_the_whole_openclip_tower(tmp_path):
     """Published SD2 files hold 24 layers and a projection; only 23 layers are used."""
-    model = tiny_model("sd2")
+    model = tiny_model("sd2", full=True)
     config = CLIPTextConfig(**{**model.text_encoders[0].config.to_dict(), "num_hidden_layers": 24})
     tower = CLIPTextModel(config)
     tensors = {name: tensor for name, tensor in single_file_tensors(model).items() if not name.startswith("cond_stage_model.")}
@@ -170,12 +170,12 @@ def test_full_size_tensors_give_the_published_configs(family):
 
 @pytest.fixture(scope="module")
 def sd1_file(tmp_path_factory):
-    return save_single_file(tiny_model("sd1"), tmp_path_factory.mktemp("sd1") / "model.safetensors")
+    return save_single_file(tiny_model("sd1", full=True), tmp_path_factory.mktemp("sd1") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def sd1_folder(tmp_path_factory):
-    return save_folder(tiny_model("sd1"), tmp_path_factory.mktemp("sd1") / "model")
+    return save_folder(tiny_model("sd1", full=True), tmp_path_factory.mktemp("sd1") / "model")
 
 
 def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ def test_other_endings(tmp_path):
 
 
 def test_file_without_text_encoder_or_with_missing_tensors(tmp_path):
-    tensors = single_file_tensors(tiny_model("sd1"))
+    tensors = single_file_tensors(tiny_model("sd1", full=True))
     save_file(without_prefix(tensors, "cond_stage_model."), tmp_path / "unet.safetensors")
     with pytest.raises(UserError, match="not the text encoders"):
         load_model(tmp_path / "unet.safetensors")
@@ -257,7 +257,7 @@ def test_file_without_text_encoder_or_with_missing_tensors(tmp_path):
 
 
 def test_inpainting_models(tmp_path):
-    tensors = single_file_tensors(tiny_model("sd1"))
+    tensors = single_file_tensors(tiny_model("sd1", full=True))
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
     save_file(tensors, tmp_path / "inpaint.safetensors")
     with pytest.raises(UserError, match="takes 9 channels"):
@@ -300,7 +300,7 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
 
 
 def test_folder_with_only_the_fp16_variant(tmp_path):
-    original = tiny_model("sd1")
+    original = tiny_model("sd1", full=True)
     folder = save_folder(original, tmp_path / "model")
     for part in ("unet", "vae", "text_encoder"):
         (file,) = (folder / part).glob("*.safetensors")
@@ -342,7 +342,7 @@ def test_vae_folder_brings_its_scaling_factor_and_must_fit(sd1_file, tmp_path):
 
 
 def test_load_vae(sd1_file, sd1_folder, tmp_path):
-    original = tiny_model("sd1").vae
+    original = tiny_model("sd1", full=True).vae
     assert_same_weights(load_vae(sd1_file), original)
     assert_same_weights(load_vae(sd1_folder), original)
     *_, bare, _, _ = vae_sources(tmp_path, original)

@@ -107,7 +107,7 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
 
 def test_an_observation_goes_on_while_its_answer_is_open() -> None:
     """16 pairs where they say it; all 64 where the interval of a gain holds the one that training is to stop at."""
-    monitor, _, _ = monitor_for()
+    monitor, _, _ = monitor_for([replace(prompt, direction=1.0) for prompt in PROMPTS])  # what one end loses, the other gains
     first = monitor.observe(50).record
     assert first.num_pairs == 16
     gain = max((first.gain("reward", place) for place in first.ends), key=lambda gain: gain.value)
@@ -416,7 +416,7 @@ def test_a_short_training_is_calibrated_by_fewer_pictures(
     count: int, trained: int, confirmed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(count)]
-    monitor, _, _ = monitor_for(prompts, early_stop_gain=None)
+    monitor, _, _ = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
     _, record = monitor.pictures.calibration(Target(gain=0.01), None)
     assert len(record.prompts) == confirmed and len(record.seeds[0]) == 2

@@ -119,7 +119,7 @@ def test_a_lora_of_the_text_encoder_does_not_talk_to_the_scorer() -> None:
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_whole_run_with_a_unet_encoder_that_reads_prompts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, measurements, and calibration of one family; after it, an evaluation. At every call the scorer has its pictures' prompts."""
+    """Training and measurements, once with calibration, and an evaluation. At every call the scorer has its pictures' prompts."""
     workplace = make_workplace(tmp_path / "in", kind)
     model = load_model(str(workplace / "model"))
     path = workplace / "told.safetensors"

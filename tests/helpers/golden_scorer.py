@@ -32,7 +32,7 @@ SMALL = {
 
 def golden_losses(folder: Path) -> list[float]:
     """Train in `folder` and return the loss of every step."""
-    tiny_vae().save_pretrained(folder / "vae")
+    tiny_vae(channels=(32, 32, 32, 32)).save_pretrained(folder / "vae")
     ratings = write_ratings(folder / "pictures", 40, "brightness", seed=0)
     train(build(LatentScorerConfig, {"vae": folder / "vae", "train_data_file": ratings, "output_dir": folder / "out", **SMALL}))
     return [record["loss/score"] for record in read_metrics(folder / "out" / "metrics.jsonl")]

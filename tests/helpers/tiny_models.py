@@ -67,11 +67,13 @@ def tiny_text_config(width: int, bundled: dict, layers: int = 3) -> CLIPTextConf
     return CLIPTextConfig(**config)
 
 
-def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0, channels: Sequence[int] = (32, 32, 32, 32)) -> AutoencoderKL:
+def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0, channels: Sequence[int] = (8, 8, 8, 16)) -> AutoencoderKL:
+    """With 32 groups a norm, as the published ones have and a file of the original layout takes for granted, if its channels allow."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = bundled_config("sd1")["vae"] | {
             "block_out_channels": list(channels),
+            "norm_num_groups": 32 if channels[0] % 32 == 0 else 8,
             "layers_per_block": 1,
             "sample_size": IMAGE_SIZE,
             "scaling_factor": scaling_factor,
@@ -84,7 +86,7 @@ def tiny_vae(scaling_factor: float = 0.18215, seed: int = 0, channels: Sequence[
 def tiny_model(kind: str = "sd1", seed: int = 0, full: bool = False) -> DiffusionModel:
     """A fresh frozen float32 model of a kind in `KINDS`; the same seed gives the same weights, and the global generators are left alone.
 
-    With `full`, the U-Net has as many layers and groups as the published ones, and is found again in a file of the original layout.
+    With `full`, U-Net and VAE have as many levels and groups as the published ones, and are found again in a file of the original layout.
     """
     family_name, prediction_type = KINDS[kind]
     family, config = FAMILIES[family_name], bundled_config(family_name)
@@ -94,7 +96,7 @@ def tiny_model(kind: str = "sd1", seed: int = 0, full: bool = False) -> Diffusio
         text_encoders: list[PreTrainedModel] = [CLIPTextModel(tiny_text_config(32, config["text_encoder"]))]
         if family_name == "sdxl":
             text_encoders.append(CLIPTextModelWithProjection(tiny_text_config(64, config["text_encoder_2"])))
-        vae = tiny_vae(config["vae"]["scaling_factor"], seed)
+        vae = tiny_vae(config["vae"]["scaling_factor"], seed, (32, 32, 32, 32) if full else (8, 8, 8, 16))
     assert isinstance(unet, UNet2DConditionModel)
     schedule = NoiseSchedule.from_config(config["scheduler"] | {"prediction_type": prediction_type})
     return family.model_class(
