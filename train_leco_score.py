@@ -124,7 +124,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
     with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=accelerator.is_main_process) as tracker:
         if config.monitor.sample_at_first and accelerator.is_main_process:
             with in_use(network, optimizer.optimizer):
-                tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, first_step), first_step)
+                tracker.image("preview", made.previews.write(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
         stop: str | None = None
         if folder is None or not watched:
@@ -186,7 +186,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
                     if accelerator.is_main_process:
                         if due(done, config.monitor.sample_every_n_steps):
                             with expendable(f"step {done}"):
-                                tracker.image("preview", monitor.preview(saving.output_dir, saving.output_name, done), step)
+                                tracker.image("preview", made.previews.write(saving.output_dir, saving.output_name, done), step)
                         if due(done, saving.save_every_n_steps):
                             with expendable(f"step {done}"):
                                 files.save(network, done)

@@ -39,6 +39,7 @@ from library.models.config import ModelConfig
 from library.settings.cli import parse_config, run_main
 from library.slider_training.files import SliderFiles
 from library.slider_training.monitor import Monitor
+from library.slider_training.previews import Previews
 from library.training.runtime import create_accelerator
 
 FOLDER = ROOT / "output" / "runs"
@@ -81,7 +82,7 @@ def watch(meter: Meter) -> Counter[str]:
     meter.wrap(train_leco_score, "prepare", LOAD, watch_scorers)
     meter.wrap(Monitor, "observe", OBSERVE)
     meter.wrap(Monitor, "finish", FINISH)
-    meter.wrap(Monitor, "preview", PREVIEW)
+    meter.wrap(Previews, "write", PREVIEW)
     meter.wrap(SliderFiles, "save", SAVE)
     meter.wrap(SliderFiles, "save_state", SAVE)
     register_optimizer_step_post_hook(updated)

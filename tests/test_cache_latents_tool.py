@@ -1,6 +1,7 @@
 """tools/cache_latents.py: what it encodes is what training looks for."""
 
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -133,14 +134,17 @@ def test_a_mistake_is_one_sentence(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="fork")
-def test_two_processes_of_a_launcher(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_of_a_launcher(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = words(workplace, tmp_path, "--picture_folder", str(workplace / "photos"))
-    run_processes(2, lambda: run(monkeypatch, *arguments))
+
+    def logged() -> None:
+        logging.getLogger().addHandler(logging.FileHandler(tmp_path / f"process {os.environ['RANK']}.log"))
+        run(monkeypatch, *arguments)
+
+    run_processes(2, logged)
     cache = cached(workplace, tmp_path)
     assert found(cache, workplace) == [True] * 4 + [False] and len(cache) == 4
-    assert capfd.readouterr().err.count("holds 4 latents") == 1
+    assert "".join(path.read_text() for path in tmp_path.glob("*.log")).count("holds 4 latents") == 1
     assert len(list(cache.folder.glob("0064x0064*.safetensors"))) == len(set(shares(workplace)))
 
 

@@ -19,6 +19,8 @@ from library.types import Conditioning, PromptSpec
 from tests.helpers.objective import Stage, make_stage
 from tests.helpers.scorers import ChannelScorer, StandardisedScorer, WavyScorer, a_scorer, ensemble_of, some_latents
 from tests.helpers.tiny_leco_run import make_workplace, run
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_networks import lora_for
 
 ROWS = 4
 DIRECTIONS = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -283,13 +285,15 @@ def two_scores(limit: Limit | None, **settings) -> Stage:
 
 @pytest.mark.slow
 def test_training_raises_one_score_and_leaves_the_held_one() -> None:
-    """Means over four batches, each measured where the next step leads: of six (seeds 0 to 5) the held score moved 0.28 to 0.61 times as
-    far as the free one, since a network of rank 2 follows only nearly."""
+    """Means over four batches, each measured where the next step leads: the held score moved 0.31 to 0.37 times as far as the free one,
+    and the other 0.33 to 0.38 times."""
     changes, directions = {}, set()
     for limit in (None, Limit("hold", 0.2)):
         moved = []
         for seed in range(4):
-            stage, views = two_scores(limit, seed=seed), torch.Generator().manual_seed(seed)
+            model = tiny_model()
+            stage = two_scores(limit, seed=seed, model=model, network=lora_for(model, 0.0, rank=16))
+            views = torch.Generator().manual_seed(seed)
             objective = stage.objective
             batch, optimizer = stage.rollout.next_batch(), torch.optim.Adam(stage.network.parameters(), lr=4e-3)
             directions |= set(batch.directions.tolist())

@@ -17,6 +17,7 @@ from library.models.registry import FAMILIES
 from library.models.vae import VaeFingerprint
 from tests.helpers.tiny_models import (
     FAMILY_NAMES,
+    FULL_VAE,
     KINDS,
     assert_same_weights,
     save_folder,
@@ -325,7 +326,7 @@ def vae_sources(tmp_path, vae):
 
 
 def test_vae_option_replaces_the_vae(sd1_file, tmp_path):
-    other = tiny_vae(seed=5)
+    other = tiny_vae(seed=5, channels=FULL_VAE)
     for source in vae_sources(tmp_path, other):
         model = load_model(sd1_file, vae=source, dtype=torch.bfloat16)
         assert_same_weights(model.vae, other)

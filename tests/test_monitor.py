@@ -26,7 +26,7 @@ from library.scorers.worth import Worth
 from library.slider_training.monitor import Monitor, Observation, due
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.pictures import SliderPictures
-from library.slider_training.previews import write_preview
+from library.slider_training.previews import Previews
 from library.training.checkpoints import load_state, save_state
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
@@ -107,7 +107,8 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
 
 def test_an_observation_goes_on_while_its_answer_is_open() -> None:
     """16 pairs where they say it; all 64 where the interval of a gain holds the one that training is to stop at."""
-    monitor, _, _ = monitor_for([replace(prompt, direction=1.0) for prompt in PROMPTS])  # what one end loses, the other gains
+    prompts = [replace(prompt, direction=1.0) for prompt in PROMPTS]  # what one end loses, the other gains
+    monitor, _, _ = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2))
     first = monitor.observe(50).record
     assert first.num_pairs == 16
     gain = max((first.gain("reward", place) for place in first.ends), key=lambda gain: gain.value)
@@ -147,14 +148,6 @@ def test_a_text_encoder_lora_is_measured_as_it_is_now() -> None:
     for lora in network.text_encoder_loras:
         torch.nn.init.normal_(lora.lora_up.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     assert gains(monitor) != (0.0, 0.0)
-
-
-def test_the_preview_is_a_picture(tmp_path: Path) -> None:
-    monitor, _, _ = monitor_for()
-    path = monitor.preview(tmp_path, "tiny", 30)
-    assert path == tmp_path / "sample" / "tiny_000030.png"
-    with Image.open(path) as picture:
-        assert picture.width >= 3 * 64 and picture.height >= 2 * 64
 
 
 def test_a_score_that_does_not_vary_has_no_unit() -> None:
@@ -360,8 +353,10 @@ def test_the_grid_of_previews_shows_every_pixel_where_it_belongs(tmp_path: Path)
     model = tiny_model()
     network, sampling = lora_for(model), SamplingConfig(num_steps=2, guidance_scale=3.0, size=(64, 64))
     prompts = [PromptSpec(prompt="a cat", seed=1), PromptSpec(prompt="a dog", width=96)]
-    write_preview(tmp_path / "preview.png", model, network, prompts, (-1.0, 0.0, 1.0), sampling)
-    grid = np.asarray(Image.open(tmp_path / "preview.png")).astype(int)
+    previews = Previews(model=model, network=network, prompts=prompts, sampling=sampling, encoder=PromptEncoder(model, network))
+    path = previews.write(tmp_path, "tiny", 30)
+    assert path == tmp_path / "sample" / "tiny_000030.png"
+    grid = np.asarray(Image.open(path)).astype(int)
     with network.disabled():
         base = decode(model, sample(model, None, prompts[:1], [1], sampling=sampling))[0].clamp(0, 1)
     enlarged = (base * 255).round().permute(1, 2, 0).numpy().astype(int).repeat(2, 0).repeat(2, 1)  # 64 -> 128

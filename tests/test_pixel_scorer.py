@@ -24,7 +24,7 @@ from library.scorers.pixel_decoder import PixelDecoder, blend, decoder_config, l
 from library.types import PromptSpec
 from tests.helpers.tiny_image_models import SIDE, save_head, tiny_classifier, tiny_clip, tiny_taesd
 from tests.helpers.tiny_leco_run import run
-from tests.helpers.tiny_models import tiny_model, tiny_vae
+from tests.helpers.tiny_models import FULL_VAE, tiny_model, tiny_vae
 from tools import make_pixel_scorer
 
 
@@ -271,7 +271,7 @@ def test_a_ready_made_score_is_that_of_the_decoded_picture(tmp_path: Path, nsfw:
 
 
 def test_its_gradient_equals_finite_difference(nsfw: str) -> None:
-    assert_gradient_is_right(make(tiny_vae(), nsfw), some_latents(1))
+    assert_gradient_is_right(make(tiny_vae(channels=FULL_VAE), nsfw), some_latents(1))
 
 
 def test_its_gradient_reaches_every_part_of_a_picture(nsfw: str) -> None:

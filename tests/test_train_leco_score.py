@@ -21,7 +21,7 @@ from library.settings.cli import parse_config
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.files import SliderFiles
 from library.slider_training.pictures import SliderPictures
-from library.slider_training.previews import write_preview
+from library.slider_training.previews import Previews
 from library.training.checkpoints import load_state
 from library.training.tracking import read_metrics
 from library.types import PromptSpec
@@ -86,12 +86,14 @@ def test_what_a_person_says_of_a_run_counts(
     caplog.set_level("INFO")
     previews = []
 
-    def seen(*given: Any) -> None:
-        previews.append([prompt.prompt for prompt in given[3]])
-        assert isinstance(given[-1], AutoencoderTiny)
-        write_preview(*given)
+    write = Previews.write
 
-    monkeypatch.setattr("library.slider_training.monitor.write_preview", seen)
+    def seen(self: Previews, *given: Any) -> Path:
+        previews.append([prompt.prompt for prompt in self.prompts])
+        assert isinstance(self.tiny, AutoencoderTiny)
+        return write(self, *given)
+
+    monkeypatch.setattr(Previews, "write", seen)
     (tmp_path / "sample.txt").write_text("a hut --w 64 --h 64\n", encoding="utf-8")
     tiny_taesd().save_pretrained(tmp_path / "tiny")
     said = {"title": "Light", "author": "Ada", "description": "It brightens.", "license": "CC-BY-4.0", "tags": "light, slider"}

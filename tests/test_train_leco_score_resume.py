@@ -154,10 +154,11 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
     monkeypatch.setattr("sys.argv", ["train_leco_score.py", "--config_file", str(config)])
     log = Tracker.log
 
-    def log_and_end(self: Tracker, metrics: dict, step: int) -> None:
-        log(self, metrics, step)
+    def log_and_end(self: Tracker, metrics: dict, step: int) -> Any:
+        logged = log(self, metrics, step)
         if step == stop_after:
             os.kill(os.getpid(), number)
+        return logged
 
     monkeypatch.setattr(Tracker, "log", log_and_end)
     for number, stop_after in ((signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGHUP, 9)):

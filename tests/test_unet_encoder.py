@@ -126,7 +126,7 @@ def test_pools() -> None:
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_there_is_nothing_after_the_last_tap(kind: str) -> None:
-    model = shared_model(kind)
+    model = tiny_model(kind, full=True)
     whole = {name for name, _ in model.unet.named_parameters()}
     late = ("up_blocks.", "conv_norm_out.", "conv_out.")
     base = {name for name, _ in encoder_of(make_scorer(model=model)).unet.named_parameters()}
@@ -202,14 +202,15 @@ def test_tuning_says_what_gets_a_gradient(kind: str, tuning: str) -> None:
 
 
 def test_layers_run_from_the_input_to_the_output() -> None:
-    encoder = encoder_of(make_scorer(tuning="full"))
+    model = tiny_model(full=True)
+    encoder = encoder_of(make_scorer(model=model, tuning="full"))
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
     prefixes = [{".".join(names[id(parameter)].split(".")[:3]) for parameter in layer} for layer in encoder.layers()]
     assert len(prefixes) == 7
     assert "unet.conv_in.weight" in prefixes[0] and {"unet.time_embedding.linear_1"} < prefixes[0]
     assert prefixes[1:5] == [{f"unet.down_blocks.{index}"} for index in range(4)]
     assert all(name.startswith("unet.mid_block") for name in prefixes[5]) and all(name.startswith("readout") for name in prefixes[6])
-    lora = encoder_of(make_scorer(tuning="lora"))
+    lora = encoder_of(make_scorer(model=model, tuning="lora"))
     paths = {id(parameter): branch.path for branch in lora.lora.loras for parameter in branch.parameters()}
     assert [{paths[id(parameter)].split(".")[1] for parameter in layer} for layer in lora.layers()[:3]] == [{"0"}, {"1"}, {"2"}]
     assert len(lora.layers()) == 5
@@ -345,11 +346,11 @@ def test_it_needs_more_than_a_vae() -> None:
 
 
 def test_its_options_arrive() -> None:
-    scorer = make_scorer(size="first_third", width=24, pool="mean_max", tuning="frozen", dropout=0.5)
+    scorer = make_scorer(model=tiny_model(full=True), size="first_third", width=24, pool="mean_max", tuning="frozen", dropout=0.5)
     encoder = encoder_of(scorer)
     assert encoder.feature_width == 24 and encoder.taps == ["down_blocks.0", "down_blocks.1", "down_blocks.2"]
     assert encoder.readout.projection.in_features == 2 * (32 + 32 + 64) and not hasattr(encoder, "lora")
     scorer.train()
     torch.manual_seed(0)
     assert not torch.equal(scorer(some_latents(), SIGMAS), scorer(some_latents(), SIGMAS))
-    assert encoder_of(make_scorer("sdxl")).feature_width == 32 + 32 + 64 + 64
+    assert encoder_of(make_scorer(model=tiny_model("sdxl", full=True))).feature_width == 32 + 32 + 64 + 64

@@ -4,24 +4,20 @@ which step to keep, and which strength to call 1."""
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from library.errors import UserError
 from library.measuring.judges import Judges
 from library.measuring.measure import Raters
 from library.measuring.record import FIRM_GAIN, REWARD, EvaluationRecord
 from library.measuring.statistics import within_prompt_std
 from library.measuring.warnings import SliderWarning, find_warnings
 from library.models.base import DiffusionModel
-from library.models.vae import Autoencoder
 from library.objectives.rewards import Reward
 from library.objectives.terms.score import ScoreTerm
-from library.prompts.files import spread
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig
 from library.rollouts.trajectories import Trajectories
@@ -30,7 +26,6 @@ from library.slider_training.keep_best import KeepBest, selection_score
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.outcome import Outcome
 from library.slider_training.pictures import SliderPictures
-from library.slider_training.previews import preview_path, write_preview
 from library.slider_training.running_gain import SIGNS, RunningGain
 from library.types import Finished, LossOutput, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
@@ -40,7 +35,6 @@ logger = logging.getLogger(__name__)
 LOOKS, LOOKS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besides those that the running gain asks for
 CHECKS = 100  # times a run that the running gain is looked at
 PLATEAU = 0.1  # within-prompt standard deviations in a fifth of a run: less is no growth
-PREVIEW_PROMPTS, PREVIEW_WEIGHTS = 4, (-1.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +62,6 @@ class Monitor:
         judges: opinions that the training does not follow.
         num_steps: updates of the whole run.
         agree: what all processes of a run decide, of what this one does; one process decides alone.
-        sample_prompts: of the previews; none: some of `prompts`.
-        preview_vae: decodes the previews; None: the model's own.
 
     Attributes:
         running: the gain that training shows of itself; None before the first observation and without a training score.
@@ -89,18 +81,12 @@ class Monitor:
         *,
         num_steps: int = 500,
         agree: Callable[[bool], bool] = bool,
-        sample_prompts: Sequence[PromptSpec] = (),
-        preview_vae: Autoencoder | None = None,
     ) -> None:
-        self.model, self.network, self.reward, self.encoder = model, network, reward, encoder
+        self.network, self.reward, self.encoder = network, reward, encoder
         self.config, self.judges, self.num_steps, self.agree = config, judges or Judges(), num_steps, agree
-        self.train_steps, self.sample_prompts = sampling.num_steps, sample_prompts
-        self.preview_vae = preview_vae
-        if not prompts:
-            if config.previews and not sample_prompts:
-                raise UserError("there are no prompts to make previews of; give eval_prompts_file")
-            if config.measure != "off":
-                logger.info("without prompts the slider is neither measured nor calibrated; eval_prompts_file gives some")
+        self.train_steps = sampling.num_steps
+        if not prompts and config.measure != "off":
+            logger.info("without prompts the slider is neither measured nor calibrated; eval_prompts_file gives some")
         raters = Raters(reward=reward, judges=self.judges)
         self.pictures = SliderPictures(model, network, raters, prompts, encoder, sampling, full=config.measure == "full")
         lora = network.loras[0]
@@ -296,13 +282,6 @@ class Monitor:
         base = {prompt.prompt: float(mean) for prompt, mean in zip(self.pictures.prompts, means, strict=True)}
         life = self.train_steps if self._trajectories is None else self._trajectories.life
         return RunningGain(within_prompt_std(scores), base, float(means.std()), life)
-
-    def preview(self, output_dir: Path, output_name: str, step: int) -> Path:
-        """Write the grid of previews and return its path."""
-        path = preview_path(output_dir, output_name, step)
-        prompts = self.sample_prompts or spread(self.pictures.prompts, PREVIEW_PROMPTS)
-        write_preview(path, self.model, self.network, prompts, PREVIEW_WEIGHTS, self.pictures.sampling, self.encoder, self.preview_vae)
-        return path
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must know: what was measured and warned of, the base model's pictures, and the best weights."""

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -17,39 +18,51 @@ from library.slider_training.outcome import Outcome
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 
+PREVIEW_PROMPTS, PREVIEW_WEIGHTS = 4, (-1.0, 0.0, 1.0)
 CARD_PROMPTS = 4  # rows of the picture
 THUMBNAIL = 256  # pixels of the longer side, as ModelSpec recommends
 
 
-def preview_path(output_dir: str | Path, output_name: str, step: int) -> Path:
-    """{output_dir}/sample/{output_name}_{step:06d}.png, where sd-scripts puts its samples."""
-    return Path(output_dir, "sample", f"{output_name}_{step:06d}.png")
+@dataclass(frozen=True, kw_only=True)
+class Previews:
+    """A grid of pictures while the slider trains: a row a prompt, at its seed or the number of its row, and a column a weight.
 
-
-def write_preview(
-    path: str | Path,
-    model: DiffusionModel,
-    network: LoRANetwork,
-    prompts: Sequence[PromptSpec],
-    multipliers: Sequence[float],
-    sampling: SamplingConfig,
-    encoder: PromptEncoder | None = None,
-    tiny: Autoencoder | None = None,
-) -> None:
-    """Write a PNG with a row for each prompt (at its seed, or the number of its row) and a column for each multiplier.
-    `tiny` decodes in place of the model's VAE.
-
-    Raises:
-        UserError: if the file cannot be written.
+    Attributes:
+        sampling: as the training samples.
+        encoder: holds the prompts' conditioning.
+        tiny: decodes in place of the model's VAE.
     """
-    encoder = encoder or PromptEncoder(model, network)
-    rows, seeds = [], [row if prompt.seed is None else prompt.seed for row, prompt in enumerate(prompts)]
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        count = len(multipliers)
-        latents = sample(model, network, [prompt] * count, [seed] * count, multipliers, sampling=sampling, encoder=encoder)
-        rows.append((decode(model, latents, tiny).clamp(0, 1) * 255).round().byte())
-    labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
-    atomic_write_bytes(path, multiplier_grid(rows, labels, multipliers))
+
+    model: DiffusionModel
+    network: LoRANetwork
+    prompts: Sequence[PromptSpec]
+    sampling: SamplingConfig
+    encoder: PromptEncoder
+    tiny: Autoencoder | None = None
+
+    def write(self, output_dir: Path, output_name: str, step: int) -> Path:
+        """Write {output_dir}/sample/{output_name}_{step:06d}.png, where sd-scripts puts its samples.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        path = output_dir / "sample" / f"{output_name}_{step:06d}.png"
+        rows, seeds = [], [row if prompt.seed is None else prompt.seed for row, prompt in enumerate(self.prompts)]
+        count = len(PREVIEW_WEIGHTS)
+        for prompt, seed in zip(self.prompts, seeds, strict=True):
+            latents = sample(
+                self.model,
+                self.network,
+                [prompt] * count,
+                [seed] * count,
+                PREVIEW_WEIGHTS,
+                sampling=self.sampling,
+                encoder=self.encoder,
+            )
+            rows.append((decode(self.model, latents, self.tiny).clamp(0, 1) * 255).round().byte())
+        labels = [f"{prompt.prompt} (seed {seed})" for prompt, seed in zip(self.prompts, seeds, strict=True)]
+        atomic_write_bytes(path, multiplier_grid(rows, labels, PREVIEW_WEIGHTS))
+        return path
 
 
 def card_picture(outcome: Outcome) -> Image.Image | None:

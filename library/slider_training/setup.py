@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.errors import UserError
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
 from library.models.config import ModelConfig
@@ -21,7 +22,7 @@ from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
 from library.objectives.rewards import RewardConfig, load_reward
 from library.objectives.terms.score import ScoreTerm
-from library.prompts.files import PromptOptions, load_prompts, with_aspect_buckets
+from library.prompts.files import PromptOptions, load_prompts, spread, with_aspect_buckets
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
@@ -33,6 +34,7 @@ from library.slider_training.files import SliderFiles, SliderState
 from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
 from library.slider_training.network import build_network, merge_base_weights
+from library.slider_training.previews import PREVIEW_PROMPTS, Previews
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.optimizers import check_optimizer
 from library.training.run_files import RunFiles
@@ -88,6 +90,7 @@ class SliderParts:
         context: what the terms work with.
         terms: of the objective by name, each with its own batches.
         monitor: measures, warns, keeps the best step, calibrates.
+        previews: grids of pictures while it trains.
         files: writes what the run leaves behind.
         shared: what a run that goes on from a state must have in common with it: plain values.
     """
@@ -97,6 +100,7 @@ class SliderParts:
     context: TrainingContext
     terms: dict[str, Term]
     monitor: Monitor
+    previews: Previews
     files: SliderFiles
     shared: dict[str, Any]
 
@@ -197,9 +201,17 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
         judges,
         num_steps=config.training.max_train_steps,
         agree=lambda wanted: any_process(wanted, accelerator),
-        sample_prompts=sample_prompts,
-        preview_vae=preview_vae,
     )
+    previews = Previews(
+        model=model,
+        network=network,
+        prompts=sample_prompts or spread(monitor.pictures.prompts, PREVIEW_PROMPTS),
+        sampling=monitor.pictures.sampling,
+        encoder=encoder,
+        tiny=preview_vae,
+    )
+    if config.monitor.previews and not previews.prompts:
+        raise UserError("there are no prompts to make previews of; give eval_prompts_file")
     if isinstance(score := terms.get("score"), ScoreTerm):
         monitor.follow(score)
     model.rest_vae()  # until something is measured
@@ -215,7 +227,9 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
         modelspec=config.metadata.modelspec,
     )
     files.check_space(network, config.training.max_train_steps)
-    return SliderParts(model, network, context, terms, monitor, files, _shared_settings(config, context, accelerator.mixed_precision))
+    return SliderParts(
+        model, network, context, terms, monitor, previews, files, _shared_settings(config, context, accelerator.mixed_precision)
+    )
 
 
 def load_base(config: LecoScoreConfig, accelerator: Accelerator) -> DiffusionModel:

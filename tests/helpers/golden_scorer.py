@@ -14,7 +14,7 @@ from examples.shapes.draw_pictures import write_ratings
 from library.scorer_training.config import LatentScorerConfig
 from library.settings.options import build
 from library.training.tracking import read_metrics
-from tests.helpers.tiny_models import tiny_vae
+from tests.helpers.tiny_models import FULL_VAE, tiny_vae
 from train_latent_scorer import train
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "latent_scorer.txt"
@@ -32,7 +32,7 @@ SMALL = {
 
 def golden_losses(folder: Path) -> list[float]:
     """Train in `folder` and return the loss of every step."""
-    tiny_vae(channels=(32, 32, 32, 32)).save_pretrained(folder / "vae")
+    tiny_vae(channels=FULL_VAE).save_pretrained(folder / "vae")
     ratings = write_ratings(folder / "pictures", 40, "brightness", seed=0)
     train(build(LatentScorerConfig, {"vae": folder / "vae", "train_data_file": ratings, "output_dir": folder / "out", **SMALL}))
     return [record["loss/score"] for record in read_metrics(folder / "out" / "metrics.jsonl")]

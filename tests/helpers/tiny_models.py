@@ -33,6 +33,7 @@ KINDS = {
 FAMILY_NAMES = ("sd1", "sd2", "sdxl")
 LATENT_SIZE = 8
 IMAGE_SIZE = 64
+FULL_VAE = (32, 32, 32, 32)  # channels of the narrowest whose norms have 32 groups
 
 cached_tokenizer = lru_cache(build_clip_tokenizer)
 
@@ -96,7 +97,7 @@ def tiny_model(kind: str = "sd1", seed: int = 0, full: bool = False) -> Diffusio
         text_encoders: list[PreTrainedModel] = [CLIPTextModel(tiny_text_config(32, config["text_encoder"]))]
         if family_name == "sdxl":
             text_encoders.append(CLIPTextModelWithProjection(tiny_text_config(64, config["text_encoder_2"])))
-        vae = tiny_vae(config["vae"]["scaling_factor"], seed, (32, 32, 32, 32) if full else (8, 8, 8, 16))
+        vae = tiny_vae(config["vae"]["scaling_factor"], seed, *[FULL_VAE] if full else [])
     assert isinstance(unet, UNet2DConditionModel)
     schedule = NoiseSchedule.from_config(config["scheduler"] | {"prediction_type": prediction_type})
     return family.model_class(
