@@ -138,6 +138,7 @@ def test_two_processes_of_a_launcher(workplace: Path, tmp_path: Path, monkeypatc
     arguments = words(workplace, tmp_path, "--picture_folder", str(workplace / "photos"))
 
     def logged() -> None:
+        logging.getLogger().setLevel(logging.INFO)
         logging.getLogger().addHandler(logging.FileHandler(tmp_path / f"process {os.environ['RANK']}.log"))
         run(monkeypatch, *arguments)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from library.errors import UserError
 
-CASES = int(os.environ.get("FUZZ_CASES", "300"))
+CASES = int(os.environ.get("FUZZ_CASES", "150"))
 
 
 def fuzzed(share: float = 1.0) -> settings:
-    """FUZZ_CASES cases (default 300), or a share of them for a slow reader; the same ones every time; 10 seconds for each."""
+    """FUZZ_CASES cases (default 150), or a share of them for a slow reader; the same ones every time; 10 seconds for each."""
     count = max(1, int(CASES * share))
     return settings(max_examples=count, deadline=10_000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
