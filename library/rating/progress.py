@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2, rankdata
 
 from library.measuring.statistics import Interval
 from library.rating.space import FeatureSpace
@@ -100,6 +99,8 @@ def held_out_leads(
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's; 0 with something constant."""
+    from scipy.stats import rankdata
+
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
@@ -134,6 +135,8 @@ def star_agreement(first: np.ndarray, second: np.ndarray, spread: float) -> Inte
     Args:
         first, second: stars [R]. spread: the variance of all stars.
     """
+    from scipy.stats import chi2
+
     squares, count = float(((first - second) ** 2).sum()), len(first)
     worst, best = (squares / 2 / bound / spread for bound in chi2.ppf((0.025, 0.975), count))
     return Interval(*(float(np.clip(1 - error, 0, 1)) for error in (squares / 2 / count / spread, worst, best)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import expit, softmax
-from scipy.stats import norm
 
 from library.rating.space import FeatureSpace
 
@@ -188,6 +187,8 @@ def _mixed(blocks: Sequence[np.ndarray], choice: Choice) -> np.ndarray:
 
 def _thresholds(answers: Answers, noise: float) -> np.ndarray:
     """Where levels end [levels + 1], from how often each was given; the outermost are beyond everything."""
+    from scipy.stats import norm
+
     counts = np.array([(answers.stars == level).sum() for level in range(1, answers.levels + 1)]) + 0.5 / answers.levels
     below = np.cumsum(counts)[:-1] / counts.sum()
     return np.concatenate([[-1e6], norm.ppf(below) * math.sqrt(1 + LOGISTIC_VARIANCE * noise**2), [1e6]])
