@@ -44,6 +44,7 @@ def broken(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.constant_(with_nan.get_parameter("heads.score.members.0.weight"), torch.nan)
     save_scorer(folder / "nan.safetensors", with_nan)
     cut(workplace / "scorer.safetensors", folder / "cut.safetensors")
+    (folder / "words.toml").write_text('[[targets]]\ntarget_class = "a"\npositive = "b"\n', encoding="utf-8")
     (folder / "empty.txt").write_text("# nothing but a comment\n\n", encoding="utf-8")
     unet = Path("unet/diffusion_pytorch_model.safetensors")
     for file in (workplace / "model").rglob("*"):
@@ -72,6 +73,16 @@ def broken(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"scorer": []}, ["scorer is not set"]),
         ({"prompts_file": "{broken}/empty.txt"}, ["empty.txt", "no prompts"]),
         ({"prompts_file": "{broken}/none.txt"}, ["none.txt", "does not exist"]),
+        (
+            {
+                "objective": ["leco"],
+                "scorer": [],
+                "prompts_file": "",
+                "leco_prompts_file": "{broken}/words.toml",
+                "sample_every_n_steps": 1,
+            },
+            ["no prompts to make previews of", "eval_prompts_file"],
+        ),
         ({"network_args": ["conv_dimm=4"]}, ["conv_dimm", "conv_dim"]),
         ({"network_module": "lycoris.nothing"}, ["lycoris.nothing", "networks.lora"]),
         ({"network_weights": "{broken}/none.safetensors"}, ["network_weights", "does not exist"]),
