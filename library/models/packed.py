@@ -116,54 +116,49 @@ class _Frozen(torch.autograd.Function):
         return ctx.layer.to_input(gradient, ctx.layer.packed.unpacked(gradient.device, gradient.dtype), ctx.shape), None
 
 
-def _computed(layer: PackedLinear | PackedConv2d, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # which does not see through a function of our own
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Frozen.apply(x, layer)  # type: ignore[return-value]
+class _Packed(nn.Module):
+    """A frozen layer, before the class of torch that it stands in for. `weight` unpacks."""
+
+    packed: PackedWeight
+    bias: Any
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed.unpacked(self.packed.parts[0].device, torch.float32)
+
+    def bias_of(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):  # which does not see through a function of our own
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return _Frozen.apply(input, self)  # type: ignore[return-value]
 
 
-class PackedLinear(nn.Linear):
-    """A frozen Linear. `weight` unpacks."""
-
+class PackedLinear(_Packed, nn.Linear):  # type: ignore[misc]
     def __init__(self, linear: nn.Linear, packed: PackedWeight) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias, self.packed = linear.in_features, linear.out_features, linear.bias, packed
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.packed.unpacked(self.packed.parts[0].device, torch.float32)
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, weight, self.bias_of(x))
 
     def to_input(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return gradient @ weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _computed(self, input)
 
-
-class PackedConv2d(nn.Conv2d):
-    """A frozen Conv2d. `weight` unpacks."""
-
+class PackedConv2d(_Packed, nn.Conv2d):  # type: ignore[misc]
     def __init__(self, conv: nn.Conv2d, packed: PackedWeight) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: value for name, value in vars(conv).items() if not name.startswith("_")})
         self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         self.bias, self.packed = conv.bias, packed
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.packed.unpacked(self.packed.parts[0].device, torch.float32)
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._conv_forward(x, weight, self.bias_of(x))
 
     def to_input(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return torch.nn.grad.conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _computed(self, input)
 
 
 @torch.no_grad()
