@@ -50,7 +50,7 @@ class NoisedRollout(Rollout):
             pool.history.abar.zero_()
         places = own.next_places(pool)
         batch = own.batch_of(pool, places, going_on=False)
-        return replace(batch, added_noise=noise if places is None else noise[places])
+        return replace(batch, added_noise=noise if places is None else noise[upload(places, noise.device)])
 
     def advance(self, eps: Tensor) -> None:
         """Nothing moves: the next batch noises the pictures anew."""
