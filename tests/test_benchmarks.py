@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -135,8 +136,9 @@ def test_the_peak_is_that_of_a_part() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="fork")
 def test_a_whole_run_is_counted_by_part(workplace: Path) -> None:
-    """In a process of its own, as the command does it: what the counts must be is known from the settings."""
+    """In a process of its own, as the command does it, but forked: what the counts must be is known from the settings."""
     words = ["--pretrained_model_name_or_path", str(workplace / "model"), "--scorer", str(workplace / "scorer.safetensors")]
     words += [
         "--prompts_file",
@@ -150,7 +152,7 @@ def test_a_whole_run_is_counted_by_part(workplace: Path) -> None:
     ]
     words += ["--max_train_steps", "2", "--evaluate_every_n_steps", "2", "--early_stop_gain", ""]
     words += ["--calibrate", "off", "--sample_every_n_steps", "2", "--num_threads", "1"]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         row = pool.submit(run.measure, run.Case("tiny", tuple(words))).result()
     parts = row["parts"]
     assert list(parts) == list(run.PARTS) and (row["updates"], row["graded_samples"]) == (2, 4)
