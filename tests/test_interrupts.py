@@ -41,7 +41,7 @@ def start(mode: str, before: str = "") -> subprocess.Popen:
 def test_the_first_signal_is_noted_and_has_its_exit_code(number: signal.Signals, code: int) -> None:
     with start("loop") as process:
         process.send_signal(number)
-        out, said = process.communicate(timeout=30)
+        out, said = process.communicate(timeout=300)
     assert process.returncode == code and out == "noted\n"
     assert f"{number.name}: finishing this step" in said and said.endswith("saved\n")
 
@@ -49,7 +49,7 @@ def test_the_first_signal_is_noted_and_has_its_exit_code(number: signal.Signals,
 def test_where_nothing_is_worth_waiting_for_it_ends_at_once() -> None:
     with start("at once") as process:
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == 143 and out == ""
 
 
@@ -58,14 +58,14 @@ def test_a_second_signal_stops_at_once() -> None:
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None and process.stdout.readline() == "noted\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.wait(timeout=300) == -signal.SIGTERM
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     with start("loop", "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n") as process:
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
     assert process.returncode == 143
 
 
@@ -74,7 +74,7 @@ def test_a_terminal_that_is_gone_does_not_keep_anything_from_being_saved() -> No
         assert process.stderr is not None
         process.stderr.close()
         process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=30) == 129
+        assert process.wait(timeout=300) == 129
 
 
 def test_the_handlers_of_before_come_back() -> None:

@@ -31,6 +31,6 @@ def run_processes(count: int, task: Callable[[], object]) -> None:
     for process in children:
         process.start()
     for process in children:
-        process.join(120)
+        process.join(600)
         process.kill()
     assert [process.exitcode for process in children] == [0] * count
