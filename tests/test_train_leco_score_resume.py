@@ -144,8 +144,9 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
     caplog.set_level("INFO")
     common: dict[str, Any] = {
         "max_train_steps": 12,
-        "evaluate_every_n_steps": 3,
+        "evaluate_every_n_steps": 4,
         "measure": "light",
+        "calibrate": "off",
         "early_stop_gain": 1e6,
         "resume": "auto",
     }
