@@ -195,8 +195,8 @@ class DiffusionModel(ABC):
         return output_to_eps(latents, output, self.schedule.abar(timesteps), self.spec.prediction_type)
 
     def compile(self, **settings: Any) -> None:
-        """The network is compiled when it is called, with these settings of torch.compile. For each size of picture, one graph serves all
-        numbers of rows with gradient, and another those without."""
+        """The network is compiled when it is called, with these settings of torch.compile. Two graphs, with gradient and without, serve all
+        numbers of rows; where the first pictures were square, two more serve the others, of any size."""
         from torch._dynamo import config
 
         # else a tensor that a module holds, as the LoRA's multiplier of each row, has the shape that it was first seen with
