@@ -22,7 +22,7 @@ from library.models.loading import load_model
 from library.models.packed import pack_unet
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS
-from library.objectives.rewards import RewardConfig, load_reward
+from library.objectives.reward_config import RewardConfig, load_reward
 from library.objectives.score import ScoreConfig
 from library.objectives.terms.score import ScoreTerm
 from library.prompts.files import load_prompts, spread

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint, decode_latents
-from library.objectives.rewards import RewardConfig, load_reward
+from library.objectives.reward_config import RewardConfig, load_reward
 from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec, build_scorer
 from library.scorers.image_models.base import Loaded, read_image_model

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.objectives.rewards import Goal, Limit, Reward, RewardConfig, load_reward, score_gradients, states_uncertainty
+from library.objectives.reward_config import RewardConfig, load_reward, states_uncertainty
+from library.objectives.rewards import Goal, Limit, Reward, score_gradients
 from library.scorers.base import ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer

@@ -20,7 +20,7 @@ from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.registry import ObjectiveConfig, build_terms
 from library.objectives.regression import RegressionConfig
-from library.objectives.rewards import RewardConfig, load_reward
+from library.objectives.reward_config import RewardConfig, load_reward
 from library.objectives.terms.score import ScoreTerm
 from library.prompts.files import PromptOptions, load_prompts, spread, with_aspect_buckets
 from library.rollouts.base import ROLLOUTS
