@@ -30,7 +30,8 @@ from library.scorers.base import SCORER_KINDS, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import Judge
-from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rating, TableRater
+from library.scorers.program_raters import CommandRater, TableRater
+from library.scorers.raters import JudgeRater, LatentRater, Outcome, Rating
 from library.settings.options import build
 from library.training.runtime import generator
 from tests.helpers.tiny_models import tiny_vae

@@ -44,7 +44,8 @@ from library.scorer_training.criteria.metrics import spearman
 from library.scorers.image_models.base import build_image_model, read_image_model
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
-from library.scorers.raters import CommandRater, JudgeRater, LatentRater, Outcome, Rater, Rating, TableRater
+from library.scorers.program_raters import CommandRater, TableRater
+from library.scorers.raters import JudgeRater, LatentRater, Outcome, Rater, Rating
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_above, check_at_least, check_not_set, option
 from library.training.runtime import set_num_threads

@@ -1,20 +1,13 @@
-"""Scores of picture files: by a latent scorer, by a function of pixels, by a command, or from a table of what another program said.
+"""Scores of picture files: by a latent scorer, or by a function of pixels.
 
 A rater is given pictures and gives back a rating for each, in their order, or says why not: a picture that cannot be scored ends nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import math
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Protocol
 
 import torch
@@ -26,13 +19,12 @@ from library.errors import UserError
 from library.models.vae import Autoencoder, encode_images
 from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
 from library.scorer_data.pictures import cover, read_picture, to_pixels
-from library.scorer_data.records import FilePicture, RatedImage, Skipped
+from library.scorer_data.records import RatedImage, Skipped
 from library.scorers.base import Scorer
 from library.scorers.judges import Judge
 from library.training.runtime import generator
 from library.types import Conditioning
 
-IMAGE_PLACE = "{image}"
 UNREADABLE, NO_SCORE = "picture cannot be read", "picture got no score"
 
 
@@ -117,7 +109,7 @@ class LatentRater:
         cond = self.encode_prompts(prompts) if prompts is not None and self.encode_prompts is not None else None
         scores, spreads = self.scorer.score_and_uncertainty(latents, sigmas, cond, prompts)
         return [
-            _outcome(score, image, self.name, spread or None)
+            outcome_of(score, image, self.name, spread or None)
             for score, spread, image in zip(scores.tolist(), spreads.tolist(), images, strict=True)
         ]
 
@@ -143,113 +135,7 @@ class JudgeRater:
                 return [outcome for row, image in enumerate(images) for outcome in self._score(pixels[row : row + 1], [image])]
             reason = str(error) if isinstance(error, UserError) else f"judge {self.name} failed with {type(error).__name__}: {error}"
             return [Skipped(f"picture {images[0].name}: {' '.join(reason.split())}", NO_SCORE)]
-        return [_outcome(score, image, self.name) for score, image in zip(scores.tolist(), images, strict=True)]
-
-
-class CommandRater:
-    """A program of the user's, run without a shell.
-
-    With {image} in it, it is run once for each picture, {image} stands for the picture's path, and the last line that it prints is the
-    score. Without, it is run once, reads the paths from its standard input, one a line, and prints a score for each, one a line; a line
-    that is no number is a picture that it could not score.
-
-    Args:
-        command: as in a shell, with quotes where a word has spaces in it.
-        timeout: seconds for a picture; a program that is run once has so many for each of them.
-
-    Raises:
-        UserError: there is no such program.
-    """
-
-    def __init__(self, command: str, *, timeout: float = 60.0) -> None:
-        try:
-            self.words = shlex.split(command)
-        except ValueError as error:
-            raise UserError(f"command {command!r} cannot be read: {error}; close its quotes") from error
-        if not self.words or shutil.which(self.words[0]) is None:
-            raise UserError(f"command {command!r}: there is no program {(self.words or [''])[0]!r}; give its path")
-        program = self.words[1] if len(self.words) > 1 and Path(self.words[1]).is_file() else self.words[0]  # an interpreter has a script
-        self.command, self.timeout, self.name = command, timeout, PurePath(program).stem
-        self.once_a_picture = any(IMAGE_PLACE in word for word in self.words)
-
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
-        if not self.once_a_picture:
-            return self._rate_together(images, progress)
-        outcomes = []
-        for image in images:
-            outcomes.append(self._rate_one(image))
-            progress(1)
-        return outcomes
-
-    def _rate_one(self, image: RatedImage) -> Outcome:
-        try:
-            with _as_file(image) as path:
-                words = [word.replace(IMAGE_PLACE, path) for word in self.words]
-                done = subprocess.run(words, capture_output=True, text=True, timeout=self.timeout, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            return Skipped(f"picture {image.name}: {self.name} took longer than {self.timeout:g} s", "command took too long")
-        except OSError as error:
-            return Skipped(f"picture {image.name} cannot be read: {error.strerror or error}", UNREADABLE)
-        if done.returncode:
-            reason = f"{self.name} ended with code {done.returncode}: {_last_line(done.stderr)}"
-            return Skipped(f"picture {image.name}: {reason}", "command failed")
-        lines = done.stdout.split("\n") if done.stdout.strip() else [""]
-        return _parse([line for line in lines if line.strip()][-1:] or [""], [image], self.name)[0]
-
-    def _rate_together(self, images: Sequence[RatedImage], progress: Progress) -> list[Outcome]:
-        with contextlib.ExitStack() as files:
-            paths = [files.enter_context(_as_file(image)) for image in images]
-            limit = self.timeout * max(1, len(images))
-            try:
-                done = subprocess.run(
-                    self.words, input="".join(f"{path}\n" for path in paths), capture_output=True, text=True, timeout=limit
-                )
-            except subprocess.TimeoutExpired as error:
-                raise UserError(f"command {self.command!r} took longer than {limit:g} s; raise command_timeout") from error
-        if done.returncode:
-            raise UserError(f"command {self.command!r} ended with code {done.returncode}: {_last_line(done.stderr)}")
-        lines = done.stdout.splitlines()
-        if len(lines) != len(images):
-            raise UserError(
-                f"command {self.command!r} printed {len(lines)} lines for {len(images)} pictures; it must print one number for each, "
-                f"or take one picture at a time by {IMAGE_PLACE}"
-            )
-        progress(len(images))
-        return _parse(lines, images, self.name)
-
-
-class TableRater:
-    """What another program has written: a CSV with the columns path and score, or as they are called.
-
-    Paths are relative to the CSV's folder, or as the pictures' source has them.
-
-    Raises:
-        UserError: there is no such file, or it has not these columns.
-    """
-
-    def __init__(self, file: Path, *, path_column: str = "path", score_column: str = "score") -> None:
-        self.name, self.file = file.stem, file
-        try:
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                reader = csv.DictReader(stream)
-                for column in (path_column, score_column):
-                    if column not in (reader.fieldnames or ()):
-                        raise UserError(f"{file} has no column {column!r}; it has {', '.join(reader.fieldnames or ()) or 'none'}")
-                rows = [(str(row[path_column] or ""), str(row[score_column] or "")) for row in reader]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"scores_csv {file} cannot be read: {error}") from error
-        self._by_name: Mapping[str, str] = {path.replace("\\", "/"): score for path, score in rows}
-        self._by_path: Mapping[str, str] = {str((file.parent / path).resolve()): score for path, score in rows}
-
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
-        outcomes = []
-        for image in images:
-            text = self._by_path.get(str(image.picture.path.resolve())) if isinstance(image.picture, FilePicture) else None
-            text = self._by_name.get(image.name) if text is None else text
-            missing = Skipped(f"picture {image.name} is not in {self.file}", "picture is not in scores_csv")
-            outcomes.append(missing if text is None else _parse([text], [image], self.name)[0])
-            progress(1)
-        return outcomes
+        return [outcome_of(score, image, self.name) for score, image in zip(scores.tolist(), images, strict=True)]
 
 
 def _check_prompts(images: Sequence[RatedImage], needed: bool, name: str) -> None:
@@ -301,37 +187,8 @@ def _part(batch: Sequence[tuple[int, Image.Image]]) -> tuple[list[int], list[Ima
     return [row for row, _ in batch], [picture for _, picture in batch]
 
 
-@contextlib.contextmanager
-def _as_file(image: RatedImage) -> Iterator[str]:
-    """The path of a picture; of one within another file, that of a copy."""
-    if isinstance(image.picture, FilePicture):
-        yield image.picture.key
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, PurePath(image.name).name or "picture")
-        with image.picture.open() as stream:
-            path.write_bytes(stream.read())
-        yield str(path)
-
-
-def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for line, image in zip(lines, images, strict=True):
-        try:
-            outcomes.append(_outcome(float(line), image, name))
-        except ValueError:
-            reason = f"picture {image.name}: {name} said {line.strip()[:60]!r}, which is no number"
-            outcomes.append(Skipped(reason, NO_SCORE))
-    return outcomes
-
-
-def _outcome(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> Outcome:
+def outcome_of(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> Outcome:
+    """A rating; a score that is not finite is none."""
     if not math.isfinite(score):
         return Skipped(f"picture {image.name}: {name} found {score:g}, which is no finite number", NO_SCORE)
     return Rating(score, uncertainty)
-
-
-def _last_line(text: str) -> str:
-    """What a program says at the end, such as the error below a traceback."""
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
