@@ -13,7 +13,7 @@ import torch
 from pyarrow import parquet
 
 from library.errors import UserError
-from library.scorer_data.readers.danbooru import SMALLEST_BIN, PopularityModel, log_popularity
+from library.scorer_data.readers.danbooru_popularity import SMALLEST_BIN, PopularityModel, log_popularity
 from tests.helpers.rated_files import add_pictures, counts, read, write
 
 
