@@ -14,7 +14,8 @@ from library.models.base import DiffusionModel
 from library.models.single_file import bundled_config
 from library.scorers.base import BackboneScorer, ModelSource
 from library.scorers.io import check_scorer_fits, load_backbone_weights, load_scorer, save_backbone, save_scorer
-from library.scorers.kinds.unet_encoder import POOLS, Pool, UNetEncoder, build_first_half, distinctive_config, outputs_of, tap_names
+from library.scorers.kinds.unet_encoder import POOLS, Pool, UNetEncoder
+from library.scorers.unet_taps import build_first_half, distinctive_config, outputs_of, tap_names
 from library.types import Conditioning
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.unet_encoders import make_scorer, shared_model, source_of

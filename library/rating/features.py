@@ -10,7 +10,7 @@ from library.models.base import DiffusionModel
 from library.models.unet_model import check_unet
 from library.rating.space import LATENT_FEATURES
 from library.rollouts.sample import model_autocast
-from library.scorers.kinds.unet_encoder import outputs_of, tap_names
+from library.scorers.unet_taps import outputs_of, tap_names
 from library.types import Conditioning
 
 MOST_FEATURES = 1024  # of the U-Net; more are mixed down by random signs, which keeps distances (Achlioptas 2003)
