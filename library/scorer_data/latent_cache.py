@@ -78,12 +78,8 @@ class LatentCache:
             parts.append(self._index.look_up(np.array(keys, dtype=KEY_DTYPE)))
         return torch.from_numpy(np.concatenate(parts)).reshape(-1, len(variants))
 
-    def bucket_of(self, row: int) -> tuple[int, int]:
-        """(width, height) in pixels of the bucket of a row."""
-        return self._index.shards[int(self._index.shards_of(np.array(row)))].bucket
-
     def buckets_of(self, rows: Tensor) -> Tensor:
-        """(width, height) of the buckets [N, 2] of rows [N]."""
+        """(width, height) in pixels of the buckets [N, 2] of rows [N]."""
         buckets = np.array([shard.bucket for shard in self._index.shards], dtype=np.int64).reshape(-1, 2)
         return torch.from_numpy(buckets[self._index.shards_of(rows.numpy())])
 
