@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,7 +115,8 @@ class Project:
         with refusals(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / PICTURES).mkdir(exist_ok=True)
-            # SQLite itself lets threads take turns; only a transaction must not begin within another thread's
+            # a transaction must not begin within another thread's, nor while one reads: it would begin from what that one sees, and be
+            # refused at once where another process has written since
             self._one_at_a_time = threading.Lock()
             self._db = sqlite3.connect(self.folder / FILE, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -146,31 +148,31 @@ class Project:
     def pictures(self, after: int = 0) -> list[StoredPicture]:
         """All with an id above `after`, in the order in which they came."""
         names = ("id", "hash", "file", "shown", "prompt", "seed", "width", "height")
-        rows = self._db.execute(f"SELECT {', '.join(names)}, features FROM pictures WHERE id > ? ORDER BY id", (after,))
+        rows = self._read(f"SELECT {', '.join(names)}, features FROM pictures WHERE id > ? ORDER BY id", after)
         return [StoredPicture(**dict(zip(names, row, strict=False)), features=np.frombuffer(row[-1], dtype="<f4")) for row in rows]
 
     def known_files(self) -> set[str]:
-        return {file for (file,) in self._db.execute("SELECT file FROM pictures")}
+        return {file for (file,) in self._read("SELECT file FROM pictures")}
 
     def count_pictures(self) -> int:
-        return self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
+        return self._read("SELECT count(*) FROM pictures")[0][0]
 
     def count_rated(self) -> int:
         """Pictures that were shown and answered for the opinion that has most of them."""
         sql = "SELECT count(DISTINCT first) + count(DISTINCT second) FROM ratings WHERE undone = 0 GROUP BY opinion"
-        return max((count for (count,) in self._db.execute(sql)), default=0)
+        return max((count for (count,) in self._read(sql)), default=0)
 
     # -- opinions ----------------------------------------------------------------------------------------------------
 
     def opinions(self) -> list[Opinion]:
-        return [Opinion(*row) for row in self._db.execute("SELECT id, name, levels FROM opinions ORDER BY id")]
+        return [Opinion(*row) for row in self._read("SELECT id, name, levels FROM opinions ORDER BY id")]
 
     def opinion(self, name: str) -> Opinion:
         """Raises UserError if there is none of that name."""
-        row = self._db.execute("SELECT id, name, levels FROM opinions WHERE name = ?", (name,)).fetchone()
-        if row is None:
+        rows = self._read("SELECT id, name, levels FROM opinions WHERE name = ?", name)
+        if not rows:
             raise UserError(f"this project has no opinion {name!r}; it has {', '.join(o.name for o in self.opinions()) or 'none'}")
-        return Opinion(*row)
+        return Opinion(*rows[0])
 
     def add_opinion(self, name: str, levels: int = 5) -> Opinion:
         """A new one, or the one that there is. Raises UserError for a name that cannot be one of a folder, too, or other levels."""
@@ -228,7 +230,12 @@ class Project:
         """The answers that stand, in the order in which they were given."""
         names = ("token", "mode", "first", "second", "value", "reason", "predicted", "time", "id")
         sql = f"SELECT {', '.join(names)} FROM ratings WHERE opinion = ? AND undone = 0 ORDER BY id"
-        return [Rating(**dict(zip(names, row, strict=True))) for row in self._db.execute(sql, (opinion.id,))]
+        return [Rating(**dict(zip(names, row, strict=True))) for row in self._read(sql, opinion.id)]
+
+    def _read(self, sql: str, *values: object) -> list[Any]:
+        """All rows."""
+        with self._one_at_a_time:
+            return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
