@@ -112,7 +112,9 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
         restart_schedule(scheduler)
         unet_evaluations, watched = saved.unet_evaluations, saved.watched
         first_step = saved.step if saving.initial_step is None else saving.initial_step
-    if first_step > num_steps or (first_step == num_steps and watched):
+    # one that died between its last step and its end goes on to that
+    is_own_end = folder is not None and folder.absolute().parent == saving.output_dir.absolute() and not files.is_finished()
+    if first_step > num_steps or (first_step == num_steps and watched and not is_own_end):
         begins = f"initial_step is {first_step}" if folder is None else f"{folder} was saved after step {first_step}"
         raise UserError(f"{begins} and max_train_steps is {num_steps}, so nothing is left to train; raise max_train_steps")
     done = first_step

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_leco_score
@@ -44,6 +45,22 @@ def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, op
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl")[-2:] for name in "ab")
     for one, two in zip(first, second, strict=True):
         assert {key: value for key, value in one.items() if key != "time"} == {key: value for key, value in two.items() if key != "time"}
+
+
+def test_a_run_that_died_between_its_last_step_and_its_end_goes_on_to_that(workplace: Path, tmp_path: Path) -> None:
+    common = {"max_train_steps": 2, "save_every_n_steps": 1, "save_state": True}
+    path = run(workplace, tmp_path, **common)
+    whole = load_file(path)
+    shutil.rmtree(tmp_path / "tiny-state")
+    path.unlink()  # killed after the state of the last step
+    resumed = load_file(run(workplace, tmp_path, resume="auto", **common))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    shutil.copy(tmp_path / "tiny-step00000002.safetensors", path)  # killed after the slider as trained, before what the run came to
+    run(workplace, tmp_path, resume="auto", **common)
+    with safe_open(path, framework="pt") as file:
+        assert "ss_leco_verdict" in file.metadata()
+    with pytest.raises(UserError, match="nothing is left to train"):
+        run(workplace, tmp_path, resume="auto", **common)
 
 
 @pytest.mark.slow

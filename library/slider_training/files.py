@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from library.atomic_files import atomic_write_bytes, check_outputs, expendable, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
@@ -141,6 +143,14 @@ class SliderFiles(RunFiles):
         if not final or outcome is not None:  # the last one as it was trained is soon replaced
             self.uploads.send(path, wait=final)
         return path
+
+    def is_finished(self) -> bool:
+        """Whether the slider of the run's end is there, with what the run came to."""
+        try:
+            with safe_open(self.slider_path, framework="pt") as file:
+                return self.saving.no_metadata or "ss_leco_verdict" in (file.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
 
     def check_outputs(self, space: int = 0) -> None:
         """Previews and card, too."""
