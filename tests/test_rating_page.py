@@ -41,6 +41,7 @@ def desk(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Des
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(address)
+        page.wait_for_selector(".stage figure img")
         yield page, session, worth, complaints
         page.close()
 

@@ -85,6 +85,8 @@ def test_a_person_rates_undoes_corrects_and_looks(page: tuple[Client, Any, np.nd
 
 def test_tables_go_out_and_come_in(page: tuple[Client, Any, np.ndarray]) -> None:
     client, session, _ = page
+    answers = [{"token": f"out-{picture}", "mode": "stars", "pictures": [picture], "value": 3} for picture in (1, 2)]
+    assert client.post("rate", {"opinion": "beauty", "answers": answers})[0] == 200
     assert client.post("opinions", {"name": "cosy", "levels": 5}) == (200, {"name": "cosy"})
     _, table, headers = client("GET", "/tables/ratings.csv?opinion=beauty")
     assert headers["content-disposition"].startswith("attachment") and table.startswith(b"path,score")
