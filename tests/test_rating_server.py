@@ -74,6 +74,7 @@ def test_a_person_rates_undoes_corrects_and_looks(page: tuple[Client, Any, np.nd
     wait_until(lambda: session.opinion("beauty").progress.answers == 35)
     state = client.post("state", {"opinion": "beauty"})[1]
     assert state["answers"] == 35 and state["progress"]["held_out"][2] > 0.3 and sum(state["stars"]) == 35
+    assert np.corrcoef(session.opinion("beauty").worths()[0], worth)[0, 1] > 0.7
     seen = client.post("look", {"opinion": "beauty"})[1]
     most, least = ([worth[own["id"] - 1] for own in seen[part]] for part in ("most", "least"))
     assert np.mean(most) > 1 > -0.5 > np.mean(least)
