@@ -158,6 +158,24 @@ def test_axe_finds_nothing_serious(desk: Desk, scheme: str) -> None:
     assert found == []
 
 
+def test_a_view_asks_for_nothing_before_it_knows_the_opinion(browser: Any, tmp_path: Path) -> None:
+    project, _ = drawn_project(tmp_path, 3)
+    with served(project) as (address, _):
+        page = browser.new_page()
+        asked: list[Any] = []
+        late: list[Any] = []  # the first answer, which says which opinions there are, comes when we let it
+        page.on("response", lambda response: asked.append((response.url, response.status)) if "/api/ask" in response.url else None)
+        page.route("**/api/state", lambda route: late.append(route), times=1)
+        page.goto(f"{address}/#insight")
+        page.evaluate("location.hash = 'rate'")
+        page.wait_for_timeout(300)
+        assert late and asked == []
+        late[0].continue_()
+        page.wait_for_selector(".stage figure img")
+        assert asked and all(status == 200 for _, status in asked)
+        page.close()
+
+
 def test_a_prompt_that_is_markup_stays_text(browser: Any, tmp_path: Path) -> None:
     project, _ = drawn_project(tmp_path, 3)
     project._db.execute("UPDATE pictures SET prompt = '<img src=x onerror=alert(1)>' || id")

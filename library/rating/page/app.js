@@ -24,7 +24,8 @@ async function refresh() {
     unreachable = false;
     flush();
     showOpinions();
-    view?.update?.(app.state);
+    if (view) view.update?.(app.state);
+    else show();
   } catch (error) {
     if (error instanceof Refused) {
       toast(error.message);
@@ -53,6 +54,7 @@ function choose(name) {
 }
 
 function show() {
+  if (!app.state) return; // whose pictures it would ask for is not known yet; refresh shows it then
   const name = views[location.hash] ? location.hash : "#rate";
   view?.leave?.();
   document.title = `${titles[name]} - LECO score`;
@@ -63,7 +65,7 @@ function show() {
   main.className = name.slice(1);
   main.replaceChildren();
   view = views[name](main, app);
-  if (app.state) view.update?.(app.state);
+  view.update?.(app.state);
 }
 
 function askForOpinion() {
@@ -133,4 +135,4 @@ addEventListener("keydown", (event) => {
 onProblem((words) => toast(words));
 onWaiting((count) => document.body.classList.toggle("unsent", count > 5));
 if (new URLSearchParams(location.search).has("token")) history.replaceState(null, "", "/" + location.hash); // not into bookmarks
-refresh().then(show);
+refresh();
