@@ -6,6 +6,7 @@ Their names and defaults are in sd_scripts_options.json (sd-scripts 0.10: commit
 option is what train_leco_score.py does with a file that holds it.
 """
 
+import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -173,6 +174,7 @@ def page() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 python -m tools.settings_reference
 """
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def _shown(value: object) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     REFERENCE.write_text(reference(), encoding="utf-8")
 
 
