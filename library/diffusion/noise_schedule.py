@@ -36,12 +36,6 @@ def eps_to_x0(latents: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     return (latents - (1 - abar).sqrt() * eps) / abar.sqrt()
 
 
-def x0_to_eps(latents: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
-    """eps = (x - sqrt(abar) x0) / sqrt(1 - abar): the inverse of `eps_to_x0`; abar below 1."""
-    abar = per_sample(abar, latents)
-    return (latents - abar.sqrt() * x0) / (1 - abar).sqrt()
-
-
 def v_to_eps(latents: Tensor, v: Tensor, abar: Tensor) -> Tensor:
     """eps = sqrt(abar) v + sqrt(1 - abar) x; progressive distillation, arXiv 2202.00512, appendix D."""
     abar = per_sample(abar, latents)
@@ -52,12 +46,6 @@ def eps_to_v(latents: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """v = (eps - sqrt(1 - abar) x) / sqrt(abar): the inverse of `v_to_eps`."""
     abar = per_sample(abar, latents)
     return (eps - (1 - abar).sqrt() * latents) / abar.sqrt()
-
-
-def v_to_x0(latents: Tensor, v: Tensor, abar: Tensor) -> Tensor:
-    """x0 = sqrt(abar) x - sqrt(1 - abar) v; arXiv 2202.00512, appendix D."""
-    abar = per_sample(abar, latents)
-    return abar.sqrt() * latents - (1 - abar).sqrt() * v
 
 
 def flow_scale(abar: Tensor) -> Tensor:
