@@ -128,7 +128,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
             with in_use(network, optimizer.optimizer):
                 tracker.image("preview", made.previews.write(saving.output_dir, saving.output_name, first_step), first_step)
         start: dict[str, float] = {}
-        stop: str | None = None
+        stop = monitor.stop if is_own_end else None  # it had stopped before max_train_steps, for this reason
         if folder is None or not watched:
             with in_use(network, optimizer.optimizer):
                 seen = monitor.start() if folder is None else monitor.after(first_step)

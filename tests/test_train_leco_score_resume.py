@@ -15,6 +15,7 @@ import train_leco_score
 from library.atomic_files import only_process
 from library.errors import UserError
 from library.settings.cli import run_main
+from library.slider_training.early_stop import EarlyStop
 from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.tracking import Tracker, read_metrics
 from tests.helpers.processes import run_processes
@@ -61,6 +62,25 @@ def test_a_run_that_died_between_its_last_step_and_its_end_goes_on_to_that(workp
         assert "ss_leco_verdict" in file.metadata()
     with pytest.raises(UserError, match="nothing is left to train"):
         run(workplace, tmp_path, resume="auto", **common)
+
+
+def test_a_run_that_had_stopped_by_itself_and_died_before_its_end_trains_no_more(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = "it is enough"
+    monkeypatch.setattr(EarlyStop, "_reason", lambda self, *_: enough if self.history[-1].step == 2 else None)
+    common = {"max_train_steps": 4, "evaluate_every_n_steps": 2, "measure": "light", "calibrate": "off", "save_state": True}
+    path = run(workplace, tmp_path, **common)
+    whole, lines = load_file(path), read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1]
+    path.unlink()  # killed while it measured for the last time
+    resumed = load_file(run(workplace, tmp_path, resume="auto", **common))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["ss_steps"] == "2" and enough in str(file.metadata())
+    run(workplace, tmp_path, resume="auto", **common)  # a run that came to its end is trained on, where somebody asks for it
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

@@ -291,6 +291,7 @@ class Monitor:
             "given": sorted(self.given),
             "best": self.best.state_dict(),
             "last": self.last,
+            "stop": self.stop,
             "pictures": self.pictures.state_dict(),
             "running": None if self.running is None else self.running.state_dict(),
             "trail": list(self._trail),
@@ -301,6 +302,7 @@ class Monitor:
         self.given = set(state["given"])
         self.best.load_state_dict(state["best"])
         self.last, self._trail = state["last"], [tuple(entry) for entry in state["trail"]]
+        self.stop = state.get("stop")  # states of earlier versions do not have it
         self.pictures.load_state_dict(state["pictures"])
         if state["running"] is not None:
             self.running = self._new_running()
