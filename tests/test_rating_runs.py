@@ -49,6 +49,7 @@ def test_the_written_files_are_read_by_the_scripts(modes: tuple[str, ...], model
     }
     assert scorer.data.marks_worth == (0, -1, 1)  # all these pictures were picked, so nothing says how well others are known
     slider = parse_config(leco_score_config(), ["--config_file", str(folder / "slider.toml")])
+    assert slider.training.seed == 1  # of this run's number: the file trains the same slider again
     assert slider.saving.save_state and str(slider.saving.resume) == str(scorer.output.resume) == "auto"
     check = parse_config(EvaluateSliderConfig, ["--config_file", str(folder / "check.toml")])
     assert check.evaluation.network_weights == (str(folder / "slider" / "slider.safetensors"),)

@@ -14,10 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("uvicorn", reason="requirements-ui.txt")
 
+from library.errors import UserError
 from library.rating import live, runs
 from library.rating.runner import PROGRESS
 from library.rating.store import Project, StoredPicture
@@ -248,18 +250,27 @@ def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path) -> None:
     script = str(tmp_path / "wait.py")
     steps = {"scorer": [script, str(folder / "first"), "0"], "slider": [script, str(folder / "second"), "60"]}
     (folder / runs.PLAN).write_text(json.dumps({"answers": 60, "steps": steps}))
+    assert runs.describe(folder)["state"] == "interrupted"  # as if it had been killed before it said anything
     runs.launch(folder)
+    assert runs.is_running(folder) and runs.describe(folder)["state"] in ("starting", "running")
     wait_until((folder / "second").exists)
     assert runs.is_running(folder) and runs.describe(folder)["state"] == "running" and runs.describe(folder)["done"] == ["scorer"]
     runs.kill_orphans(folder)  # of a run that is alive it touches nothing
     assert runs.is_running(folder)
+    [work] = psutil.Process(int((folder / "pid").read_text())).children()
+    work.kill()  # as the system does where memory runs out
+    wait_until(lambda: runs.describe(folder)["state"] == "interrupted" and not runs.is_running(folder))
+    (folder / "second").unlink()
+    runs.launch(folder)
+    wait_until((folder / "second").exists)
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
     wait_until(lambda: runs.describe(folder)["state"] == "interrupted")
     (folder / "second").unlink()
-    (folder / "slider" / "slider-state").mkdir(parents=True)
     project = Project(tmp_path)
-    runs.Runs(project, RECIPE).resume(project.add_opinion("beauty"))
-    assert not (folder / "slider" / "slider-state").exists()
+    beauty, trainings = project.add_opinion("beauty"), runs.Runs(project, RECIPE)
+    trainings.resume(beauty)
+    with pytest.raises(UserError, match="is being trained already"):
+        trainings.resume(beauty)  # pressed twice
     wait_until((folder / "second").exists)
     runs.interrupt(folder)
     wait_until(lambda: runs.describe(folder)["state"] == "stopped")
@@ -267,7 +278,14 @@ def test_a_training_that_was_killed_is_seen_and_goes_on(tmp_path: Path) -> None:
     steps["slider"] = [script, str(folder / "no" / "folder"), "0"]
     (folder / runs.PLAN).write_text(json.dumps({"answers": 60, "steps": steps}))
     runs.launch(folder)
-    wait_until(lambda: runs.describe(folder)["state"] == "failed")
+    wait_until(lambda: runs.describe(folder)["state"] == "failed" and not runs.is_running(folder))
+    stranger = subprocess.Popen([sys.executable, script, str(tmp_path / "there"), "60"], start_new_session=True)
+    (folder / "pid").write_text(str(stranger.pid))  # who has the number of a runner that is long gone
+    runs.kill_orphans(folder)
+    time.sleep(0.2)
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
     assert "FileNotFoundError" in runs.describe(folder)["log"]
 
 

@@ -135,8 +135,7 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
     scorer["data"] = {"validation_split": 0.15}
     scorer["training"] |= {"lr_warmup_steps": 0.1, "ema_decay": 0.98}
     slider["rollout"] |= {"leco_denoise_guidance_scale": guidance}
-    # not a divisor of the usual numbers of steps: the newest of these states is then before the end, see Runs.resume
-    slider["saving"] = {"save_every_n_steps": 39, "save_last_n_steps": 39}
+    slider["saving"] = {"save_every_n_steps": 40, "save_last_n_steps": 40}
     check = {
         "evaluation": {
             "num_prompts": 8,

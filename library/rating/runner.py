@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def run_steps(folder: Path) -> str:
-    """Run the steps that are not done -> "done", "stopped" or "failed". Raises UserError if somebody runs them already."""
+    """Run the steps that are not done -> "done", "stopped", "interrupted" or "failed". Raises UserError if somebody runs them already."""
     stopped: list[int] = []
     child: subprocess.Popen | None = None
 
@@ -59,8 +59,9 @@ def run_steps(folder: Path) -> str:
                 say(folder, "stopped", done, step=name)
                 return "stopped"
             if code:
-                say(folder, "failed", done, step=name, code=code)
-                return "failed"
+                ended = "interrupted" if code < 0 else "failed"  # by a signal: somebody killed it, or the system that had no memory left
+                say(folder, ended, done, step=name, code=code)
+                return ended
             done.append(name)
         say(folder, "done", done)
         return "done"

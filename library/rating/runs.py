@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,7 @@ class Runs:
 
     def __init__(self, project: Project, recipe: Recipe) -> None:
         self.project, self.recipe, self.folder = project, recipe, project.folder / RUNS
+        self._one_at_a_time = threading.RLock()  # a button that is pressed twice
 
     def latest(self, opinion: Opinion) -> Path | None:
         """The newest run of an opinion."""
@@ -93,6 +94,10 @@ class Runs:
 
     def start(self, live: LiveOpinion) -> Path:
         """Write tables and TOML files, and train. Raises UserError if that cannot be done now."""
+        with self._one_at_a_time:
+            return self._start(live)
+
+    def _start(self, live: LiveOpinion) -> Path:
         opinion = live.opinion
         if (busy := self.running()) is not None:
             raise UserError(f"{busy.name} is being trained; one training at a time: stop it, or wait for it")
@@ -130,11 +135,13 @@ class Runs:
         if len(live.worths()[0]) >= ENOUGH:
             data["validation_folds"] = 0
         model = {"model": {"pretrained_model_name_or_path": recipe.model}}
+        seed = {"training": {"seed": int(folder.name.rpartition("-")[2])}}  # the file trains the same slider again, and Train anew another
         scorer, slider = folder / "scorer" / "scorer.safetensors", folder / "slider" / "slider.safetensors"
         return {
             "scorer": merged(model, recipe.scorer, {"data": data, "output": {**_output(scorer), "resume": "auto"}}),
             "slider": merged(
                 model,
+                seed,
                 recipe.slider,
                 {
                     "score": {"scorer": [str(scorer)]},
@@ -164,15 +171,14 @@ class Runs:
 
     def resume(self, opinion: Opinion) -> None:
         """Go on with an opinion's newest run. Raises UserError if there is nothing to go on with."""
-        folder = self.latest(opinion)
-        if folder is None or read_json(folder / PROGRESS).get("state") == "done":
-            raise UserError(f"there is no training of {opinion.name} to go on with; start one")
-        if (busy := self.running()) is not None:
-            raise UserError(f"{busy.name} is being trained already")
-        kill_orphans(folder)
-        # the state of a training's end: what was lost after it is the last measurement, which a state before the end comes to again
-        shutil.rmtree(folder / "slider" / "slider-state", ignore_errors=True)
-        launch(folder)
+        with self._one_at_a_time:
+            folder = self.latest(opinion)
+            if folder is None or read_json(folder / PROGRESS).get("state") == "done":
+                raise UserError(f"there is no training of {opinion.name} to go on with; start one")
+            if (busy := self.running()) is not None:
+                raise UserError(f"{busy.name} is being trained already")
+            kill_orphans(folder)
+            launch(folder)
 
 
 def launch(folder: Path) -> None:
@@ -186,16 +192,19 @@ def launch(folder: Path) -> None:
         start_new_session=True,
     )
     atomic_write_text(folder / "pid", str(process.pid))
-    _children.append(process)
+    _runners[folder] = process
 
 
-_children: list[subprocess.Popen] = []  # so that those that ended are waited for
+_runners: dict[
+    Path, subprocess.Popen
+] = {}  # that this process started: those that ended are waited for, and those that begin hold no lock yet
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a runner holds this run."""
-    for child in _children:
-        child.poll()
+    """Whether a runner holds this run, or is about to."""
+    own = _runners.get(folder)
+    if own is not None and own.poll() is None:
+        return True
     if not (folder / LOCK).exists():
         return False
     try:
@@ -217,9 +226,21 @@ def kill_orphans(folder: Path) -> None:
     """End a script whose runner was killed: it belongs to the runner's process group."""
     if os.name == "posix" and not is_running(folder):
         try:
-            os.killpg(int((folder / "pid").read_text(encoding="ascii")), signal.SIGKILL)
+            group = int((folder / "pid").read_text(encoding="ascii"))
+            if not is_alive(group):  # else the number is a stranger's by now, and nothing of ours is left of that group
+                os.killpg(group, signal.SIGKILL)
         except (OSError, ValueError):
             return
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def slug(opinion: Opinion) -> str:
@@ -232,7 +253,7 @@ def describe(folder: Path) -> dict[str, Any]:
     plan, progress = read_json(folder / PLAN), read_json(folder / PROGRESS)
     state = progress.get("state", "starting")
     if state in ("running", "starting") and not is_running(folder):
-        state = "interrupted" if progress else "starting"
+        state = "interrupted"
     step = progress.get("step", "")
     log = _tail(folder / LOG)
     errors = ERROR.findall(log)
