@@ -59,7 +59,7 @@ def reopen(cache: LatentCache) -> LatentCache:
 
 
 def shards(cache: LatentCache) -> list[Path]:
-    return sorted(path for path in cache.folder.glob("*.safetensors") if path.name != cache_index.INDEX_NAME)
+    return sorted(cache.folder.glob("*.safetensors"))
 
 
 # -- finding and reading -------------------------------------------------------------------------------------------------
@@ -262,27 +262,6 @@ def test_a_full_disk_leaves_no_half_shard(cache: LatentCache, pictures: list[Fil
 # -- the index -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_saves_reading_the_shards_and_is_not_needed(
-    cache: LatentCache, pictures: list[FilePicture], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    latents = write(cache, pictures[:6])
-    reopen(cache)
-    index = cache.folder / cache_index.INDEX_NAME
-    read: list[Path] = []
-    real = cache_index.read_shard
-    monkeypatch.setattr(cache_index, "read_shard", lambda path: read.append(path) or real(path))
-    assert len(reopen(cache)) == 6 and read == []
-    write(cache, pictures[6:], seed=1)
-    assert len(reopen(cache)) == 10 and len(read) == 1  # the new one only
-    whole = index.read_bytes()
-    for harm in (b"", whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), None):
-        index.unlink() if harm is None else index.write_bytes(harm)
-        read.clear()
-        again = reopen(cache)
-        assert len(again) == 10 and len(read) == 2
-        assert torch.equal(again.read(again.find_all(pictures[:6])[:, 0]), latents)
-
-
 def test_the_index_follows_when_shards_go(cache: LatentCache, pictures: list[FilePicture]) -> None:
     written = {number: write(cache, pictures[number : number + 2], seed=number) for number in range(0, 10, 2)}
     reopen(cache)
@@ -340,7 +319,8 @@ def test_looking_up_a_hundred_thousand_keys(tmp_path: Path) -> None:
 def test_only_the_last_used_shards_stay_mapped(cache: LatentCache, pictures: list[FilePicture]) -> None:
     for number, picture in enumerate(pictures):
         write(cache, [picture], seed=number)
-    index = cache_index.open_index(cache.folder)
+    index = cache_index.CacheIndex()
+    index.read_new_shards(cache.folder)
     reader = ShardReader(cache.folder, 3 * 512)
     maps = lambda: sum(cache.folder.name in line for line in Path("/proc/self/maps").read_text().splitlines())  # noqa: E731
     before = maps() if Path("/proc/self/maps").exists() else None

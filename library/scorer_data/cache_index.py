@@ -3,31 +3,19 @@
 A latent's key is a hash of the picture's own key, the variant and the state of its file, so a picture that has changed is simply not
 found. Keys stand sorted in one numpy array, and beside each the latent's row: its number when all shards are laid end to end. Rows keep
 their number while the index is open.
-
-The index is saved as one file, which is only a copy of what the shards say: it is believed for shards that still have the size and the
-time that it recorded, and without it the shards are read one by one.
 """
 
-import contextlib
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from library.atomic_files import atomic_write_bytes
-from library.errors import UserError
 from library.scorer_data.cache_shards import KEY_DTYPE, Shard, read_shard
 from library.scorer_data.records import FileState
 
 logger = logging.getLogger(__name__)
-
-INDEX_NAME = "index.safetensors"
 
 
 def latent_key(picture_key: str, variant: str, state: FileState) -> bytes:
@@ -36,19 +24,8 @@ def latent_key(picture_key: str, variant: str, state: FileState) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
-def list_shards(folder: Path) -> dict[str, FileState]:
-    """The shards in a folder, by file name."""
-    files = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(".safetensors") and entry.name != INDEX_NAME:
-                with contextlib.suppress(FileNotFoundError):  # deleted just now
-                    files[entry.name] = FileState.of(Path(entry.path))
-    return files
-
-
 class CacheIndex:
-    """Shards and the rows of their latents. Made by `open_index`."""
+    """Shards and the rows of their latents."""
 
     def __init__(self) -> None:
         self.shards: list[Shard] = []
@@ -91,32 +68,19 @@ class CacheIndex:
         """Numbers of the shards [N] that rows [N] are in."""
         return np.searchsorted(self.first_rows, rows, side="right") - 1
 
-    def read_new_shards(self, folder: Path) -> int:
-        """Append the shards of the folder that are not in the index yet, and return their number. Bad ones are left out with a warning."""
-        known = {shard.name for shard in self.shards}
-        count = 0
-        for name in sorted(list_shards(folder).keys() - known):
-            try:
-                self.add(*read_shard(folder / name))
-                count += 1
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
-                logger.warning("latent cache: %s cannot be read (%s); delete it; its pictures are encoded again", folder / name, error)
-        return count
-
-    def save(self, folder: Path) -> None:
-        """Write the copy that makes opening quick. A folder that cannot be written to does without."""
-        self._sort_in()
-        tensors = {
-            "keys": self._keys.view(np.uint8).reshape(-1, KEY_DTYPE.itemsize),
-            "rows": self._rows,
-            "files": np.array([(shard.file.size, shard.file.mtime_ns) for shard in self.shards], dtype=np.int64).reshape(-1, 2),
-            "buckets": np.array([shard.bucket for shard in self.shards], dtype=np.int64).reshape(-1, 2),
-            "counts": np.array([shard.rows for shard in self.shards], dtype=np.int64),
-        }
-        names = json.dumps([shard.name for shard in self.shards])
-        with contextlib.suppress(UserError):
-            written = safetensors.numpy.save(tensors, {"names": names, "checksum": _checksum(names, tensors)})
-            atomic_write_bytes(folder / INDEX_NAME, written)
+    def read_new_shards(self, folder: Path) -> None:
+        """Append the shards of the folder that are not in the index yet, the newest last. Bad ones are left out with a warning."""
+        known, found = {shard.name for shard in self.shards}, []
+        for path in sorted(folder.glob("*x*-*.safetensors")):
+            if path.name not in known:
+                try:
+                    found.append(read_shard(path))
+                except FileNotFoundError:  # deleted just now
+                    continue
+                except (SafetensorError, OSError, ValueError, KeyError) as error:
+                    logger.warning("latent cache: %s cannot be read (%s); delete it; its pictures are encoded again", path, error)
+        for shard, keys in sorted(found, key=lambda entry: entry[0].file.mtime_ns):  # of two latents with one key, the newer is taken
+            self.add(shard, keys)
 
     def _sort_in(self) -> None:
         if not self._added:
@@ -128,50 +92,3 @@ class CacheIndex:
         keys, rows = keys[order], rows[order]
         newest = np.append(keys[1:] != keys[:-1], True)  # two processes may have encoded the same picture
         self._keys, self._rows = keys[newest], rows[newest]
-
-
-def open_index(folder: Path) -> CacheIndex:
-    """The index of a folder of shards, from its saved copy as far as that still holds, and from the shards for the rest."""
-    index, present = CacheIndex(), list_shards(folder)
-    if (folder / INDEX_NAME).exists():
-        try:
-            index = _saved(folder, present)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("latent cache: %s cannot be read (%s) and is made again", folder / INDEX_NAME, error)
-    if index.read_new_shards(folder):
-        index.save(folder)
-    return index
-
-
-def _saved(folder: Path, present: Mapping[str, FileState]) -> CacheIndex:
-    """What the saved index says of the shards that are as it knew them."""
-    with safe_open(folder / INDEX_NAME, framework="numpy") as file:
-        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in ("keys", "rows", "files", "buckets", "counts")}
-    if metadata["checksum"] != _checksum(metadata["names"], tensors):
-        raise ValueError("its checksum is another")
-    names: Sequence[str] = json.loads(metadata["names"])
-    keys = tensors.pop("keys").view(KEY_DTYPE).reshape(-1)
-    rows, files, buckets, counts = tensors.values()
-    shards = [
-        Shard(name=name, file=FileState(int(size), int(mtime)), bucket=(int(width), int(height)), rows=int(count))
-        for name, (size, mtime), (width, height), count in zip(names, files, buckets, counts, strict=True)
-    ]
-    valid = np.array([present.get(shard.name) == shard.file for shard in shards], dtype=bool)
-    old_first = np.append(0, np.cumsum(counts))
-    new_first = np.append(0, np.cumsum(counts * valid))
-    shard_of_row = np.searchsorted(old_first, rows, side="right") - 1
-    kept = valid[shard_of_row]
-
-    index = CacheIndex()
-    index.shards = [shard for shard, is_valid in zip(shards, valid, strict=True) if is_valid]
-    index.first_rows = np.append(0, np.cumsum(counts[valid])).astype(np.int64)
-    index._keys = keys[kept]
-    index._rows = (rows - old_first[shard_of_row] + new_first[shard_of_row])[kept]
-    return index
-
-
-def _checksum(names: str, tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(names.encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()

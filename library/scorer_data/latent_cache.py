@@ -25,7 +25,7 @@ from library.atomic_files import atomic_write_text, remove_unfinished
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data.buckets import BucketConfig
-from library.scorer_data.cache_index import latent_key, open_index
+from library.scorer_data.cache_index import CacheIndex, latent_key
 from library.scorer_data.cache_shards import KEY_DTYPE, ShardReader, read_names, write_shard
 from library.scorer_data.records import FileState, Picture
 
@@ -58,7 +58,8 @@ class LatentCache:
         """Open the cache in `folder`; see `open_cache`. Shards that cannot be read count as not there."""
         self.folder, self.vae = folder, vae
         remove_unfinished(folder, r".+\.safetensors", older_than=OTHER_MACHINES)
-        self._index = open_index(folder)
+        self._index = CacheIndex()
+        self.refresh()
         self._reader = ShardReader(folder, MAX_MAPPED_BYTES)
         self._forget_damaged()
 
