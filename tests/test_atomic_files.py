@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from library.atomic_files import CannotWrite, atomic_open, atomic_write_bytes, check_outputs, expendable, keep_earlier, remove_unfinished
+from library.atomic_files import CannotWrite, atomic_open, atomic_write_bytes, expendable, remove_unfinished
+from library.training.output_files import check_outputs, keep_earlier
 
 GONE = 2**22 + 1  # no process: more than Linux numbers
 

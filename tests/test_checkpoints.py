@@ -24,7 +24,6 @@ from library.atomic_files import (
     atomic_save_safetensors,
     atomic_write_bytes,
     atomic_write_text,
-    only_process,
     remove_unfinished,
 )
 from library.errors import UserError
@@ -40,6 +39,7 @@ from library.training.checkpoints import (
     state_path,
     weights_path,
 )
+from library.training.output_files import only_process
 
 
 def test_written_files_hold_what_was_given(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_process_killed_while_it_replaces_a_folder_costs_nothing(tmp_path: Pat
 
 HOLD = """
 import sys
-from library.atomic_files import only_process
+from library.training.output_files import only_process
 with only_process(sys.argv[1], "x"):
     print("held", flush=True)
     input()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import train_latent_scorer
-from library.atomic_files import only_process
 from library.errors import UserError
 from library.scorer_training.criteria.regression import SquaredError
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
 from library.settings.cli import run_main
+from library.training.output_files import only_process
 from tests.helpers.tiny_scorer_run import make_workplace, train, write_mixture
 
 

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_leco_score
-from library.atomic_files import only_process
 from library.errors import UserError
 from library.settings.cli import run_main
 from library.slider_training.early_stop import EarlyStop
 from library.training.checkpoints import STATE_FILE, load_state, save_state
+from library.training.output_files import only_process
 from library.training.tracking import Tracker, read_metrics
 from tests.helpers.processes import run_processes
 from tests.helpers.tiny_leco_run import complaint, run, settings, write_toml

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 
 import torch
 
-from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, load_tensors, remove_unfinished
+from library.atomic_files import atomic_write_bytes, atomic_write_text, load_tensors, remove_unfinished
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
@@ -48,6 +48,7 @@ from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
 from library.slider_training.outcome import Outcome
 from library.slider_training.previews import CARD_PROMPTS, card_picture
+from library.training.output_files import check_outputs
 from library.training.runtime import choose_precision, set_num_threads, weight_dtype
 from networks.lora import create_network_from_weights
 from networks.lora_metadata import write_cards

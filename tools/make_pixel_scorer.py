@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from library.atomic_files import check_outputs
 from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import Autoencoder, LatentSpace, VaeFingerprint, encode_images, place_vae, probe_picture
@@ -38,6 +37,7 @@ from library.scorers.image_models.base import IMAGE_MODELS, read_image_model
 from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, check_not_set, option
+from library.training.output_files import check_outputs
 from library.training.runtime import set_num_threads
 
 

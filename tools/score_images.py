@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from library.atomic_files import atomic_write_bytes, atomic_write_text, check_outputs, remove_unfinished
+from library.atomic_files import atomic_write_bytes, atomic_write_text, remove_unfinished
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
 from library.models.registry import FAMILIES
@@ -48,6 +48,7 @@ from library.scorers.program_raters import CommandRater, TableRater
 from library.scorers.raters import JudgeRater, LatentRater, Outcome, Rater, Rating
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_above, check_at_least, check_not_set, option
+from library.training.output_files import check_outputs
 from library.training.runtime import set_num_threads
 
 THUMBNAIL = 512  # pixels of a picture on the sheet before it is fitted into its cell

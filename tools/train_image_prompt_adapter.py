@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 import torch
 from tqdm import tqdm
 
-from library.atomic_files import check_outputs
 from library.errors import UserError
 from library.models.config import ModelConfig
 from library.prompts.files import load_prompts
@@ -30,6 +29,7 @@ from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
 from library.text_free.clip_pair import ClipPair, find_pictures
+from library.training.output_files import check_outputs
 from library.training.runtime import choose_precision, generator, set_num_threads, weight_dtype
 
 logger = logging.getLogger("train_image_prompt_adapter")

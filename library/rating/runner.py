@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.atomic_files import atomic_write_text, only_process
+from library.atomic_files import atomic_write_text
+from library.training.output_files import only_process
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN, PROGRESS, LOG, LOCK = "plan.json", "progress.json", "log.txt", ".run.lock"

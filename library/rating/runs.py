@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.atomic_files import atomic_write_text, only_process
+from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rating.live import LiveOpinion
 from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json
 from library.rating.store import Opinion, Project
 from library.rating.tables import marks_csv, write_tables
+from library.training.output_files import only_process
 
 RUNS, MARKS = "runs", "marks.csv"
 FEWEST = 20  # answers that a training is begun with

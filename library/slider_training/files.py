@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from library.atomic_files import atomic_write_bytes, check_outputs, expendable, remove_unfinished
+from library.atomic_files import atomic_write_bytes, expendable, remove_unfinished
 from library.errors import UserError
 from library.models.base import ModelSpec
 from library.models.config import ModelConfig
@@ -20,6 +20,7 @@ from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.outcome import Outcome
 from library.slider_training.previews import card_picture, thumbnail
 from library.training.finite_losses import LastGood
+from library.training.output_files import check_outputs
 from library.training.run_files import RunFiles
 from library.training.run_state import RunState
 from library.training.runtime import weight_dtype

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_folder, check_outputs
+from library.atomic_files import atomic_folder
 from library.errors import UserError
+from library.training.output_files import check_outputs
 
 logger = logging.getLogger(__name__)
 

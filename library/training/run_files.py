@@ -5,10 +5,11 @@ import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from library.atomic_files import check_outputs, keep_earlier, only_process, remove_unfinished
+from library.atomic_files import remove_unfinished
 from library.settings.shared import RunFilesConfig
 from library.training.checkpoints import prune_steps, state_path, weights_path
 from library.training.hub_files import Uploads
+from library.training.output_files import check_outputs, keep_earlier, only_process
 from library.training.run_state import RunState
 from library.training.tracking import METRICS_FILE
 
