@@ -121,6 +121,23 @@ def progress_of(stars: list[tuple[int, float]], space: FeatureSpace, repeats: np
     )
 
 
+@pytest.mark.parametrize(
+    ("stars", "pairs", "pairs_by_chance", "measure"),
+    [(30, 30, 15, "rank correlation"), (15, 30, 30, "accuracy"), (30, 9, 9, "rank correlation"), (9, 30, 30, "accuracy")],
+)
+def test_of_stars_and_pairs_each_is_measured_where_there_are_enough(stars: int, pairs: int, pairs_by_chance: int, measure: str) -> None:
+    features, worth = world()
+    order = np.random.default_rng(1).permutation(COUNT)
+    space, answers = FeatureSpace(features), Answers.of(stars_of(worth, order[:stars]), pairs_of(worth, order[-2 * pairs :]))
+    at_random = np.arange(stars + pairs) < stars + pairs_by_chance
+    none = {"ahead": np.full(len(answers), np.nan), "repeats": np.zeros((0, 2))}
+    found = measure_progress(space, answers, Taste(space, answers).choices, at_random=at_random, **none)
+    assert found.measure == measure and found.pair_accuracy is not None and found.pair_accuracy.value > 0.7
+    assert found.held_out is not None and found.held_out == (found.pair_accuracy if measure == "accuracy" else found.correlation)
+    assert found.pair_accuracy.low < found.pair_accuracy.value  # although it may have been right each time
+    assert (found.correlation is None) == (stars < 10) and (found.correlation is None or found.correlation.value > 0.4)
+
+
 def test_a_share_of_pairs_is_read_as_the_correlation_that_it_comes_from() -> None:
     first, second = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], size=4000).T
     share = float(((first[::2] > first[1::2]) == (second[::2] > second[1::2])).mean())

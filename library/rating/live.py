@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from library.rating.choice import Question, choose
-from library.rating.progress import Progress, find_drift, measure_progress
+from library.rating.progress import Progress, find_drift, measure_progress, mostly_pairs
 from library.rating.space import FeatureSpace
 from library.rating.store import Opinion, Project, Rating, StoredPicture
 from library.rating.taste import Answers, Taste
@@ -205,13 +205,14 @@ class LiveOpinion:
         answers = Answers.of([s[:2] for s in stars], [p[:3] for p in pairs], self.opinion.levels)
         told = [entry[-1] for entry in stars if entry[-1].predicted is not None]
         times, values, predicted = (np.array([getattr(r, name) for r in told], dtype=float) for name in ("time", "value", "predicted"))
+        at_random = np.array([entry[-1].reason in ("random", "imported") for entry in both], dtype=bool)
         self.progress = measure_progress(
             space,
             answers,
             taste.choices,
-            at_random=np.array([entry[-1].reason in ("random", "imported") for entry in both], dtype=bool),
+            at_random=at_random,
             ahead=np.array([np.nan if entry[-1].predicted is None else entry[-1].predicted for entry in both]),
-            repeats=_twice(ratings, "pair" if len(pairs) > len(stars) else "stars"),
+            repeats=_twice(ratings, "pair" if mostly_pairs(answers, at_random) else "stars"),
             drift=find_drift(times, values, predicted),
         )
         self.measured = len(ratings)

@@ -32,9 +32,11 @@ class Progress:
 
     Attributes:
         answers: how many were given, repeats included.
-        measure: "rank correlation" of stars, "accuracy" of pairs.
+        measure: "rank correlation" of stars, or "accuracy" of pairs, of which more were asked at random (`mostly_pairs`).
         held_out: of answers that were asked at random, each predicted by a scorer that had not learned it; None if they are too few.
-        pair_accuracy: of two pictures, how often it knows which one the person likes better; chance is 0.5.
+        correlation: the rank correlation of stars; None if they are too few.
+        pair_accuracy: of two pictures, how often it knows which one the person likes better; chance is 0.5. Of pairs that were compared;
+            if those are too few, of two pictures with different stars.
         ahead: the same measure over what the scorer said before each answer came.
         ceiling: the highest that `held_out` could be, as the person agrees with themselves; None while that is not known.
         agreement: how far the person agrees with themselves: correlation of two ratings of a picture, or share of pairs answered alike.
@@ -48,6 +50,7 @@ class Progress:
     answers: int
     measure: str
     held_out: Interval | None = None
+    correlation: Interval | None = None
     pair_accuracy: Interval | None = None
     ahead: Interval | None = None
     ceiling: Interval | None = None
@@ -143,10 +146,15 @@ def star_agreement(first: np.ndarray, second: np.ndarray, spread: float) -> Inte
 
 
 def pair_agreement(same: np.ndarray) -> Interval:
-    """Share of pairs that were answered alike [R]; Wilson's interval."""
-    count, share, z = len(same), float(same.mean()), 1.96
-    middle, half = (share + z**2 / 2 / count), z * math.sqrt(share * (1 - share) / count + (z / 2 / count) ** 2)
-    return Interval(share, (middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count))
+    """Share of pairs that were answered alike [R]."""
+    return share_interval(float(same.mean()), len(same))
+
+
+def share_interval(share: float, count: float) -> Interval:
+    """A share of so many, with Wilson's interval: all of 30 does not mean all of any."""
+    z = 1.96
+    middle, half = share * count + z**2 / 2, z * math.sqrt(share * (1 - share) * count + z**2 / 4)
+    return Interval(share, (middle - half) / (count + z**2), (middle + half) / (count + z**2))
 
 
 def ceiling_of(agreement: Interval, *, pairs: bool) -> Interval:
@@ -223,6 +231,12 @@ def say(progress: Progress) -> tuple[str, str]:
     return "more", f"More answers help: {knows}.{within}"
 
 
+def mostly_pairs(answers: Answers, at_random: np.ndarray) -> bool:
+    """Whether more pairs than stars were asked at random, so that more is known of how well they are predicted."""
+    stars = len(answers.rated)
+    return (at_random[stars:].sum(), len(answers.first)) > (at_random[:stars].sum(), stars)
+
+
 def measure_progress(
     space: FeatureSpace,
     answers: Answers,
@@ -239,13 +253,11 @@ def measure_progress(
     Args:
         at_random: of the answers, stars before pairs, which were asked at random and not for the second time.
         ahead: what was predicted of each before it came; NaN where nothing was.
-        repeats: the two answers to what was asked twice [R, 2]: stars, or preferences.
+        repeats: the two answers to what was asked twice [R, 2]: preferences where `mostly_pairs`, else stars.
     """
     rng, stars, count = np.random.default_rng(seed), len(answers.rated), len(answers)
-    pairs = stars < len(answers.first)
-    own = at_random.copy()
-    own[:stars] &= not pairs
-    own[stars:] &= pairs
+    pairs, is_star = mostly_pairs(answers, at_random), np.arange(count) < stars
+    own = at_random & (is_star != pairs)
     basis = {"answers": count, "measure": "accuracy" if pairs else "rank correlation", "repeats": len(repeats), "drift": drift}
     if own.sum() < FEWEST_BY_CHANCE or count < FEWEST:
         progress = Progress(**basis)
@@ -254,9 +266,20 @@ def measure_progress(
     worth, leads = held_out_leads(space, answers, choices, rng)
     said = np.concatenate([worth, leads])
     truth = np.concatenate([answers.stars, answers.preference])
-    statistic = pair_accuracy if pairs else rank_correlation
-    least = 0.0 if pairs else -1.0
-    held_out = bootstrapped(statistic, said[own], truth[own], rng=rng).stretched(OF_FOLDS, least, 1.0)
+
+    def of_stars(measured: Callable[..., float], least: float) -> Interval | None:
+        asked = is_star & at_random
+        found = bootstrapped(measured, said[asked], truth[asked], rng=rng) if asked.sum() >= FEWEST_BY_CHANCE else None
+        return found and found.stretched(OF_FOLDS, least, 1.0)
+
+    def of_pairs() -> Interval | None:
+        asked = ~is_star & at_random
+        found = share_interval(pair_accuracy(said[asked], truth[asked]), (truth[asked] != 0.5).sum())
+        return found.stretched(OF_FOLDS, 0.0, 1.0) if asked.sum() >= FEWEST_BY_CHANCE else None
+
+    correlation, accuracy = of_stars(rank_correlation, -1.0), of_pairs()
+    held_out, statistic = (accuracy, pair_accuracy) if pairs else (correlation, rank_correlation)
+    assert held_out is not None, "they are enough"
     told = own & np.isfinite(ahead)
     agreement = ceiling = None
     if len(repeats) >= FEWEST_REPEATS:
@@ -267,7 +290,8 @@ def measure_progress(
     curve = learning_curve(space, answers, own, choices, rng)
     found = basis | {
         "held_out": held_out,
-        "pair_accuracy": held_out if pairs else bootstrapped(concordance, said[own], truth[own], rng=rng).stretched(OF_FOLDS, 0.0, 1.0),
+        "correlation": correlation,
+        "pair_accuracy": accuracy or of_stars(concordance, 0.0),
         "ahead": bootstrapped(statistic, ahead[told], truth[told], rng=rng) if told.sum() >= 8 else None,
         "agreement": agreement,
         "ceiling": ceiling,

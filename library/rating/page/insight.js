@@ -116,7 +116,14 @@ export function insight(main) {
     const now = JSON.stringify([progress, state.stars, state.answers]);
     if (now === shown) return;
     shown = now;
-    const of = progress.measure === "accuracy" ? "pairs" : "ratings";
+    const ofPairs = progress.measure === "accuracy";
+    const held = "asked by chance, each predicted by a scorer that had not learned it.";
+    const correlation = figure("Rank correlation", progress.correlation, `Of stars that were ${held}`);
+    const accuracy = figure(
+      "Right about pairs",
+      progress.pair_accuracy,
+      ofPairs ? `Of pairs that were ${held} Chance is 0.50.` : "Of two pictures, how often it knows which one you like better. Chance is 0.50.",
+    );
     main.replaceChildren(
       h(
         "div",
@@ -127,13 +134,8 @@ export function insight(main) {
         h(
           "section",
           { class: "figures", "aria-label": "Figures" },
-          figure(
-            progress.measure === "accuracy" ? "Right about pairs" : "Rank correlation",
-            progress.held_out,
-            `Of ${of} that were asked by chance, each predicted by a scorer that had not learned it.`,
-          ),
-          progress.measure !== "accuracy" &&
-            figure("Right about pairs", progress.pair_accuracy, "Of two pictures, how often it knows which one you like better. Chance is 0.50."),
+          ofPairs ? accuracy : correlation,
+          ofPairs ? progress.correlation && correlation : accuracy,
           figure("Before you said it", progress.ahead, "The same, over what the scorer of that moment said before each answer came."),
           figure(
             "You with yourself",
