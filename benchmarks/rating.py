@@ -60,6 +60,12 @@ def file_worth(scorer: Path, project: Project, pictures: Sequence[StoredPicture]
         return load_scorer(scorer)(latents, torch.zeros(len(latents))).numpy()
 
 
+def within_prompts(values: Sequence[Sequence[float]]) -> np.ndarray:
+    """Values by prompt and seed, less the mean of their prompt [P * S]."""
+    array = np.array(values)
+    return (array - array.mean(1, keepdims=True)).flatten()
+
+
 def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One person, from an empty folder to a slider that is measured by the true score."""
     from playwright.sync_api import sync_playwright
@@ -70,7 +76,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     prompts = embedded_prompts(folder)
     recipe = make_recipe(config, str(EMBEDDED), prompts)
     judges = [f"examples.shapes.scores:{score}", "examples.shapes.judge:caption_obeyed"]
-    recipe.check["evaluation"].update({"judges": judges, "num_prompts": 12, "seeds_per_prompt": 3, "multipliers": [-1.0, 0.0, 1.0]})  # pyright: ignore[reportAttributeAccessIssue]
+    recipe.check["evaluation"].update({"judges": judges, "num_prompts": 12, "seeds_per_prompt": 3, "multipliers": args.weights})  # pyright: ignore[reportAttributeAccessIssue]
     rng, started = np.random.default_rng(seed), time.monotonic()
     with served(project, recipe=recipe, source=dict(make_source(config, str(EMBEDDED), prompts))) as (address, rating_session):
         while len(rating_session.gallery.pictures) < args.pictures:
@@ -137,6 +143,8 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         found[name] = (
             response["gains_std"] if response["role"] != "share" and "obeyed" not in name else [mean[0] for mean in response["means"]]
         )
+    said, true = (within_prompts(measured["responses"][name]["values"][args.weights.index(0)]) for name in ("scorer", score))
+    found |= {"weights": args.weights, "correlation_within_prompts": float(np.corrcoef(said, true)[0, 1])}
     return found | {"minutes": round((time.monotonic() - started) / 60, 1)}
 
 
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=160, help="that a session waits for; of curves, those of the project in --folder")
     parser.add_argument("--scorer_steps", type=int, default=None)
     parser.add_argument("--train_steps", type=int, default=None)
+    parser.add_argument("--weights", nargs="+", type=float, default=[-1.0, 0.0, 1.0], help="that a session measures the slider at")
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "rating_benchmark")
     parser.add_argument("--chromium", default=CHROMIUM)
     parser.add_argument("--output", type=Path, default=None, help="JSON file of the results; not set: in benchmarks/results")

@@ -18,7 +18,7 @@ from typing import Any
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rating.live import LiveOpinion
-from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json
+from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json, say
 from library.rating.store import Opinion, Project
 from library.rating.tables import marks_csv, write_tables
 from library.training.output_files import only_process
@@ -184,6 +184,7 @@ class Runs:
 
 def launch(folder: Path) -> None:
     """Start the runner in a session of its own: it goes on when the page's server ends."""
+    say(folder, "starting", read_json(folder / PROGRESS).get("done", []))
     process = subprocess.Popen(
         [sys.executable, "-m", "library.rating.runner", str(folder)],
         cwd=ROOT,
