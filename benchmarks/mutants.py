@@ -4,9 +4,9 @@
     python -m benchmarks.mutants --survivors mutants.json    # only those that no test found then
 
 The changes are cosmic-ray's (`pip install cosmic-ray`), without bit operators. Left out is what changes words alone: annotations, errors,
-f-strings and lines of the log. Every mutant stands in a copy of the tree; its tests, but for those that are marked slow, run in a process
-that is forked from this one, which has torch and diffusers imported and nothing of the project. It has five times the CPU time that the
-tests take unchanged, and 10 seconds; what takes longer is killed, too. POSIX only.
+f-strings and lines of the log. Every mutant stands in a copy of the tree. The tests that reach its line, quickest first, run in a fork of
+this process, which has torch and diffusers imported and nothing of the project; those that are marked slow are left out. They have five
+times the CPU time that they take unchanged, and 10 seconds; a mutant that takes longer is killed, too. POSIX only.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -23,9 +24,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -33,34 +36,17 @@ from scipy.stats import binomtest
 
 from benchmarks import ROOT
 
-AREAS = {  # which files, and which of their tests, the quickest first
-    "solvers": {"library/diffusion/solvers.py": "solvers"},
-    "noise schedule": {
-        "library/diffusion/noise_schedule.py": "noise_schedule properties solvers few_step flow_families",
-        "library/diffusion/flow.py": "flow_families",
-    },
-    "rollouts": {
-        "library/rollouts/[bcrt]*.py": "rollout noised_pictures score_term",
-        "library/rollouts/sample.py": "sampling measuring",
-        "library/rollouts/noised.py": "noised_pictures",
-        "library/rollouts/few_step.py": "few_step",
-        "library/rollouts/prompt_encoder.py": "prompt_encoding prompt_aware sampling",
-    },
-    "objectives": {
-        "library/objectives/[grs]*.py": "rewards reward_shapes reward_check score_term score_objective goals",
-        "library/objectives/[bep]*.py": "estimators score_term score_objective leco_term",
-        "library/objectives/estimators/*.py": "estimators score_term",
-        "library/objectives/terms/score.py": "reward_check score_term",
-        "library/objectives/terms/[il]*.py": "leco_term image_terms",
-        "library/objectives/terms/anchors.py": "anchors",
-        "library/objectives/known_noise.py": "image_terms",
-    },
-    "networks": {"networks/*.py": "lora lora_* network_setup checkpoint_forms"},
-    "checkpoints": {
-        "library/training/checkpoints.py": "checkpoints",
-        "library/training/run_*.py": "slider_files checkpoints train_leco_score_resume train_latent_scorer",
-    },
-    "calibration": {"library/measuring/calibration.py": "calibration", "library/measuring/response_curve.py": "calibration"},
+AREAS = {  # which files, and the tests of them
+    "solvers": ("library/diffusion/solvers.py", "solvers"),
+    "noise schedule": ("library/diffusion/[fn]*.py", "noise_schedule properties solvers few_step flow_families"),
+    "rollouts": ("library/rollouts/*.py", "rollout sampling noised_pictures few_step prompt_encoding prompt_aware"),
+    "objectives": (
+        "library/objectives/**/*.py",
+        "rewards reward_* goals estimators score_term score_objective leco_term image_terms anchors",
+    ),
+    "networks": ("networks/*.py", "lora lora_* network_setup checkpoint_forms"),
+    "checkpoints": ("library/training/[cr]*s*.py", "checkpoints slider_files train_leco_score_resume train_latent_scorer"),
+    "calibration": ("library/measuring/[cr]*[bv]*.py", "calibration"),
 }
 WARM = "torch safetensors.torch PIL.Image accelerate diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
 
@@ -125,10 +111,63 @@ class Operators:
 
     def draw(self, area: str, count: int, seed: int) -> tuple[int, list[Mutant]]:
         """-> (how many there could be, some of them)."""
-        files = [path for pattern in AREAS[area] for path in sorted(ROOT.glob(pattern))]
-        every = [mutant for file in files for mutant in self.mutants(str(file.relative_to(ROOT)))]
+        every = [mutant for path in sorted(ROOT.glob(AREAS[area][0])) for mutant in self.mutants(str(path.relative_to(ROOT)))]
         random.Random(f"{seed} {area}").shuffle(every)
         return len(every), list(itertools.islice((mutant for mutant in every if self.apply(mutant)), count))
+
+
+class Lines:
+    """A pytest plugin: how long each test takes, and which lines of some files it reaches; a fixture's count for all its file."""
+
+    def __init__(self, files: set[str]) -> None:
+        self.files, self.seconds = files, dict[str, float]()
+        self.reached: dict[str, set[tuple[str, int]]] = defaultdict(set)
+
+    @contextlib.contextmanager
+    def record(self, reached: set[tuple[str, int]]) -> Iterator[None]:
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code.co_filename not in self.files:
+                return None
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
+            return trace
+
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        with self.record(self.reached[item.nodeid.partition("::")[0]]):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        start = time.process_time()
+        with self.record(self.reached[item.nodeid]):
+            result = yield
+        self.seconds[item.nodeid] = time.process_time() - start
+        return result
+
+    def tests_of(self, file: str, lines: range) -> list[str]:
+        """Those that reach one of these lines; of lines that run at import, those that reach the file. The quickest first."""
+
+        def reach(test: str) -> set[int]:
+            return {line for name, line in self.reached[test] | self.reached[test.partition("::")[0]] if name == file}
+
+        found = [test for test in self.seconds if reach(test) & set(lines)] or [test for test in self.seconds if reach(test)]
+        return sorted(found, key=self.seconds.__getitem__)
+
+
+def statement(source: str, line: int) -> range:
+    """The lines of the statement at a line, without its body."""
+    spans = [range(line, line + 1)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
+            body = getattr(node, "body", None)
+            spans.append(range(node.lineno, body[0].lineno if body else (node.end_lineno or 0) + 1))
+    return next(span for span in reversed(spans) if line in span)
 
 
 class Copy:
@@ -137,11 +176,10 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.tree = folder / "tree"
         shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(".git", ".venv", "output", "wandb"))
-        self.limits: dict[str, int] = {}
 
-    def run(self, tests: str, limit: int | None = None) -> tuple[int, int]:
-        """In a fork, with at most so many seconds of CPU -> (pytest's exit code, or minus the signal; how many it took)."""
-        sys.dont_write_bytecode = limit is not None
+    def run(self, tests: list[str], limit: int, lines: Lines | None = None) -> int:
+        """In a fork, with at most so many seconds of CPU -> pytest's exit code, or minus the signal. `lines` is filled."""
+        sys.dont_write_bytecode = lines is None
         pid = os.fork()
         if not pid:
             try:
@@ -154,34 +192,42 @@ class Copy:
                 for name in [name for name in sys.modules if name.startswith("benchmarks")]:
                     del sys.modules[name]
                 resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
-                if limit:
-                    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-                files = [str(path) for word in tests.split() for path in sorted(self.tree.glob(f"tests/test_{word}.py"))]
-                os._exit(pytest.main(["-xq", "-m", "not slow", "-p", "no:cacheprovider", "--basetemp", str(self.tree / "made"), *files]))
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+                options = ["-xq", "-m", "not slow", "-p", "no:cacheprovider", "--basetemp", str(self.tree / "made")]
+                code = pytest.main([*options, *tests], plugins=[lines] if lines else [])
+                if lines:
+                    (self.tree / "lines.pickle").write_bytes(pickle.dumps((lines.seconds, dict(lines.reached))))
+                os._exit(code)
             finally:
                 os._exit(99)
-        end = time.monotonic() + (10 * limit if limit else 3600)
-        while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        end = time.monotonic() + 20 * limit
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > end:  # it waits for something
                 os.killpg(pid, signal.SIGKILL)
             time.sleep(0.05)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # what it started and left
-        return os.waitstatus_to_exitcode(ended[1]), int(ended[2].ru_utime + ended[2].ru_stime)
+        return os.waitstatus_to_exitcode(ended[1])
 
-    def kills(self, mutant: Mutant, changed: str) -> bool:
-        """Whether a test fails, or does not end, with this source. Raises SystemExit where one fails without it."""
-        tests = next(tests for area in AREAS.values() for pattern, tests in area.items() if ROOT / mutant.file in set(ROOT.glob(pattern)))
-        if tests not in self.limits:
-            code, seconds = self.run(tests)
-            if code:
-                raise SystemExit(f"a test of {tests} fails without any change:\n{(self.tree / 'output.txt').read_text()[-2000:]}")
-            self.limits[tests] = 10 + 5 * seconds
+    def lines_of(self, area: str) -> Lines:
+        """What the area's tests reach in its files. Raises SystemExit where one fails as it is."""
+        pattern, words = AREAS[area]
+        lines = Lines({str(self.tree / path.relative_to(ROOT)) for path in ROOT.glob(pattern)})
+        tests = [f"tests/{path.name}" for word in words.split() for path in sorted(ROOT.glob(f"tests/test_{word}.py"))]
+        if self.run(tests, 3600, lines):
+            raise SystemExit(f"a test fails without any change:\n{(self.tree / 'output.txt').read_text()[-2000:]}")
+        lines.seconds, reached = pickle.loads((self.tree / "lines.pickle").read_bytes())
+        lines.reached.update(reached)
+        return lines
+
+    def kills(self, mutant: Mutant, changed: str, lines: Lines) -> bool:
+        """Whether a test fails, or does not end, with this source."""
         path = self.tree / mutant.file
+        tests = lines.tests_of(str(path), statement((ROOT / mutant.file).read_text(encoding="utf-8"), mutant.line))
         path.write_text(changed, encoding="utf-8")
         os.utime(path, (1, 1))
         try:
-            return self.run(tests, self.limits[tests])[0] != 0
+            return bool(tests) and self.run(tests, 10 + int(5 * sum(lines.seconds[test] for test in tests))) != 0
         finally:
             shutil.copy2(ROOT / mutant.file, path)
 
@@ -205,12 +251,12 @@ def main() -> None:
             if given.survivors:
                 earlier = json.loads(given.survivors.read_text(encoding="utf-8"))
                 mutants = [Mutant(**survivor) for survivor in earlier.get(area, {}).get("survivors", [])]
-            survivors = []
+            lines, survivors = copy.lines_of(area) if mutants else Lines(set()), []
             for mutant in mutants:
-                changed, lines = operators.apply(mutant), (ROOT / mutant.file).read_text(encoding="utf-8").splitlines()
-                if not changed or lines[mutant.line - 1].strip() != mutant.before:
+                changed, rows = operators.apply(mutant), (ROOT / mutant.file).read_text(encoding="utf-8").splitlines()
+                if not changed or rows[mutant.line - 1].strip() != mutant.before:
                     raise SystemExit(f"{mutant.file} is no longer what it was when these survivors were found: draw new ones")
-                if not copy.kills(mutant, changed):
+                if not copy.kills(mutant, changed, lines):
                     survivors.append(replace(mutant, after=changed.splitlines()[mutant.line - 1].strip()))
                     print(f"{mutant.file}:{mutant.line} {mutant.operator}\n  - {mutant.before}\n  + {survivors[-1].after}", flush=True)
             drawn, killed = len(mutants), len(mutants) - len(survivors)

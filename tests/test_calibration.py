@@ -34,12 +34,12 @@ def curve(gain, drift=abs, clipped=None) -> ResponseCurve:
 
 
 def test_many_pictures_confirm_the_level_that_few_suggested():
-    """The ladder says 4 a unit and 2 below 0; more pictures at +-0.25 say 2 and 1: the form stays, the strength doubles."""
+    """The ladder says 4 a unit and 2 below 0; more pictures at +-0.25 say 2 and 0.5: the form of each arm stays, the strength doubles."""
     ladder = curve(lambda m: 4 * m if m > 0 else 2 * m)
-    many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, 0.5), drifts=(0.1, 0.0, 0.1))
+    many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.125, 0.0, 0.5), drifts=(0.1, 0.0, 0.1))
     confirmed = confirm(ladder, many, Target(gain=1.0))
     assert confirmed.reached and confirmed.scale == pytest.approx(0.5) and confirmed.gain == pytest.approx(1.0)
-    assert confirmed.down and confirmed.down.value == pytest.approx(-0.5)
+    assert confirmed.down and confirmed.down.value == pytest.approx(-0.25)
 
 
 def test_a_ladder_that_many_pictures_contradict_is_not_believed():
@@ -205,6 +205,9 @@ def test_the_visibility_is_confirmed_too():
     """Few pictures say 1 at 1; more say half as much at 0.5: weight 1 is twice as strong."""
     many = ResponseCurve(multipliers=(-0.5, 0.0, 0.5), gains=(-1.0, 0.0, 1.0), drifts=(0, 0, 0), visible=(0.25, 0.0, 0.25))
     assert confirm(seen(abs), many, SEEN).scale == pytest.approx(2.0)
+    for visible in ((1.0, 0.0, 2.0), (2.0, 0.0, 1.0)):  # one arm differs half as much as few said, the other as much
+        level = confirm(seen(lambda m: 4 * abs(m), lambda m: 8 * m), replace(many, gains=(-4.0, 0.0, 4.0), visible=visible), SEEN)
+        assert level.scale == pytest.approx(0.5) and level.visible == pytest.approx(1.0)
 
 
 def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():
@@ -254,6 +257,7 @@ def test_usable_range_ends_where_the_weight_no_longer_says_how_much():
 def test_no_usable_range():
     line = summarise_curve(curve(lambda m: -m))
     assert line.usable == (0.0, 0.0) and "usable at no weight" in str(line)
+    assert summarise_curve(curve(lambda m: 0.0)).usable == (0.0, 0.0)  # what does nothing is of no use
 
 
 def test_what_was_not_measured_is_not_claimed():
@@ -297,6 +301,13 @@ def test_the_curve_of_a_record_has_its_judges() -> None:
     made = curve_of(record, "reward")
     assert made.gains == pytest.approx((-0.5, 0.0, 1.5)) and made.drifts == (0.2, 0.0, 0.2) and made.clipped == (0.02, 0.01, 0.02)
     assert made.judges.keys() == {"a"} and made.judges["a"] == pytest.approx((-0.2, 0.0, 1.0))
+
+
+def test_a_weight_is_as_visible_as_nearly_all_of_its_pictures() -> None:
+    visibility = np.random.default_rng(0).permuted(np.arange(32.0)[:, None] * [2, 0, 1], axis=0).reshape(8, 4, 3)
+    made = curve_of(replace(record_of(), visibility=visibility), "reward")
+    assert made.visible == pytest.approx((2 * made.visible[2], 0, made.visible[2]))
+    assert (visibility[:, :, 2] > made.visible[2]).mean() == pytest.approx(0.95, abs=1 / 32)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

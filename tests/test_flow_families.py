@@ -115,7 +115,9 @@ def test_solvers_equal_diffusers(name):
     torch.testing.assert_close(latents, moved_by(theirs, start, velocity), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("change", [{"invert_sigmas": True}, {"use_karras_sigmas": True}, {"shift": -1}])
+@pytest.mark.parametrize(
+    "change", [{"invert_sigmas": True}, {"use_karras_sigmas": True}, {"shift": -1}, {"shift": 0}, {"shift": 1000}, {"shift": "3"}]
+)
 def test_other_flows_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         FlowSchedule.from_config(FLOW | change)

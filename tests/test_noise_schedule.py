@@ -138,6 +138,13 @@ def test_betas_that_are_no_noise_schedule(betas):
         NoiseSchedule.from_config(STABLE_DIFFUSION | {"trained_betas": betas, "num_train_timesteps": len(betas)})
 
 
+@pytest.mark.parametrize("num_steps", [1, 100_001, 10.0])
+def test_a_number_of_timesteps_that_is_none(num_steps):
+    with pytest.raises(UserError, match=f"num_train_timesteps {num_steps}; it must be from 2 to 100000"):
+        NoiseSchedule.from_config(STABLE_DIFFUSION | {"num_train_timesteps": num_steps})
+    assert [len(NoiseSchedule.from_config({"num_train_timesteps": number})) for number in (2, 100_000)] == [2, 100_000]
+
+
 def test_abar_of_integer_and_final_timesteps(schedule):
     timesteps = torch.tensor([0, 999, -1, 500])
     expected = schedule.alphas_cumprod[torch.tensor([0, 999, 0, 500])]
@@ -150,6 +157,8 @@ def test_abar_of_integer_and_final_timesteps(schedule):
 def test_float_timesteps_interpolate_log_sigma(schedule):
     low, middle, high = schedule.sigmas(torch.tensor([300.0, 300.25, 301.0])).log().tolist()
     assert middle == pytest.approx(0.75 * low + 0.25 * high, abs=1e-6)
+    beyond = torch.tensor([999.2, 1000.0, 5000.0])  # where noise is most, too
+    torch.testing.assert_close(schedule.sigmas(beyond), schedule.sigmas(torch.tensor([999] * 3)), rtol=1e-5, atol=0)
 
 
 def test_timesteps_of_sigmas_is_the_inverse(schedule):

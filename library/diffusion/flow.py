@@ -51,7 +51,7 @@ class FlowSchedule(NoiseSchedule):
             size = tuple(float(config.get(name, default)) for name, default in defaults.items())
         shift = config.get("shift", 1.0)
         if not isinstance(shift, int | float) or not 0 < shift < 1000:
-            raise UserError(f"The model's scheduler has shift {str(shift)[:40]}; it must be a number above 0.")
+            raise UserError(f"The model's scheduler has shift {str(shift)[:40]}; it must be a number above 0 and below 1000.")
         share = torch.arange(1, num_timesteps(config) + 1, dtype=torch.float64)
         return cls(
             alphas_cumprod=share_to_abar(share / len(share)),
