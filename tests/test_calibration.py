@@ -48,6 +48,17 @@ def test_a_ladder_that_many_pictures_contradict_is_not_believed():
     assert confirmed.scale == pytest.approx(0.25) and confirmed.verified_up and confirmed.verified_up.value == pytest.approx(-0.5)
 
 
+def test_the_doubt_is_that_of_the_many_pictures():
+    """In parts of the gain, on each arm, wherever weight 1 comes to lie."""
+    rng = np.random.default_rng(0)
+    many = measured_at((0.25,), lambda m: np.where(m > 0, 2 * m, m), rng)
+    confirmed = confirm(measured_at((0.5, 1.0), lambda m: 4 * m, rng), many, Target())
+    assert confirmed.scale == pytest.approx(0.5, rel=0.05)
+    for told, seen in ((confirmed.up, many.interval_at(0.25)), (confirmed.down, many.interval_at(-0.25))):
+        assert told and (told.low / told.value, told.high / told.value) == pytest.approx((seen.low / seen.value, seen.high / seen.value))
+        assert told.low < told.value < told.high
+
+
 def test_straight_line():
     chosen = choose_scale(curve(lambda m: 4 * m), Target(gain=1.3))
     assert chosen.reached and chosen.scale == pytest.approx(1.3 / 4) and chosen.gain == pytest.approx(1.3)
@@ -147,6 +158,8 @@ def test_an_arm_that_was_measured_only_beyond_weight_2_has_a_line_all_the_same()
     for slope in (4.0, 6.0, 10.0):
         chosen = choose_scale(measured_at((0.5, 1.0, 1.5), lambda m, slope=slope: slope * m, np.random.default_rng(0)), Target())
         assert chosen.line and math.isfinite(chosen.line.slope.value) and math.isfinite(chosen.line.slope.low)
+    bent = ResponseCurve(multipliers=(-6.0, -3.0, 0.0, 3.0, 6.0), gains=(-3.0, -1.5, 0.0, 3.0, 6.0), drifts=(2, 1, 0, 1, 2))
+    assert 0.6 < summarise_curve(bent).slope.value < 0.9  # between the arms'
 
 
 def test_a_curve_that_is_zero_everywhere_is_confirmed_by_nothing() -> None:
@@ -198,6 +211,7 @@ def test_it_is_not_raised_beyond_where_both_signs_are_usable():
 
 def test_a_change_that_nobody_sees_yet_is_looked_for_farther_out():
     assert next_strength(seen(lambda m: 0.4 * abs(m)), SEEN) == pytest.approx(1.5 * 2.0)
+    assert next_strength(seen(lambda m: 0.3 * abs(m)), SEEN) == pytest.approx(1.1 / 0.6 * 2.0)  # a tenth more than it seems to need
     assert next_strength(seen(lambda m: abs(m)), SEEN) is None
 
 
