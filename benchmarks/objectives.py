@@ -21,11 +21,12 @@ from benchmarks import ROOT
 from benchmarks.shapes_runs import independent_judge, learned_from_few, learned_scorer, write_results, written_prompts
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from library.measuring.statistics import bootstrap_means, linear_fit
+from library.models.packed import PACKERS
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.reward_shapes import SHAPES
 from library.objectives.score import ScoreConfig
 
-GROUPS = ("estimators", "shapes", "guards", "hackable")
+GROUPS = ("estimators", "shapes", "guards", "hackable", "evaluations", "quantised")
 HACKABLE_PREFIX = "100 ratings, "
 DEFAULT = f"{ScoreConfig().score_estimator} + {ScoreConfig().reward_loss}"
 GUARDS: dict[str, dict[str, Any]] = {
@@ -34,6 +35,10 @@ GUARDS: dict[str, dict[str, Any]] = {
     "preserve 1": {"preserve_weight": 1.0},
     "preserve 10": {"preserve_weight": 10.0},
     "ensemble": {"scorer": "ensemble"},
+}
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "every step": {"uncond_every_n_steps": 1},
+    "uncond 3": {"uncond_every_n_steps": 3},
 }
 # With the scorer of 100 ratings, from no guard to the defaults and beyond.
 HACKABLE: dict[str, dict[str, Any]] = {
@@ -56,6 +61,10 @@ def arms(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
         found |= {f"{estimator} + {shape}": {"score_estimator": estimator, "reward_loss": shape} for estimator, shape in shaped}
     if "guards" in groups:
         found |= {f"{DEFAULT}, {name}": changes for name, changes in GUARDS.items()}
+    if "evaluations" in groups:
+        found |= {f"{DEFAULT}, {name}": changes for name, changes in EVALUATIONS.items()}
+    if "quantised" in groups:
+        found |= {f"{DEFAULT}, base weights {name}": {"quantize_base": name} for name in PACKERS}
     if "hackable" in groups:
         few = estimators | {f"{DEFAULT}, {name}": changes for name, changes in HACKABLE.items()}
         found |= {f"{HACKABLE_PREFIX}{name}": {"scorer": "few", **changes} for name, changes in few.items()}
@@ -191,6 +200,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only these, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=4800, help="U-Net evaluations of a run")
+    parser.add_argument("--updates", type=int, help="end after so many updates, whatever they cost")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "objectives")
     parser.add_argument("--results", type=Path, help="default benchmarks/results/objectives_SCORE")
     parser.add_argument("--collect", action="store_true", help="make the table from runs that are finished already")
@@ -209,7 +219,7 @@ def main() -> None:
                 if (name, seed) in done:
                     continue
                 settings = {**changes, "scorer": [str(files[changes.get("scorer", "scorer")])]}
-                run, measured = laboratory.train(settings, seed, args.budget)
+                run, measured = laboratory.train(settings, seed, args.budget, () if args.updates else (0.25, 0.5, 0.75), args.updates)
                 with runs_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record(name, seed, run, measured)) + "\n")
                 gains = measured.gains("true").mean((0, 1))

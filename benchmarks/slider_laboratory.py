@@ -19,6 +19,7 @@ from examples.shapes.scores import SCORES
 from library.measuring.image_statistics import rms_diversity
 from library.measuring.statistics import within_prompt_std
 from library.models.loading import load_model
+from library.models.packed import pack_unet
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.reward_config import RewardConfig, load_reward
@@ -42,7 +43,6 @@ MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 BASE, MINUS, PLUS = (MULTIPLIERS.index(value) for value in (0.0, -1.0, 1.0))
 OTHER = "other "  # before the name of a true score that was not trained
 SIZE = (64, 64)
-CHECKS = (0.25, 0.5, 0.75)  # of a budget
 SAMPLING = SamplingConfig(num_steps=20, guidance_scale=3.0, size=SIZE, batch_size=48)
 
 
@@ -87,19 +87,31 @@ class Laboratory:
         self.num_seeds = num_seeds
         self.base = self._scores(None, 0.0, self.eval_prompts, num_seeds)
 
-    def train(self, changes: Mapping[str, Any], seed: int, budget: int) -> tuple[dict[str, Any], Measured]:
-        """Train one slider until its U-Net evaluations reach `budget`.
+    def train(
+        self,
+        changes: Mapping[str, Any],
+        seed: int,
+        budget: int,
+        checks: Sequence[float] = (0.25, 0.5, 0.75),
+        updates: int | None = None,
+    ) -> tuple[dict[str, Any], Measured]:
+        """Train one slider until its U-Net evaluations reach `budget`, or for so many `updates`.
 
         Args:
-            changes: settings by option name; `learning_rate` among them.
+            changes: settings by option name; `learning_rate` among them. With `quantize_base` it trains on packed weights, and is
+                measured on the whole ones, as a UI has them.
+            checks: at which shares of the budget the true gain at +1 is measured, which is not part of the time.
 
         Returns:
-            A record of the training, with the curve [evaluations, seconds, true gain at +1] at `CHECKS`, whose measurements are not part
-            of the time, and what the slider does at the end.
+            A record of the training, with the curve [evaluations, seconds, true gain at +1], and what the slider does at the end.
         """
         options = {"leco_denoise_guidance_scale": 3.0, "prompts_file": self.prompts_file, "train_batch_size": 8, **changes}
         learning_rate = options.pop("learning_rate", 1e-3)
+        precision = options.pop("quantize_base", None)
         model = self.model
+        if precision:
+            model = load_model(str(MODEL)).freeze()
+            pack_unet(model.unet, precision, 0, "cpu")
         settings = build(Settings, options)
         network = build_network(
             NetworkConfig(network_dim=8, network_alpha=8.0), model, generator(seed, "network"), gradient_checkpointing=False
@@ -125,8 +137,8 @@ class Laboratory:
             term = ScoreTerm(context, settings.score)
             optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
             evaluations = made = 0
-            curve, goals = [(0, 0.0, 0.0)], [share * budget for share in CHECKS]
-            while evaluations < budget:
+            curve, goals = [(0, 0.0, 0.0)], [share * budget for share in checks]
+            while evaluations < budget if updates is None else made < updates:
                 out = term()
                 out.loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -142,6 +154,9 @@ class Laboratory:
                     started = time.process_time()
             spent += time.process_time() - started
             network.eval()
+            if model is not self.model:
+                network.remove()
+                network.apply_to(None, self.model.unet)
             measured = self.measure(network)
             curve.append((evaluations, spent, float(measured.gains("true")[:, :, PLUS].mean())))
         finally:

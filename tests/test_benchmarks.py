@@ -1,8 +1,10 @@
 """The benchmarks run on a tiny model on the CPU, and count and time what they say they do."""
 
+import importlib
 import itertools
 import json
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, compare, gpu_check, gpu_sections, run, step
+from benchmarks.earlier import Tree, sharing
 from benchmarks.gpu_check import Section, judge_section, judge_step
 from benchmarks.meter import Meter, peak_resident
 from benchmarks.random_models import random_model
@@ -284,3 +287,19 @@ def test_every_command_line_of_the_check_is_understood() -> None:
                 assert config.training.torch_compile is (section.name == "torch_compile")
             else:
                 assert module == "benchmarks.gpu_sections" and words[0] in gpu_sections.SECTIONS
+
+
+def test_packages_of_an_earlier_checkout_are_in_force_while_it_is_active(tmp_path: Path) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "__init__.py").write_text("whose = 'theirs'\n")
+    tree, ours = Tree(tmp_path), sys.modules["library.types"]
+    with tree.active():
+        assert importlib.import_module("library").whose == "theirs" and "library.types" not in sys.modules
+    assert sys.modules["library.types"] is ours and not hasattr(sys.modules["library"], "whose")
+    assert tree.modules["library"].whose == "theirs" and str(tmp_path) not in sys.path
+
+
+def test_copies_share_their_weights() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    copied = sharing(layer)
+    assert copied[0] is not layer[0] and copied[0].weight is layer[0].weight  # type: ignore[index]

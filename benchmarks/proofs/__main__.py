@@ -1,9 +1,13 @@
 """Is the slider honest? Trainings on the shapes world that show, by the true score, what the objective's parts are for.
 
-    python -m benchmarks.proofs calibration worlds hacking opposites two_scores leco text_free
+    python -m benchmarks.proofs calibration running_gain elsewhere worlds full_width both_ends hacking opposites two_scores leco text_free
 
 calibration  three scores, three seeds: what the file promises of +1 and -1, the true gain on prompts that training never saw
+running_gain  what those runs' running gain said before each observation, and what that measured
+elsewhere    one of them at other guidance scales, samplers and numbers of steps
 worlds       other learning rates, a score ten times as steep, other drawings and prompts
+full_width   a full-width SD1.5 with random weights, at 64 pixels
+both_ends    with and without more trajectories for the weaker sign
 hacking      a scorer of 100 ratings, with and without the guards, watched by independent judges
 opposites    "large" at direction +1 and "small" at direction -1 in one prompt file
 two_scores   one score raised, another held, with and without the hold
@@ -28,12 +32,12 @@ from benchmarks.proofs.runs import Row
 PROOFS: dict[str, Callable[[], list[Row]]] = {
     proof.__name__: proof
     for proof in (
-        *(strength.calibration, strength.worlds),
+        *(strength.calibration, strength.running_gain, strength.elsewhere, strength.worlds, strength.full_width, strength.both_ends),
         *(objective.hacking, objective.opposites, objective.two_scores, objective.leco, objective.text_free),
     )
 }
 COLUMNS = {"promised -1": "promised at -1", "true -1": "true gain at -1", "promised +1": "promised at +1", "true +1": "true gain at +1"}
-COLUMNS |= {"other -1": "other score at -1", "other +1": "at +1"}
+COLUMNS |= {"other -1": "other score at -1", "other +1": "at +1", "running": "running gain", "measured": "measured", "step": "step"}
 COLUMNS |= {"trained to": "measured last in training at -1 / +1, of what stops it"}
 COLUMNS |= {"captions": "captions at -1 / 0 / +1", "told apart": "told from base at -1 / +1", "says": "says"}
 
@@ -52,6 +56,9 @@ def markdown(proof: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"### {proof}", "", f"| run | {' | '.join(COLUMNS[name] for name in shown)} |", "|" + "---|" * (1 + len(shown))]
     for row in rows:
         lines.append(f"| {row['run']} | {' | '.join(cell(name, row[name]) if name in row else '' for name in shown)} |")
+    if proof == "running_gain":
+        held = sum(row["running"][1] <= row["measured"] <= row["running"][2] for row in rows)
+        lines.append(f"\nThe interval held what was measured {held} times of {len(rows)}.")
     return "\n".join(lines)
 
 

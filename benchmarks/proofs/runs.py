@@ -47,7 +47,7 @@ def slider(name: str, **changes: Any) -> Path:
 
 
 @cache
-def measurer(model: Path, prompts_file: Path, count: int) -> Measurer:
+def measurer(model: Path, prompts_file: Path, count: int, sampler: str = "ddim", num_steps: int = 20, guidance: float = 3.0) -> Measurer:
     """One for all sliders that are measured alike, so that the base model's pictures are made once."""
     found = spread(load_prompts(prompts_file), count)
     return Measurer(
@@ -55,7 +55,7 @@ def measurer(model: Path, prompts_file: Path, count: int) -> Measurer:
         raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in JUDGES})),
         prompts=found,
         seeds=seed_table(found, UNIT_SEEDS, first=50_000),
-        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64)),
+        sampling=SamplingConfig(num_steps=num_steps, guidance_scale=guidance, size=(64, 64), sampler=sampler),
     )
 
 
@@ -70,20 +70,22 @@ def attached(model: DiffusionModel, path: Path) -> Iterator[LoRANetwork]:
         network.remove()
 
 
-def measure(path: Path, prompts_file: Path | None = None, *, model: Path = MODEL, count: int = 32, seeds: int = 2) -> EvaluationRecord:
+def measure(
+    path: Path, prompts_file: Path | None = None, *, model: Path = MODEL, count: int = 32, seeds: int = 2, **sampling: Any
+) -> EvaluationRecord:
     """What a slider does at +1 and -1 on `count` (held-out) prompts with so many seeds each; kept beside it."""
     prompts_file = prompts_file or prompts()[1]
-    kept = path.with_name(f"measured_{prompts_file.stem}_{count}_{seeds}.json")
+    kept = path.with_name("_".join(["measured", prompts_file.stem, *map(str, (count, seeds, *sampling.values()))]) + ".json")
     if kept.is_file():
         return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
-    used = measurer(model, prompts_file, count)
+    used = measurer(model, prompts_file, count, **sampling)
     with attached(used.model, path) as network:
         record = used.measure(network, (-1.0, 1.0), part=Part(range(len(used.prompts)), slice(0, seeds)))
     kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
     return record
 
 
-def row(run: str, path: Path, score: str, *, other: str | None = None, stops_at: float | None = None, **measured: Any) -> Row:
+def row(run: str, path: Path, score: str | None, *, other: str | None = None, stops_at: float | None = None, **measured: Any) -> Row:
     """A line of a table: true gains of a score, and of another one; captions obeyed at -1, 0 and +1; of a calibrated slider, whose training
     stops at a gain of `stops_at`, also what its file promises."""
     record, found = measure(path, **measured), Row(run=run)
@@ -96,7 +98,9 @@ def row(run: str, path: Path, score: str, *, other: str | None = None, stops_at:
         if name is not None:
             gains = record.responses[name].gains_std
             found |= {f"{word} -1": gains[0].to_list(), f"{word} +1": gains[2].to_list()}
-    return found | {"captions": [share.value for share in record.responses["caption_obeyed"].means]}
+    if score is not None:
+        found["captions"] = [share.value for share in record.responses["caption_obeyed"].means]
+    return found
 
 
 def promise(path: Path) -> Row:
