@@ -3,7 +3,7 @@
     python -m benchmarks.page_kills --folder NEW --kills 50
 
 The page's server is real, and so are the three scripts, with few steps, on the embedded model. SIGKILL goes to the runner, to the script
-that it runs, or to both; then Go on is pressed. Each training is killed five times at most and must end in the slider of the first one,
+that it runs, or to both; then Go on is pressed. Each training is killed ten times at most and must end in the slider of the first one,
 which nobody killed, to the bit. Meanwhile ratings are given, and all must be there in the end. POSIX only.
 """
 
@@ -29,7 +29,7 @@ from library.rating.store import Project
 from tests.helpers.rating_project import drawn_project, served, stars_of
 from tools.rate import EMBEDDED, RateConfig, embedded_prompts, make_recipe
 
-KILLS_EACH = 5
+KILLS_EACH = 10
 PAUSE = 1.0  # seconds until a person presses a button
 
 
@@ -91,7 +91,7 @@ def kill_trainings(folder: Path, num_kills: int, draw: random.Random) -> Counter
         while killed < num_kills:
             run, began = project.folder / "runs" / page.post("train")["run"], time.monotonic()
             for _ in range(0 if expected is None else min(KILLS_EACH, num_kills - killed)):
-                if page.wait_for("done", seconds=draw.uniform(0, duration / 2)) == "done":
+                if page.wait_for("done", seconds=draw.uniform(0, duration / 3)) == "done":
                     break
                 step = page.post("state")["run"]["step"] or "the beginning"
                 found, all_dead = kill(run, draw)
@@ -114,7 +114,7 @@ def kill_trainings(folder: Path, num_kills: int, draw: random.Random) -> Counter
                 expected, duration = (marks, slider), time.monotonic() - began
             assert marks == expected[0], "it was given other marks to learn"
             counts["LOST: another slider"] += not all(torch.equal(slider[name], own) for name, own in expected[1].items())
-            print(f"{killed} kills, {run.name}, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{run.name}, {time.monotonic() - began:.0f} s: {dict(+counts)}", flush=True)
     again = Project(folder)
     kept = {rating.token for opinion in again.opinions() for rating in again.ratings(opinion)}
     counts["LOST: a rating"] += len(page.acknowledged - kept)

@@ -60,9 +60,9 @@ def file_worth(scorer: Path, project: Project, pictures: Sequence[StoredPicture]
         return load_scorer(scorer)(latents, torch.zeros(len(latents))).numpy()
 
 
-def within_prompts(values: Sequence[Sequence[float]]) -> np.ndarray:
-    """Values by prompt and seed, less the mean of their prompt [P * S]."""
-    array = np.array(values)
+def within_prompts(values: Sequence[Sequence[Sequence[float]]], place: int) -> np.ndarray:
+    """Values by prompt, seed and weight, at one weight, less the mean of their prompt [P * S]."""
+    array = np.array(values)[:, :, place]
     return (array - array.mean(1, keepdims=True)).flatten()
 
 
@@ -107,6 +107,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
                 "score": score,
                 "seed": seed,
                 "ratings": args.ratings,
+                "calibrate": recipe.slider["monitor"]["calibrate"],
                 "rating_seconds": round(rating_seconds, 1),
                 "page": live.progress.to_dict(),
                 "true_srcc_of_unrated": rank_correlation(live.worths()[0][rest], worth[rest]),
@@ -143,7 +144,7 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         found[name] = (
             response["gains_std"] if response["role"] != "share" and "obeyed" not in name else [mean[0] for mean in response["means"]]
         )
-    said, true = (within_prompts(measured["responses"][name]["values"][args.weights.index(0)]) for name in ("scorer", score))
+    said, true = (within_prompts(measured["responses"][name]["values"], args.weights.index(0)) for name in ("scorer", score))
     found |= {"weights": args.weights, "correlation_within_prompts": float(np.corrcoef(said, true)[0, 1])}
     return found | {"minutes": round((time.monotonic() - started) / 60, 1)}
 
