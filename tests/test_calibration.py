@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from library.errors import UserError
 from library.measuring.calibration import STRONGEST, WEAKEST, Calibration, Target, choose_scale, confirm, next_strength
-from library.measuring.response_curve import ResponseCurve, curve_of, response_curve, summarise_curve
+from library.measuring.response_curve import ResponseCurve, curve_of, exceeded, response_curve, summarise_curve
 from library.measuring.statistics import Interval, bootstrap_gains, within_prompt_std
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
@@ -169,6 +170,24 @@ def test_a_curve_that_is_zero_everywhere_is_confirmed_by_nothing() -> None:
 
 # ---- a strength that can be seen ----
 
+
+def test_what_nearly_all_pictures_exceed_is_told_from_two_dozen() -> None:
+    pictures = np.exp(np.random.default_rng(0).normal(0.5, 0.8, (2000, 24)))
+    levels = {
+        "fitted": [exceeded(own.reshape(12, 2, 1), 0.95)[0] for own in pictures],
+        "sample": [np.quantile(own, 0.05) for own in pictures],
+    }
+    shares = {name: norm.sf((np.log(own) - 0.5) / 0.8) for name, own in levels.items()}  # of all pictures
+    assert shares["fitted"].mean() == pytest.approx(0.945, abs=0.01)
+    assert (shares["fitted"] < 0.9).mean() < 0.2 < 0.3 < (shares["sample"] < 0.9).mean()
+
+
+def test_where_nothing_is_changed_nothing_is_exceeded() -> None:
+    found = exceeded(np.array([[[2.0, 0.0, 0.0]], [[3.0, 0.0, 1e-4]]]), 0.95)
+    assert 0 < found[0] < 2 and found[1:].tolist() == [0, 0]
+    assert exceeded(np.full((1, 1, 1), 2.0), 0.95) == pytest.approx(2)
+
+
 SEEN = Target(visible=True)
 
 
@@ -318,7 +337,8 @@ def test_the_curve_of_a_record_has_its_judges() -> None:
 
 
 def test_a_weight_is_as_visible_as_nearly_all_of_its_pictures() -> None:
-    visibility = np.random.default_rng(0).permuted(np.arange(32.0)[:, None] * [2, 0, 1], axis=0).reshape(8, 4, 3)
+    pictures = np.exp(norm.ppf((np.arange(32) + 0.5) / 32))
+    visibility = np.random.default_rng(0).permuted(pictures[:, None] * [2, 0, 1], axis=0).reshape(8, 4, 3)
     made = curve_of(replace(record_of(), visibility=visibility), "reward")
     assert made.visible == pytest.approx((2 * made.visible[2], 0, made.visible[2]))
     assert (visibility[:, :, 2] > made.visible[2]).mean() == pytest.approx(0.95, abs=1 / 32)
