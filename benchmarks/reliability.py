@@ -151,8 +151,9 @@ def endure(workplace: Path, folder: Path, num_steps: int, look_every: float = 5.
     process, seen = psutil.Process(pid), []
     while process.status() != psutil.STATUS_ZOMBIE:
         if (folder / METRICS_FILE).exists():
-            steps = len(read_metrics(folder / METRICS_FILE))
-            seen.append((steps, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
+            steps, memory = len(read_metrics(folder / METRICS_FILE)), process.memory_info().rss / 2**20
+            if memory:  # it may have ended just now
+                seen.append((steps, memory, process.num_fds(), process.num_threads()))
         time.sleep(look_every)
     assert wait(pid) == 0 and len(read_metrics(folder / METRICS_FILE)) == num_steps
     return seen
