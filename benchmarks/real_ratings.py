@@ -30,7 +30,6 @@ from library.scorer_training.criteria.metrics import spearman
 from library.scorer_training.noise import add_noise, draw_sigmas, standard_schedule
 from library.scorers.efficientnet_lite import load_efficientnet_lite0
 from library.scorers.kinds.efficientnet_lite import EfficientNetLite, Seen
-from library.scorers.kinds.latent_resnet import LatentResNet
 from library.settings.cli import run_main
 
 COUNTS = (25, 50, 100, 200, 400)  # and all
@@ -50,10 +49,16 @@ def batches(count: int, size: int, generator: torch.Generator | None = None) -> 
     return (torch.arange(count) if generator is None else torch.randperm(count, generator=generator)).split(size)
 
 
+def load_backbone(weights: Path, channels: int = 32) -> EfficientNetLite:
+    """One of latents of so many channels, with ImageNet's network, that has not learned to see latents."""
+    backbone = EfficientNetLite(in_channels=channels, **EfficientNetLite.presets["base"])
+    backbone.network.load_state_dict(load_efficientnet_lite0(str(weights)).state_dict())
+    return backbone
+
+
 def pretrained(photographs: Photographs, weights: Path, file: Path, epochs: int) -> EfficientNetLite:
     """A backbone that imitates the network on photographs nobody rated, from `file` if it is there; the last 5 % only measure it."""
-    backbone = EfficientNetLite(in_channels=photographs.latents[0].shape[1], **EfficientNetLite.presets["base"])
-    backbone.network.load_state_dict(load_efficientnet_lite0(str(weights)).state_dict())
+    backbone = load_backbone(weights, photographs.latents[0].shape[1])
     if not file.is_file():
         imitate(backbone, photographs, epochs)
         atomic_save_safetensors(backbone.state_dict(), file)
@@ -184,41 +189,6 @@ def measure(seers: Mapping[str, Mapping[float, Tensor]], opinions: Mapping[str, 
     return rows
 
 
-# -- a network that learns to see from the ratings alone ---------------------------------------------------------------------------
-
-
-def from_scratch(photographs: Photographs, opinions: Opinions, rated: np.ndarray, count: int, steps: int) -> list[float]:
-    """Rank correlations on clean latents, by fold, of the default kind of scorer, trained for so many steps of twice BATCH pictures."""
-    latents, fold, found = torch.cat(photographs.latents), folds_of(len(rated)), []
-    for own in range(FOLDS):
-        torch.manual_seed(own)
-        inside, outside = np.flatnonzero(fold != own), np.flatnonzero(fold == own)
-        chosen = torch.from_numpy(np.random.default_rng(10 * own).permutation(inside)[:count])
-        target = torch.from_numpy(rated[chosen]).float()
-        target = (target - target.mean()) / target.std()
-        backbone = LatentResNet(in_channels=latents.shape[1], **LatentResNet.presets["tiny"])
-        network = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(backbone.feature_width, 1)})
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1, pct_start=0.1)
-        schedule, generator = standard_schedule(), torch.Generator().manual_seed(own)
-        for _ in range(steps):
-            rows = torch.randint(count, (2 * BATCH,), generator=generator)
-            sigmas = draw_sigmas(len(rows), CLEAN, schedule, generator)
-            clean = latents[chosen[rows]]
-            noisy = add_noise(clean, sigmas, torch.randn(clean.shape, generator=generator)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
-                score = network["head"](backbone(noisy, sigmas))[:, 0]
-            optimizer.zero_grad()
-            (score.float() - target[rows]).square().mean().backward()
-            optimizer.step()
-            rate.step()
-        with torch.inference_mode():
-            parts = [latents[rows] for rows in torch.from_numpy(outside).split(32)]
-            scores = torch.cat([network["head"](backbone(part, torch.zeros(len(part))))[:, 0] for part in parts])
-        found.append(spearman(scores, torch.from_numpy(opinions.mean[outside])))
-    return found
-
-
 def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> str:
     """Rank correlations on clean latents by number of ratings, and by noise level at 100 ratings."""
     counts = list(dict.fromkeys(row["count"] for row in rows))
@@ -255,9 +225,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="Width and height in pixels of the rated photographs.")
     parser.add_argument("--every", type=int, default=1, help="Take every n-th of the pictures without ratings.")
     parser.add_argument("--epochs", type=int, default=8, help="Of the imitation.")
-    parser.add_argument(
-        "--scratch_steps", type=int, default=0, help="Also train the default kind from 100 ratings, for so many steps; 0: not."
-    )
     parser.add_argument("--work", type=Path, default=Path("output/real_ratings"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_ratings")
     options = parser.parse_args(words)
@@ -279,14 +246,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "moments of the latents": {0.0: standardised(torch.cat([moments_of(part) for part in rated.latents]))},
     }
     rows = measure(seers, people, [count for count in COUNTS if count < len(files) * (FOLDS - 1) // FOLDS])
-    if options.scratch_steps:
-        person = people["valence"].of_one_person(0)
-        values = from_scratch(rated, people["valence"], person, 100, options.scratch_steps)
-        print(f"latent_resnet from scratch, 100 ratings of one person, valence: {values}")
-        rows.append({"features": "latent_resnet, trained", "score": "valence", "ratings of": "one person", "count": 100, "folds": values})
-    write_results(
-        options.output, rows, table([row for row in rows if "srcc" in row], {score: ceiling(own) for score, own in people.items()})
-    )
+    write_results(options.output, rows, table(rows, {score: ceiling(own) for score, own in people.items()}))
 
 
 if __name__ == "__main__":

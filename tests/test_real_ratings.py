@@ -1,10 +1,12 @@
-"""The benchmark of real ratings: its table is read, and its cross-validation knows what can be known."""
+"""The benchmarks of real ratings: their table is read, and their cross-validation knows what can be known."""
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from benchmarks.photographs import Opinions, read_oasis
+from benchmarks.real_kinds import EVERY, MOMENTS, TinyVae, fitted, learning_curve, make_run, rating_tables, table
 from benchmarks.real_ratings import cross_validated
 
 
@@ -28,3 +30,28 @@ def test_ratings_that_the_features_know_are_learned_and_others_are_not():
     assert found[0.0][0] > 0.99 and abs(found[1.0][0]) < 0.2
     one = cross_validated({0.0: torch.from_numpy(features)}, opinions, [opinions.of_one_person(0)], None)
     assert 0.5 < one[0.0][0] < 1
+
+
+def test_a_kind_learns_one_persons_ratings_of_four_fifths_and_is_measured_by_the_mean_on_the_last(tmp_path):
+    torch.manual_seed(0)
+    greys, files = torch.linspace(10, 240, 40).int().tolist(), []
+    for number, grey in enumerate(greys):
+        files.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (64, 48), (grey, grey, grey)).save(files[-1])
+    opinions = Opinions(np.linspace(1, 7, 40), np.full(40, 0.1))
+    tables = list(rating_tables(tmp_path, files, opinions, 20))
+    rows = [line.split(",")[1:] for line in tables[1].read_text().splitlines()[1:]]
+    assert [split for _, split in rows] == ["train"] * 20 + ["validation"] * 8
+    assert all(float(score).is_integer() for score, split in rows if split == "train")
+
+    settings = {"vae": str(tmp_path), "resolution": "64,48", "output_dir": str(tmp_path), "train_data_file": str(tables[1])}
+    curve = learning_curve(make_run(TinyVae(nn.Conv2d(3, 32, 8, stride=8)), settings), EVERY)
+    assert len(curve) == 1 and curve[0] > 0.8
+
+    moments = fitted(torch.tensor(greys)[:, None].float(), opinions, 20)
+    assert all(own[0] > 0.99 for own in moments)
+    cases = [{"kind": kind, "score": "valence", "count": 20, "srcc": own} for kind, own in ((MOMENTS, moments), ("x", [curve] * 5))]
+    lines = table(cases).splitlines()
+    assert lines[2].startswith("| moments of the latents, ridge | valence | 20 | 1.00 ± 0.00 |") and lines[3].startswith(
+        "| x | valence | 20 |"
+    )
