@@ -48,6 +48,12 @@ def eps_to_v(latents: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     return (eps - (1 - abar).sqrt() * latents) / abar.sqrt()
 
 
+def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
+    """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise; DDPM, arXiv 2006.11239, eq. 4. x0, noise [B, C, h, w]; abar [B]."""
+    abar = per_sample(abar, x0)
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
 def flow_scale(abar: Tensor) -> Tensor:
     """What flow-matching latents are divided with to be variance-preserving, sqrt((1 - s)^2 + s^2), at the same sigma."""
     return 1 / (abar.sqrt() + (1 - abar).sqrt())
@@ -269,6 +275,5 @@ class NoiseSchedule:
         return torch.cat([steps, torch.tensor([-1])])
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise; DDPM, arXiv 2006.11239, eq. 4. x0, noise [B, C, h, w]; timesteps [B]."""
-        abar = per_sample(self.abar(timesteps), x0)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        """x0 and noise [B, C, h, w] at timesteps [B]; see `add_noise`."""
+        return add_noise(x0, noise, self.abar(timesteps))

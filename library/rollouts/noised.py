@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_schedule import per_sample
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.trajectories import Pool, Trajectories
 from library.training.runtime import upload
@@ -43,9 +42,9 @@ class NoisedRollout(Rollout):
             self._clean, self._uses = self._pictures(self._pool), 0
         pool, self._uses = self._pool, self._uses + 1
         pool.steps = torch.randint(pool.num_steps, (len(pool.steps),), generator=own.generator).tolist()
-        abar = own.model.schedule.abar(pool.timesteps[upload(pool.steps, own.model.device)])
+        timesteps = pool.timesteps[upload(pool.steps, own.model.device)]
         noise = upload(torch.randn(self._clean.shape, generator=own.generator), own.model.device)
-        pool.latents = per_sample(abar.sqrt(), noise) * self._clean + per_sample((1 - abar).sqrt(), noise) * noise
+        pool.latents = own.model.schedule.add_noise(self._clean, noise, timesteps)
         if pool.history is not None:
             pool.history.abar.zero_()
         places = own.next_places(pool)

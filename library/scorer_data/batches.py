@@ -11,14 +11,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.scorer_data.latent_cache import DamagedLatentsError, LatentCache
+from library.training.runtime import upload
 
 BLOCK_BYTES = 2**29  # of shards whose latents are shuffled together: 16384 latents of 4 x 64 x 64
-
-
-def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor.to`; towards a GPU from memory that it reads by itself, while the CPU goes on."""
-    pinned = torch.device(device).type == "cuda" and not tensor.is_cuda
-    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,3 +110,14 @@ def crop_share(width: int, height: int, size: tuple[int, int]) -> float:
     """How much of a picture of `width` x `height` is cut off when it just covers `size`: 0 to below 1."""
     ratio = (width / height) / (size[0] / size[1])
     return 1 - min(ratio, 1 / ratio)
+
+
+def check_crop(name: str, picture: tuple[int, int], bucket: tuple[int, int], config: BucketConfig) -> None:
+    """Raises UserError for a picture (width, height) of which its bucket would cut off more than `max_crop`."""
+    cut = crop_share(*picture, bucket)
+    if config.enable_bucket and cut > config.max_crop:
+        width, height = picture
+        raise UserError(
+            f"picture {name} is {width}x{height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off {cut:.0%}: "
+            f"max_crop is {config.max_crop:g}"
+        )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.models.vae import Autoencoder, encode_images, move, probe_picture
-from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
+from library.scorer_data.buckets import BucketConfig, check_crop, choose_bucket
 from library.scorer_data.latent_cache import LatentCache
 from library.scorer_data.npz_cache import NpzCache
 from library.scorer_data.pictures import read_picture, to_pixels
@@ -204,14 +204,10 @@ def _prepare(job: _Job, buckets: BucketConfig, npz: NpzCache | None, opening_par
     except UserError as error:
         return Skipped(str(error), UNREADABLE)
     bucket = choose_bucket(*picture.size, buckets)
-    cut = crop_share(*picture.size, bucket)
-    if buckets.enable_bucket and cut > buckets.max_crop:
-        width, height = picture.size
-        return Skipped(
-            f"picture {job.picture.key} is {width}x{height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off {cut:.0%}: "
-            f"max_crop is {buckets.max_crop:g}",
-            "picture is longer than max_crop allows",
-        )
+    try:
+        check_crop(job.picture.key, picture.size, bucket, buckets)
+    except UserError as error:
+        return Skipped(str(error), "picture is longer than max_crop allows")
     cached = {} if npz is None else npz.find(job.picture, job.state, bucket, job.variants)
     to_encode = [variant for variant in job.variants if variant not in cached or npz is None or not npz.trusted]
     images = {variant: render(picture, bucket, variant, job.picture.key) for variant in to_encode}

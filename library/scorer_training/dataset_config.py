@@ -28,7 +28,7 @@ from typing import Any
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS
 from library.scorer_training.criteria.base import CRITERIA
-from library.settings.options import check_at_least, check_not_set, nearest, option
+from library.settings.options import check_at_least, check_not_set, did_you_mean, option
 from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000
@@ -204,8 +204,7 @@ def _dataset(general: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
     known = {entry.name: entry.type for entry in fields(Dataset)}
     for key in values:
         if key not in known:
-            match = nearest(key, known)
-            hint = f" (did you mean {match!r}?)" if match else ""
+            hint = did_you_mean(key, known)
             raise UserError(f"{where}: there is no key {key!r}{hint}; it can be {', '.join(known)}; a reader's keys belong into its subset")
     for key in ("name", "criterion", "target_class"):
         _check(values, key, str, where)

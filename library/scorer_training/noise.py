@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_schedule import NoiseSchedule, per_sample, sigma_to_abar
-from library.scorer_data.batches import LatentBatch, upload
+from library.diffusion import noise_schedule
+from library.diffusion.noise_schedule import NoiseSchedule
+from library.scorer_data.batches import LatentBatch
+from library.training.runtime import upload
 
 DrawVisible = Callable[[Tensor, torch.Generator], Tensor | None]  # (latents, generator) -> `NoisyBatch.visible`
 
@@ -29,9 +31,8 @@ def draw_sigmas(count: int, clean_fraction: float, schedule: NoiseSchedule, gene
 
 
 def add_noise(latents: Tensor, sigmas: Tensor, noise: Tensor) -> Tensor:
-    """x = sqrt(abar) x0 + sqrt(1 - abar) eps at abar = 1 / (1 + sigma^2)."""
-    abar = per_sample(sigma_to_abar(sigmas), latents)
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    """Latents and noise [B, C, h, w] at noise levels [B]."""
+    return noise_schedule.add_noise(latents, noise, noise_schedule.sigma_to_abar(sigmas))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -129,7 +129,3 @@ class BestState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.value, self.step, self.validations_since = state["value"], state["step"], state["validations_since"]
         self.tables, self._state = state["tables"], dict(state["weights"])
-
-    def describe(self, names: Sequence[str]) -> str:
-        """The tables of these tasks, for the log."""
-        return "\n".join(f"{name}, best at step {self.step}:\n{format_table(self.tables[name])}" for name in names)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.diffusion.noise_schedule import per_sample, sigma_to_abar
+from library.diffusion.noise_schedule import add_noise, sigma_to_abar
 from library.errors import UserError
 from library.models.vae import Autoencoder, encode_images
-from library.scorer_data.buckets import BucketConfig, choose_bucket, crop_share
+from library.scorer_data.buckets import BucketConfig, check_crop, choose_bucket
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import RatedImage, Skipped
 from library.scorers.base import Scorer
@@ -89,12 +89,7 @@ class LatentRater:
 
     def _fit(self, picture: Image.Image, image: RatedImage) -> Image.Image:
         bucket = choose_bucket(*picture.size, self.buckets)
-        cut = crop_share(*picture.size, bucket)
-        if self.buckets.enable_bucket and cut > self.buckets.max_crop:
-            raise UserError(
-                f"picture {image.name} is {picture.width}x{picture.height}, of which its bucket of {bucket[0]}x{bucket[1]} would cut off "
-                f"{cut:.0%}: max_crop is {self.buckets.max_crop:g}"
-            )
+        check_crop(image.name, picture.size, bucket, self.buckets)
         return cover(picture, bucket)
 
     @torch.no_grad()
@@ -103,8 +98,7 @@ class LatentRater:
         sigmas = latents.new_full((len(latents),), self.sigma)
         if self.sigma:
             rows = [torch.randn(latents.shape[1:], generator=generator(self.seed, image.name)) for image in images]
-            abar = per_sample(sigma_to_abar(sigmas), latents)
-            latents = abar.sqrt() * latents + (1 - abar).sqrt() * torch.stack(rows).to(latents.device)
+            latents = add_noise(latents, torch.stack(rows).to(latents.device), sigma_to_abar(sigmas))
         prompts = [image.prompt for image in images] if self.scorer.spec.uses_prompt else None
         cond = self.encode_prompts(prompts) if prompts is not None and self.encode_prompts is not None else None
         scores, spreads = self.scorer.score_and_uncertainty(latents, sigmas, cond, prompts)

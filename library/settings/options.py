@@ -124,6 +124,7 @@ def options(config_class: type) -> dict[str, Option]:
             assert "help" in field.metadata, f"{concern.__name__}.{field.name} is not made with option()"
             default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
             item_type, container, optional = _parse_type(hints[field.name])
+            choices = field.metadata["choices"]
             table[field.name] = Option(
                 name=field.name,
                 section=section,
@@ -131,12 +132,7 @@ def options(config_class: type) -> dict[str, Option]:
                 container=container,
                 optional=optional,
                 default=default,
-                help=field.metadata["help"],
-                choices=None if field.metadata["choices"] is None else tuple(field.metadata["choices"]),
-                secret=field.metadata["secret"],
-                expert=field.metadata["expert"],
-                only_with=field.metadata["only_with"],
-                stands_for=field.metadata["stands_for"],
+                **{**field.metadata, "choices": None if choices is None else tuple(choices)},
             )
     return table
 
@@ -179,7 +175,7 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
             except UserError as error:
                 mistakes.append(f"{error}{where}")
         elif name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
-            mistakes.append(f"unknown option {name!r}{where}{_did_you_mean(name, table)}; --help lists the options")
+            mistakes.append(f"unknown option {name!r}{where}{did_you_mean(name, table)}; --help lists the options")
     if mistakes:
         raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
     return result
@@ -262,6 +258,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_lower_case[matches[0]] if matches else None
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint behind a name that nobody knows: " (did you mean 'x'?)", or ""."""
+    match = nearest(name, known)
+    return "" if match is None else f" (did you mean {match!r}?)"
+
+
 def _unread(table: Mapping[str, Option], resolved: Mapping[str, Any], given: Collection[str]) -> list[Option]:
     """Those given a value, even their default, that have no effect with the values of the others."""
     return [
@@ -332,7 +334,7 @@ def _coerce_item(entry: Option, value: object) -> Any:
         raise UserError(f"{entry.name} is {shown}, but it must be {_EXPECTED[entry.item_type]}") from None
     if entry.choices is not None and item not in entry.choices:
         allowed = ", ".join(entry.choices)
-        raise UserError(f"{entry.name} is {value!r}, but it must be one of {allowed}{_did_you_mean(str(item), entry.choices)}")
+        raise UserError(f"{entry.name} is {value!r}, but it must be one of {allowed}{did_you_mean(str(item), entry.choices)}")
     return item
 
 
@@ -360,11 +362,6 @@ def _convert(target: type, value: Any) -> Any:
             raise ValueError
         return int(value)
     return Path(str(value)).expanduser() if target is Path else str(value)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    match = nearest(name, known)
-    return "" if match is None else f" (did you mean {match!r}?)"
 
 
 def _check_numbers(config: object, names: Iterable[str], accepts: Callable[[float], bool], rule: str) -> None:

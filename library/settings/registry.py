@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.settings.options import nearest
+from library.settings.options import did_you_mean
 
 T = TypeVar("T")
 EntryT = TypeVar("EntryT")
@@ -71,9 +71,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if self._named_after_modules and name not in self._entries and name in self._module_names():
             importlib.import_module(f"{self._package}.{name}")
         if name not in self._entries:
-            match = nearest(str(name), self.names)
-            did_you_mean = "" if match is None else f" (did you mean {match!r}?)"
-            raise UserError(f"there is no {self._noun} {name!r}; {self.kind} is one of {', '.join(self.names)}{did_you_mean}")
+            known = self.names
+            raise UserError(f"there is no {self._noun} {name!r}; {self.kind} is one of {', '.join(known)}{did_you_mean(str(name), known)}")
         return self._entries[name]
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -7,7 +7,6 @@ whole, with a checksum that loading compares.
 import contextlib
 import hashlib
 import logging
-import os
 import random
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_folder
+from library.atomic_files import atomic_folder, atomic_open
 from library.errors import UserError
 from library.training.output_files import check_outputs
 
@@ -85,10 +84,8 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds {min(strangers)}, which is no part of a state, so none is written there; move it, or the folder")
     check_outputs(folders=[folder], space=_num_bytes(state))
     with atomic_folder(folder) as unfinished:
-        with (unfinished / STATE_FILE).open("wb") as file:
+        with atomic_open(unfinished / STATE_FILE) as file:
             torch.save({"format": STATE_FORMAT, "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
         (unfinished / CHECKSUM_FILE).write_text(_checksums(unfinished), encoding="ascii", newline="\n")
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import UserError
-from library.settings.options import key_value_pairs, nearest
+from library.settings.options import did_you_mean, key_value_pairs
 from library.settings.registry import Registry
 from library.settings.shared import OptimizerConfig
 
@@ -245,9 +245,7 @@ def _schedule_path(given: str) -> tuple[str, str]:
 
 
 def _unknown(option: str, given: str, known: Iterable[str]) -> str:
-    match = nearest(given, known)
-    did_you_mean = "" if match is None else f" (did you mean {match!r}?)"
-    return f"{option} is {given!r}, but it must be one of {', '.join(known)}, or package.module.Class{did_you_mean}"
+    return f"{option} is {given!r}, but it must be one of {', '.join(known)}, or package.module.Class{did_you_mean(given, known)}"
 
 
 def _import_object(path: str, what: str, package: str) -> Any:
@@ -283,9 +281,7 @@ def _check_arguments(option: str, given: Mapping[str, object], what: str, target
     allowed = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL][1:]
     for name in given:
         if name not in allowed:
-            match = nearest(name, allowed)
-            did_you_mean = "" if match is None else f" (did you mean {match!r}?)"
-            raise UserError(f"{option} has {name!r}, but {what} takes {', '.join(allowed)}{did_you_mean}")
+            raise UserError(f"{option} has {name!r}, but {what} takes {', '.join(allowed)}{did_you_mean(name, allowed)}")
 
 
 def _check_one_learning_rate(name: str, rates: set[float]) -> None:

@@ -110,10 +110,10 @@ def generator(seed: int, *stream: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: manual_seed takes a signed 64-bit integer
 
 
-def upload(values: Tensor | Sequence[float], device: torch.device) -> Tensor:
+def upload(values: Tensor | Sequence[float], device: torch.device | str) -> Tensor:
     """Values on the device, without a wait for it: a copy from pinned memory is only put in its queue."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def all_reduce_grads(params: Iterable[Tensor], accelerator: Accelerator) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from library.errors import UserError
 from library.scorer_data.readers.exports import VOTES, from_json, plain_answer
 from library.scorer_data.records import Records, Skipped
-from library.settings.options import nearest
+from library.settings.options import did_you_mean
 from library.settings.registry import Registry
 
 TARGETS = ("score", "label", "votes", "tags", "pair")
@@ -123,9 +123,7 @@ def check_options(name: str, options: ReaderOptions) -> None:
     for key in [*given, *options.extra]:
         known = [*reader.known, *reader.own]
         if key not in known:
-            match = nearest(key, known)
-            hint = f" (did you mean {match!r}?)" if match else ""
-            raise UserError(f"reader {name!r} has no option {key!r}{hint}; it has {', '.join(known) or 'none'}")
+            raise UserError(f"reader {name!r} has no option {key!r}{did_you_mean(key, known)}; it has {', '.join(known) or 'none'}")
         if key in ("score_column", "score_range") and options.target != "score":
             raise UserError(f"{key} is set for reader {name!r}, but {options.target} is to be learned and not a score; leave it out")
     for key, value in options.extra.items():

@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import balanced_accuracy, mean_average_precision, micro_f1, top_k_accuracy
 from library.scorers.heads import HeadSpec
-from library.settings.options import nearest
+from library.settings.options import did_you_mean
 
 LABEL_SMOOTHING = 0.1  # Szegedy et al., arXiv 1512.00567
 ASL_POSITIVE_GAMMA, ASL_NEGATIVE_GAMMA, ASL_MARGIN = 1, 4, 0.05
@@ -25,10 +25,8 @@ def choose_target_class(name: str, classes: tuple[str, ...], options: Mapping[st
     """
     chosen = options.get("target_class") or classes[0]
     if chosen not in classes:
-        match = nearest(chosen, classes)
-        hint = f" (did you mean {match!r}?)" if match else ""
         some = ", ".join(classes[:SHOWN_CLASSES]) + (f" and {len(classes) - SHOWN_CLASSES} more" if len(classes) > SHOWN_CLASSES else "")
-        raise UserError(f"dataset {name} has no target_class {chosen!r}{hint}; it has {some}")
+        raise UserError(f"dataset {name} has no target_class {chosen!r}{did_you_mean(chosen, classes)}; it has {some}")
     return chosen
 
 
