@@ -29,7 +29,7 @@ from library.measuring.measure import Measurer
 from library.prompts.files import load_prompts, spread
 from library.reports.plots import image_grid, signed
 from library.rollouts.prompt_encoder import PromptEncoder
-from library.rollouts.sample import decode, initial_noise, predict_guided_eps, sample
+from library.rollouts.sample import decode, guide, initial_noise, predict_branches, sample
 from library.scorer_training.criteria.metrics import spearman
 from library.scorers.io import load_scorer
 
@@ -83,7 +83,7 @@ def followed(used: Measurer, size: int) -> Iterator[tuple[float, Tensor]]:
     for now, after in pairwise(schedule.inference_timesteps(sampling.num_steps)):
         now, after = now.expand(len(asked)), after.expand(len(asked))
         yield schedule.sigmas(now)[0].item(), latents
-        eps = predict_guided_eps(model, latents, now, cond, uncond, scales)
+        eps = guide(model, latents, now, *predict_branches(model, latents, now, cond, uncond), scales, 0.0)
         latents = solver.step(latents, eps, schedule.abar(now), schedule.abar(after), None, None)
     yield 0.0, latents
 

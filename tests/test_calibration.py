@@ -10,9 +10,10 @@ import torch
 from scipy.stats import norm
 
 from library.errors import UserError
-from library.measuring.calibration import STRONGEST, WEAKEST, Calibration, Target, choose_scale, confirm, next_strength
+from library.measuring.calibration import Calibration, Target
 from library.measuring.response_curve import ResponseCurve, curve_of, exceeded, response_curve, summarise_curve
 from library.measuring.statistics import Interval, bootstrap_gains, within_prompt_std
+from library.measuring.strength import STRONGEST, WEAKEST, choose_scale, confirm, next_strength
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
 from tests.helpers.records import record_of

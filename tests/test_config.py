@@ -8,7 +8,8 @@ import pytest
 
 from library.errors import UserError
 from library.models.config import ModelConfig
-from library.settings.options import build, key_value_pairs, nearest, option, options
+from library.settings.option_values import nearest
+from library.settings.options import build, key_value_pairs, option, options
 from library.settings.registry import Registry
 from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED

@@ -11,7 +11,8 @@ import train_leco_score
 from benchmarks import memory
 from library.rollouts.sample import SAMPLED_BYTES, SAMPLED_LATENTS
 from library.settings.options import build
-from library.slider_training.estimate import COMPARE, DECODE, PARTS, SAMPLE, SCORE, STEP, Allocations, Estimate, estimate
+from library.slider_training.counted_memory import Allocations
+from library.slider_training.estimate import COMPARE, DECODE, PARTS, SAMPLE, SCORE, STEP, Estimate, estimate
 from library.slider_training.setup import leco_score_config
 from tests.helpers.tiny_leco_run import make_workplace, settings
 

@@ -11,7 +11,8 @@ import library.measuring.measure as measure
 from library.errors import UserError
 from library.measuring.image_statistics import chroma, clipped_share, perceptual_distance, rms_distance, rms_diversity, vae_features
 from library.measuring.judges import Judges, load_judges
-from library.measuring.measure import Comparison, Measurer, Part, Raters, seed_table
+from library.measuring.measure import Comparison, Measurer, Raters, seed_table
+from library.measuring.pictures import Part
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Reward
 from library.rollouts.sample import SamplingConfig, decode, sample

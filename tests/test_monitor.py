@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.measuring.calibration import Target, choose_scale
+from library.measuring.calibration import Target
 from library.measuring.judges import Judges
 from library.measuring.record import EvaluationRecord
 from library.measuring.response_curve import ResponseCurve
 from library.measuring.statistics import within_prompt_std
+from library.measuring.strength import choose_scale
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH

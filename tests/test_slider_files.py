@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.measuring.calibration import Calibration, Target, choose_scale
+from library.measuring.calibration import Calibration, Target
 from library.measuring.response_curve import ResponseCurve, summarise_curve
+from library.measuring.strength import choose_scale
 from library.measuring.warnings import SliderWarning
 from library.models.config import ModelConfig
 from library.scorers.worth import Worth

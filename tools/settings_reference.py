@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from library.settings.options import Option, options
+from library.settings.option_values import Option
+from library.settings.options import options
 from tools.cache_latents import CacheLatentsConfig
 from tools.evaluate_slider import EvaluateSliderConfig
 from tools.make_pixel_scorer import MakePixelScorerConfig

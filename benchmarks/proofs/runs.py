@@ -12,7 +12,8 @@ from safetensors import safe_open
 from benchmarks import ROOT
 from benchmarks.shapes_runs import MODEL, VAE, learned_scorer, written_prompts
 from library.measuring.judges import Judges
-from library.measuring.measure import Measurer, Part, Raters, seed_table
+from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.pictures import Part
 from library.measuring.record import EvaluationRecord
 from library.models.base import DiffusionModel
 from library.models.loading import load_model

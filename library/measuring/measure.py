@@ -16,6 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.measuring.against_base import Comparison, as_shown, looks_of, mean_of, statistics_of
 from library.measuring.judges import Judges
+from library.measuring.pictures import BasePictures, Part, PromptPictures
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.statistics import summarise_response, within_prompt_std
 from library.models.base import DiffusionModel
@@ -51,43 +52,6 @@ class Raters:
             raise UserError(f"a scorer and a judge are both called {', '.join(sorted(both))}; give each a name of its own")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BasePictures:
-    """What the base model makes of the prompts, on the CPU; lists have an entry for each prompt.
-
-    Attributes:
-        scores: by name [P, S].
-        looks: statistics of the pictures alone, in their own units.
-        latents: clean, [S, C, h, w].
-        shown: pixels as a picture file holds them, uint8 [S, 3, H, W]; empty where no pixels are needed.
-    """
-
-    scores: Mapping[str, np.ndarray]
-    looks: Sequence[Mapping[str, float]]
-    latents: Sequence[Tensor]
-    shown: Sequence[Tensor]
-
-    def part(self, rows: Sequence[int], places: slice) -> "BasePictures":
-        """Those of these prompts and seeds; statistics stay those of all seeds."""
-        return BasePictures(
-            scores={name: table[np.array(rows)][:, places] for name, table in self.scores.items()},
-            looks=[self.looks[row] for row in rows],
-            latents=[self.latents[row][places] for row in rows],
-            shown=[self.shown[row][places] for row in rows] if self.shown else (),
-        )
-
-
-@dataclass(frozen=True)
-class PromptPictures:
-    """The pictures of one prompt, on the CPU: clean latents [S, K, C, h, w], pixels as decoded (not clamped) [S, K, 3, H, W] or None,
-    scores [S, K] by name. `row` is its place among the prompts that were asked for."""
-
-    row: int
-    latents: Tensor
-    decoded: Tensor | None
-    scores: Mapping[str, Tensor]
-
-
 @dataclass(kw_only=True)
 class Measurer:
     """Measures networks on fixed prompts and seeds.
@@ -117,7 +81,7 @@ class Measurer:
                 raise UserError(f"{count} seed per prompt cannot tell a slider from chance; give at least 2 seeds per prompt")
 
     @property
-    def everything(self) -> "Part":
+    def everything(self) -> Part:
         return Part(range(len(self.prompts)), slice(None))
 
     @torch.no_grad()
@@ -142,7 +106,7 @@ class Measurer:
         multipliers: Sequence[float],
         *,
         name: str = "slider",
-        part: "Part | None" = None,
+        part: Part | None = None,
     ) -> EvaluationRecord:
         """Sample, score and compare with the base model. A network that does nothing yet is not sampled.
 
@@ -239,7 +203,7 @@ class Measurer:
     def _identity(self) -> str:
         return repr((self.prompts, self.seeds, self.sampling, self.pixels, *self.raters.names))
 
-    def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str, part: "Part") -> Iterator[PromptPictures]:
+    def _sampled(self, network: LoRANetwork, multipliers: Sequence[float], label: str, part: Part) -> Iterator[PromptPictures]:
         """One prompt's pictures after the other's, scored. At most a batch of pictures, or those of one prompt, is held at a time."""
         encoder, count = self.encoder or PromptEncoder(self.model, network), len(multipliers)
         encoder.expect(self.prompts)
@@ -299,14 +263,6 @@ class Measurer:
             chunk.append(row)
         if chunk:
             yield chunk
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of a measurer's pictures: prompts by their rows, and a range of each one's seeds."""
-
-    rows: Sequence[int]
-    places: slice
 
 
 def seed_table(prompts: Sequence[PromptSpec], count: int, first: int = 0, offset: int = 0) -> list[list[int]]:

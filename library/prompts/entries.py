@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.errors import UserError
-from library.settings.options import nearest
+from library.settings.option_values import nearest
 from library.types import SIDES, PromptSpec, is_side
 
 logger = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from typing import Any
 from library.errors import UserError
 from library.prompts.contents import TABLE_ENDINGS, read_lines, read_tables
 from library.prompts.entries import leco_keys, tables_with_defaults
-from library.settings.options import nearest
+from library.settings.option_values import nearest
 from library.types import SIDES, is_side
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import torch
 
 from library.errors import UserError
 from library.prompts.contents import read_lines
-from library.settings.options import nearest
+from library.settings.option_values import nearest
 
 MAX_COMBINATIONS = 10_000  # of one {2$$...}: more are not to be listed
 MAX_DEPTH = 50

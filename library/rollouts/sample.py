@@ -198,26 +198,6 @@ def guidance_scales(model: DiffusionModel, prompts: Sequence[PromptSpec], defaul
     return upload(torch.tensor(scales, dtype=torch.float32), model.device)
 
 
-def predict_guided_eps(
-    model: DiffusionModel,
-    latents: Tensor,
-    timesteps: Tensor,
-    cond: Conditioning,
-    uncond: Conditioning | None,
-    scales: Tensor,
-    rescale: float = 0.0,
-) -> Tensor:
-    """The prediction along which a sampler goes [B, C, h, w], float32: one U-Net call on 2 B rows, or on B without guidance.
-
-    Args:
-        latents: [B, C, h, w]. timesteps: [B].
-        uncond: as many rows as cond; None where every scale is 1.
-        scales: of guidance [B].
-        rescale: phi of `solvers.rescale_guidance`.
-    """
-    return guide(model, latents, timesteps, *predict_branches(model, latents, timesteps, cond, uncond), scales, rescale)
-
-
 def predict_branches(
     model: DiffusionModel, latents: Tensor, timesteps: Tensor, cond: Conditioning, uncond: Conditioning | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +212,13 @@ def predict_branches(
 def guide(
     model: DiffusionModel, latents: Tensor, timesteps: Tensor, cond_eps: Tensor, uncond_eps: Tensor | None, scales: Tensor, rescale: float
 ) -> Tensor:
-    """The guided prediction [B, C, h, w] from that of each branch; `cond_eps` itself where there is no other. The rest as above."""
+    """The prediction along which a sampler goes [B, C, h, w], from that of each branch; `cond_eps` itself where there is no other.
+
+    Args:
+        latents: [B, C, h, w]. timesteps: [B].
+        scales: of guidance [B].
+        rescale: phi of `solvers.rescale_guidance`.
+    """
     if uncond_eps is None:
         return cond_eps
     eps = guided_eps(uncond_eps, cond_eps, scales)

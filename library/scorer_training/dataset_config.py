@@ -28,7 +28,8 @@ from typing import Any
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS
 from library.scorer_training.criteria.base import CRITERIA
-from library.settings.options import check_at_least, check_not_set, did_you_mean, option
+from library.settings.option_values import did_you_mean
+from library.settings.options import check_at_least, check_not_set, option
 from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000

@@ -20,7 +20,8 @@ from typing import Any, NoReturn, TypeVar
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.settings.options import Option, construct, nearest, options, resolve, warn_unused
+from library.settings.option_values import Option, nearest
+from library.settings.options import construct, options, resolve, warn_unused
 from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, SAME, SEVERAL_WORDS, UNUSED, translate
 from library.settings.toml_files import config_path, key_lines, read_toml, to_toml, write_config_file

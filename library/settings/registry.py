@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from library.errors import UserError
-from library.settings.options import did_you_mean
+from library.settings.option_values import did_you_mean
 
 T = TypeVar("T")
 EntryT = TypeVar("EntryT")

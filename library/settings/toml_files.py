@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.settings.options import Option
+from library.settings.option_values import Option
 
 _CURLY_QUOTES = "“”„‟‘’‚‛«»"
 _ESCAPE = "a backslash in double quotes begins an escape; write the path with / or in single quotes"

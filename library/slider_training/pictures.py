@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from library.errors import UserError
-from library.measuring.calibration import Calibration, Target, choose_scale, confirm, next_strength
-from library.measuring.measure import Measurer, Part, Raters, seed_table
+from library.measuring.calibration import Calibration, Target
+from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.pictures import Part
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of
 from library.measuring.statistics import within_prompt_std
+from library.measuring.strength import choose_scale, confirm, next_strength
 from library.models.base import DiffusionModel
 from library.prompts.files import spread
 from library.rollouts.few_step import detect

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import UserError
-from library.settings.options import did_you_mean, key_value_pairs
+from library.settings.option_values import did_you_mean
+from library.settings.options import key_value_pairs
 from library.settings.registry import Registry
 from library.settings.shared import OptimizerConfig
 

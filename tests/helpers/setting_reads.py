@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_type_hints
 
-from library.settings.options import Option, options
+from library.settings.option_values import Option
+from library.settings.options import options
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = [*ROOT.glob("train_*.py"), *(ROOT / "library").rglob("*.py")]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from library.errors import UserError
 from library.scorer_data.readers.exports import VOTES, from_json, plain_answer
 from library.scorer_data.records import Records, Skipped
-from library.settings.options import did_you_mean
+from library.settings.option_values import did_you_mean
 from library.settings.registry import Registry
 
 TARGETS = ("score", "label", "votes", "tags", "pair")

@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.scorer_training.criteria.base import CRITERIA, Criterion
 from library.scorer_training.criteria.metrics import balanced_accuracy, mean_average_precision, micro_f1, top_k_accuracy
 from library.scorers.heads import HeadSpec
-from library.settings.options import did_you_mean
+from library.settings.option_values import did_you_mean
 
 LABEL_SMOOTHING = 0.1  # Szegedy et al., arXiv 1512.00567
 ASL_POSITIVE_GAMMA, ASL_NEGATIVE_GAMMA, ASL_MARGIN = 1, 4, 0.05
