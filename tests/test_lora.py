@@ -209,12 +209,15 @@ def test_dropouts_act_in_training_only_and_keep_the_mean() -> None:
         network.eval()
         assert torch.equal(call(), call()), options
         network.remove()
-    lora = full_lora(model, rank_dropout="0.5").unet_loras[0].train()
+    loras = full_lora(model, rank_dropout="0.5").train().unet_loras
+    convolution, linear = (next(lora for lora in loras if isinstance(lora.lora_down, kind)) for kind in (nn.Conv2d, nn.Linear))
     torch.manual_seed(0)
-    dropped = lora._drop(torch.ones(20000, lora.rank, 2, 2))
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(dropped[..., 0, 0], dropped[..., 1, 1])  # the rank is dropped, for all places of a row
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    places_last = convolution._drop(torch.ones(20000, convolution.rank, 2, 2)).flatten(2)
+    for dropped in (places_last, linear._drop(torch.ones(20000, 4, linear.rank)).transpose(1, 2)):  # [rows, rank, places]
+        assert set(dropped.unique().tolist()) == {0.0, 2.0}
+        assert torch.equal(dropped[..., 0], dropped[..., 3])  # the rank is dropped, for all places of a row
+        assert 0.3 < (dropped[:, 0, 0] != dropped[:, 1, 0]).float().mean() < 0.7  # each by itself
+        assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 def test_max_norm_shrinks_only_what_is_too_long() -> None:

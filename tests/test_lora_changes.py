@@ -26,6 +26,12 @@ def check(part: dict[str, Tensor], expected: Tensor) -> None:
     assert torch.equal((up.flatten(1) @ down.flatten(1)).reshape(change.shape), change)
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (6, 2), (4, 4), (3, 5, 3, 3)])
+def test_a_change_of_full_rank_has_no_more_factors_than_the_weight_has_rows_or_columns(shape: tuple[int, ...]) -> None:
+    down, up = factors_of(drawn(change=shape)["change"])
+    assert len(down) == up.shape[1] == min(shape[:2])
+
+
 def test_loha() -> None:
     part = drawn(hada_w1_a=(6, 2), hada_w1_b=(2, 4), hada_w2_a=(6, 2), hada_w2_b=(2, 4))
     first, second, expected = part["hada_w1_a"], part["hada_w2_a"], torch.zeros(6, 4)
