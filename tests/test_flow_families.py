@@ -116,7 +116,8 @@ def test_solvers_equal_diffusers(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"invert_sigmas": True}, {"use_karras_sigmas": True}, {"shift": -1}, {"shift": 0}, {"shift": 1000}, {"shift": "3"}]
+    "change",
+    [{"invert_sigmas": True}, {"use_karras_sigmas": True}, {"shift": -1}, {"shift": 0}, {"shift": 1000}, {"shift": 5000}, {"shift": "3"}],
 )
 def test_other_flows_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
