@@ -249,6 +249,17 @@ def test_bad_state_is_a_user_error(tmp_path: Path, damage: str, monkeypatch: pyt
     assert not (tmp_path / "trap_was_sprung").exists()
 
 
+def test_a_state_that_another_version_wrote_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path / "s", {"step": 1})
+    content = torch.load(tmp_path / "s" / STATE_FILE, weights_only=True)
+    for other in (content | {"format": "leco-score training state 1"}, {"state": {"step": 1}}, content | {"state": [1]}, [content]):
+        torch.save(other, tmp_path / "s" / STATE_FILE)
+        digest = hashlib.sha256((tmp_path / "s" / STATE_FILE).read_bytes()).hexdigest()
+        (tmp_path / "s" / CHECKSUM_FILE).write_text(f"{digest}  {STATE_FILE}\n")
+        with pytest.raises(UserError, match="resume from a state that this version wrote"):
+            load_state(tmp_path / "s")
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     save_state(folder, {"weights": torch.randn(50), "step": 3})
