@@ -110,7 +110,12 @@ def fit(config: LatentScorerConfig, optimizer: OptimizerConfig, accelerator: Acc
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings) | {"mixed_precision": accelerator.mixed_precision}}
     first_step = resumed[1].step if resumed else 0
     tracker = Tracker(
-        config.logging, output.output_dir, first_step=first_step, settings=record["settings"], enabled=accelerator.is_main_process
+        config.logging,
+        files.metrics_path,
+        first_step=first_step,
+        begin=files.keep_earlier,
+        settings=record["settings"],
+        enabled=accelerator.is_main_process,
     )
     with tracker, interruptible() as interrupts:
         trainer = ScorerTrainer(accelerator, tracker, files, interrupts)

@@ -89,7 +89,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
 
     num_steps, first_step, signs = updates.num_steps, updates.done, VitalSigns()
     using = partial(in_use, made.network, updates.optimizer)
-    with Tracker(config.logging, saving.output_dir, first_step=first_step, enabled=is_main) as tracker:
+    with Tracker(config.logging, files.metrics_path, first_step=first_step, begin=files.keep_earlier, enabled=is_main) as tracker:
         if config.monitor.sample_at_first and is_main:
             with using():
                 tracker.image("preview", made.previews.write(saving.output_dir, saving.output_name, first_step), first_step)

@@ -40,7 +40,7 @@ from library.scorer_training.config import LatentScorerConfig
 from library.settings.options import build
 from library.slider_training.setup import leco_score_config
 from library.training.checkpoints import load_state
-from library.training.tracking import METRICS_FILE, read_metrics
+from library.training.tracking import read_metrics
 from tests.helpers.golden_scorer import SMALL
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from tests.helpers.tiny_models import tiny_vae
@@ -141,21 +141,21 @@ CASES = {"slider": slider_case, "scorer": scorer_case, "cache": cache_case}
 
 
 def endure(workplace: Path, folder: Path, num_steps: int, look_every: float = 5.0) -> list[tuple[int, float, int, int]]:
-    """One run of so many steps, saved every 500 -> (steps in metrics.jsonl, MiB resident, handles, threads), every few seconds.
+    """One run of so many steps, saved every 500 -> (steps in the metrics, MiB resident, handles, threads), every few seconds.
 
     Raises:
         AssertionError: the metrics could not be read at some time, the run failed, or it wrote another number of lines.
     """
     values = {"max_train_steps": num_steps, "train_batch_size": 1, "save_every_n_steps": 500, "save_last_n_steps": 500, "save_state": True}
     pid = fork(lambda: train_leco_score.train(build(leco_score_config(), settings(workplace, folder, **values))))
-    process, seen = psutil.Process(pid), []
+    process, seen, path = psutil.Process(pid), [], folder / "tiny.metrics.jsonl"
     while process.status() != psutil.STATUS_ZOMBIE:
-        if (folder / METRICS_FILE).exists():
-            steps, memory = len(read_metrics(folder / METRICS_FILE)), process.memory_info().rss / 2**20
+        if path.exists():
+            steps, memory = len(read_metrics(path)), process.memory_info().rss / 2**20
             if memory:  # it may have ended just now
                 seen.append((steps, memory, process.num_fds(), process.num_threads()))
         time.sleep(look_every)
-    assert wait(pid) == 0 and len(read_metrics(folder / METRICS_FILE)) == num_steps
+    assert wait(pid) == 0 and len(read_metrics(path)) == num_steps
     return seen
 
 

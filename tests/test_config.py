@@ -215,6 +215,7 @@ def test_settings_that_nothing_reads_are_named_in_one_warning(
         ),
         ({"network_args": ["conv_dim=4 conv_alpha=1"]}, "network_args", ("conv_dim=4", "conv_alpha=1")),
         ({"text_encoder_lr": [5e-5, 5e-5], "network_train_unet_only": False}, "text_encoder_lr", 5e-5),
+        ({"text_encoder_lr": [], "network_train_unet_only": False}, "text_encoder_lr", None),
         ({"lr_warmup_steps": "10%"}, "lr_warmup_steps", 0.1),
         (
             {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 50, "lr_scheduler_min_lr_ratio": 0.1},

@@ -46,7 +46,7 @@ def test_a_gamed_score_warns_stops_and_keeps_the_best_step(
     )
 
     assert "moves the way the weight says and a judge the other way" in caplog.text
-    records = [record for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "hack_index" in record]
+    records = [record for record in read_metrics(tmp_path / "out" / "tiny.metrics.jsonl") if "hack_index" in record]
     assert 2 < len(records) < 7  # at the start, and stopped before the end
     assert records[0]["hack_index"] == 0
     indices = [record["hack_index"] or 0.0 for record in records]

@@ -344,7 +344,7 @@ def test_a_run_takes_limits_and_ensembles(tmp_path: Path) -> None:
     ):
         out = tmp_path / str(number)
         run(workplace, out, scorer=own, seed=1, max_train_steps=1, resolution=[128], **changes)
-        rewards.append(read_metrics(out / "metrics.jsonl")[0]["reward"])
+        rewards.append(read_metrics(out / "tiny.metrics.jsonl")[0]["reward"])
     assert rewards[1] == pytest.approx(rewards[0], rel=1e-4)
     for first, second in combinations(rewards[1:], 2):
         assert first != pytest.approx(second, rel=1e-3)

@@ -303,9 +303,14 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, messa
     assert str(tmp_path) in str(caught.value)
 
 
-def test_missing_file() -> None:
+def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prompts("nowhere.txt")
+    with pytest.raises(UserError, match="is a folder; give a .toml"):
+        load_prompts(tmp_path)
+    write(tmp_path / "mine.txt", "a cat")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [spec.prompt for spec in load_prompts("~/mine.txt")] == ["a cat"]
 
 
 def test_options_that_contradict(tmp_path: Path) -> None:

@@ -118,8 +118,13 @@ def test_sources_are_recognised(tmp_path: Path, name: str, text: str, reader: st
 
 def test_what_is_not_recognised(tmp_path: Path) -> None:
     for path in (tmp_path, write(tmp_path / "x.txt", "one two"), write(tmp_path / "x.xml", "")):
-        with pytest.raises(UserError, match="it does not show what .* is; set reader to one of ava, danbooru"):
+        with pytest.raises(
+            UserError, match=r"it does not show what .* is; give .* set data_reader \(reader in a dataset.toml\) to one of ava, dan"
+        ):
             recognise(path)
+    write(tmp_path / "both" / "ratings.csv", "path,score\n")
+    with pytest.raises(UserError, match=r"give one of its tables \(.*ratings.csv\)"):  # beside the pictures, in the folder that was given
+        recognise(tmp_path / "both")
     with pytest.raises(UserError, match="there is nothing to read at"):
         recognise(tmp_path / "none.csv")
 

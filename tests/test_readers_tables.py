@@ -155,7 +155,11 @@ def test_a_json_list_of_any_length_is_read_piece_by_piece(folder: Path, monkeypa
     ("name", "text", "complaint"),
     [
         ("x.csv", "", "is empty"),
-        ("x.csv", "path,rating\na.png,1\n", "has no column 'score' or 'votes' or 'votes_1'; it has path, rating"),
+        (
+            "x.csv",
+            "path,rating\na.png,1\n",
+            "has no column 'score' or 'votes' or 'votes_1'; it has path, rating; .* name it by score_column$",
+        ),
         ("x.xlsx", "PK", "ends in '.xlsx'; it can be .csv, .tsv, .jsonl, .ndjson, .json, .parquet: save it as .csv"),
     ],
 )

@@ -161,7 +161,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def trained(workplace: Path, tmp_path: Path, **settings: Any) -> list[dict[str, float | None]]:
     """The numbers of two steps."""
     run(workplace, tmp_path / "out", **settings)
-    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "out" / "tiny.metrics.jsonl")
     assert len(records) == 2
     return records
 

@@ -95,7 +95,7 @@ def test_it_goes_on_after_a_resume() -> None:
 
 def test_a_run_logs_it_and_its_trajectories_count(workplace: Path, tmp_path: Path) -> None:
     run(workplace, tmp_path / "out", measure="light", calibrate="off", early_stop_gain="", max_train_steps=8)
-    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "out" / "tiny.metrics.jsonl")
     assert all({"running_gain_at_+1", "running_gain_at_-1_high"} <= record.keys() for record in records)
     last = records[-1]
     value, low, high = (last[f"running_gain_at_+1{end}"] for end in ("", "_low", "_high"))

@@ -205,7 +205,7 @@ def test_a_rated_source_is_compared_with_and_its_pictures_need_not_be_files(fold
     ("changes", "message"),
     [
         ({"--images": "{folder}/gone"}, "there is no folder or file"),
-        ({"--images": "{folder}/notes.txt"}, "set reader to one of"),
+        ({"--images": "{folder}/notes.txt"}, "to one of ava, danbooru"),
         ({"--judge": None}, "nothing scores the pictures"),
         ({"--judge": "{judges}:gone"}, "has no function 'gone'"),
         ({"--judge": "{judges}:never"}, "never could score none of 6 pictures"),

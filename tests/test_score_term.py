@@ -159,7 +159,7 @@ def test_text_encoders_are_trained_too(estimator: str, kind: str) -> None:
 def test_training_runs(estimator: str, workplace: Path, tmp_path: Path) -> None:
     """Two steps of the script: finite numbers, a slider that moved."""
     path = run(workplace, tmp_path, score_estimator=estimator)
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = read_metrics(tmp_path / "tiny.metrics.jsonl")
     assert path.exists() and len(records) == 2
     numbers = {
         name: [float(record[name] or 0) for record in records] for name in ("loss", "reward", "gain_per_step", "eps_drift", "grad_norm")

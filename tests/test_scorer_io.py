@@ -28,6 +28,12 @@ def written(path: Path, **header: str) -> Path:
     return path
 
 
+def test_a_scorer_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "mine.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_scorer("~/mine.safetensors").name == "mine"
+
+
 @pytest.mark.parametrize("file_format", ["scorer/1", "backbone/1"])
 def test_a_file_of_an_older_version_is_to_be_trained_again(file_format: str, tmp_path: Path) -> None:
     path = written(tmp_path / "old.safetensors", **{FORMAT_KEY: file_format})

@@ -153,6 +153,7 @@ def test_what_a_killed_run_left_of_the_plot_is_removed(files, tmp_path):
 def test_an_earlier_run_of_the_name_keeps_its_slider(files, tmp_path, monkeypatch, caplog):
     slider_files, network = files
     slider_files.save(network, 3, final=True, outcome=OUTCOME)
+    slider_files.metrics_path.write_text("{}")
     before = (tmp_path / "tiny.safetensors").read_bytes()
 
     def again(**saving):
@@ -164,7 +165,7 @@ def test_an_earlier_run_of_the_name_keeps_its_slider(files, tmp_path, monkeypatc
         files.save(network, 5, final=final)
     endings = (".json", ".metadata.json", ".safetensors")
     own = {"tiny-step00000005.safetensors", *(f"tiny{ending}" for ending in endings)}
-    kept = {"tiny-1_calibration.png", *(f"tiny-1{ending}" for ending in endings)}
+    kept = {"tiny-1_calibration.png", "tiny-1.metrics.jsonl", *(f"tiny-1{ending}" for ending in endings)}
     assert {path.name for path in tmp_path.iterdir()} == kept | own
     assert (tmp_path / "tiny-1.safetensors").read_bytes() == before
     again(overwrite=True).save(network, 6, final=True)

@@ -33,7 +33,7 @@ def numbers(workplace: Path, output: Path, **changes: Any) -> Tensor:
     """Reward and norm of the gradient in two updates [2, 2]. Loss and drift are differences that begin at 0."""
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the first run's precision
     run(workplace, output, **PREV | {"max_train_steps": 2, "uncond_every_n_steps": 1} | changes)
-    return torch.tensor([[record["reward"], record["grad_norm"]] for record in read_metrics(output / "metrics.jsonl")])
+    return torch.tensor([[record["reward"], record["grad_norm"]] for record in read_metrics(output / "tiny.metrics.jsonl")])
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def trained(path: Path) -> float:
 
 
 def numbers(output_dir: Path) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if value is not None} for line in read_metrics(output_dir / "metrics.jsonl")]
+    return [{name: value for name, value in line.items() if value is not None} for line in read_metrics(output_dir / "tiny.metrics.jsonl")]
 
 
 @pytest.mark.parametrize("name", list(LECO_FILES))

@@ -39,7 +39,7 @@ def test_it_learns_and_the_file_says_how_well(
     assert scorer.spec.noise_aware and scorer.spec.training["tasks"]["score"]["pictures"] == {"train": 72, "validation": 24}
     assert scorer.spec.std == pytest.approx(scorer.spec.head().std, rel=0.3)
     assert format_table(table) in capsys.readouterr().out
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(40))
+    assert [record["step"] for record in read_metrics(tmp_path / "scorer.metrics.jsonl")] == list(range(40))
 
 
 def test_it_stops_when_validation_no_longer_improves(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,7 +48,7 @@ def test_it_stops_when_validation_no_longer_improves(workplace: Path, tmp_path: 
     record = load_scorer(path).spec.training
     assert (record["best_step"], record["steps"]) == (1, 1 + PATIENCE)
     assert f"training ends after step {1 + PATIENCE}: {PATIENCE} validations in a row were no better than that of step 1" in caplog.text
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1 + PATIENCE
+    assert len(read_metrics(tmp_path / "scorer.metrics.jsonl")) == 1 + PATIENCE
 
 
 def test_the_same_seed_gives_the_same_bits(workplace: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_labels_first_and_a_backbone_to_start_from(workplace: Path, tmp_path: Pa
     pretraining = load_scorer(path).spec.training["pretraining"]
     assert {"sigma", "top1", "top5"} <= set(pretraining["validation_by_task"]["pretraining"][0]) and pretraining["steps"] == 3
     assert "TOP5" in capsys.readouterr().out
-    assert [record["step"] for record in read_metrics(tmp_path / "a" / "metrics.jsonl")] == list(range(5))
+    assert [record["step"] for record in read_metrics(tmp_path / "a" / "bright.metrics.jsonl")] == list(range(5))
 
     still = {"learning_rate": 1e-12, "weight_decay": 0.0, "max_train_steps": 1}
     start = load_scorer(train(workplace, tmp_path / "b", backbone_weights=path.with_name("bright-backbone.safetensors"), **still))
@@ -90,7 +90,7 @@ def test_several_things_at_once_each_with_its_head(workplace: Path, tmp_path: Pa
     assert set(record["validation_by_task"]) == {"backdrop", "bright", "words", "pairs"} and "srcc" in record["validation"][0]
     assert record["tasks"]["bright"]["pictures"]["train"] == 144  # repeated
     assert record["optimizer"] == ("Lion" if balancing == "independent" else "AdamW")
-    metrics = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    metrics = read_metrics(tmp_path / "scorer.metrics.jsonl")[-1]
     assert all(f"loss/{name}" in metrics for name in ("backdrop", "bright", "words", "pairs"))
     scores, uncertainty = scorer.score_and_uncertainty(torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
     assert scores.shape == (3,) and (uncertainty == 0).all()
@@ -115,7 +115,7 @@ def test_a_transformer_first_fills_in_pictures_that_nobody_rated(workplace: Path
     pretraining = scorer.spec.training["pretraining"]
     assert pretraining["tasks"]["pretraining"]["criterion"] == "masked"
     assert sum(pretraining["tasks"]["pretraining"]["pictures"].values()) == 96
-    losses = [record["loss/pretraining"] for record in read_metrics(tmp_path / "metrics.jsonl")[:30]]
+    losses = [record["loss/pretraining"] for record in read_metrics(tmp_path / "scorer.metrics.jsonl")[:30]]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     with pytest.raises(UserError, match="scorer_kind to latent_vit"):
         train(workplace, tmp_path / "resnet", **settings)
@@ -185,7 +185,9 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
         assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     whole, resumed = (load_scorer(tmp_path / own / "scorer.safetensors").spec for own in ("whole", "parts"))
     assert resumed == whole
-    whole, resumed = ([record | {"time": 0} for record in read_metrics(tmp_path / own / "metrics.jsonl")] for own in ("whole", "parts"))
+    whole, resumed = (
+        [record | {"time": 0} for record in read_metrics(tmp_path / own / "scorer.metrics.jsonl")] for own in ("whole", "parts")
+    )
     assert resumed == whole
 
     with pytest.raises(UserError, match="was saved by another run: seed is 1 and was 0; give what it had, or --resume_with_changes"):
@@ -222,7 +224,7 @@ def test_few_ratings_are_validated_by_folds_and_all_are_trained_on(
     assert record["tasks"]["score"]["pictures"] == {"train": 12, "validation": 0} and worth["pictures"] == 12
     assert record["validation"][0]["srcc"] == worth["srcc"] and worth["interval"][0] < worth["srcc"] < worth["interval"][1]
     assert f"rank correlation {worth['srcc']:.2f} (" in caplog.text and "on 12 pictures that it never saw: " in caplog.text
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == steps
+    assert len(read_metrics(tmp_path / "scorer.metrics.jsonl")) == steps
     with pytest.raises(UserError, match="dataset score has 9 pictures that can be used, which are too few to learn from; rate 10 at least"):
         train(workplace, tmp_path / "9", **{**few, "train_data_file": write_few(workplace, 9)})
 
@@ -249,6 +251,6 @@ def test_a_batch_is_the_same_however_it_is_parted(workplace: Path, tmp_path: Pat
         for name, weight in whole.items():
             torch.testing.assert_close(parted[name], weight, rtol=0, atol=1e-6)
     assert len(list((folder / "latent_cache").glob("*/0032x0032*.safetensors"))) == 2  # each process encoded its share
-    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 5  # written by one of them
+    assert read_metrics(folder / "scorer.metrics.jsonl")[-1]["step"] == 5  # written by one of them
     # and a state of two processes is one that one process goes on from
     train(workplace, folder, train_batch_size=8, resume=folder / "scorer-state", **{**settings, "max_train_steps": 7})

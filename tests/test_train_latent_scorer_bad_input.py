@@ -34,6 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"validation_folds": 50}, "has 96 pictures that can be used, which are too few to learn from; rate 100 at least"),
         ({"marks_worth": (0.8, 0.6)}, "marks_worth is 0.8 0.6, but it is a correlation and the ends of its interval"),
         ({"marks_worth": (0.5, 0.6, 0.9)}, "marks_worth is 0.5 0.6 0.9"),
+        ({"image_dir": "."}, r"dataset score has no picture that can be used \(.*there is no picture"),
         ({"vae": "no/such/folder"}, "no/such/folder"),
         ({"train_data_file": "none.csv"}, "none.csv"),
         ({"scorer_size": "huge"}, "no size 'huge'"),

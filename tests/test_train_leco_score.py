@@ -52,7 +52,7 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
         "tiny.metadata.json",
         "tiny.preview.png",
         "tiny_calibration.png",
-        "metrics.jsonl",
+        "tiny.metrics.jsonl",
         "sample",
         *states,
         *(f"{step}.safetensors" for step in steps),
@@ -61,7 +61,7 @@ def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: 
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     with Image.open(output / "sample" / "tiny_000004.png") as picture:
         assert picture.width > 3 * 64 and picture.height > 64
-    records = read_metrics(output / "metrics.jsonl")
+    records = read_metrics(output / "tiny.metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all(record[name] is not None for record in records for name in ("loss", "reward", "eps_drift", "grad_norm", "lr"))
     assert [record["step"] for record in records if "gain_at_+1" in record] == [0, 1, 3]  # before training, after 2 updates and after 4
@@ -116,7 +116,7 @@ def test_what_a_person_says_of_a_run_counts(
     assert metadata["ss_steps"] == "4"
     assert f"seed {metadata['ss_seed']}: give it as seed to repeat this run" in caplog.text
     assert load_state(path.parent / "tiny-state")["shared"]["seed"] == int(metadata["ss_seed"])
-    assert [record["step"] for record in read_metrics(path.parent / "metrics.jsonl")] == [2, 3]
+    assert [record["step"] for record in read_metrics(path.parent / "tiny.metrics.jsonl")] == [2, 3]
     assert sorted(entry.name for entry in path.parent.glob("tiny-step*")) == [
         "tiny-step00000003.safetensors",
         "tiny-step00000004-state",
@@ -188,7 +188,7 @@ def test_it_stops_when_the_slider_is_strong_enough(workplace: Path, tmp_path: Pa
 
     monkeypatch.setattr(EarlyStop, "add", lambda self, step, record, plateau: ("it is strong enough" if step == 2 else None, []))
     run(workplace, tmp_path, max_train_steps=5, evaluate_every_n_steps=2, measure="light", calibrate="off")
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert len(read_metrics(tmp_path / "tiny.metrics.jsonl")) == 2
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_one_sample_without_a_finite_loss_is_named_and_does_not_count(
     with_nan_at(monkeypatch, lambda update: update == 2)
     path = run(workplace, tmp_path, max_train_steps=4)
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
-    assert [record["loss"] is None for record in read_metrics(tmp_path / "metrics.jsonl")] == [False, True, False, False]
+    assert [record["loss"] is None for record in read_metrics(tmp_path / "tiny.metrics.jsonl")] == [False, True, False, False]
     (said,) = [record.getMessage() for record in caplog.records if "finite" in record.getMessage()]
     assert said.startswith("step 2: the score loss of prompt 'a ") and "(scorer scorer)" in said
 

@@ -43,7 +43,7 @@ def test_a_resumed_run_ends_in_the_same_bits(workplace: Path, tmp_path: Path, op
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
     halfway = load_file(tmp_path / "a" / "tiny-step00000002.safetensors")
     assert not all(torch.equal(tensor, halfway[name]) for name, tensor in straight.items())
-    first, second = (read_metrics(tmp_path / name / "metrics.jsonl")[-2:] for name in "ab")
+    first, second = (read_metrics(tmp_path / name / "tiny.metrics.jsonl")[-2:] for name in "ab")
     for one, two in zip(first, second, strict=True):
         assert {key: value for key, value in one.items() if key != "time"} == {key: value for key, value in two.items() if key != "time"}
 
@@ -71,16 +71,16 @@ def test_a_run_that_had_stopped_by_itself_and_died_before_its_end_trains_no_more
     monkeypatch.setattr(EarlyStop, "_reason", lambda self, *_: enough if self.history[-1].step == 2 else None)
     common = {"max_train_steps": 4, "evaluate_every_n_steps": 2, "measure": "light", "calibrate": "off", "save_state": True}
     path = run(workplace, tmp_path, **common)
-    whole, lines = load_file(path), read_metrics(tmp_path / "metrics.jsonl")
+    whole, lines = load_file(path), read_metrics(tmp_path / "tiny.metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1]
     path.unlink()  # killed while it measured for the last time
     resumed = load_file(run(workplace, tmp_path, resume="auto", **common))
-    assert read_metrics(tmp_path / "metrics.jsonl") == lines
+    assert read_metrics(tmp_path / "tiny.metrics.jsonl") == lines
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["ss_steps"] == "2" and enough in str(file.metadata())
     run(workplace, tmp_path, resume="auto", **common)  # a run that came to its end is trained on, where somebody asks for it
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path / "tiny.metrics.jsonl")] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_two_processes_are_one_with_the_batches_of_both_and_one_goes_on_from_the
     assert max(weight.abs().max() for name, weight in two.items() if "lora_up" in name) > 1e-4
 
     again = run(workplace, tmp_path / "two", **SETTINGS | {"max_train_steps": 4}, resume=str(tmp_path / "two" / "tiny-state"))
-    assert [record["step"] for record in read_metrics(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [record["step"] for record in read_metrics(tmp_path / "two" / "tiny.metrics.jsonl")] == [0, 1, 2, 3]
     assert any(not torch.equal(weight, two[name]) for name, weight in load_file(again).items())
 
 
@@ -213,4 +213,4 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
     run_main(train_leco_score.main)
     resumed = load_file(output / "tiny.safetensors")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
-    assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == list(range(12))
+    assert [record["step"] for record in read_metrics(output / "tiny.metrics.jsonl")] == list(range(12))

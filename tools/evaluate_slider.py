@@ -252,7 +252,7 @@ def write_results(output_dir: Path, records: Sequence[EvaluationRecord], title: 
 def expand(patterns: Sequence[str]) -> list[Path]:
     """The files that names and patterns stand for, those of a pattern by the numbers in their names."""
     files: list[Path] = []
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         found = [Path(pattern)] if Path(pattern).is_file() else [path for path in map(Path, glob.glob(pattern)) if path.is_file()]
         if not found:
             raise UserError(f"network_weights {pattern} does not exist; give the .safetensors file of a LoRA, or a pattern that finds some")

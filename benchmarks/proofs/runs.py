@@ -114,7 +114,7 @@ def promise(path: Path) -> Row:
 
 def last_gains(path: Path) -> list[float]:
     """The training score's, measured last while training, at -1 and +1; above 0 when all is well."""
-    measured = [entry for entry in read_metrics(path.with_name("metrics.jsonl")) if entry.get("gain_at_+1") is not None][-1]
+    measured = [entry for entry in read_metrics(path.with_suffix(".metrics.jsonl")) if entry.get("gain_at_+1") is not None][-1]
     return [sign * (measured[f"gain_at_{sign:+d}"] or 0.0) for sign in (-1, 1)]
 
 

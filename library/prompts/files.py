@@ -79,11 +79,12 @@ def load_prompts(path: str | Path, options: PromptOptions | None = None, generat
     Raises:
         UserError: no such file, nothing in it, no list of prompts, or a line or key that cannot be understood; it names file and line.
     """
-    path, options = Path(path), options or PromptOptions()
+    path, options = Path(path).expanduser(), options or PromptOptions()
     generator = generator or torch.Generator().manual_seed(0)
     ending = path.suffix.lower()
     if not path.is_file():
-        raise UserError(f"prompts file {path} does not exist; give a .toml, .txt or .tsv file of prompts")
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"prompts file {path} {state}; give a .toml, .txt or .tsv file of prompts")
     if ending not in (endings := (*LINE_ENDINGS, *TABLE_ENDINGS, *ROW_ENDINGS)):
         raise UserError(f"prompts file {path} ends in {path.suffix!r}; a list of prompts ends in {', '.join(filter(None, endings))}")
     is_tags = options.prompt_format == "danbooru"

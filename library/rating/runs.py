@@ -259,7 +259,7 @@ def describe(folder: Path) -> dict[str, Any]:
     step = progress.get("step", "")
     log = _tail(folder / LOG)
     errors = ERROR.findall(log)
-    scorer, slider = (_metrics(folder / name / "metrics.jsonl") for name in ("scorer", "slider"))
+    scorer, slider = (_metrics(folder / name / f"{name}.metrics.jsonl") for name in ("scorer", "slider"))
     previews = sorted((folder / "slider" / "sample").glob("slider_*.png"))
     return {
         "name": folder.name,

@@ -111,7 +111,7 @@ def gain_plot(
     axes = figure.add_subplot()
     if usable[0] < usable[1]:
         axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
-    axes.axhline(0, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(0, color=palette.muted, linewidth=0.8, zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
     for number, line in enumerate(lines):
         low, value, high = (np.array([getattr(gain, bound) for gain in line.gains]) for bound in ("low", "value", "high"))
@@ -120,7 +120,7 @@ def gain_plot(
         axes.plot(line.weights, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=line.label, zorder=3)
     if slope is not None:
         ends = np.array([min(lines[0].weights), max(lines[0].weights)])
-        axes.plot(ends, slope * ends, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=f"line: slope {slope:.2f}")
+        axes.plot(ends, slope * ends, color=palette.ink, linewidth=1, linestyle=(0, (4, 3)), zorder=4, label=f"line: slope {slope:.2f}")
     for number, (weight, gain) in enumerate(points):
         error, label = [[gain.value - gain.low], [gain.high - gain.value]], "measured again, other seeds" if number == 0 else None
         axes.errorbar([weight], [gain.value], error, color=palette.ink, marker="D", markersize=5, capsize=3, zorder=5, label=label)
@@ -131,7 +131,9 @@ def gain_plot(
     if all(abs(weight * 4 - round(weight * 4)) < 1e-9 for weight in weights):  # as a person asked for them
         axes.set_xticks(weights, [signed(weight) for weight in weights])
     quiet(axes, palette)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    legend = axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
+    for patch in legend.get_patches():  # of the colour of what lies behind it
+        patch.set(edgecolor=palette.muted, linewidth=0.6)
     return figure_png(figure)
 
 

@@ -160,6 +160,8 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     if folds and len(train) < 2 * folds:
         few = f"dataset {dataset.name} has {len(train)} pictures that can be used, which are too few to learn from"
         raise UserError(f"{few}; rate {2 * folds} at least, some hundred better{complaint}")
+    if not usable.any():
+        raise UserError(f"dataset {dataset.name} has no picture that can be used{complaint}")
     for name, indices in (("training", train), ("validation", validation)):
         if len(indices) < 2 and not folds:
             raise UserError(

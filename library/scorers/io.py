@@ -41,7 +41,7 @@ def load_scorer(path: str | Path, allow_code: Sequence[str] = ()) -> Scorer:
         UserError: if the file is missing, damaged, not a scorer, of a kind that this version does not know, or asks for code that is not
             allowed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     file_format, spec, tensors = _read(path)
     if file_format != SCORER_FORMAT:
         raise UserError(f"{path} is not a scorer; give a file that train_latent_scorer.py wrote")

@@ -164,7 +164,9 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
         given = own if isinstance(own, (list, tuple)) else [own]
         result[name] = [word for text in given for word in re.split(r"\s+(?=\w+=)", str(text).strip())]
     rates = result.get("text_encoder_lr")
-    if isinstance(rates, (list, tuple)) and rates:  # one for each encoder
+    if isinstance(rates, (list, tuple)) and not rates:  # what kohya_ss' form writes where nothing was entered
+        result["text_encoder_lr"] = None
+    elif isinstance(rates, (list, tuple)):  # one for each encoder
         trained = result.get("network_train_unet_only", True) in (False, "false") or "network_train_text_encoder_only" in result
         if trained and len(set(map(str, rates))) > 1:
             raise UserError(f"text_encoder_lr is {list(rates)}, but all text encoders have one learning rate here; give one number")

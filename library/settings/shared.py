@@ -237,7 +237,7 @@ class MetadataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where numbers and pictures go, besides output_dir/metrics.jsonl: read by `library.training.tracking`."""
+    """Where numbers and pictures go, besides the run's NAME.metrics.jsonl: read by `library.training.tracking`."""
 
     logging_dir: Path | None = option(
         None, help="Folder for TensorBoard and wandb; not set: output_dir/logs. Setting it turns TensorBoard on."

@@ -11,7 +11,6 @@ from library.training.checkpoints import prune_steps, state_path, weights_path
 from library.training.hub_files import Uploads
 from library.training.output_files import check_outputs, keep_earlier, only_process
 from library.training.run_state import RunState
-from library.training.tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +18,14 @@ logger = logging.getLogger(__name__)
 class RunFiles:
     """Under sd-scripts' file names: NAME.safetensors, NAME-step00000100.safetensors, NAME-step00000100-state, NAME-state.
 
+    The numbers of every step are in NAME.metrics.jsonl.
+
     Attributes:
         owns_names: whether what is there under the run's names is its own: to be set where it goes on from a state. Else `keep_earlier`
             renames it.
     """
 
-    endings = r"\.safetensors|-state"
+    endings = r"\.safetensors|-state|\.metrics\.jsonl"
     """Of a run's files behind NAME or NAME-stepXXXXXXXX, as a regular expression."""
 
     def __init__(self, saving: RunFilesConfig) -> None:
@@ -36,7 +37,7 @@ class RunFiles:
         """Find at the start what would keep the run from saving, or that there are no `space` bytes free. Raises UserError."""
         folder, name, step = self.saving.output_dir, self.saving.output_name, 10**8 - 1
         states = [state_path(folder, name, step), state_path(folder, name)]  # an interrupted run writes one that was not asked for
-        files = [self.weights_path(step), self.weights_path(), folder / METRICS_FILE, folder / f".{name}.lock"]
+        files = [self.weights_path(step), self.weights_path(), self.metrics_path, folder / f".{name}.lock"]
         check_outputs(*files, folders=states, space=space)
 
     def num_on_the_way(self, num_steps: int) -> int:
@@ -56,6 +57,11 @@ class RunFiles:
     def weights_path(self, step: int | None = None) -> Path:
         """Of the result, or of what is saved on the way."""
         return weights_path(self.saving.output_dir, self.saving.output_name, step)
+
+    @property
+    def metrics_path(self) -> Path:
+        """The numbers of every step."""
+        return self.weights_path().with_suffix(".metrics.jsonl")
 
     def only_run(self) -> AbstractContextManager[None]:
         """Hold this run's name for the block. Entering raises UserError if another process holds it."""

@@ -6,10 +6,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from library.atomic_files import atomic_write_text
+from library.atomic_files import CannotWrite, atomic_write_text
 from library.errors import UserError
 from library.settings.shared import LoggingConfig
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 QUIET_SECONDS = 30.0
 
 
@@ -43,9 +42,10 @@ class Tracker:
     A step's number is that of its update, from 0; so a run that resumes at `first_step` writes that one anew.
 
     Args:
-        config: which sinks, besides output_dir/metrics.jsonl.
-        output_dir: the run's folder.
-        first_step: where the run starts; lines of metrics.jsonl from this step on are dropped, so 0 starts a new file.
+        config: which sinks, besides the JSON-lines file.
+        path: of that file; it is written when the first numbers are logged. Beside it are the other sinks' `logs`.
+        first_step: where the run starts; lines of the file from this step on are dropped, so 0 starts a new file.
+        begin: called before the file is written.
         settings: the run's settings, for wandb. Give no secret.
         enabled: False (for every process but the first) makes every method do nothing.
 
@@ -56,9 +56,10 @@ class Tracker:
     def __init__(
         self,
         config: LoggingConfig,
-        output_dir: Path,
+        path: Path,
         *,
         first_step: int = 0,
+        begin: Callable[[], None] = lambda: None,
         settings: Mapping[str, object] | None = None,
         enabled: bool = True,
     ) -> None:
@@ -68,18 +69,18 @@ class Tracker:
         self._sinks: list[Sink] = []
         if not enabled:
             return
-        folder = config.logging_dir or output_dir / "logs"
+        folder = config.logging_dir or path.parent / "logs"
         if "tensorboard" in config.trackers:
             run = config.details.get("log_prefix", "") + time.strftime("%Y%m%d%H%M%S")
             self._sinks.append(TensorBoardSink(folder / run / config.details.get("log_tracker_name", "")))
         if "wandb" in config.trackers:
             self._sinks.append(WandbSink(config, folder, settings or {}))
-        self._sinks.append(JsonLinesSink(output_dir / METRICS_FILE, first_step))
+        self._sinks.append(JsonLinesSink(path, first_step, begin))
 
     def log(self, metrics: Mapping[str, float | Tensor], step: int) -> dict[str, float]:
         """Write numbers, or tensors of one element, which are fetched together, one wait for the device a call -> all as numbers.
 
-        NaN and infinity are written as null to metrics.jsonl.
+        NaN and infinity are written as null to the file.
         """
         if not self._enabled:
             return {}
@@ -133,27 +134,35 @@ def _tracker_package(name: str) -> Any:
 class JsonLinesSink:
     """One JSON object a line: {"step": 3, "time": 1700000000.0, "loss": 0.1}. Pictures are left out."""
 
-    def __init__(self, path: Path, first_step: int = 0) -> None:
-        atomic_write_text(path, "".join(_lines_before(path, first_step)))
-        self._path, self._lost = path, 0
-        self._file = path.open("ab", buffering=0)  # a line is written whole, or cut short by a full disk; nothing waits to be written
+    def __init__(self, path: Path, first_step: int = 0, begin: Callable[[], None] = lambda: None) -> None:
+        self._path, self._first_step, self._begin, self._lost = path, first_step, begin, 0
+        self._file: BinaryIO | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """A line that cannot be written is lost, and the run goes on; the first of them is told."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
         try:
+            if self._file is None:
+                self._file = self._opened()
             self._file.write(("\n" if self._lost else "").encode() + line.encode() + b"\n")  # what came before may be cut short
-        except OSError as error:
+        except (OSError, CannotWrite) as error:
             if not self._lost:
-                logger.warning("%s cannot be written (%s): training goes on without its lines", self._path, error.strerror)
+                reason = error.strerror if isinstance(error, OSError) else error
+                logger.warning("%s cannot be written (%s): training goes on without its lines", self._path, reason)
             self._lost += 1
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         pass
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _opened(self) -> BinaryIO:
+        self._begin()
+        atomic_write_text(self._path, "".join(_lines_before(self._path, self._first_step)))
+        return self._path.open("ab", buffering=0)  # a line is written whole, or cut short by a full disk; nothing waits to be written
 
 
 class TensorBoardSink:

@@ -46,7 +46,7 @@ def golden_numbers(name: str, folder: Path) -> list[float]:
     """Train in `folder` and return the reward and the drift of every step, in turn."""
     train, changes = RUNS[name]
     train(make_workplace(folder / "in", full=True), folder / "out", **changes)
-    return [record[name] for record in read_metrics(folder / "out" / "metrics.jsonl") for name in ("reward", "eps_drift")]
+    return [record[name] for record in read_metrics(folder / "out" / "tiny.metrics.jsonl") for name in ("reward", "eps_drift")]
 
 
 if __name__ == "__main__":

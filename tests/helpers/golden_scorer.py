@@ -35,7 +35,7 @@ def golden_losses(folder: Path) -> list[float]:
     tiny_vae(channels=FULL_VAE).save_pretrained(folder / "vae")
     ratings = write_ratings(folder / "pictures", 40, "brightness", seed=0)
     train(build(LatentScorerConfig, {"vae": folder / "vae", "train_data_file": ratings, "output_dir": folder / "out", **SMALL}))
-    return [record["loss/score"] for record in read_metrics(folder / "out" / "metrics.jsonl")]
+    return [record["loss/score"] for record in read_metrics(folder / "out" / "scorer.metrics.jsonl")]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class PictureFiles:
         name = name.replace("\\", "/")
         path = os.path.normpath(os.path.join(self._root, name))
         if not os.path.isabs(name) and not path.startswith(os.path.join(self._root, "")):
-            raise BadValue("path leaves image_dir", f"{name} is outside of {self.folder}; give an image_dir that holds all pictures")
+            raise BadValue("path leaves image_dir", f"{name} is outside of {self.folder}; write a path below it, or a whole one")
         folder, file = os.path.split(path)
         hashes, found = self._listing(folder)
         if not len(hashes):

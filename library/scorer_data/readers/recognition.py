@@ -47,7 +47,11 @@ def recognise(path: Path) -> str:
     for name in sorted(READERS, key=lambda name: READERS[name].is_general):
         if READERS[name].recognises(source):
             return name
-    raise UserError(f"it does not show what {path} is; set reader to one of {', '.join(READERS)}")
+    tables = [path / name for name in source.files if Path(name).suffix.lower() in ROW_FORMATS]
+    remedy = f"give one of its tables ({', '.join(map(str, tables[:3]))})" if tables else f"give a table ({', '.join(ROW_FORMATS)})"
+    raise UserError(
+        f"it does not show what {path} is; {remedy}, or set data_reader (reader in a dataset.toml) to one of {', '.join(READERS)}"
+    )
 
 
 def look_at(path: Path) -> Source:

@@ -289,7 +289,8 @@ def _check_header(path: Path, header: Sequence[str], needed: Needed) -> None:
     for names in needed:
         if not any(name.lower() in header for name in names):
             wanted = " or ".join(repr(name) for name in names[: 3 if len(names) <= 3 else 1])
-            remedy = f"; if one of them is meant, name it by {names[0]}_column" if names[0] in ("path", "score", "label", "tags") else ""
+            place = {"path": "", "score": "", "label": " in a dataset.toml", "tags": " in a dataset.toml"}.get(names[0])
+            remedy = "" if place is None else f"; if one of them is meant, name it by {names[0]}_column{place}"
             raise UserError(f"{path} has no column {wanted}; it has {', '.join(header)}{remedy}")
 
 
