@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from library.errors import UserError
 from library.measuring.calibration import Target
 from library.measuring.judges import Judges
-from library.measuring.record import EvaluationRecord
+from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve
 from library.measuring.statistics import within_prompt_std
 from library.measuring.strength import choose_scale
@@ -414,3 +416,11 @@ def test_a_short_training_is_calibrated_by_fewer_pictures(
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
     _, record = monitor.pictures.calibration(Target(gain=0.01), None)
     assert len(record.prompts) == confirmed and len(record.seeds[0]) == 2
+
+
+@pytest.mark.parametrize(("scores", "said"), [(np.full((2, 2), np.nan), "is not finite"), (np.ones((2, 2)), "no unit")])
+def test_base_scores_that_give_no_unit_are_refused(scores: np.ndarray, said: str) -> None:
+    base = SimpleNamespace(scores={REWARD: scores})
+    pictures = cast(SliderPictures, SimpleNamespace(network=None, measurer=SimpleNamespace(base=lambda network: base)))
+    with pytest.raises(UserError, match=said):
+        SliderPictures.base_scores(pictures)

@@ -217,6 +217,7 @@ def optional(pixels, prompts=None): return torch.full((len(pixels),), float(prom
 def column(pixels): return pixels[:, 0].mean((1, 2)).unsqueeze(1)
 def number(pixels): return 1.0
 def broken(pixels): return pixels.mean((1, 2, 3)) / 0
+def fails(pixels): return {}["key"]
 def three(pixels, prompts, seeds): return pixels
 constant = 3
 """
@@ -245,6 +246,7 @@ def test_judges_from_a_file_and_a_module(judges: Path) -> None:
         ("column", r"returned shape \[2, 1\]"),
         ("number", "returned float"),
         ("broken", "NaN or infinity"),
+        ("fails", r"my judges.py:fails failed with KeyError: 'key' \(.*my judges.py, line \d+\)"),
         ("length", "takes prompts"),
         ("three", "takes 3 arguments"),
         ("constant", "has no function 'constant'"),

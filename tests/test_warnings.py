@@ -1,5 +1,6 @@
 """What is warned of: from records that are made up."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,16 @@ def test_judges_that_may_as_well_have_stood_still_do_not_accuse() -> None:
     """-0.1 with a spread of 2: the interval holds 0."""
     found = find_warnings(record_of((1.8, 1.8), {"taste": (-0.1, 1.5)}, spread=2.0))
     assert "gamed" not in {warning.kind for warning in found}
+
+
+def test_what_has_hardly_begun_to_move_accuses_nobody() -> None:
+    assert "gamed" not in {warning.kind for warning in find_warnings(record_of((0.05, 0.05), {"taste": (-0.04, 0.04)}, spread=0.0))}
+
+
+def test_a_side_effect_is_not_expected_to_rise() -> None:
+    record = record_of((2.0, 2.0), {"edges": (0.1, -0.1)}, spread=0.0)
+    turned = [replace(response, role="stay") if response.name == "edges" else response for response in record.responses.values()]
+    assert final_warnings(replace(record, responses={response.name: response for response in turned})) == []
 
 
 def test_without_pixels_there_are_still_warnings() -> None:

@@ -290,6 +290,8 @@ def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Ma
         raise UserError(
             "judge_scorers holds a name twice, or a scorer that is given as scorer, too; give each judge a file name of its own"
         )
+    if len({judge.name for judge in functions}) < len(functions):
+        raise UserError("judges holds a function twice; give each once")
     short = [judge.name.rpartition(":")[2] for judge in functions]
     taken = {name for name in short if short.count(name) > 1} | {*scorers, *named}
     return Judges({judge.name if name in taken else name: judge for name, judge in zip(short, functions, strict=True)}, named)

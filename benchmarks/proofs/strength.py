@@ -35,7 +35,7 @@ def running_gain() -> list[Row]:
     rows = []
     for folder in sorted(OUTPUT.glob("calibration_*_*")):
         before: Mapping[str, Any] = {}
-        for entry in read_metrics(folder / "metrics.jsonl"):
+        for entry in read_metrics(folder / "slider.metrics.jsonl"):
             for end in ("+1", "-1"):
                 low, high = before.get(f"running_gain_at_{end}_low"), before.get(f"running_gain_at_{end}_high")
                 if f"gain_at_{end}" in entry and low is not None and high is not None:
@@ -56,7 +56,7 @@ def plot_running_gain(folders: Sequence[Path], path: Path) -> None:
         -(-len(folders) // columns), columns, figsize=(4 * columns, 2.4 * -(-len(folders) // columns)), squeeze=False
     )
     for axis, folder in zip(axes.flat, folders, strict=False):
-        entries = read_metrics(folder / "metrics.jsonl")
+        entries = read_metrics(folder / "slider.metrics.jsonl")
         for end, colour in (("+1", "#2563eb"), ("-1", "#d97706")):
             known = [entry for entry in entries if entry.get(f"running_gain_at_{end}_low") is not None]
             steps = [entry["step"] for entry in known]

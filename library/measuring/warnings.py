@@ -87,7 +87,7 @@ def final_warnings(record: EvaluationRecord) -> list[SliderWarning]:
                 text = f"{_at(record, place)} the training score {score.name} does not clearly move the way the weight says."
                 found.append(SliderWarning("unclear", f"{score.name} {record.multipliers[place]:+g}", text))
     for response in record.scaled:
-        if not response.monotone:
+        if response.role != "stay" and not response.monotone:
             text = f"{response.name} does not rise from every weight to the next."
             found.append(SliderWarning("not monotone", response.name, text))
     return found
@@ -133,8 +133,9 @@ def _gaming(record: EvaluationRecord, score: Response) -> list[SliderWarning]:
     named = "" if score.name == REWARD else f" {score.name}"
     for place in record.ends:
         gain, judged = record.gain(score.name, place), record.judge_gain(place)
-        falling = [judge for judge in record.judges if record.gain(judge.name, place).high < 0]
-        if gain.low > 0 and falling:
+        falls = {judge: record.gain(judge.name, place) for judge in record.judges}
+        falling = [judge for judge, change in falls.items() if change.high < 0 and change.value < -FLAT_GAIN]
+        if gain.low > 0 and gain.value > FLAT_GAIN and falling:
             worst, name = min((record.gain(judge.name, place).value, judge.name) for judge in falling)
             text = (
                 f"{_at(record, place)} the training score{named} moves the way the weight says and a judge the other way: "

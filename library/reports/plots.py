@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
+BROKEN = (0, (4, 3))  # a line style
 USABLE = "#e3f5ea"
 MIN_CELL, MAX_CELL = 128, 320  # pixels, the longer side of a picture in a grid
 LABEL_WIDTH, GAP, HEADER = 190, 6, 34  # pixels
@@ -111,7 +112,7 @@ def gain_plot(
     axes = figure.add_subplot()
     if usable[0] < usable[1]:
         axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
-    axes.axhline(0, color=palette.muted, linewidth=0.8, zorder=1)
+    axes.axhline(0, color=palette.muted, linewidth=0.8, linestyle=BROKEN if slope is None else "-", zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
     for number, line in enumerate(lines):
         low, value, high = (np.array([getattr(gain, bound) for gain in line.gains]) for bound in ("low", "value", "high"))
@@ -120,7 +121,7 @@ def gain_plot(
         axes.plot(line.weights, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=line.label, zorder=3)
     if slope is not None:
         ends = np.array([min(lines[0].weights), max(lines[0].weights)])
-        axes.plot(ends, slope * ends, color=palette.ink, linewidth=1, linestyle=(0, (4, 3)), zorder=4, label=f"line: slope {slope:.2f}")
+        axes.plot(ends, slope * ends, color=palette.ink, linewidth=1, linestyle=BROKEN, zorder=4, label=f"line: slope {slope:.2f}")
     for number, (weight, gain) in enumerate(points):
         error, label = [[gain.value - gain.low], [gain.high - gain.value]], "measured again, other seeds" if number == 0 else None
         axes.errorbar([weight], [gain.value], error, color=palette.ink, marker="D", markersize=5, capsize=3, zorder=5, label=label)
@@ -188,7 +189,7 @@ def figure_png(figure: Figure) -> bytes:
 def _score_panel(axes: Axes, records: Sequence[EvaluationRecord], name: str, palette: Palette) -> None:
     first = records[0].responses[name]
     base = first.means[records[0].multipliers.index(0)].value
-    axes.axhline(base, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(base, color=palette.muted, linewidth=1, linestyle=BROKEN, zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
     for number, record in enumerate(records):
         gains, colour = record.responses[name].gains, COLOURS[number % len(COLOURS)]

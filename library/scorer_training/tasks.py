@@ -157,11 +157,11 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
     validation = validation[:MOST_VALIDATED]
     complaint = f" ({rows.complaint})" if rows.complaint else ""
+    if not usable.any():
+        raise UserError(f"dataset {dataset.name} has no picture that can be used{complaint}")
     if folds and len(train) < 2 * folds:
         few = f"dataset {dataset.name} has {len(train)} pictures that can be used, which are too few to learn from"
         raise UserError(f"{few}; rate {2 * folds} at least, some hundred better{complaint}")
-    if not usable.any():
-        raise UserError(f"dataset {dataset.name} has no picture that can be used{complaint}")
     for name, indices in (("training", train), ("validation", validation)):
         if len(indices) < 2 and not folds:
             raise UserError(

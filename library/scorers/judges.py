@@ -1,5 +1,6 @@
 """Judges: opinions about pixels, given as a Python function, that are only ever asked and never differentiated through."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,15 +37,16 @@ class Judge:
             Scores [B], float32, on the pixels' device; higher is better.
 
         Raises:
-            UserError: if the function does not return B finite numbers.
+            UserError: if the function fails, or does not return B finite numbers.
         """
         assert pixels.ndim == 4 and pixels.shape[1] == 3, f"pixels are [B, 3, H, W], not {list(pixels.shape)}"
-        if not self.takes_prompts:
-            scores = self.function(pixels)
-        elif prompts is None:
+        if self.takes_prompts and prompts is None:
             raise UserError(f"judge {self.name} takes prompts and these pictures have none; use a judge that takes pixels only")
-        else:
-            scores = self.function(pixels, list(prompts))
+        try:
+            scores = self.function(pixels, list(prompts)) if self.takes_prompts and prompts is not None else self.function(pixels)
+        except Exception as error:  # of the user's own code
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"judge {self.name} failed with {type(error).__name__}: {error} ({at.filename}, line {at.lineno})") from error
         if not isinstance(scores, Tensor) or scores.shape != pixels.shape[:1]:
             returned = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(

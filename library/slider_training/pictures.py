@@ -72,8 +72,10 @@ class SliderPictures:
         return self._trained_before + self.model.num_unet_evaluations - (self.spent - self._spent_before)
 
     def base_scores(self) -> np.ndarray:
-        """The reward of the base model's pictures [P, S]. Raises UserError if it does not vary, so that a gain has no unit."""
+        """The reward of the base model's pictures [P, S]. Raises UserError without a unit for gains: not finite, or all alike."""
         scores = self.measurer.base(self.network).scores[REWARD]
+        if not np.isfinite(scores).all():
+            raise UserError("the score of the base model's pictures is not finite: the model or a scorer is broken, or overflows in fp16")
         if within_prompt_std(scores) == 0:
             raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other eval prompts")
         return scores
