@@ -61,11 +61,11 @@ def learned_scorer(folder: Path, score: str, *, name: str = "scorer", seed: int 
     return path
 
 
-def learned_from_few(folder: Path, score: str, count: int = 100, *, name: str | None = None, **settings: Any) -> Path:
-    """The same from `count` ratings, and 30 to choose its step by: a scorer that can be gamed."""
-    ratings, table = drawn_pictures(folder / f"pictures_{score}_0", 2000, score, 0), folder / score / f"{count}_ratings.csv"
+def learned_from_few(folder: Path, score: str, *, name: str | None = None, **settings: Any) -> Path:
+    """The same from 100 ratings, and 30 to choose its step by: a scorer that can be gamed."""
+    ratings, table = drawn_pictures(folder / f"pictures_{score}_0", 2000, score, 0), folder / score / "100_ratings.csv"
     if not table.is_file():
-        write_subset(ratings, table, range(count + 30), ["train"] * count + ["validation"] * 30)
+        write_subset(ratings, table, range(130), ["train"] * 100 + ["validation"] * 30)
     settings = {"max_train_steps": 400, "train_batch_size": 32, **settings}
     return learned_scorer(folder, score, name=name or table.stem, table=table, **settings)
 

@@ -1,6 +1,5 @@
 """Textual inversion (arXiv 2208.01618): words of one's own, whose embeddings come from files, as in A1111's folder embeddings."""
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.models.single_file import read_tensors
 from library.models.unet_model import UNetModel
 
 ENDINGS = (".safetensors", ".pt", ".bin")
@@ -72,14 +71,9 @@ def _vectors(path: Path, widths: Sequence[int]) -> list[Tensor]:
 def _tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"textual_inversion_embeddings has {path}, but there is no such file; give an embedding ({', '.join(ENDINGS)})")
-    if path.suffix.lower() == ".safetensors":
-        return read_tensors(path)[0]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} is no embedding of plain tensors ({' '.join(str(error).split())[:200]}); convert it to safetensors"
-        ) from error
-    content = content if isinstance(content, dict) else {}
+        content, _ = load_tensors(path)
+    except NoTensors as error:
+        raise UserError(f"{path} is no embedding of plain tensors ({error}); convert it to safetensors") from error
     content = content.get("string_to_param", content)  # A1111's
     return {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}

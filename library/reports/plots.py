@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import textwrap
@@ -255,6 +256,11 @@ def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="png")
     return buffer.getvalue()
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """A picture as an address that holds all of it; `kind` is png or jpeg."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _resize(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """Evaluation records as one self-contained HTML page, to be attached to the page where a slider is offered. The page is in templates/."""
 
-import base64
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from library.measuring.comparison import Summary, differences, summarise
 from library.measuring.record import EvaluationRecord
 from library.measuring.warnings import SliderWarning, final_warnings
-from library.reports.plots import DARK, LIGHT, Palette, gain_plot, lines_of, score_plot, signed
+from library.reports.plots import DARK, LIGHT, Palette, data_url, gain_plot, lines_of, score_plot, signed
 from library.reports.text import role_words, summary_sentence
 
 STATISTICS = {  # of a record: name and format
@@ -102,7 +101,10 @@ def _plots(views: Sequence[_View]) -> list[dict[str, str]]:
         draw.append((lambda palette: gain_plot(lines, usable, title, palette=palette), description))
         names = [name for name in names if first.responses[name] not in first.scaled]
     draw += [(lambda palette, name=name: score_plot(records, name, palette), f"Mean {name} over the weight.") for name in names]
-    return [{"light": _uri("png", plot(LIGHT)), "dark": _uri("png", plot(DARK)), "description": description} for plot, description in draw]
+    return [
+        {"light": data_url("png", plot(LIGHT)), "dark": data_url("png", plot(DARK)), "description": description}
+        for plot, description in draw
+    ]
 
 
 def _ranking(records: Sequence[EvaluationRecord]) -> dict[str, object] | None:
@@ -121,11 +123,7 @@ def _picture_uri(picture: Tensor) -> str:
     buffer = io.BytesIO()
     if max(image.size) <= SMALL:
         image.save(buffer, format="png")
-        return _uri("png", buffer.getvalue())
+        return data_url("png", buffer.getvalue())
     image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
     image.save(buffer, format="jpeg", quality=QUALITY)
-    return _uri("jpeg", buffer.getvalue())
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return data_url("jpeg", buffer.getvalue())

@@ -55,9 +55,9 @@ def load_scorer(path: str | Path, allow_code: Sequence[str] = ()) -> Scorer:
     return scorer.eval().requires_grad_(False)
 
 
-def save_backbone(path: str | Path, backbone: Backbone, spec: ScorerSpec, metadata: Mapping[str, str] | None = None) -> None:
+def save_backbone(path: str | Path, backbone: Backbone, spec: ScorerSpec) -> None:
     """Write a backbone alone, for scorers to start from. Of `spec`, the kind, the architecture and the VAE are what counts."""
-    header = {FORMAT_KEY: BACKBONE_FORMAT, SPEC_KEY: spec.to_json(), "torch": torch.__version__, **(metadata or {})}
+    header = {FORMAT_KEY: BACKBONE_FORMAT, SPEC_KEY: spec.to_json(), "torch": torch.__version__}
     atomic_save_safetensors(backbone.saved_state(), path, header)
 
 

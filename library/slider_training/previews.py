@@ -1,6 +1,5 @@
 """What the slider does, in pictures: a grid written while it trains, and the picture of the finished file."""
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from PIL import Image
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
 from library.models.vae import Autoencoder
-from library.reports.plots import image_grid, multiplier_grid, signed
+from library.reports.plots import data_url, image_grid, multiplier_grid, signed
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.slider_training.outcome import Outcome
@@ -81,4 +80,4 @@ def thumbnail(picture: Image.Image) -> str:
     small, buffer = picture.copy(), io.BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     small.save(buffer, format="jpeg", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return data_url("jpeg", buffer.getvalue())

@@ -11,6 +11,8 @@ from library.scorer_training.criteria.base import CRITERIA
 from library.scorer_training.criteria.self_taught import FromPictures, SelfTaught
 from library.scorers.base import Backbone
 
+MASKED = 0.6  # share of the patches that the backbone does not see
+
 
 @CRITERIA.register("masked")
 class MaskedCells(FromPictures):
@@ -34,31 +36,27 @@ class MaskedLatentPretraining(SelfTaught):
 
     Args:
         backbone: what is trained and kept.
-        masked_fraction: share of the patches that it does not see.
-        decoder_depth: blocks of the decoder, which is not kept.
 
     Raises:
         UserError: the backbone has no patches to hide.
     """
 
-    def __init__(self, backbone: Backbone, masked_fraction: float = 0.6, decoder_depth: int = 1) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         from library.scorers.kinds.latent_vit import LatentViT, TransformerBlock
 
         super().__init__()
         if not isinstance(backbone, LatentViT):
             raise UserError(f"masked pretraining hides tokens, which a {type(backbone).__name__} has not; set scorer_kind to latent_vit")
-        if not 0 < masked_fraction < 1:
-            raise UserError(f"the masked fraction is {masked_fraction}, but it must be above 0 and below 1")
-        self.backbone, self.masked_fraction = backbone, masked_fraction
+        self.backbone = backbone
         self.mask_token = nn.Parameter(0.02 * torch.randn(backbone.width))
-        self.decoder = nn.ModuleList(TransformerBlock(backbone.width, backbone.heads) for _ in range(decoder_depth))
+        self.decoder = TransformerBlock(backbone.width, backbone.heads)  # which is not kept
         self.norm = nn.LayerNorm(backbone.width)
         self.to_latents = nn.Linear(backbone.width, backbone.in_channels * backbone.patch**2)
 
     def draw_visible(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """What is not hidden of latents [B, C, h, w]: patches [B, V], on the CPU."""
         rows, columns = (math.ceil(side / self.backbone.patch) for side in latents.shape[2:])
-        return draw_visible(len(latents), rows * columns, self.masked_fraction, generator)
+        return draw_visible(len(latents), rows * columns, MASKED, generator)
 
     def forward(self, latents: Tensor, sigmas: Tensor, clean: Tensor, visible: Tensor | None) -> Tensor:
         """The loss of each picture.
@@ -86,9 +84,7 @@ class MaskedLatentPretraining(SelfTaught):
         patches = patches.scatter(1, visible.unsqueeze(-1).expand(-1, -1, seen.shape[2]), seen[:, num_extra:])
         tokens = torch.cat([seen[:, :num_extra], patches], dim=1)
         angles = axial_angles(grid_positions(rows, columns, latents.device).unsqueeze(0), num_extra, backbone.width // backbone.heads)
-        for block in self.decoder:
-            tokens = block(tokens, None, angles)
-        predicted = self.to_latents(self.norm(tokens[:, num_extra:]))  # [B, T, C * patch * patch]
+        predicted = self.to_latents(self.norm(self.decoder(tokens, None, angles)[:, num_extra:]))  # [B, T, C * patch * patch]
         predicted = nn.functional.fold(predicted.transpose(1, 2), clean.shape[2:], kernel_size=patch, stride=patch)
         errors = (predicted.float() - clean.float()).square().mean(1, keepdim=True)  # [B, 1, h, w]
         return (errors * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
