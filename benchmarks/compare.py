@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.meter import Meter, environment
 from benchmarks.random_models import random_model
 from benchmarks.shapes_runs import write_results
@@ -78,23 +78,23 @@ def forward_flops(step: Step) -> int:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     own = rows[0]["flops"] / rows[0]["samples"]
-    lines = [
-        "| program | rows through the U-Net a sample | of them with gradient | GFLOPs a sample | in forwards of a row | ours is less by |"
-    ]
-    lines.append("|" + "---|" * 6)
+    columns = (
+        "program",
+        "rows through the U-Net a sample",
+        "of them with gradient",
+        "GFLOPs a sample",
+        "in forwards of a row",
+        "ours is less by",
+    )
+    lines = []
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['program']} | {row['error']} | | | | |")
+            lines.append([row["program"], row["error"], *[""] * 4])
             continue
         flops, counts = row["flops"] / row["samples"], {name: value / row["samples"] for name, value in row["rows"].items()}
-        cells = [
-            f"{counts['forward']:.1f}",
-            f"{counts['with_gradient']:.1f}",
-            f"{flops / 1e9:.3g}",
-            f"{flops / rows[0]['forward_flops']:.1f}",
-        ]
-        lines.append(f"| {row['program']} | {' | '.join(cells)} | {flops / own:.1f} x |")
-    return "\n".join(lines)
+        called = [f"{counts[name]:.1f}" for name in ("forward", "with_gradient")]
+        lines.append([row["program"], *called, f"{flops / 1e9:.3g}", f"{flops / rows[0]['forward_flops']:.1f}", f"{flops / own:.1f} x"])
+    return markdown_table(columns, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.meter import environment
 from benchmarks.random_models import PROMPTS, random_model
 from benchmarks.shapes_runs import write_results
@@ -106,19 +106,26 @@ def taken(family: str, size: int, *, tiny: bool = False, device: torch.device | 
 
 def table(rows: Sequence[Mapping[str, Any]], checks: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    parts = list(rows[0]["peaks"]) if rows else []
-    lines = [f"| model | preset | {' | '.join(parts)} | whole run |", "|" + "---|" * (len(parts) + 3)] if rows else []
-    for row in rows:
-        cells = [f"{row['peaks'].get(part, 0) / GIB:.2f}" for part in parts]
-        lines.append(f"| {row['family']} at {row['size']} | {row['preset']} | {' | '.join(cells)} | **{row['peak'] / GIB:.2f}** |")
-    texts = ["\n".join([f"GiB, weights included, {rows[0]['precision']}.", "", *lines])] if rows else []
+    texts = []
+    if rows:
+        parts = list(rows[0]["peaks"])
+        lines = [
+            [
+                f"{row['family']} at {row['size']}",
+                row["preset"],
+                *(f"{row['peaks'].get(part, 0) / GIB:.2f}" for part in parts),
+                f"**{row['peak'] / GIB:.2f}**",
+            ]
+            for row in rows
+        ]
+        texts += [f"GiB, weights included, {rows[0]['precision']}.", markdown_table(["model", "preset", *parts, "whole run"], lines)]
     if checks:
-        lines = ["| part | counted, MiB | seen on the CPU, MiB | seen / counted |", "|" + "---|" * 4]
-        lines += [
-            f"| {row['part']} | {row['counted'] / 2**20:.1f} | {row['seen'] / 2**20:.1f} | {row['seen'] / row['counted']:.2f} |"
+        texts.append("A tiny SD1 at 256 pixels in float32, what each part adds to what was held before it:")
+        lines = [
+            [row["part"], f"{row['counted'] / 2**20:.1f}", f"{row['seen'] / 2**20:.1f}", f"{row['seen'] / row['counted']:.2f}"]
             for row in checks
         ]
-        texts.append("\n".join(["A tiny SD1 at 256 pixels in float32, what each part adds to what was held before it:", "", *lines]))
+        texts.append(markdown_table(["part", "counted, MiB", "seen on the CPU, MiB", "seen / counted"], lines))
     return "\n\n".join(texts)
 
 

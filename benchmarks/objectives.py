@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.shapes_runs import independent_judge, learned_from_few, learned_scorer, write_results, written_prompts
 from benchmarks.slider_laboratory import BASE, MINUS, MULTIPLIERS, PLUS, Laboratory, Measured, crossing
 from library.measuring.statistics import bootstrap_means, linear_fit
@@ -152,35 +152,22 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    lines = [
-        f"| arm | {key} gain at -1 | {key} gain at +1 | judge at -1 / +1 | captions -1 / 0 / +1 | diversity -1 / +1 | R2 "
-        "| side effects at 1 std | U-Net evaluations to +1 std | CPU seconds | updates | seeds |",
-        "|" + "---|" * 12,
-    ]
+    columns = ["arm", f"{key} gain at -1", f"{key} gain at +1", "judge at -1 / +1", "captions -1 / 0 / +1", "diversity -1 / +1", "R2"]
+    columns += ["side effects at 1 std", "U-Net evaluations to +1 std", "CPU seconds", "updates", "seeds"]
+    lines = []
     for entry in rows:
         low, high = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry[f"{key} {sign}"]) for sign in ("-1", "+1"))
         judge = f"{entry['judge -1'][0]:+.2f} / {entry['judge +1'][0]:+.2f}"
         captions = " / ".join(f"{share:.0%}" for share in entry["captions"])
         diversity = " / ".join(f"{value:.2f}" for value in entry["diversity"])
         if entry["evaluations to +1"] is None:
-            cost = f"not reached ({entry['reached']} of {entry['seeds']}) | -"
+            cost = f"not reached ({entry['reached']} of {entry['seeds']})", "-"
         else:
-            cost = f"{entry['evaluations to +1']:,.0f} | {entry['seconds to +1']:.0f}"
-        cells = [
-            entry["arm"],
-            low,
-            high,
-            judge,
-            captions,
-            diversity,
-            f"{entry['r2']:.3f}",
-            "-" if entry["side effects"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*entry["side effects"]),
-            cost,
-            f"{entry['updates']:.0f}",
-            str(entry["seeds"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cost = f"{entry['evaluations to +1']:,.0f}", f"{entry['seconds to +1']:.0f}"
+        beside = "-" if entry["side effects"] is None else "{:.2f} ({:.2f} to {:.2f})".format(*entry["side effects"])
+        moved = (entry["arm"], low, high, judge, captions, diversity, f"{entry['r2']:.3f}", beside)
+        lines.append((*moved, *cost, f"{entry['updates']:.0f}", entry["seeds"]))
+    return markdown_table(columns, lines)
 
 
 def collect(runs_file: Path, results: Path) -> None:

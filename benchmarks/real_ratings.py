@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.photographs import SIZE, Opinions, Photographs, encoded, load_taesd, pictures_of, read_oasis
 from benchmarks.shapes_runs import write_results
 from library.atomic_files import atomic_save_safetensors, load_tensors
@@ -192,27 +192,25 @@ def measure(seers: Mapping[str, Mapping[float, Tensor]], opinions: Mapping[str, 
 def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> str:
     """Rank correlations on clean latents by number of ratings, and by noise level at 100 ratings."""
     counts = list(dict.fromkeys(row["count"] for row in rows))
-    lines = [
-        "| score | ratings of | learned from | " + " | ".join(str(count or "all") for count in counts) + " |",
-        "|---|---|---|" + "---|" * len(counts),
-    ]
+    lines = []
     for (score, who, seer), own in itertools.groupby(
         sorted(rows, key=lambda row: (row["score"], row["ratings of"])), key=lambda row: (row["score"], row["ratings of"], row["features"])
     ):
         cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in (row["srcc"][0.0] for row in own)]
-        lines.append(f"| {score} | {who} | {seer} | " + " | ".join(cells) + " |")
-    sigmas = [
-        "",
-        "| score, 100 ratings of one person | " + " | ".join(f"sigma {sigma:g}" for sigma in SIGMAS) + " |",
-        "|---|" + "---|" * len(SIGMAS),
+        lines.append([score, who, seer, *cells])
+    noisy = [
+        [row["score"], *(f"{mean:.2f} ± {half:.2f}" for mean, half in row["srcc"].values())]
+        for row in rows
+        if row["count"] == 100 and row["ratings of"] == "one person" and len(row["srcc"]) > 1
     ]
-    for row in rows:
-        if row["count"] == 100 and row["ratings of"] == "one person" and len(row["srcc"]) > 1:
-            sigmas.append(f"| {row['score']} | " + " | ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in row["srcc"].values()) + " |")
-    ends = [
-        f"- One person's own ratings: {', '.join(f'{score} {value:.2f}' for score, value in ceilings.items())}. The mean rating for all: 0."
-    ]
-    return "\n".join([*lines, *sigmas, "", *ends])
+    own = ", ".join(f"{score} {value:.2f}" for score, value in ceilings.items())
+    return "\n\n".join(
+        [
+            markdown_table(["score", "ratings of", "learned from", *(count or "all" for count in counts)], lines),
+            markdown_table(["score, 100 ratings of one person", *(f"sigma {sigma:g}" for sigma in SIGMAS)], noisy),
+            f"- One person's own ratings: {own}. The mean rating for all: 0.",
+        ]
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:

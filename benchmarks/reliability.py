@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import train_latent_scorer
 import train_leco_score
+from benchmarks import markdown_table
 from examples.shapes.draw_pictures import write_ratings
 from library.errors import UserError
 from library.models.config import ModelConfig
@@ -269,9 +270,9 @@ def main() -> None:
         home = Path(name)
         if given.steps:
             seen = endure(make_workplace(home), home / "long", given.steps)
-            print(f"metrics read {len(seen)} times\n| steps | MiB | handles | threads |\n|---|---|---|---|")
-            for steps, memory, handles, threads in seen[:: max(1, len(seen) // 20)] + seen[-1:]:
-                print(f"| {steps} | {memory:.0f} | {handles} | {threads} |")
+            some = seen[:: max(1, len(seen) // 20)] + seen[-1:]
+            rows = [(steps, f"{memory:.0f}", handles, threads) for steps, memory, handles, threads in some]
+            print(f"metrics read {len(seen)} times\n{markdown_table(('steps', 'MiB', 'handles', 'threads'), rows)}")
             return
         for case in given.cases:
             own = home / case

@@ -31,7 +31,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_leco_score
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.meter import Counts, Meter, environment
 from benchmarks.random_models import PROMPTS
 from benchmarks.shapes_runs import MODEL, learned_scorer, write_results, written_prompts
@@ -52,6 +52,7 @@ LOAD, PROMPT, TRAIN, OBSERVE, FINISH, PREVIEW, SAVE = PARTS = (
     "previews",
     "save",
 )
+COLUMNS = ("part", "U-Net evaluations", "share", "a sample", "decoded", "encoded", "scored", "seconds", "peak GiB")
 
 
 def watch(meter: Meter) -> Counter[str]:
@@ -135,25 +136,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         count, batch = row["updates"], row["train_batch_size"]
         kind = "; tiny model with random weights, so only the counts say something" if row["counts_only"] else ""
-        lines = [
-            f"**{row['case']}**: {count} of {row['max_train_steps']} steps, batch {batch}, {row['graded_samples']:,} graded samples{kind}.",
-            "",
-            "| part | U-Net evaluations | share | a sample | decoded | encoded | scored | seconds | peak GiB |",
-            "|" + "---|" * 9,
-        ]
-        for name, part in row["parts"].items():
-            lines.append(_line(name, part, row))
+        steps = f"{count} of {row['max_train_steps']} steps"
+        texts.append(f"**{row['case']}**: {steps}, batch {batch}, {row['graded_samples']:,} graded samples{kind}.")
         whole = {
             key: sum(part[key] for part in row["parts"].values()) for key in ("evaluations", "decoded", "encoded", "scored", "seconds")
         }
         peaks = {key: max(part[key] for part in row["parts"].values()) for key in ("peak_resident", "peak_cuda")}
-        texts.append("\n".join([*lines, _line("**whole run**", whole | peaks, row)]))
+        lines = [_cells(name, part, row) for name, part in {**row["parts"], "**whole run**": whole | peaks}.items()]
+        texts.append(markdown_table(COLUMNS, lines))
     return "\n\n".join(texts)
 
 
-def _line(name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def _cells(name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     evaluations = part["evaluations"]
-    cells = [
+    return [
         name,
         f"{evaluations:,}",
         f"{evaluations / row['evaluations']:.0%}",
@@ -162,7 +158,6 @@ def _line(name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         "-" if row["counts_only"] else f"{part['seconds']:.1f}",
         "-" if row["counts_only"] else f"{(part['peak_cuda'] or part['peak_resident']) / 2**30:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def shapes_case(name: str, *words: str) -> Case:

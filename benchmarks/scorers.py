@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.shapes_runs import (
     SIGMAS,
     activation_bytes,
@@ -100,37 +100,27 @@ def cost(scorer: BackboneScorer, truth: LatentDataset) -> dict[str, float]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables."""
-    head = " | ".join(f"{sigma:g}" for sigma in SIGMAS)
-    lines = [
-        "SRCC / PLCC of the score against the true score, by sigma:",
-        "",
-        f"| kind | criterion | steps | {head} |",
-        "|---|---|---|" + "---|" * len(SIGMAS),
-    ]
+    first, sigmas = ("kind", "criterion", "steps"), [f"{sigma:g}" for sigma in SIGMAS]
+    by_truth, own, cost = [], [], []
     for row in rows:
+        begin = [row[name] for name in first]
+        own.append([*begin, row["own_metric"], *(f"{value:.3f}" for value in row["own"])])
         if "srcc" in row:
-            cells = " | ".join(f"{srcc:.3f} / {plcc:.3f}" for srcc, plcc in zip(row["srcc"], row["plcc"], strict=True))
-            lines.append(f"| {row['kind']} | {row['criterion']} | {row['steps']} | {cells} |")
-    lines += [
-        "",
-        "The criterion's own metric, by sigma:",
-        "",
-        f"| kind | criterion | steps | metric | {head} |",
-        "|---|---|---|---|" + "---|" * len(SIGMAS),
-    ]
-    for row in rows:
-        cells = " | ".join(f"{value:.3f}" for value in row["own"])
-        lines.append(f"| {row['kind']} | {row['criterion']} | {row['steps']} | {row['own_metric']} | {cells} |")
-    lines += ["", "Cost, with criterion mse, in CPU time of one thread:", ""]
-    lines += [
-        "| kind | parameters | training, s | steps | scoring, ms a picture | kept for the gradient, MB a picture |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+            by_truth.append([*begin, *(f"{srcc:.3f} / {plcc:.3f}" for srcc, plcc in zip(row["srcc"], row["plcc"], strict=True))])
         if row["criterion"] == "mse":
-            size, training = f"{row['parameters'] / 1e6:.2f} M", f"{row['seconds']:.0f} | {row['steps']}"
-            lines.append(f"| {row['kind']} | {size} | {training} | {row['score_ms']:.2f} | {row['activation_mb']:.2f} |")
-    return "\n".join(lines)
+            size, seconds = f"{row['parameters'] / 1e6:.2f} M", f"{row['seconds']:.0f}"
+            cost.append([row["kind"], size, seconds, row["steps"], f"{row['score_ms']:.2f}", f"{row['activation_mb']:.2f}"])
+    priced = ("kind", "parameters", "training, s", "steps", "scoring, ms a picture", "kept for the gradient, MB a picture")
+    return "\n\n".join(
+        [
+            "SRCC / PLCC of the score against the true score, by sigma:",
+            markdown_table([*first, *sigmas], by_truth),
+            "The criterion's own metric, by sigma:",
+            markdown_table([*first, "metric", *sigmas], own),
+            "Cost, with criterion mse, in CPU time of one thread:",
+            markdown_table(priced, cost),
+        ]
+    )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.shapes_runs import write_results
 from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
@@ -76,16 +76,13 @@ def read_row(kind: str, score: str, seed: int, folder: Path) -> Row:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| scorer | score | seed | SRCC | gain at -1 | at -0.5 | at +0.5 | gain at +1 | captions at -1 / 0 / +1 | passes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("scorer", "score", "seed", "SRCC", "gain at -1", "at -0.5", "at +0.5", "gain at +1", "captions at -1 / 0 / +1", "passes")
+    lines = []
     for row in rows:
         cells = [f"{row.gains[i]:+.2f} [{row.intervals[i][0]:+.2f}, {row.intervals[i][1]:+.2f}]" for i in (0, 1, 3, 4)]
         captions = " / ".join(f"{row.captions[i]:.0%}" for i in (0, 2, 4))
-        passed = "yes" if row.passed else "no"
-        lines.append(f"| {row.kind} | {row.score} | {row.seed} | {row.srcc:.3f} | {' | '.join(cells)} | {captions} | {passed} |")
-    return "\n".join(lines)
+        lines.append([row.kind, row.score, row.seed, f"{row.srcc:.3f}", *cells, captions, "yes" if row.passed else "no"])
+    return markdown_table(columns, lines)
 
 
 def main() -> None:

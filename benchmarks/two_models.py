@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.proofs.__main__ import markdown
 from benchmarks.proofs.runs import Row, attached, measure, measurer, prompts, row, scorer, slider
 from benchmarks.proofs.strength import SEEDS, calibrated
@@ -128,24 +128,23 @@ def grid(path: Path) -> None:
 
 def tables(found: dict[str, list[Row]]) -> str:
     """All that was found, as Markdown."""
-    lines = [
-        markdown("strength", found["strength"]),
-        "",
-        "### side effects",
-        "",
-        "| statistic | " + " | ".join(f"{name} at -1 / 0 / +1" for name in MODELS) + " |",
-        "|---|---|---|",
-    ]
+    effects, correlations = [], []
     for statistic in dict.fromkeys(entry["statistic"] for entry in found["side_effects"]):
         own = [entry for entry in found["side_effects"] if entry["statistic"] == statistic]
-        lines.append(f"| {statistic} | " + " | ".join(" / ".join(f"{entry[end]:.3g}" for end in ("-1", "0", "+1")) for entry in own) + " |")
-    lines += ["", "### rank correlation with the true score of the finished picture, all pictures / within prompts", ""]
-    lines += ["| sigma near | " + " | ".join(f"{sigma:g}" for sigma in SIGMAS) + " |", "|---" * (len(SIGMAS) + 1) + "|"]
+        effects.append([statistic, *(" / ".join(f"{entry[end]:.3g}" for end in ("-1", "0", "+1")) for entry in own)])
     for name in MODELS:
         own = [entry for entry in found["rank_correlations"] if entry["model"] == name]
         nearest = [min(own, key=lambda entry, sigma=sigma: abs(entry["sigma"] - sigma)) for sigma in SIGMAS]
-        lines.append(f"| {name} | " + " | ".join(f"{entry['all']:.3f} / {entry['within']:.3f}" for entry in nearest) + " |")
-    return "\n".join(lines)
+        correlations.append([name, *(f"{entry['all']:.3f} / {entry['within']:.3f}" for entry in nearest)])
+    return "\n\n".join(
+        [
+            markdown("strength", found["strength"]),
+            "### side effects",
+            markdown_table(["statistic", *(f"{name} at -1 / 0 / +1" for name in MODELS)], effects),
+            "### rank correlation with the true score of the finished picture, all pictures / within prompts",
+            markdown_table(["sigma near", *(f"{sigma:g}" for sigma in SIGMAS)], correlations),
+        ]
+    )
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, markdown_table
 from benchmarks.proofs import objective, strength
 from benchmarks.proofs.runs import Row
 
@@ -53,13 +53,12 @@ def markdown(proof: str, rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{value:+.2f}" if isinstance(value, float) else f"{value}"
 
     shown = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = [f"### {proof}", "", f"| run | {' | '.join(COLUMNS[name] for name in shown)} |", "|" + "---|" * (1 + len(shown))]
-    for row in rows:
-        lines.append(f"| {row['run']} | {' | '.join(cell(name, row[name]) if name in row else '' for name in shown)} |")
+    lines = [[row["run"], *(cell(name, row[name]) if name in row else "" for name in shown)] for row in rows]
+    text = f"### {proof}\n\n{markdown_table(['run', *(COLUMNS[name] for name in shown)], lines)}"
     if proof == "running_gain":
         held = sum(row["running"][1] <= row["measured"] <= row["running"][2] for row in rows)
-        lines.append(f"\nThe interval held what was measured {held} times of {len(rows)}.")
-    return "\n".join(lines)
+        text += f"\n\nThe interval held what was measured {held} times of {len(rows)}."
+    return text
 
 
 def main() -> None:
