@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {"train_batch_size": 2, "mixed_precision": "no"}
 
 
 def test_allocations_count_what_is_held() -> None:
-    with Allocations() as allocations:
+    with Allocations("the rest") as allocations:
         with allocations.within(STEP):
             first = torch.empty(1024, device="meta")
             second = first[:10] + 0  # 40 bytes; the view is none

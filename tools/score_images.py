@@ -34,10 +34,10 @@ from library.models.vae import VaeFingerprint, place_vae
 from library.reports.contact_sheet import CaptionedPicture, contact_sheet, histograms
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.pictures import read_picture
-from library.scorer_data.readers.base import BadValue, ReaderOptions, split_name
+from library.scorer_data.readers.base import ReaderOptions, split_name
 from library.scorer_data.readers.files import PictureFiles, own_folder, pictures_below
 from library.scorer_data.readers.recognition import read_records
-from library.scorer_data.readers.rows import ROW_FORMATS, read_rows
+from library.scorer_data.readers.rows import ROW_FORMATS, Row, read_rows, records_of
 from library.scorer_data.readers.tables import path_text
 from library.scorer_data.records import FilePicture, RatedImage, Skipped, SkipReport
 from library.scorer_training.criteria.metrics import spearman
@@ -158,17 +158,13 @@ def find_pictures(source: Path, reader: str | None, image_dir: Path | None) -> I
         yield from tally.skipped()
     else:
         files = PictureFiles(image_dir or own_folder(source))
-        for row in read_rows(source, [("path",)], ["path", "prompt", "split", "score"]):
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            try:
-                name = path_text(row.get("path"))
-                picture, split = files.find(name), split_name(row.get("split"))
-            except BadValue as error:
-                yield error.at(row.where)
-            else:
-                yield RatedImage(picture=picture, name=name, where=row.where, prompt=str(row.get("prompt") or ""), split=split)
+
+        def image(row: Row) -> RatedImage:
+            name = path_text(row.get("path"))
+            picture, split = files.find(name), split_name(row.get("split"))
+            return RatedImage(picture=picture, name=name, where=row.where, prompt=str(row.get("prompt") or ""), split=split)
+
+        yield from records_of(read_rows(source, [("path",)], ["path", "prompt", "split", "score"]), image)
 
 
 def make_raters(settings: ScoringConfig, buckets: BucketConfig, device: torch.device) -> list[Rater]:

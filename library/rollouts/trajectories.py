@@ -240,7 +240,11 @@ class Trajectories:
         with model_autocast(self.model):
             eps, *others = predict_rows(self.model, self.network, parts)
         assert eps is not None
-        uncond = batch.sparse_uncond.complete(eps, others[0]) if batch.sparse_uncond is not None else None
+        return self.guided(batch, eps, others[0] if others else None)
+
+    def guided(self, batch: RolloutBatch, eps: Tensor, uncond: Tensor | None) -> Tensor:
+        """The guided prediction [B, C, h, w] of a batch, from the conditional one and what was evaluated of the unconditional branch."""
+        uncond = batch.sparse_uncond.complete(eps, uncond) if batch.sparse_uncond is not None else None
         return guide(self.model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, self.sampling.guidance_rescale)
 
     def batch_of(self, pool: Pool, places: Sequence[int] | None = None, *, going_on: bool = True) -> RolloutBatch:

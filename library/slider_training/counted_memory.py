@@ -20,6 +20,9 @@ from library.types import Conditioning
 class Allocations(TorchDispatchMode):
     """Bytes of all tensors that are made while it is on, by the part that is named, and of those that it is shown.
 
+    Args:
+        part: of what is made outside all others.
+
     Attributes:
         now: bytes that are held.
         peaks: the most that was held, by part.

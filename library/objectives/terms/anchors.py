@@ -10,7 +10,6 @@ from library.objectives.predictions import predict_plain
 from library.objectives.regression import as_output, min_snr_weights, squared_errors
 from library.prompts.files import load_prompts
 from library.rollouts.belt import Belt
-from library.rollouts.sample import guide
 from library.settings.options import option
 from library.types import LossOutput, PromptSpec
 
@@ -57,9 +56,7 @@ class AnchorsTerm(Term):
         errors = squared_errors(output, frozen)
         losses = errors * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
 
-        rescale = self.context.sampling.guidance_rescale
-        uncond = None if batch.sparse_uncond is None else batch.sparse_uncond.complete(eps, plain.uncond)
-        self.belt.advance(guide(model, batch.latents, batch.timesteps, eps.detach(), uncond, batch.guidance_scales, rescale))
+        self.belt.advance(self.belt.trajectories.guided(batch, eps.detach(), plain.uncond))
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),

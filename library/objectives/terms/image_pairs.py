@@ -22,9 +22,8 @@ from library.objectives.known_noise import (
     known_noise_errors,
     logger,
 )
-from library.scorer_data.readers.base import BadValue
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, source_files
-from library.scorer_data.readers.rows import read_rows
+from library.scorer_data.readers.rows import Row, read_rows, records_of
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
 from library.training.runtime import upload
@@ -137,13 +136,9 @@ def _pairs_in_folders(folder: Path, default_prompt: str) -> Iterator[PicturePair
 
 def _pairs_in_table(table: Path, default_prompt: str) -> Iterator[PicturePair | Skipped]:
     files = PictureFiles(table.parent, once=False)
-    for row in read_rows(table, needed=(("positive",), ("negative",))):
-        if isinstance(row, Skipped):
-            yield row
-            continue
-        try:
-            positive, negative = (files.find(str(row.get(side) or "")) for side in ("positive", "negative"))
-        except BadValue as error:
-            yield error.at(row.where)
-            continue
-        yield PicturePair(positive, negative, str(row.get("prompt") or "").strip() or default_prompt)
+
+    def pair(row: Row) -> PicturePair:
+        positive, negative = (files.find(str(row.get(side) or "")) for side in ("positive", "negative"))
+        return PicturePair(positive, negative, str(row.get("prompt") or "").strip() or default_prompt)
+
+    return records_of(read_rows(table, needed=(("positive",), ("negative",))), pair)

@@ -22,7 +22,6 @@ from library.objectives.regression import as_output, min_snr_weights, squared_er
 from library.prompts.leco_files import LecoSetting, load_leco_settings
 from library.rollouts.belt import Belt
 from library.rollouts.prompt_encoder import Size
-from library.rollouts.sample import guide
 from library.settings.options import option
 from library.training.runtime import upload
 from library.types import Conditioning, LossOutput, PromptSpec, RolloutBatch
@@ -112,10 +111,7 @@ class LecoTerm(Term):
         weights = upload([setting.weight for setting in settings], eps.device)
         losses = errors * weights * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
 
-        eps = eps.detach()
-        uncond = None if batch.sparse_uncond is None else batch.sparse_uncond.complete(eps, frozen.rollout_uncond)
-        rescale = self.context.sampling.guidance_rescale
-        belt.advance(guide(model, batch.latents, batch.timesteps, eps, uncond, batch.guidance_scales, rescale))
+        belt.advance(belt.trajectories.guided(batch, eps.detach(), frozen.rollout_uncond))
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),

@@ -15,7 +15,7 @@ from library.scorer_data.readers.base import BadValue, number
 from library.scorer_data.readers.exports import PICTURE, is_export, plain_row
 from library.scorer_data.readers.files import is_utf8
 from library.scorer_data.readers.parquet import class_names, open_parquet, text_columns
-from library.scorer_data.records import RatedImage, RatedPair, Records, Skipped
+from library.scorer_data.records import Skipped
 
 _CHUNK = 1 << 20
 _LONGEST_ITEM = 1 << 24  # characters of one object in a JSON list; longer ones are a missing bracket
@@ -63,7 +63,7 @@ class Row:
 
 Rows = Iterator[Row | Skipped]
 Needed = Sequence[Sequence[str]]
-RecordT = TypeVar("RecordT", RatedImage, RatedPair)
+RecordT = TypeVar("RecordT")
 
 
 def read_rows(path: Path, needed: Needed = (), columns: Collection[str] | None = None) -> Rows:
@@ -92,7 +92,7 @@ def first_row(path: Path) -> Mapping[str, Any]:
     return next((row.values for row in read_rows(path) if isinstance(row, Row)), {})
 
 
-def records_of(rows: Rows, make: Callable[[Row], RecordT]) -> Records:
+def records_of(rows: Rows, make: Callable[[Row], RecordT]) -> Iterator[RecordT | Skipped]:
     """What `make` makes of each row; rows that cannot be read, and those of which it raises BadValue, are what was left out."""
     for row in rows:
         if isinstance(row, Skipped):
