@@ -15,7 +15,7 @@ from library.measuring.warnings import is_sound
 WIDEST = 2.0  # weights between whose opposites the line is fitted
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
 BURNT_CLIPPING = 0.2  # of the pixel values: a weight that clips so many more of them than the base model is not usable
-VISIBLE_SHARE = 0.95  # of all pictures, to be told from the base model's; a few dozen that were measured know it to 0.05
+VISIBLE_SHARE, CONFIDENCE = 0.9, 0.9  # of all pictures, to be told from the base model's; how surely, by those that were measured
 FAINT = 0.01  # times a visible change: less is as good as none
 GRID = 0.1  # the usable range is given on multiples of this
 
@@ -31,7 +31,7 @@ class ResponseCurve:
         clipped: share of pixel values at or beyond black or white [M]; empty where no pixels were made.
         resamples: of the gains, for intervals [R, M]; None where only means are known.
         judges: mean gains of independent judges, by name, in their own within-prompt standard deviations [M].
-        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed [M]; empty where no pixels were made.
+        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed surely [M]; empty where no pixels were made.
         sound: whether judges and pictures held there (`warnings.is_sound`) [M]; empty where nobody looked.
     """
 
@@ -171,7 +171,7 @@ def curve_of(record: EvaluationRecord, name: str, unit_scores: np.ndarray | None
     curve = response_curve(
         record.multipliers, response.values, drifts, rng, directions=response.signs, clipped=clipped, unit_scores=unit_scores
     )
-    visible = () if record.visibility is None else exceeded(record.visibility, VISIBLE_SHARE).tolist()
+    visible = () if record.visibility is None else exceeded(record.visibility).tolist()
     return replace(
         curve,
         judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges},
@@ -180,14 +180,16 @@ def curve_of(record: EvaluationRecord, name: str, unit_scores: np.ndarray | None
     )
 
 
-def exceeded(visibility: np.ndarray, share: float) -> np.ndarray:
-    """What `share` of all pictures exceed, as those that were measured tell [P, S, M] -> [M]; 0 where none is changed.
+def exceeded(visibility: np.ndarray) -> np.ndarray:
+    """What `VISIBLE_SHARE` of all pictures exceed with `CONFIDENCE`, by those measured [P, S, M] -> [M]; 0 where none changes.
 
-    Of a log-normal distribution: the quantile of two dozen pictures themselves is exceeded by fewer of the others, and by a share that
-    differs more from draw to draw.
+    The lower tolerance bound of a log-normal distribution (NIST/SEMATECH e-Handbook of Statistical Methods, 7.2.6.3). The quantile of two
+    dozen pictures themselves is exceeded by fewer of the others.
     """
     logs = np.log(np.maximum(visibility.reshape(-1, visibility.shape[-1]), FAINT))
-    found = np.exp(logs.mean(0) - scipy.stats.norm.ppf(share) * logs.std(0, ddof=min(1, len(logs) - 1)))
+    count = max(2, len(logs))
+    factor = scipy.stats.nct.ppf(CONFIDENCE, count - 1, scipy.stats.norm.ppf(VISIBLE_SHARE) * count**0.5) / count**0.5
+    found = np.exp(logs.mean(0) - factor * logs.std(0, ddof=min(1, len(logs) - 1)))
     return np.where(visibility.max((0, 1)) > FAINT, found, 0.0)
 
 
