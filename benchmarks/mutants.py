@@ -47,7 +47,7 @@ AREAS = {  # which files, and the tests of them
     "networks": ("networks/*.py", "lora lora_* network_setup checkpoint_forms"),
     "checkpoints": ("library/training/checkpoints.py", "checkpoints"),
     "run state and files": ("library/training/run_[fs]*.py", "checkpoints slider_files train_leco_score_resume train_latent_scorer"),
-    "calibration": ("library/measuring/[cr]*[bv]*.py", "calibration"),
+    "calibration": ("library/measuring/[crs]*[bvg]*.py", "calibration"),
 }
 WARM = "torch safetensors.torch PIL.Image accelerate diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
 
