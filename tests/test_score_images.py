@@ -172,7 +172,8 @@ def test_several_raters_have_a_column_each_and_are_compared(folder, tmp_path, mo
     assert float(rows["a.png"]["program"]) == 40
     printed = capsys.readouterr().out
     assert "SRCC of brightness and program: 1.000 (4 pictures)" in printed
-    assert "picture a.png: judge fussy failed with RuntimeError: too dark for me" in printed
+    judge, line = re.escape(judges[1]), rf"\({re.escape(str(tmp_path / 'judges.py'))}, line \d+\)"
+    assert re.search(rf"picture a.png: judge {judge} failed with RuntimeError: too dark for me {line}", printed)
     assert {path.name for path in (tmp_path / "out").glob("sheet*")} == {"sheet_brightness.png", "sheet_fussy.png", "sheet_program.png"}
 
 

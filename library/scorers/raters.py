@@ -124,11 +124,10 @@ class JudgeRater:
     def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[Outcome]:
         try:
             scores = self.judge((pixels.to(self.device) + 1) / 2, [image.prompt for image in images])
-        except Exception as error:  # it is the user's code, and one picture may be what it cannot take
+        except UserError as error:  # it is the user's code that fails, and one picture may be what it cannot take
             if len(images) > 1:
                 return [outcome for row, image in enumerate(images) for outcome in self._score(pixels[row : row + 1], [image])]
-            reason = str(error) if isinstance(error, UserError) else f"judge {self.name} failed with {type(error).__name__}: {error}"
-            return [Skipped(f"picture {images[0].name}: {' '.join(reason.split())}", NO_SCORE)]
+            return [Skipped(f"picture {images[0].name}: {' '.join(str(error).split())}", NO_SCORE)]
         return [outcome_of(score, image, self.name) for score, image in zip(scores.tolist(), images, strict=True)]
 
 
