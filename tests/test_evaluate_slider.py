@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -211,6 +212,16 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, mo
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_score_that_is_no_number_is_one_sentence(files, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "broken.safetensors"
+    weights = {name: torch.full_like(weight, torch.nan) for name, weight in load_file(files / "scorer.safetensors").items()}
+    with safe_open(files / "scorer.safetensors", "pt") as file:
+        save_file(weights, path, file.metadata())
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, arguments(files, tmp_path / "out", scorer=[str(path)]))
+    assert stopped.value.code == 2 and "first: broken is not finite at weight -1; the model" in capsys.readouterr().err
 
 
 def test_a_scorer_for_another_vae_is_refused(files, tmp_path, monkeypatch, capsys):

@@ -224,6 +224,14 @@ def test_fingerprint_of_rounded_weights_matches(dtype):
 def test_fingerprint_is_the_encoders():
     vae = tiny_vae()
     fingerprint = VaeFingerprint.of(vae)
+    broken = copy.deepcopy(vae)
+    broken.encoder.conv_in.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="the VAE makes NaN or infinity of a picture"):  # it would match nothing, not even itself
+        VaeFingerprint.of(broken)
+    narrow = copy.deepcopy(vae)
+    narrow.encoder.conv_in.weight.mul_(1e5)
+    expected = VaeFingerprint.of(narrow)
+    assert VaeFingerprint.of(narrow.half()).matches(expected)  # whose activations half precision cannot hold
     other_decoder = copy.deepcopy(vae)
     other_decoder.decoder = tiny_vae(seed=1).decoder
     assert VaeFingerprint.of(other_decoder).probe == pytest.approx(fingerprint.probe, abs=2e-4)  # the last of 4 decimals may differ

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
+import numpy as np
 import torch
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text, load_tensors, remove_unfinished
@@ -222,6 +223,10 @@ def measure(measurer: Measurer, others: Mapping[str, Measurer], file: Path, name
         elsewhere = tuple(other.measure(network, ends, name=words) for words, other in others.items())
     finally:
         network.remove()
+    for score in record.responses.values():
+        if (broken := ~np.isfinite(score.values).all((0, 1))).any():
+            weight = record.multipliers[int(broken.argmax())]
+            raise UserError(f"{name}: {score.name} is not finite at weight {weight:g}; the model, the LoRA or the scorer is broken there")
     assert settings.prompts_file is not None
     judges = ", ".join(measurer.raters.judges.names)
     files = {"model": model.spec.name, "LoRA": file.name, "prompts file": settings.prompts_file.name, "judges": judges}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,8 +182,13 @@ class VaeFingerprint:
     @classmethod
     @torch.no_grad()
     def of(cls, vae: Autoencoder) -> VaeFingerprint:
+        """Raises UserError for a VAE whose latents are not finite, which would match nothing, not even itself."""
         space, picture = LatentSpace.of(vae), probe_picture().to(vae.device)
         latents = encode_images(vae, picture) / space.scaling_factor
+        if not latents.isfinite().all() and vae.dtype != torch.float32:  # half precision may be too narrow for it
+            latents = encode_images(copy.deepcopy(vae).float(), picture) / space.scaling_factor
+        if not latents.isfinite().all():
+            raise UserError("the VAE makes NaN or infinity of a picture, so its file is broken; download or copy it again")
         return cls(space.scaling_factor, tuple(round(value, 4) for value in latents.flatten().tolist()), space.name)
 
     @property
