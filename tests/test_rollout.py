@@ -5,6 +5,7 @@ import torch
 
 from library.errors import UserError
 from library.rollouts.belt import Belt
+from library.rollouts.config import RolloutConfig
 from library.rollouts.rows import predict_rows, rows_of
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
@@ -168,3 +169,8 @@ def test_a_state_of_another_batch_size_is_refused() -> None:
 def test_the_rollout_carries_no_gradient() -> None:
     belt = make_belt()
     assert not belt.trajectories.predict(belt.next_batch()).requires_grad
+
+
+@pytest.mark.parametrize(("resolution", "size"), [((), (512, 512)), ((64,), (64, 64)), ((64, 96), (96, 64))])
+def test_a_resolution_is_one_side_or_width_and_height(resolution: tuple[int, ...], size: tuple[int, int]) -> None:
+    assert RolloutConfig(resolution=resolution).size(512) == size  # height, width
