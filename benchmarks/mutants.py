@@ -36,9 +36,12 @@ from scipy.stats import binomtest
 
 from benchmarks import ROOT
 
-AREAS = {  # which files, and the tests of them
+AREAS = {  # patterns of files, and the tests of them
     "solvers": ("library/diffusion/solvers.py", "solvers"),
-    "noise schedule": ("library/diffusion/[fn]*.py", "noise_schedule properties solvers few_step flow_families"),
+    "noise schedule": (
+        "library/diffusion/flow.py library/diffusion/noise_schedule.py",
+        "noise_schedule properties solvers few_step flow_families",
+    ),
     "rollouts": ("library/rollouts/*.py", "rollout sampling noised_pictures few_step prompt_encoding prompt_aware"),
     "objectives": (
         "library/objectives/**/*.py",
@@ -46,8 +49,14 @@ AREAS = {  # which files, and the tests of them
     ),
     "networks": ("networks/*.py", "lora lora_* network_setup checkpoint_forms"),
     "checkpoints": ("library/training/checkpoints.py", "checkpoints"),
-    "run state and files": ("library/training/run_[fs]*.py", "checkpoints slider_files train_leco_score_resume train_latent_scorer"),
-    "calibration": ("library/measuring/[crs]*[bvg]*.py", "calibration"),
+    "run state and files": (
+        "library/training/run_files.py library/training/run_state.py",
+        "checkpoints slider_files train_leco_score_resume train_latent_scorer",
+    ),
+    "calibration": (
+        "library/measuring/calibration.py library/measuring/response_curve.py library/measuring/strength.py",
+        "calibration",
+    ),
 }
 WARM = "torch safetensors.torch PIL.Image accelerate diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
 
@@ -62,6 +71,11 @@ class Mutant:
     occurrence: int
     before: str
     after: str = ""
+
+
+def files_of(area: str) -> list[str]:
+    """Relative to the tree, in order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in AREAS[area][0].split() for path in ROOT.glob(pattern))
 
 
 def words(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -112,7 +126,7 @@ class Operators:
 
     def draw(self, area: str, count: int, seed: int) -> tuple[int, list[Mutant]]:
         """-> (how many there could be, some of them)."""
-        every = [mutant for path in sorted(ROOT.glob(AREAS[area][0])) for mutant in self.mutants(str(path.relative_to(ROOT)))]
+        every = [mutant for file in files_of(area) for mutant in self.mutants(file)]
         random.Random(f"{seed} {area}").shuffle(every)
         return len(every), list(itertools.islice((mutant for mutant in every if self.apply(mutant)), count))
 
@@ -212,9 +226,8 @@ class Copy:
 
     def lines_of(self, area: str) -> Lines:
         """What the area's tests reach in its files. Raises SystemExit where one fails as it is."""
-        pattern, words = AREAS[area]
-        lines = Lines({str(self.tree / path.relative_to(ROOT)) for path in ROOT.glob(pattern)})
-        tests = [f"tests/{path.name}" for word in words.split() for path in sorted(ROOT.glob(f"tests/test_{word}.py"))]
+        lines = Lines({str(self.tree / file) for file in files_of(area)})
+        tests = [f"tests/{path.name}" for word in AREAS[area][1].split() for path in sorted(ROOT.glob(f"tests/test_{word}.py"))]
         if self.run(tests, 3600, lines):
             raise SystemExit(f"a test fails without any change:\n{(self.tree / 'output.txt').read_text()[-2000:]}")
         lines.seconds, reached = pickle.loads((self.tree / "lines.pickle").read_bytes())

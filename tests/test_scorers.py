@@ -206,6 +206,7 @@ def test_a_subclass_needs_only_its_score() -> None:
 JUDGES = """
 from dataclasses import dataclass
 import torch
+from library.errors import UserError
 
 @dataclass
 class Weights:
@@ -218,6 +219,7 @@ def column(pixels): return pixels[:, 0].mean((1, 2)).unsqueeze(1)
 def number(pixels): return 1.0
 def broken(pixels): return pixels.mean((1, 2, 3)) / 0
 def fails(pixels): return {}["key"]
+def refuses(pixels): raise UserError("a sentence of its own")
 def three(pixels, prompts, seeds): return pixels
 constant = 3
 """
@@ -247,6 +249,7 @@ def test_judges_from_a_file_and_a_module(judges: Path) -> None:
         ("number", "returned float"),
         ("broken", "NaN or infinity"),
         ("fails", r"my judges.py:fails failed with KeyError: 'key' \(.*my judges.py, line \d+\)"),
+        ("refuses", "^a sentence of its own$"),
         ("length", "takes prompts"),
         ("three", "takes 3 arguments"),
         ("constant", "has no function 'constant'"),

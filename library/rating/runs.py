@@ -197,9 +197,8 @@ def launch(folder: Path) -> None:
     _runners[folder] = process
 
 
-_runners: dict[
-    Path, subprocess.Popen
-] = {}  # that this process started: those that ended are waited for, and those that begin hold no lock yet
+# Runners that this process started, by their run's folder: one that ended is waited for, and one that begins holds no lock yet.
+_runners: dict[Path, subprocess.Popen] = {}
 
 
 def is_running(folder: Path) -> bool:

@@ -44,6 +44,8 @@ class Judge:
             raise UserError(f"judge {self.name} takes prompts and these pictures have none; use a judge that takes pixels only")
         try:
             scores = self.function(pixels, list(prompts)) if self.takes_prompts and prompts is not None else self.function(pixels)
+        except UserError:
+            raise
         except Exception as error:  # of the user's own code
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(f"judge {self.name} failed with {type(error).__name__}: {error} ({at.filename}, line {at.lineno})") from error
