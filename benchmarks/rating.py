@@ -1,10 +1,11 @@
 """The page, by a simulated person in a real browser: how few ratings make a slider, and what the running scorer says of itself.
 
     python -m benchmarks.rating session --scores brightness --seeds 0           # rate 60 pictures on the page, train, measure
+    python -m benchmarks.rating session --mode pairs                             # the same person chooses 60 times between two pictures
     python -m benchmarks.rating curves --folder PROJECT --seeds 0 1 2            # ratings in random and in chosen order, stars and pairs
 
-A session needs Playwright and Chromium (`--chromium`, where Debian has it). The person has a true score of pixels, gives stars with an
-error of 0.4 standard deviations, and sees what the page shows: nothing is handed to the scorer but keys that are pressed.
+A session needs Playwright and Chromium (`--chromium`, where Debian has it). The person has a true score of pixels, feels it with an error
+of 0.4 standard deviations, gives stars or chooses, and sees what the page shows: nothing is handed to the scorer but keys that are pressed.
 """
 
 import argparse
@@ -39,6 +40,7 @@ NOISE = 0.4  # standard deviation of an answer's error, where pictures' true sco
 TIE = 0.25  # a lead below which the person calls two pictures equal
 SIZES = (20, 40, 60, 100, 200)
 CHROMIUM = "/usr/bin/chromium"
+SHOWN = "[...document.querySelectorAll('.stage img')].map(image => image.getAttribute('src'))"  # what the page asks about
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -66,11 +68,23 @@ def within_prompts(values: Sequence[Sequence[Sequence[float]]], place: int) -> n
     return (array - array.mean(1, keepdims=True)).flatten()
 
 
+def choice_of(felt: np.ndarray) -> float:
+    """How far the first of two pictures wins, by what a person feels of each [2]: 1, 0, or 0.5 where they are near."""
+    return 0.5 if abs(felt[0] - felt[1]) < TIE else float(felt[0] > felt[1])
+
+
+def key_of(worth: np.ndarray, mode: str, rng: np.random.Generator) -> str:
+    """What the person presses on seeing one picture or two, by their true worth [1 or 2]."""
+    if mode == "stars":
+        return str(stars_of(float(worth[0]), rng, NOISE))
+    return {1.0: "ArrowLeft", 0.5: "ArrowDown", 0.0: "ArrowRight"}[choice_of(worth + NOISE * rng.normal(size=2))]
+
+
 def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One person, from an empty folder to a slider that is measured by the true score."""
     from playwright.sync_api import sync_playwright
 
-    folder = args.folder / f"{score}-{seed}"
+    folder = args.folder / f"{score}-{args.mode}-{seed}"
     project = Project(folder)
     config = RateConfig(scorer_steps=args.scorer_steps, train_steps=args.train_steps)
     prompts = embedded_prompts(folder)
@@ -86,26 +100,35 @@ def session(score: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1440, "height": 900})
             page.goto(address)
+            page.wait_for_selector(".stage img", timeout=120_000)
+            if args.mode == "pairs":
+                page.keyboard.press("p")
             began = time.monotonic()
+            shown: list[str] = []
             for _ in range(args.ratings):
-                image = page.wait_for_selector(".stage figure img", timeout=120_000)
-                assert image is not None
-                source = str(image.get_attribute("src"))
+                page.wait_for_function(
+                    f"([n, old]) => {{ const now = {SHOWN}; return now.length === n && now.join() !== old.join() }}",
+                    arg=[2 if args.mode == "pairs" else 1, shown],
+                    timeout=120_000,
+                )
+                shown = page.evaluate(SHOWN)
                 rating_session.gallery.refresh()
                 worth = true_worth(project, rating_session.gallery.pictures, score)
-                own = float(worth[rating_session.gallery.row_of[int(source.rpartition("/")[2])]])
-                page.keyboard.press(str(stars_of(own, rng, NOISE)))
-                page.wait_for_function("s => document.querySelector('.stage figure img')?.getAttribute('src') !== s", arg=source)
+                rows = [rating_session.gallery.row_of[int(source.rpartition("/")[2])] for source in shown]
+                page.keyboard.press(key_of(worth[rows], args.mode, rng))
             rating_seconds = time.monotonic() - began
             live = rating_session.opinion("beauty")
             while live.measured < args.ratings:
                 time.sleep(0.5)
             worth = true_worth(project, rating_session.gallery.pictures, score)
-            rated = {rating_session.gallery.row_of[rating.first] for rating in live.ratings}
+            rated = {
+                rating_session.gallery.row_of[picture] for rating in live.ratings for picture in (rating.first, rating.second) if picture
+            }
             rest = np.array([row for row in range(live.taste.size if live.taste else 0) if row not in rated])
             found: dict[str, Any] = {
                 "score": score,
                 "seed": seed,
+                "mode": args.mode,
                 "ratings": args.ratings,
                 "calibrate": recipe.slider["monitor"]["calibrate"],
                 "rating_seconds": round(rating_seconds, 1),
@@ -173,9 +196,7 @@ def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
                 for question in questions:
                     seen.update(question.pictures)
                     felt = worth[list(question.pictures)] + NOISE * rng.normal(size=len(question.pictures))
-                    value = float(np.clip(round(1.2 * felt[0] + 3), 1, 5))
-                    if pairs:
-                        value = 0.5 if abs(felt[0] - felt[1]) < TIE else float(felt[0] > felt[1])
+                    value = choice_of(felt) if pairs else float(np.clip(round(1.2 * felt[0] + 3), 1, 5))
                     answers.append((*question.pictures, value))
                     reasons.append(question.reason == "random")
                 told = Answers.of(pairs=answers) if pairs else Answers.of(answers)
@@ -226,6 +247,7 @@ def main() -> None:
     parser.add_argument("part", choices=("session", "curves"))
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=["brightness", "size", "warmth"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--mode", choices=("stars", "pairs"), default="stars", help="of a session's answers")
     parser.add_argument("--ratings", type=int, default=60)
     parser.add_argument("--pictures", type=int, default=160, help="that a session waits for; of curves, those of the project in --folder")
     parser.add_argument("--scorer_steps", type=int, default=None)
