@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from library.scorer_data.pictures import EXIF_ORIENTATION
+from library.scorer_data.pictures import EXIF_ORIENTATION, open_picture
 from library.scorer_data.pixel_augmentation import FLIPPED, PLAIN
 from library.scorer_data.records import FilePicture, FileState, Picture
 
@@ -82,7 +81,7 @@ class NpzCache:
 
 def _stored_size(picture: FilePicture) -> tuple[int, int] | None:
     """Width and height, or None where sd-scripts shows a picture otherwise than we do: turned by its EXIF, or transparent."""
-    with picture.open() as stream, Image.open(stream) as file:
+    with picture.open() as stream, open_picture(stream) as file:
         if file.getexif().get(EXIF_ORIENTATION, 1) != 1 or file.has_transparency_data:
             return None
         return file.size

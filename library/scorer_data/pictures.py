@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,15 @@ EXIF_ORIENTATION = 0x0112
 MOST_PIXELS = 1 << 26  # 8192 x 8192, 200 MB as RGB: a file of 20 kB can claim more than any training shows of it
 LEAST_SIDE = 2  # pixels: 1 x 1 stands for a picture that was not there when it was downloaded
 DRAFT = (4096, 4096)  # a JPEG beyond MOST_PIXELS is decoded at an 8th, a quarter or half of its size, but not below this
+# By content, whatever a file is called. Pillow runs Ghostscript on what it takes for EPS, and has decoders that hardly anybody has tried.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "PPM", "TGA", "QOI", "ICO")
 _UNGUARDED = nullcontext()
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def open_picture(stream: IO[bytes]) -> Image.Image:
+    """A picture of which nothing but its header is read. Raises UnidentifiedImageError for what is none of FORMATS."""
+    return Image.open(stream, formats=FORMATS)
 
 
 def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUARDED) -> Image.Image:
@@ -35,7 +42,7 @@ def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUA
     try:
         with opening:
             stream = picture.open()
-        with stream, Image.open(stream) as file:
+        with stream, open_picture(stream) as file:
             if file.width * file.height > MOST_PIXELS:
                 file.draft("RGB", DRAFT)
             if file.width * file.height > MOST_PIXELS:
@@ -45,7 +52,9 @@ def read_picture(picture: Picture, opening: AbstractContextManager[Any] = _UNGUA
             file.load()
             return _to_rgb(_turned(file))
     except UnidentifiedImageError as error:
-        raise UserError(f"picture {picture.key} cannot be read: it is empty or of no known format") from error
+        raise UserError(
+            f"picture {picture.key} cannot be read: it is empty or of no format that is read here ({', '.join(FORMATS[:7])})"
+        ) from error
     except Exception as error:  # decoders raise what they like on bytes that are not what they say
         reason = getattr(error, "strerror", None) or str(error).replace("\n", " ") or type(error).__name__
         raise UserError(f"picture {picture.key} cannot be read: {reason}") from error
