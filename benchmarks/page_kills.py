@@ -14,7 +14,6 @@ import random
 import time
 import urllib.request
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.reliability import broken_files
-from library.rating.runs import Recipe, merged
 from library.rating.store import Project
-from tests.helpers.rating_project import drawn_project, served, stars_of
-from tools.rate import EMBEDDED, RateConfig, embedded_prompts, make_recipe
+from tests.helpers.rating_project import drawn_project, served, short_recipe, stars_of
 
 KILLS_EACH = 10
 PAUSE = 1.0  # seconds until a person presses a button
@@ -56,14 +53,6 @@ class Page:
         while (state := self.post("state")["run"]["state"]) not in states and time.monotonic() < end:
             time.sleep(0.2)
         return state
-
-
-def short_recipe(folder: Path) -> Recipe:
-    """The page's own, with few steps, and a seed that is the same in every training."""
-    recipe = make_recipe(RateConfig(scorer_steps=20, train_steps=8), str(EMBEDDED), embedded_prompts(folder))
-    few = {"rollout": {"max_denoising_steps": 4}, "monitor": {"sample_every_n_steps": 4}, "saving": {"save_every_n_steps": 1}}
-    check = {"evaluation": {"num_prompts": 2, "seeds_per_prompt": 2, "num_steps": 4, "multipliers": [-1.0, 0.0, 1.0]}}
-    return replace(recipe, slider=merged(recipe.slider, few, {"training": {"seed": 0}}), check=merged(recipe.check, check))
 
 
 def kill(run: Path, draw: random.Random) -> tuple[bool, bool]:

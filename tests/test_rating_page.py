@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from tests.helpers.rating_project import drawn_project, served, stars_of
+from tests.helpers.rating_project import drawn_project, served, short_recipe, stars_of
 
 pytest.importorskip("uvicorn", reason="requirements-ui.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in requirements-test.txt")
@@ -117,6 +118,47 @@ def test_pairs_and_grid_by_keyboard(desk: Desk) -> None:
     assert sorted(r.value for r in session.opinion("beauty").ratings[-5:]) == [1, 1, 3, 4, 5]
     press(page, "s")
     assert complaints == []
+
+
+def test_a_whole_session_from_an_empty_page_to_a_slider(browser: Any, tmp_path: Path) -> None:
+    """Short; `benchmarks.rating session` is the same with the page's own settings, and measures what comes of it."""
+    project, worth = drawn_project(tmp_path, 60)
+    prompts = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "square")]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")  # few, since each is measured
+    judge = str(Path(__file__).parents[1] / "examples" / "shapes" / "scores.py") + ":brightness"
+    with served(project, recipe=short_recipe(tmp_path, scorer_steps=10, train_steps=2, judges=(judge,))) as (address, session):
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(address)
+        page.wait_for_selector(".stage figure img")
+        rng = np.random.default_rng(1)
+        for number in range(24):
+            if number == 10:
+                page.goto(f"{address}/#train")
+                page.wait_for_selector("text=Give at least 20 answers")
+                assert page.is_disabled("[data-focus=begin]")
+                page.goto(f"{address}/#rate")
+                page.wait_for_selector(".stage figure img")
+            press(page, str(stars_of(worth[shown(page) - 1], rng)))
+        wait_for(page, session, 24)
+        page.goto(f"{address}/#train")
+        page.dblclick("[data-focus=begin]:enabled")
+        page.wait_for_selector("text=You may close this page")
+        page.close()  # it goes on
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(f"{address}/#train")
+        page.wait_for_selector("text=Your slider is ready.", timeout=900_000)
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["beauty-1"]  # it was pressed twice
+        assert "Dashed: brightness" in page.inner_text(".page") and page.query_selector(".judge-dot")
+        assert "train_leco_score.py --config_file" in page.inner_text(".page")
+        for name in ("Download the slider", "The scorer"):
+            with page.expect_download() as download:
+                page.click(f"text={name}")
+            tensors = load_file(download.value.path())
+            assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
+        assert page.request.get(address + page.get_attribute("text=The report", "href")).ok
+        assert page.evaluate("() => [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        page.close()
 
 
 @pytest.mark.parametrize("size", [(1440, 900), (1024, 768), (390, 844)])

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class RateConfig:
     guidance_scale: float | None = option(None, help="Guidance scale of the samples and the training; not set: what suits the model.")
     train_steps: int | None = option(None, help="At most so many updates of the slider; not set: what suits the model.")
     scorer_steps: int | None = option(None, help="Updates of the scorer; not set: what suits the model.")
+    judges: tuple[str, ...] = option(
+        (),
+        help="Judges of the slider that training does not follow, as in train_leco_score.py: my.py:sharpness my.py:edges=stay.",
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_steps", "train_steps", "scorer_steps")
@@ -98,6 +102,17 @@ def embedded_prompts(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "prompts.txt"
     return path if path.is_file() else write_prompts(folder, 0)[0]
+
+
+def found_judges(words: Sequence[str]) -> list[str]:
+    """Judges with whole paths, since the trainings run in the repository. One that is none is told now, not after an hour of rating."""
+    from library.measuring.judges import split_role
+    from library.scorers.judges import load_judge
+
+    for word in words:
+        load_judge(split_role(word)[0])
+    paths = [word.rpartition(":") for word in words]
+    return [f"{Path(file).absolute() if file.endswith('.py') else file}:{name}" for file, _, name in paths]
 
 
 def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
@@ -148,6 +163,8 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
     for values, name, given in ((scorer, "max_train_steps", config.scorer_steps), (slider, "max_train_steps", config.train_steps)):
         if given is not None:
             values["training"][name] = given
+    if config.judges:
+        slider["monitor"]["judges"] = check["evaluation"]["judges"] = found_judges(config.judges)
     return Recipe(model=model, prompts_file=None if prompts is None else str(prompts), scorer=scorer, slider=slider, check=check)
 
 

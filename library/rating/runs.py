@@ -27,7 +27,7 @@ RUNS, MARKS = "runs", "marks.csv"
 FEWEST = 20  # answers that a training is begun with
 ENOUGH = 100  # marks, without the errors that answers have: a part of them says when the network follows them, and folds are not needed
 LOG_TAIL = 60_000  # bytes
-CURVES = ("running_gain_at_+1", "running_gain_at_-1", "gain_at_+1", "gain_at_-1")
+CURVES = re.compile(r"(running_|judge/.+/)?gain_at_[+-]1")  # of the metrics: what the score and the judges gain
 WARNING = re.compile(r"^WARNING: (.*)$", re.MULTILINE)
 ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
 FILES: Mapping[str, tuple[str, str]] = {  # what the page may ask for: its place in the run, and its type
@@ -270,7 +270,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "error": errors[-1] if state == "failed" and errors else "",
         "log": log[-4000:],
         "progress": {"scorer": _progress(folder, "scorer", scorer), "slider": _progress(folder, "slider", slider)},
-        "curves": {name: [[line["step"], line[name]] for line in slider if line.get(name) is not None] for name in CURVES},
+        "curves": _curves(slider),
         "preview": previews[-1].name if previews else "",
         "toml": {name: _text(folder / f"{name}.toml") for name in ("scorer", "slider", "check")},
         "commands": [f"python {' '.join(words)}" for words in plan.get("steps", {}).values()],
@@ -308,6 +308,12 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             continue  # a last line that a kill cut short
         lines.append({key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)})
     return lines
+
+
+def _curves(lines: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Step and value of every gain that there is, by its name."""
+    names = dict.fromkeys(name for line in lines for name in line if CURVES.fullmatch(name))
+    return {name: [[line["step"], line[name]] for line in lines if line.get(name) is not None] for name in names}
 
 
 def _tail(path: Path) -> str:

@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from examples.shapes.world import caption, draw, random_scene
 from library.atomic_files import atomic_write_bytes
-from library.rating.runs import Recipe
+from library.rating.runs import Recipe, merged
 from library.rating.space import LATENT_FEATURES
 from library.rating.store import Project, StoredPicture
 
@@ -46,6 +47,22 @@ def drawn_project(folder: Path, count: int, seed: int = 0) -> tuple[Project, np.
     project.add_pictures(pictures)
     worth = np.array(bright)
     return project, (worth - worth.mean()) / max(worth.std(), 1e-6)
+
+
+def short_recipe(folder: Path, *, scorer_steps: int = 20, train_steps: int = 8, judges: tuple[str, ...] = ()) -> Recipe:
+    """The page's own for the embedded model, with few steps, and a seed that is the same in every training."""
+    from tools.rate import EMBEDDED, RateConfig, embedded_prompts, make_recipe
+
+    recipe = make_recipe(
+        RateConfig(scorer_steps=scorer_steps, train_steps=train_steps, judges=judges), str(EMBEDDED), embedded_prompts(folder)
+    )
+    few = {
+        "rollout": {"max_denoising_steps": 4},
+        "monitor": {"sample_every_n_steps": max(1, train_steps // 2)},
+        "saving": {"save_every_n_steps": 1},
+    }
+    check = {"evaluation": {"num_prompts": 2, "seeds_per_prompt": 2, "num_steps": 4, "multipliers": [-1.0, 0.0, 1.0]}}
+    return replace(recipe, slider=merged(recipe.slider, few, {"training": {"seed": 0}}), check=merged(recipe.check, check))
 
 
 def stars_of(worth: float, rng: np.random.Generator, noise: float = 0.4) -> int:

@@ -128,11 +128,14 @@ export function train(main, app) {
   }
 
   function gains(run) {
-    const up = run.curves["running_gain_at_+1"];
-    const down = run.curves["running_gain_at_-1"];
+    const of = (name) => [run.curves[`${name}gain_at_+1`] ?? [], run.curves[`${name}gain_at_-1`] ?? []];
+    const [up, down] = of("running_");
+    const measured = of("").flat();
+    const judges = Object.keys(run.curves).filter((name) => name.startsWith("judge/") && name.endsWith("+1")).map((name) => name.slice(6, -11));
+    const judged = judges.flatMap((name) => of(`judge/${name}/`).map((points) => ({ name, points })));
     if (up.length + down.length < 4) return null;
     const [width, height, left] = [640, 200, 40];
-    const all = [...up, ...down];
+    const all = [...up, ...down, ...measured, ...judged.flatMap(({ points }) => points)];
     const last = Math.max(...all.map(([at]) => at), 1);
     const most = Math.max(0.5, ...all.map(([, gain]) => Math.abs(gain)));
     const x = (at) => left + ((width - left - 10) * at) / last;
@@ -141,7 +144,7 @@ export function train(main, app) {
     return h(
       "section",
       { class: "card" },
-      h("h3", {}, "What the score gains, in within-prompt standard deviations"),
+      h("h3", {}, `What the score${judges.length ? " and the judges" : ""} gain${judges.length ? "" : "s"}, in within-prompt standard deviations`),
       svg(
         "svg",
         { viewBox: `0 0 ${width} ${height}`, class: "curve", role: "img", "aria-label": `gain at weight +1: ${up.at(-1)?.[1].toFixed(2)}, at -1: ${down.at(-1)?.[1].toFixed(2)}` },
@@ -149,9 +152,15 @@ export function train(main, app) {
         ...[most, 0, -most].map((value) => svg("text", { x: left - 6, y: y(value) + 4, class: "tick", "text-anchor": "end" }, value.toFixed(1))),
         line(up, "line"),
         line(down, "line down"),
+        ...measured.map(([at, gain]) => svg("circle", { cx: x(at), cy: y(gain), r: 4, class: "dot" })),
+        ...judged.flatMap(({ name, points }) => [
+          line(points, "line judge"),
+          ...points.map(([at, gain]) => svg("circle", { cx: x(at), cy: y(gain), r: 3, class: "judge-dot" }, svg("title", {}, `${name} ${gain.toFixed(2)}`))),
+        ]),
         svg("text", { x: width - 10, y: y(up.at(-1)?.[1] ?? 0) - 6, class: "tick", "text-anchor": "end" }, "at +1"),
         svg("text", { x: width - 10, y: y(down.at(-1)?.[1] ?? 0) + 14, class: "tick", "text-anchor": "end" }, "at -1"),
       ),
+      h("p", { class: "muted" }, "Lines: as the training goes along. Dots: measured on pictures.", ...judges.map((name) => ` Dashed: ${name}, which it does not follow.`)),
     );
   }
 
