@@ -51,7 +51,7 @@ AREAS = {  # patterns of files, and the tests of them
     "checkpoints": ("library/training/checkpoints.py", "checkpoints"),
     "run state and files": (
         "library/training/run_files.py library/training/run_state.py",
-        "checkpoints slider_files train_leco_score_resume train_latent_scorer",
+        "checkpoints slider_files hub_files train_leco_score_resume train_latent_scorer",
     ),
     "calibration": (
         "library/measuring/calibration.py library/measuring/response_curve.py library/measuring/strength.py",

@@ -14,6 +14,7 @@ import safetensors
 import torch
 from PIL import Image
 
+from library.atomic_files import unfinished_name
 from library.errors import UserError
 from library.measuring.calibration import Calibration, Target
 from library.measuring.response_curve import ResponseCurve, summarise_curve
@@ -21,9 +22,11 @@ from library.measuring.strength import choose_scale
 from library.measuring.warnings import SliderWarning
 from library.models.config import ModelConfig
 from library.scorers.worth import Worth
-from library.settings.shared import NetworkConfig, SavingConfig
+from library.settings.shared import NetworkConfig, RunFilesConfig, SavingConfig
 from library.slider_training.files import SliderFiles
 from library.slider_training.outcome import Outcome
+from library.training.checkpoints import weights_path
+from library.training.run_files import RunFiles
 from tests.helpers.records import record_of
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_networks import lora_for
@@ -187,3 +190,23 @@ def test_less_space_than_the_run_takes_is_found_before_it(files, tmp_path, monke
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         with pytest.raises(UserError, match="to be written") if refused else nullcontext():
             files.check_space(network, 100)
+
+
+def test_the_longest_name_that_is_taken_leaves_room_for_the_last_step(tmp_path):
+    def is_taken(name):
+        try:
+            RunFiles(RunFilesConfig(output_dir=tmp_path, output_name=name)).check_outputs()
+        except UserError as error:
+            assert "name" in str(error)
+            return False
+        return True
+
+    longest = max(length for length in range(180, 250) if is_taken("n" * length))
+    weights = weights_path(tmp_path, "n" * longest, 99_999_999)
+    assert len(unfinished_name(weights).name) == 255  # bytes, the most that a file system takes
+
+
+@pytest.mark.parametrize(("steps", "last", "expected"), [(25, None, 2), (25, 100, 2), (1000, 100, 11), (9, 100, 0)])
+def test_at_most_so_many_files_are_there_on_the_way(tmp_path, steps, last, expected):
+    own = RunFilesConfig(output_dir=tmp_path, save_every_n_steps=10, save_last_n_steps=last)
+    assert RunFiles(own).num_on_the_way(steps) == expected
