@@ -148,7 +148,7 @@ def test_sdxls_caches_are_told_by_their_name(fill: Fill, pictures: list[FilePict
 
 @pytest.mark.parametrize(
     "harm",
-    ["bucket", "size", "older", "nan", "not an npz", "no latents", "turned", "transparent", "cut"],
+    ["bucket", "size", "older", "nan", "not an npz", "no latents", "turned", "transparent", "cut", "empty", "one array", "no size"],
     ids=lambda harm: harm.replace(" ", "_"),
 )
 def test_a_cache_that_does_not_fit_its_picture_is_not_used(fill: Fill, pictures: list[FilePicture], vae: AutoencoderKL, harm: str) -> None:
@@ -169,6 +169,13 @@ def test_a_cache_that_does_not_fit_its_picture_is_not_used(fill: Fill, pictures:
         np.savez(path, original_size=np.array([64, 64]))
     elif harm == "cut":
         path.write_bytes(path.read_bytes()[:300])
+    elif harm == "empty":
+        path.write_bytes(b"")  # of a program that was killed as it began to write
+    elif harm == "one array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(4))
+    elif harm == "no size":
+        sd_scripts_caches(vae, pictures[0], original_size=np.array(64))
     else:
         picture = Image.open(pictures[0].path)
         exif = Image.Exif()

@@ -7,7 +7,6 @@ posterior; latents_flipped, if pictures were mirrored; original_size (width, hei
 
 import logging
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ class NpzCache:
                     found = self._read(path, size, bucket, variants)
                     if found:
                         return found
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a foreign file makes of its reader
             logger.debug("the cache of %s cannot be read: %s", picture.key, error)
         return {}
 
