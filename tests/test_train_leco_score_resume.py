@@ -15,6 +15,7 @@ import train_leco_score
 from library.errors import UserError
 from library.settings.cli import run_main
 from library.slider_training.early_stop import EarlyStop
+from library.slider_training.files import SliderState
 from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.output_files import only_process
 from library.training.tracking import Tracker, read_metrics
@@ -129,6 +130,13 @@ def test_a_state_of_other_settings_is_refused(
     sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
     assert says in sentence and "resume" in sentence or "nothing is left" in sentence
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [6, 8])
+def test_a_smaller_value_is_a_change_as_a_larger_one_is(seed: int) -> None:
+    saved = SliderState.of({}, step=1, unet_evaluations=0, watched=False, shared={"seed": 7})
+    with pytest.raises(UserError, match=f"seed is {seed} and was 7"):
+        saved.check_shared({"seed": seed}, Path("x-state"), with_changes=False)
 
 
 def test_on_purpose_a_run_goes_on_with_another_seed(workplace: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
