@@ -15,7 +15,7 @@ from library.scorer_training.config import LatentScorerConfig
 from library.settings.cli import parse_config
 from tests.helpers.rating_project import drawn_project
 from tools.evaluate_slider import EvaluateSliderConfig
-from tools.rate import RateConfig, make_recipe
+from tools.rate import EMBEDDED, RateConfig, chosen_model, found_judges, make_recipe
 from train_leco_score import leco_score_config
 
 
@@ -53,3 +53,16 @@ def test_the_written_files_are_read_by_the_scripts(modes: tuple[str, ...], model
     assert slider.saving.save_state and str(slider.saving.resume) == str(scorer.output.resume) == "auto"
     check = parse_config(EvaluateSliderConfig, ["--config_file", str(folder / "check.toml")])
     assert check.evaluation.network_weights == (str(folder / "slider" / "slider.safetensors"),)
+
+
+def test_files_are_found_where_the_page_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.safetensors", "prompts.txt", "my.py"):
+        Path(name).write_text("def sharp(pixels): return pixels.mean((1, 2, 3))\n")
+    given = {"prompts_file": Path("prompts.txt")}
+    assert chosen_model(RateConfig(pretrained_model_name_or_path="my.safetensors", **given)) == str(tmp_path / "my.safetensors")
+    assert chosen_model(RateConfig(pretrained_model_name_or_path="owner/name", **given)) == "owner/name"
+    assert chosen_model(RateConfig()) == str(EMBEDDED)
+    assert found_judges(["my.py:sharp=stay"]) == [f"{tmp_path}/my.py:sharp=stay"]
+    with pytest.raises(UserError, match="no function 'dull'"):
+        found_judges(["my.py:dull"])

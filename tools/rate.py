@@ -104,6 +104,12 @@ def embedded_prompts(folder: Path) -> Path:
     return path if path.is_file() else write_prompts(folder, 0)[0]
 
 
+def chosen_model(config: RateConfig) -> str:
+    """A whole path, since the processes behind the page run in the repository; a hub id stays what it is."""
+    given = config.pretrained_model_name_or_path or EMBEDDED
+    return str(Path(given).absolute() if Path(given).exists() else given)
+
+
 def found_judges(words: Sequence[str]) -> list[str]:
     """Judges with whole paths, since the trainings run in the repository. One that is none is told now, not after an hour of rating."""
     from library.measuring.judges import split_role
@@ -210,7 +216,7 @@ def serve(config: RateScriptConfig) -> None:
     project = Project(rating.project_dir)
     if rating.opinion is not None:
         project.add_opinion(rating.opinion, rating.levels)
-    model = rating.pretrained_model_name_or_path or str(EMBEDDED)
+    model = chosen_model(rating)
     prompts = rating.prompts_file and rating.prompts_file.absolute()
     if prompts is None and rating.pretrained_model_name_or_path is None:
         prompts = embedded_prompts(project.folder)
