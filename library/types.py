@@ -25,48 +25,56 @@ class Conditioning:
         text: token embeddings [B, T, D].
         pooled: pooled embedding [B, P] (SDXL), or None.
         time_ids: original size, crop corner and target size, (h, w, top, left, h, w) [B, 6] (SDXL), or None.
-        lengths: how many of the T tokens a row has, the others being 0 [B] (Z-Image), or None where all have T.
+        lengths: how many of the T tokens each row has, the others being 0 (Z-Image), or None where all have T. They are no tensor, since
+            the network is told them at every call, which then would wait for the device.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
-    lengths: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.text.shape[0]
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
         """Select rows; the result is a batch too (index with a slice or a list, not an int)."""
-        return self.map(lambda part: part[index])
+        taken = self.map(lambda part: part[index])
+        if self.lengths is None:
+            return taken
+        places = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+        return replace(taken, lengths=tuple(self.lengths[place] for place in places.tolist()))
 
     def repeat(self, times: int) -> "Conditioning":
         """The whole batch `times` times over: [c0, c1, c0, c1, ...]."""
-        return self.map(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+        repeated = self.map(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+        return repeated if self.lengths is None else replace(repeated, lengths=self.lengths * times)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """Move it all; `dtype` is for the embeddings, time_ids are sizes in pixels, which half precision would round."""
-        return self.map(lambda part: part.to(device=device, dtype=None if part is self.time_ids or part is self.lengths else dtype))
+        return self.map(lambda part: part.to(device=device, dtype=None if part is self.time_ids else dtype))
 
     @staticmethod
     def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
         """Join batches of one family along B; texts with `lengths` become as long as the longest."""
         longest = max(batch.text.shape[1] for batch in batches)
         lacking = [longest - batch.text.shape[1] for batch in batches]
-        assert not any(lacking) or all(batch.lengths is not None for batch in batches), "texts of different lengths"
+        lengths = [batch.lengths for batch in batches if batch.lengths is not None]
+        assert len(lengths) == len(batches) or not (lengths or any(lacking)), "texts of different lengths"
         return Conditioning(
             torch.cat([F.pad(batch.text, (0, 0, 0, more)) if more else batch.text for batch, more in zip(batches, lacking, strict=True)]),
             _cat_optional([batch.pooled for batch in batches]),
             _cat_optional([batch.time_ids for batch in batches]),
-            _cat_optional([batch.lengths for batch in batches]),
+            sum(lengths, ()) or None,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """With every tensor changed, its rows being as they are."""
         return Conditioning(
             change(self.text),
             None if self.pooled is None else change(self.pooled),
             None if self.time_ids is None else change(self.time_ids),
-            None if self.lengths is None else change(self.lengths),
+            self.lengths,
         )
 
 

@@ -35,7 +35,7 @@ from library.text_free.adapter import text_encoder_fingerprint
 from library.types import Conditioning, PromptSpec
 from networks.lora import create_network, create_network_from_weights
 from networks.lora_targets import find_targets
-from tests.helpers.tiny_flow_models import PIPELINES, original_names
+from tests.helpers.tiny_flow_models import PIPELINES, original_names, wan_vae_names
 from tests.helpers.tiny_leco_run import run, settings, tiny_scorer
 from tests.helpers.tiny_models import tiny_vae, vae_to_ldm
 from train_leco_score import leco_score_config
@@ -197,12 +197,23 @@ def test_one_prediction_equals_the_transformer(kind, folder):
     eps = model.predict_eps(latents / flow_scale(abar)[:, None, None, None], 1000 * share - 1, cond)
     if kind == "z_image":
         assert cond.lengths is not None and cond.lengths[0] < cond.lengths[1] == cond.text.shape[1]
-        texts = [row[:length] for row, length in zip(cond.text, cond.lengths.tolist(), strict=True)]
+        texts = [row[:length] for row, length in zip(cond.text, cond.lengths, strict=True)]
         velocity = -torch.stack(model.unet(list(latents[:, :, None]), 1 - share, texts, return_dict=False)[0])[:, :, 0]
     else:
         zeros = torch.zeros(2, 1, 1, 8, 12)
         velocity = model.unet(latents[:, :, None], share, cond.text, condition_mask=zeros, return_dict=False)[0][:, :, 0]
     torch.testing.assert_close(eps, latents + (1 - share[:, None, None, None]) * velocity, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prediction_reads_nothing_back_from_the_device(kind, folder):
+    """On one without values, where asking for any fails; on a GPU it would wait."""
+    model = load_model(folder)
+    cond = model.encode_prompts(PROMPTS)
+    cond = Conditioning.cat([cond.repeat(2)[torch.tensor([0, 3])], cond[1:]]).to("meta")
+    model.to("meta")
+    eps = model.predict_eps(torch.empty(3, 16, 8, 12, device="meta"), torch.empty(3, device="meta"), cond)
+    assert eps.shape == (3, 16, 8, 12)
+    assert cond.lengths is None or (cond.lengths[0] < cond.lengths[1] == cond.lengths[2] == cond.text.shape[1])
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -250,6 +261,17 @@ def test_flux_vae_of_a_single_file(tmp_path):
     assert VaeFingerprint.of(vae).matches(own := VaeFingerprint.of(pipeline.vae)) and own.name == "FLUX.1 latents"
     with pytest.raises(UserError, match="of Stable Diffusion's or FLUX's kind, and Anima has another"):
         load_vae(tmp_path / "ae.safetensors", family="anima")
+
+
+def test_qwen_vae_of_a_single_file(tmp_path):
+    """qwen_image_vae.safetensors, as ComfyUI has it."""
+    pipeline = PIPELINES["anima"]()
+    save_file(wan_vae_names(pipeline.vae), tmp_path / "qwen_image_vae.safetensors")
+    vae = load_vae(tmp_path / "qwen_image_vae.safetensors", family="anima")
+    assert all(torch.equal(tensor, pipeline.vae.state_dict()[name]) for name, tensor in vae.state_dict().items())
+    assert VaeFingerprint.of(vae).matches(own := VaeFingerprint.of(pipeline.vae)) and own.name == "Qwen-Image and Wan latents"
+    with pytest.raises(UserError, match="a VAE of Qwen-Image or Wan, and Z-Image has another"):
+        load_vae(tmp_path / "qwen_image_vae.safetensors", family="z_image")
 
 
 def test_what_does_not_fit_is_said(kind, folder, tmp_path):

@@ -113,3 +113,32 @@ def original_names(kind: str, pipeline: Any) -> dict[str, Tensor]:
             name = re.sub(r"\.norm_([qk])\.", r".\1_norm.", name).replace("all_final_layer.2-1", "final_layer")
             found[name] = tensor.clone()
     return found
+
+
+WAN_NAMES = {
+    r"^quant_conv": "conv1",
+    r"^post_quant_conv": "conv2",
+    r"norm_out": "head.0",
+    r"\.conv_out": ".head.2",
+    r"mid_block\.resnets\.(\d)": lambda found: f"middle.{2 * int(found[1])}",
+    r"mid_block\.attentions\.0": "middle.1",
+    r"up_blocks\.(\d)\.resnets\.(\d)": lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}",
+    r"up_blocks\.(\d)\.upsamplers\.0": lambda found: f"upsamples.{4 * int(found[1]) + 3}",
+    r"down_blocks": "downsamples",
+    r"(middle|samples)(\.\d+)\.conv1": r"\1\2.residual.2",
+    r"(middle|samples)(\.\d+)\.conv2": r"\1\2.residual.6",
+    r"\.norm1": ".residual.0",
+    r"\.norm2": ".residual.3",
+    r"conv_shortcut": "shortcut",
+    r"conv_in": "conv1",
+}
+
+
+def wan_vae_names(vae: Any) -> dict[str, Tensor]:
+    """The VAE of Wan and of Qwen-Image as its published single files have it."""
+    found = {}
+    for name, tensor in vae.state_dict().items():
+        for ours, theirs in WAN_NAMES.items():
+            name = re.sub(ours, theirs, name)
+        found[name] = tensor.clone()
+    return found

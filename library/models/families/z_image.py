@@ -23,7 +23,7 @@ class ZImage(FlowModel):
         ids, mask = (part.to(self.device) for part in self._tokens([self._request(prompt) for prompt in prompts], self.tokenizers[0]))
         with self._fetched(self.text_encoders[0]):
             text = self._hidden_states(self.text_encoders[0], ids, mask)
-        return Conditioning(text * mask[..., None].to(text), lengths=mask.sum(1))
+        return Conditioning(text * mask[..., None].to(text), lengths=tuple(mask.sum(1).tolist()))
 
     def _hidden_states(self, text_encoder: Any, token_ids: Tensor, *others: Tensor) -> Any:
         return text_encoder(token_ids, attention_mask=others[0], output_hidden_states=True).hidden_states[-2]
@@ -39,7 +39,7 @@ class ZImage(FlowModel):
         assert cond.lengths is not None, "conditioning of another family"
         text = cond.text.to(self.dtype)
         pictures = list(latents[:, :, None].unbind())
-        texts = [row[:length] for row, length in zip(text, cond.lengths.tolist(), strict=True)]
+        texts = [row[:length] for row, length in zip(text, cond.lengths, strict=True)]
         output = self.unet(pictures, 1 - share, texts, return_dict=False)[0]  # its time runs from noise to picture
         return -torch.stack(output)[:, :, 0]
 
