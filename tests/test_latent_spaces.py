@@ -81,6 +81,15 @@ def test_latents_are_normalised_as_pipelines_do_and_back(kind):
     torch.testing.assert_close(decoded, expected[:, :, 0] if expected.ndim == 5 else expected)
 
 
+def test_wan_2_2_has_sixteen_pixels_a_cell():
+    sizes: dict[str, Any] = {"z_dim": 48, "in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True}
+    statistics: dict[str, Any] = {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+    vae = diffusers.AutoencoderKLWan(**VIDEO, decoder_base_dim=8, **sizes, **statistics).requires_grad_(False).eval()
+    space = LatentSpace.of(vae)
+    assert (space.downsampling, space.name) == (16, "48-channel video latents")
+    assert encode_images(vae, torch.zeros(1, 3, 64, 96)).shape == (1, 48, 4, 6)
+
+
 def test_single_frames_need_no_films(kind):
     """What loading does to VAEs of films: the same numbers, to rounding, and a copy has its own weights."""
     _, vae, channels = kind

@@ -78,9 +78,11 @@ class LatentSpace:
         else:
             shift, deviations = [config.get("shift_factor") or 0.0], None
         is_video = "z_dim" in config
+        halvings = len(config["temperal_downsample"]) if is_video else len(config["block_out_channels"]) - 1
+        patch = (config.get("patch_size") or 1) if is_video else 1  # Wan 2.2's VAE begins with patches
         return cls(
             channels=config["z_dim"] if is_video else config["latent_channels"],
-            downsampling=2 ** (len(config["temperal_downsample"]) if is_video else len(config["block_out_channels"]) - 1),
+            downsampling=patch * 2**halvings,
             shift=tuple(shift),
             factor=(config["scaling_factor"],) if deviations is None else tuple(1 / deviation for deviation in deviations),
             packing=1 if norm is None else config["patch_size"][0],
