@@ -97,10 +97,20 @@ def load_taesd(folder: Path) -> Any:
     return module.TAESD(str(folder / "taef2_encoder.pth"), str(folder / "taef2_decoder.pth")).eval().requires_grad_(False)
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16; where it must pretend to, a picture takes 26 times as long as in float32 (AVX2)."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def fast_precision() -> Any:
+    """Within the block bfloat16 on a processor that has it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
+
+
 def encoded(files: Sequence[Path], vae: Any, cache: Path, size: tuple[int, int] = SIZE) -> Photographs:
     """Pictures as pixels and latents, from the file `cache` if it is there; `size` is (width, height) of the wide ones.
 
-    The VAE computes in bfloat16, whose latents are off by 1.4 % (relative RMS), a noise of sigma 0.014.
+    Where the VAE computes in bfloat16 its latents are off by 1.4 % (relative RMS), a noise of sigma 0.014.
     """
     if not cache.is_file():
         atomic_save_safetensors(_encode(files, vae, size), cache)
@@ -121,7 +131,7 @@ def _encode(files: Sequence[Path], vae: Any, wide: tuple[int, int]) -> Mapping[s
         side, size = ("wide", wide) if picture.width >= picture.height else ("tall", (wide[1], wide[0]))
         picture = cover(picture, size)
         pixels = (to_pixels([picture]) / 2 + 0.5).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             latents = encoder(pixels)
         for part, value in (
             ("number", torch.tensor(number)),

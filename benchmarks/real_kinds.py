@@ -1,15 +1,16 @@
 """Which scorer learns most from 50 and from 100 ratings of photographs: those that learn to see from them, and those that need not.
 
-    python -m benchmarks.real_kinds --oasis FOLDER --taesd FOLDER --efficientnet FOLDER
+    python -m benchmarks.real_kinds --oasis FOLDER --taesd FOLDER --efficientnet FOLDER [--unrated FOLDER]
 
 The folders are those of `benchmarks.real_ratings`. One simulated person's
-ratings of photographs of four fifths are learned by the trainer's own parts, with its defaults in bfloat16; every `EVERY` steps the
+ratings of photographs of four fifths are learned by the trainer's own parts, with its defaults; every `EVERY` steps the
 averaged weights are held against the people's mean on the last fifth. Heads that are fitted to the same ratings stand beside them. What
-was made is kept in `--work` and not made again.
+learns to see from the photographs without ratings does so once. What was made is kept in `--work` and not made again.
 """
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,36 +22,40 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ROOT
-from benchmarks.photographs import SCORES, Opinions, Photographs, encoded, load_taesd, read_oasis
-from benchmarks.real_ratings import FOLDS, T_OF_FOLDS, folds_of, load_backbone, look, moments_of, pixels_of, standardised
+from benchmarks.photographs import SCORES, Opinions, Photographs, encoded, fast_precision, has_bfloat16, load_taesd, pictures_of, read_oasis
+from benchmarks.real_ratings import FOLDS, T_OF_FOLDS, folds_of, load_backbone, look, moments_of, pixels_of, pretrained, standardised
 from benchmarks.shapes_runs import write_results
 from library.atomic_files import atomic_write_text
 from library.models.vae import VaeFingerprint
 from library.scorer_training.closed_form import ridge
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.criteria.metrics import spearman
-from library.scorer_training.run import ScorerRun
+from library.scorer_training.run import PretrainingScorer, ScorerRun
 from library.scorer_training.setup import make_backbone
 from library.scorer_training.stages import Stage
 from library.scorer_training.tasks import load_tasks
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec
+from library.scorers.io import load_backbone_weights, save_backbone
 from library.settings.cli import run_main
 from library.settings.options import build
 from library.settings.shared import TrainingConfig
 from library.training.runtime import create_accelerator
 
 EVERY = 25  # steps
+EPOCHS = 8  # of the imitation
 MOMENTS, PIXELS = "moments of the latents, ridge", "EfficientNet-Lite0 on pixels, ridge"
+IMITATED = "efficientnet_lite, imitated in latents, ridge"
 LARGER = (224, 176)  # pixels, for EfficientNet: the size of the photographs that it learned from
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "latent_resnet": {},
     "latent_resnet, mirrored and cut": {"flip_aug": True, "crop_variants": 2},
     "latent_vit": {"scorer_kind": "latent_vit"},
+    "latent_vit, masked before": {"scorer_kind": "latent_vit", "pretrain_criterion": "masked"},
 }
 
 
 class TinyVae(nn.Module):
-    """FLUX.2's tiny VAE as `library.models.vae` asks a VAE; it encodes in bfloat16."""
+    """FLUX.2's tiny VAE as `library.models.vae` asks a VAE."""
 
     config: Mapping[str, Any] = {"latent_channels": 32, "block_out_channels": [64] * 4, "scaling_factor": 1.0}
     dtype, device = torch.float32, torch.device("cpu")
@@ -60,22 +65,33 @@ class TinyVae(nn.Module):
         self.encoder = encoder
 
     def encode(self, pixels: Tensor, return_dict: bool) -> tuple[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             return (self.encoder((pixels / 2 + 0.5).contiguous(memory_format=torch.channels_last)).float(),)
 
 
 def make_run(vae: TinyVae, settings: Mapping[str, Any]) -> ScorerRun:
     """The training of a new scorer, as train_latent_scorer.py would begin it."""
-    config = build(LatentScorerConfig, {"bucket_reso_steps": 16, "mixed_precision": "bf16", **settings})
+    config = build(LatentScorerConfig, {"bucket_reso_steps": 16, "mixed_precision": "bf16" if has_bfloat16() else "no", **settings})
     accelerator = create_accelerator(TrainingConfig(mixed_precision=config.training.mixed_precision))
     torch.manual_seed(config.training.seed)
     no_model: Any = None
     source = ModelSource(no_model, vae)
-    tasks, _ = load_tasks(config, source, accelerator)
+    tasks, before = load_tasks(config, source, accelerator)
     backbone, architecture = make_backbone(config.scorer, source, tasks[0].train.latent_area)
     head, kind = tasks[0].head, config.scorer.scorer_kind
     spec = ScorerSpec(kind=kind, architecture=architecture, vae=VaeFingerprint.of(vae), heads=(head,), score_head=head.name)
-    stage = Stage("training", tasks, [head.name], config.training.max_train_steps, config.training.optimizer_config())
+    optimizer, taught = config.training.optimizer_config(), config.output.output_dir / f"pretrained_{config.pretraining.steps}.safetensors"
+    if before and not taught.is_file():
+        first = Stage("pretraining", before, [before[0].name], config.pretraining.steps, optimizer, pretraining=True)
+        teaching = dataclasses.replace(spec, heads=(before[0].head,), score_head=before[0].name)
+        run = ScorerRun(accelerator, config.training, PretrainingScorer(teaching, backbone, lambda latents: latents), first)
+        while run.done < first.end:
+            run.step()
+        run.keep_average()
+        save_backbone(taught, backbone, spec)
+    if before:
+        load_backbone_weights(taught, backbone, spec)
+    stage = Stage("training", tasks, [head.name], config.training.max_train_steps, optimizer)
     return ScorerRun(accelerator, config.training, BackboneScorer(spec, backbone), stage)
 
 
@@ -165,9 +181,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--oasis", type=Path, required=True)
     parser.add_argument("--taesd", type=Path, required=True)
     parser.add_argument("--efficientnet", type=Path, required=True)
+    parser.add_argument("--unrated", type=Path, help="Photographs without ratings; not set: what learns to see from them is left out.")
+    parser.add_argument("--every", type=int, default=2, help="Imitate on every n-th of the pictures without ratings.")
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 100], help="Of ratings.")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--size", type=int, nargs=2, default=(144, 112), help="Width and height in pixels of the photographs.")
     parser.add_argument("--work", type=Path, default=Path("output/real_kinds"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_kinds")
@@ -182,7 +201,8 @@ def main(words: Sequence[str] | None = None) -> None:
         rows.append({"kind": kind, "score": score, "count": count, "srcc": values})
         print(table(rows).splitlines()[-1], flush=True)
 
-    network = load_backbone(next(options.efficientnet.rglob("efficientnet-lite0*.pth"), options.efficientnet))
+    weights = next(options.efficientnet.rglob("efficientnet-lite0*.pth"), options.efficientnet)
+    network = load_backbone(weights)
     small, large = (
         encoded(files, vae, options.work / f"rated_{len(files)}_{size[0]}.safetensors", size) for size in ((width, height), LARGER)
     )
@@ -191,14 +211,26 @@ def main(words: Sequence[str] | None = None) -> None:
         MOMENTS: standardised(seen_in(small, lambda pixels, latents: moments_of(latents))),
         PIXELS: seen_in(large, lambda pixels, latents: look(network, pixels).features),
     }
+    if options.unrated:
+        unrated = encoded(pictures_of([options.unrated])[:: options.every], vae, options.work / f"unrated_{options.every}.safetensors")
+        imitating = pretrained(unrated, weights, options.work / f"imitation_{options.every}_{EPOCHS}.safetensors", EPOCHS)
+
+        def imitated(latents: Tensor) -> Tensor:
+            return torch.cat([imitating(part, part.new_zeros(len(part))) for part in latents.split(16)])
+
+        seen[IMITATED] = seen_in(large, lambda pixels, latents: imitated(latents))
     for (kind, features), (score, count) in itertools.product(seen.items(), cases):
         add(kind, score, count, fitted(features, people[score], count))
 
     base = {"vae": str(options.taesd), "resolution": f"{width},{height}", "output_dir": str(options.work)}
     for kind, (score, count) in itertools.product(options.kinds, cases):
-        curves = []
+        curves, teaching = [], {}
+        if "pretrain_criterion" in KINDS[kind]:
+            if not options.unrated:
+                continue
+            teaching = {"pretrain_data_file": str(options.unrated), "pretrain_steps": options.pretrain_steps}
         for own, ratings in enumerate(rating_tables(options.work, files, people[score], count)):
-            settings = {**base, **KINDS[kind], "train_data_file": str(ratings)}
+            settings = {**base, **KINDS[kind], **teaching, "train_data_file": str(ratings)}
             path = options.work / f"{kind.replace(' ', '_')}-{score}-{count}-{own}-{width}-{options.steps}.json"
             curves.append(kept(path, lambda settings=settings: learning_curve(make_run(vae, settings), options.steps)))
         add(kind, score, count, curves)

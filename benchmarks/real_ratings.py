@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from benchmarks import ROOT, markdown_table
-from benchmarks.photographs import SIZE, Opinions, Photographs, encoded, load_taesd, pictures_of, read_oasis
+from benchmarks.photographs import SIZE, Opinions, Photographs, encoded, fast_precision, load_taesd, pictures_of, read_oasis
 from benchmarks.shapes_runs import write_results
 from library.atomic_files import atomic_save_safetensors, load_tensors
 from library.scorer_training.closed_form import ridge
@@ -98,7 +98,7 @@ def part_losses(
 ) -> Tensor:
     sigmas = draw_sigmas(len(rows), CLEAN, schedule, generator)
     noisy = add_noise(latents, sigmas, torch.randn(latents.shape, generator=generator)).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_precision():
         return imitation_losses(backbone, noisy, sigmas, Seen(targets.maps[rows].float(), targets.features[rows]))
 
 

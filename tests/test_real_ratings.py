@@ -45,8 +45,17 @@ def test_a_kind_learns_one_persons_ratings_of_four_fifths_and_is_measured_by_the
     assert all(float(score).is_integer() for score, split in rows if split == "train")
 
     settings = {"vae": str(tmp_path), "resolution": "64,48", "output_dir": str(tmp_path), "train_data_file": str(tables[1])}
-    curve = learning_curve(make_run(TinyVae(nn.Conv2d(3, 32, 8, stride=8)), settings), EVERY)
+    vae = TinyVae(nn.Conv2d(3, 32, 8, stride=8))
+    curve = learning_curve(make_run(vae, settings), EVERY)
     assert len(curve) == 1 and curve[0] > 0.8
+
+    blind = settings | {"scorer_kind": "latent_vit"}
+    teaching = {"pretrain_data_file": str(tmp_path), "pretrain_criterion": "masked", "pretrain_steps": 2}
+    plain, taught, again = (
+        nn.utils.parameters_to_vector(make_run(vae, own).scorer.backbone.parameters())
+        for own in (blind, blind | teaching, blind | teaching | {"seed": 1})
+    )
+    assert not plain.equal(taught) and taught.equal(again)  # it learned to see once
 
     moments = fitted(torch.tensor(greys)[:, None].float(), opinions, 20)
     assert all(own[0] > 0.99 for own in moments)
