@@ -23,9 +23,12 @@ from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture
 
 LEFT_OUT = (
-    *("animal carcass", "bdsm", "bloody knife", "dead bodies", "dog attack", "explosion", "gun", "injury", "kkk rally", "knife", "neonazi"),
-    *("nude couple", "nude man", "nude woman", "severed finger", "shooting", "skinhead", "soldiers", "surgery", "torture chamber", "tumor"),
-    *("war", "weapon"),
+    """
+animal carcass, bdsm, bloody knife, dead bodies, dog attack, explosion, gun, injury, kkk rally, knife, neonazi, nude couple, nude man,
+nude woman, severed finger, shooting, skinhead, soldiers, surgery, torture chamber, tumor, war, weapon
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
 )
 SCORES = ("valence", "arousal")
 SIZE = (288, 224)  # pixels: OASIS is 5 : 4; the area of 256 x 256

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import train_latent_scorer
 import train_leco_score
 from library.settings.cli import run_main
+from tests.helpers.scorer_headers import SPEC, edited, file_with
 from tests.helpers.tiny_leco_run import make_workplace
-from tests.test_malicious_files import SPEC, edited, file_with
 from tools import cache_latents, evaluate_slider, make_pixel_scorer, score_images, train_image_prompt_adapter
 
 pytestmark = pytest.mark.skipif("BAD_COMMANDS" not in os.environ, reason="takes long: set BAD_COMMANDS=1")

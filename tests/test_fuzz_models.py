@@ -21,10 +21,10 @@ from library.training.optimizers import create_optimizer, create_scheduler
 from networks.lora_files import read_lora
 from tests.helpers.context import make_context
 from tests.helpers.fuzzing import edited_bytes, edited_json, fuzzed, only_user_errors, values
+from tests.helpers.scorer_headers import HEADER, REACHING, SPEC
 from tests.helpers.tiny_leco_run import tiny_scorer
 from tests.helpers.tiny_models import save_folder, tiny_model
 from tests.helpers.tiny_networks import lora_for
-from tests.test_malicious_files import HEADER, REACHING, SPEC
 
 PLACES = [(key,) for key in HEADER] + [("heads", 0, key) for key in HEADER["heads"][0]]
 PLACES += [("architecture", key) for key in (*SPEC.architecture, "image_model", "decoder")] + [("vae", key) for key in HEADER["vae"]]

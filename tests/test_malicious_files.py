@@ -1,7 +1,6 @@
 """Files that try to run, open or fetch something, one of every kind that a reader accepts: none does, and each is named in one sentence."""
 
 import dataclasses
-import json
 import math
 import os
 import pickle
@@ -15,43 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
 from library.scorer_data.npz_cache import NpzCache
 from library.scorer_data.pictures import read_picture
 from library.scorer_data.records import FilePicture, FileState
-from library.scorers.base import ScorerSpec, build_scorer
+from library.scorers.base import build_scorer
 from library.scorers.image_models.weight_files import read_tensors
 from library.scorers.io import FORMAT_KEY, SPEC_KEY, load_scorer, save_scorer
+from tests.helpers.scorer_headers import REACHING, SPEC, TRANSFORMER, edited, file_with, head, pixel
 from tests.helpers.tiny_models import tiny_vae
 from tools import make_pixel_scorer
-
-SPEC = ScorerSpec(
-    kind="latent_resnet",
-    architecture={"in_channels": 4, "channels": [8, 16], "blocks": 1, "norm_groups": 4},
-    vae=VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9)),
-)
-HEADER = json.loads(SPEC.to_json())
-TRANSFORMER = {"family": "backbone", "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-
-
-def file_with(path: Path, text: str) -> Path:
-    """A scorer file with this text for its description."""
-    save_file({"x": torch.zeros(2)}, path, {FORMAT_KEY: "scorer/2", SPEC_KEY: text})
-    return path
-
-
-def edited(**changes: Any) -> str:
-    return json.dumps({**HEADER, **changes})
-
-
-def head(**changes: Any) -> str:
-    return edited(heads=[{**HEADER["heads"][0], **changes}])
-
-
-def pixel(image_model: Any) -> str:
-    decoder = {"_class_name": "AutoencoderTiny", "latent_channels": 4}
-    return edited(kind="pixel", architecture={"in_channels": 4, "decoder": decoder, "image_model": image_model})
-
 
 MALFORMED = {
     "std 0": edited(std=0),
@@ -105,25 +76,6 @@ def test_a_malformed_header_is_one_sentence(text: str, tmp_path: Path) -> None:
         load_scorer(file_with(tmp_path / "x.safetensors", text))
     assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-REACHING = {
-    "python": {"family": "python", "name": "EVIL:score", "preprocessing": TRANSFORMER["preprocessing"]},
-    "a module": {"family": "python", "name": "os:system", "preprocessing": TRANSFORMER["preprocessing"]},
-    "torchscript": {"family": "torchscript", "size_in_bytes": 9},
-    "pyiqa": {"family": "pyiqa", "metric": "musiq"},
-    "imscore": {"family": "imscore", "name": "x.Y", "source": "evil/repository", "class_index": 0},
-    "auto_map": {**TRANSFORMER, "config": {"model_type": "vit", "auto_map": {"AutoModel": "evil--x.Y"}}},
-    "another's backbone": {**TRANSFORMER, "config": {"model_type": "vit", "backbone": "evil", "use_pretrained_backbone": True}},
-    "timm within transformers": {**TRANSFORMER, "config": {"model_type": "timm_wrapper", "architecture": "resnet18"}},
-    "a kernel": {**TRANSFORMER, "config": {"model_type": "vit", "_attn_implementation": "evil/kernel"}},
-    "a kernel, spelled out": {**TRANSFORMER, "config": {"model_type": "vit", "attn_implementation": "evil"}},
-    "a path": {**TRANSFORMER, "config": {"model_type": "vit", "hidden_act": "/etc/passwd"}},
-    "timm from the hub": {"family": "timm", "name": "hf-hub:evil/model", "classes": 2, "class_index": 0, "score": "features"},
-    "timm from a folder": {"family": "timm", "name": "local-dir:evil", "classes": 2, "class_index": 0, "score": "features"},
-    "timm with a checkpoint": {"family": "timm", "name": "resnet18", "model_args": {"checkpoint_path": "evil.pth"}},
-    "timm with an overlay": {"family": "timm", "name": "resnet18", "model_args": {"pretrained_cfg_overlay": {"file": "evil.pth"}}},
-}
 
 
 @pytest.mark.parametrize("image_model", REACHING.values(), ids=REACHING)

@@ -171,7 +171,7 @@ class Reward:
 
         Args:
             cond, prompts: what was asked for, B of each.
-            ascent: as in `Goal.value`; None, for measurements, takes every scorer at its word.
+            ascent: as in `Goal.value`; None, for measurements, is the mean that each scorer states.
 
         Returns:
             `terms`: every goal's value [B]; `total`: the weighted sum of those that are to rise or fall [B].

@@ -40,7 +40,7 @@ SHARD_ROWS = 1024
 SHARD_BYTES = 2**25  # 1024 latents of 4 x 64 x 64, or 256 of 4 x 128 x 128
 PENDING_BYTES = 2**28  # of all buckets' shards in the making
 WRITE_SECONDS = 300.0  # the longest that an encoded latent waits to be written, which is what a kill can cost
-LOOK_UP_CHUNK = 10_000
+FOUND_AT_A_TIME = 10_000
 
 
 def make_encoder(vae: Autoencoder, half: torch.dtype | None = None) -> Encode:
@@ -153,8 +153,8 @@ def encode_missing(
 
 def _missing(cache: LatentCache, pictures: Sequence[Picture], variants: tuple[str, ...], skipped: list[Skipped]) -> list[_Job]:
     jobs = []
-    for start in range(0, len(pictures), LOOK_UP_CHUNK):
-        chunk = pictures[start : start + LOOK_UP_CHUNK]
+    for start in range(0, len(pictures), FOUND_AT_A_TIME):
+        chunk = pictures[start : start + FOUND_AT_A_TIME]
         absent = cache.find_all(chunk, variants) < 0
         for number in absent.any(1).nonzero().flatten().tolist():
             try:

@@ -35,7 +35,7 @@ FORMAT = 2  # of the shards
 DESCRIPTION_NAME = "cache.json"
 DAMAGED_NAME = "damaged.txt"  # lines "shard row"
 MAX_MAPPED_BYTES = 3 * 2**28  # a block of `library.scorer_data.batches`, and half as much for pairs and late variants
-LOOK_UP_CHUNK = 2**14
+LOOKED_UP_AT_A_TIME = 2**14
 OTHER_MACHINES = 600.0  # seconds after which what no process here is writing is taken to be left over: writing a shard takes a few
 
 
@@ -74,7 +74,7 @@ class LatentCache:
     def find_all(self, pictures: Iterable[Picture], variants: Sequence[str] = ("",)) -> Tensor:
         """Rows [N, V] int64 of N pictures in V variants, -1 where `find` gives None."""
         remaining, parts = iter(pictures), [np.zeros(0, dtype=np.int64)]
-        while chunk := list(islice(remaining, LOOK_UP_CHUNK)):
+        while chunk := list(islice(remaining, LOOKED_UP_AT_A_TIME)):
             keys = [key for picture in chunk for key in _keys_of(picture, variants)]
             parts.append(self._index.look_up(np.array(keys, dtype=KEY_DTYPE)))
         return torch.from_numpy(np.concatenate(parts)).reshape(-1, len(variants))

@@ -1,6 +1,6 @@
 """A linear head in one step, on a backbone that learned to see without ratings: ridge regression on the pictures' clean features.
 
-A backbone of many weights learns fifty ratings by heart. Where its features are given, a score is a linear function of them, and how far
+A backbone of many weights overfits fifty ratings. Where its features are given, a score is a linear function of them, and how far
 the ratings are to be believed is one number, which the ratings left out one at a time decide.
 """
 

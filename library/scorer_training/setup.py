@@ -34,7 +34,7 @@ def make_source(config: VaeConfig, accelerator: Accelerator) -> ModelSource:
 
 
 def default_size(kind: type[Backbone], latent_area: float) -> str:
-    """The size that suits latents of `latent_area` cells: a large network on few cells is slow, and learns them by heart."""
+    """The size that suits latents of `latent_area` cells: a large network on few cells is slow, and overfits."""
     size = "tiny" if latent_area <= 16**2 else "small" if latent_area <= 32**2 else "base"
     return size if size in kind.presets or not kind.presets else "base"
 

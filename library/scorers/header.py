@@ -33,17 +33,16 @@ PLAIN_TEXT = re.compile(r"[\w .,+-]{0,200}")  # names of layers and models; no p
 ANY_TEXT = ("id2label", "label2id")  # names for people
 ONLY_OF_A_NEW_RUN = ("pretrained", "decoder_folder")  # where it took weights from; nothing reads them when a file is loaded
 # Where libraries take code or files from, in the configurations of transformers, diffusers and timm.
-FORBIDDEN = (
-    *("auto_map", "trust_remote_code", "quantization_config", "attn_implementation", "backbone", "use_pretrained_backbone"),
-    *("adapter", "use_timm_backbone", "checkpoint", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
-    *("custom_pipelines",),
-)
-TRANSFORMERS_TYPES = (
-    *("beit", "bit", "clip", "clip_text_model", "clip_vision_model", "convnext", "convnextv2", "cvt", "data2vec-vision", "deit"),
-    *("dinov2", "dinov2_with_registers", "efficientnet", "focalnet", "hiera", "levit", "mobilenet_v1", "mobilenet_v2"),
-    *("mobilevit", "mobilevitv2", "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "siglip", "siglip_vision_model"),
-    *("swiftformer", "swin", "swinv2", "van", "vit", "vit_mae", "vit_msn"),
-)
+_FORBIDDEN = """
+auto_map trust_remote_code quantization_config attn_implementation backbone use_pretrained_backbone adapter use_timm_backbone checkpoint
+checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir custom_pipelines
+"""
+_TRANSFORMERS_TYPES = """
+beit bit clip clip_text_model clip_vision_model convnext convnextv2 cvt data2vec-vision deit dinov2 dinov2_with_registers efficientnet
+focalnet hiera levit mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt pvt_v2 regnet resnet siglip siglip_vision_model
+swiftformer swin swinv2 van vit vit_mae vit_msn
+"""
+FORBIDDEN, TRANSFORMERS_TYPES = tuple(_FORBIDDEN.split()), tuple(_TRANSFORMERS_TYPES.split())
 
 # Of each family of image models that runs code or fetches files: what the user's command must name.
 CODE: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
