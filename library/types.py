@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.errors import UserError
+
 LARGEST_SIDE = 16384  # pixels
+MOST_CHARACTERS = 50_000  # of a prompt, some 12,000 tokens
 SIDES = f"multiples of 8 from 8 to {LARGEST_SIDE} pixels"  # in words
 
 
@@ -100,6 +103,9 @@ class PromptSpec:
         multiplier: of the LoRA while it is rolled out; None takes +1 and -1 in turn.
         original_width, original_height: pixels that SDXL is given as the picture's size before it was cropped; None is its size now.
         crop_top, crop_left: pixels that SDXL is given as cropped off.
+
+    Raises:
+        UserError: a text of more than MOST_CHARACTERS.
     """
 
     prompt: str
@@ -116,6 +122,11 @@ class PromptSpec:
     original_height: int | None = None
     crop_top: int = 0
     crop_left: int = 0
+
+    def __post_init__(self) -> None:
+        for text in (self.prompt, self.negative_prompt):
+            if len(text) > MOST_CHARACTERS:
+                raise UserError(f"a prompt has {len(text)} characters, and {MOST_CHARACTERS} are the most; shorten {text[:40]!r}...")
 
 
 @dataclass(frozen=True)

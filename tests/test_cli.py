@@ -1,6 +1,7 @@
 import io
 import logging
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,13 @@ def test_a_file_that_is_not_toml_is_explained(config_file, text: str, complaint:
 
 
 def test_brackets_without_end_are_no_traceback(config_file):
-    assert "nests arrays or tables hundreds deep" in error_of("--config_file", config_file("weights = " + "[" * 5000))
+    start = time.process_time()
+    parts = ("[" * 5000, "1\nb" + ".a" * 100_000 + " = 1", "1\n[" + '"a" . ' * 100_000 + "b]", "{a" + ". 'b c'" * 100_000 + " = 1}")
+    for text in parts:
+        assert "nests arrays or tables hundreds deep" in error_of("--config_file", config_file("weights = " + text))
+    for text in ("'" + "a" * 1_000_000, '"' * 100_000, "a " * 100_000, "a" + " " * 100_000 + ".", "'a'" * 100_000):
+        error_of("--config_file", config_file("weights = " + text))
+    assert time.process_time() - start < 20  # it was without end for keys of many parts
 
 
 def test_an_array_may_mix_whole_numbers_and_others(config_file):

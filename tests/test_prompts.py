@@ -359,6 +359,14 @@ def test_a_hostile_prompt_takes_no_time(text: str) -> None:
     assert time.process_time() - start < 10  # it was minutes
 
 
+def test_a_prompt_of_more_characters_than_any_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("x " * 25_000, encoding="utf-8")
+    assert len(load_prompts(tmp_path / "p.txt")) == 1
+    (tmp_path / "p.txt").write_text("x " * 25_000 + "xx", encoding="utf-8")
+    with pytest.raises(UserError, match="a prompt has 50002 characters, and 50000 are the most; shorten 'x x x"):
+        load_prompts(tmp_path / "p.txt")
+
+
 def test_what_other_programs_read_is_named() -> None:
     prompts = ["a cat AND a dog", "[a:b:0.5]", "[cat::10] [x|y]", "<lora:more:1> (SALT)", "bad EasyNegative, ugly", "embedding:mine.pt"]
     found = read_as_text(prompts)

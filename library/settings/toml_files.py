@@ -12,6 +12,8 @@ from library.settings.option_values import Option
 
 _CURLY_QUOTES = "“”„‟‘’‚‛«»"
 _ESCAPE = "a backslash in double quotes begins an escape; write the path with / or in single quotes"
+# tomllib takes memory by the square of a key's parts: of 100,000, more than 12 GB
+_DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")
 _CURLY = "curly quotes are not TOML; write \" or '"
 
 
@@ -31,13 +33,16 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text; save it as UTF-8") from error
+    deep = f"{what} {path} nests arrays or tables hundreds deep, which no setting does; mend its brackets and dots"
+    if _DEEP_KEY.search(text):
+        raise UserError(deep)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line, reason = _explain(str(error), re.split(r"\r?\n", text))
         raise UserError(f"{what} {path} is not valid TOML: line {line}: {reason}") from error
     except RecursionError:
-        raise UserError(f"{what} {path} nests arrays or tables hundreds deep, which no setting does; mend its brackets") from None
+        raise UserError(deep) from None
 
 
 def key_lines(path: Path) -> dict[str, int]:
