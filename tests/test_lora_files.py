@@ -126,6 +126,17 @@ def test_adapter_config_beside_pefts_own_file(tmp_path: Path) -> None:
     assert read_lora(tmp_path / "adapter_model.safetensors").branches["lora_unet_mid_to_q"].alpha == 2
 
 
+@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector.weight"])
+def test_a_doras_lengths_may_be_a_vector_and_not_a_number(key: str, tmp_path: Path) -> None:
+    factors = {f"{QUERY}.lora_down.weight": torch.ones(2, 4), f"{QUERY}.lora_up.weight": torch.ones(4, 2)}
+    for lengths in (torch.ones(4), torch.ones(4, 1), torch.ones(1, 4)):
+        save_file({**factors, f"{QUERY}.{key}": lengths}, tmp_path / "a.safetensors")
+        assert list(read_lora(tmp_path / "a.safetensors", fixed=True).branches)
+    save_file({**factors, f"{QUERY}.{key}": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="has shape \\(\\) and type torch.float32"):
+        read_lora(tmp_path / "a.safetensors", fixed=True)
+
+
 @pytest.mark.parametrize(
     ("key", "name"),
     [

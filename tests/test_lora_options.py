@@ -86,6 +86,22 @@ def test_learning_rates_of_blocks_and_lora_plus() -> None:
     assert not any("down_blocks.2" in lora.path for lora in network.loras)
 
 
+def test_weights_of_sdxls_blocks_are_those_of_sd_scripts_numbers() -> None:
+    """sd-scripts counts a block before the first of SDXL, so that the 9 weights of the way down are of blocks 1 to 9."""
+    weights = [str(number / 10) for number in range(1, 10)]
+    network = network_of("sdxl", down_lr_weight=",".join(weights), mid_lr_weight="1,2,3", conv_dim="2")
+    found = {lora.path: lora.lr_factors[0] for lora in network.loras}
+    config = tiny_model("sdxl", full=True).unet.config
+    down = {path: factor for path, factor in found.items() if path.startswith("down_blocks")}
+    assert len(set(down.values())) > 3
+    assert down == {path: block_index(path, config) / 10 for path in down}
+    assert found["mid_block.resnets.0.conv1"] == 1 and found["mid_block.attentions.0.proj_in"] == 2
+
+
+def test_a_dropout_of_0_is_one_that_drops_nothing() -> None:
+    assert network_of(rank_dropout="0", module_dropout="0").loras[0].dropouts.rank == 0
+
+
 @pytest.mark.parametrize(("curve", "first"), [("sine", 0.0), ("cosine", 1.0), ("linear+0.25", 0.25), ("reverse_linear", 1.0)])
 def test_curves_go_from_the_shallow_blocks_to_the_deep_ones(curve: str, first: float) -> None:
     values = {"sine": lambda share: math.sin(math.pi * share / 2), "linear+0.25": lambda share: share + 0.25}
