@@ -160,6 +160,22 @@ def test_all_mistakes_of_a_file_are_reported_together(config_file):
         "  network_dim is 1.5, but it must be a whole number (line 6)"
     )
     assert "line" not in error_of("--config_file", config_file("seed = 1\n"), "--seed", "x"), "the command line's own mistake"
+    path = config_file(MODEL + "qqq = 1\nnetwork_dim = 0\nlearning_rate = 0\nseed = 1.5\nmax_train_steps = 0\n")
+    assert error_of("--config_file", path, "--learning_rate", "1") == (
+        "3 settings are wrong:\n  unknown option 'qqq' (line 2); --help lists the options\n"
+        "  seed is 1.5, but it must be a whole number (line 5)\n"
+        "  network_dim is 0, but it must be at least 1 (line 3)"
+    ), "max_train_steps stands beside a mistaken seed, whose checks wait"
+    path = config_file(MODEL + "network_dim = 0\nmax_train_steps = 0\n")
+    assert error_of("--config_file", path) == (
+        "2 settings are wrong:\n  network_dim is 0, but it must be at least 1 (line 2)\n"
+        "  max_train_steps is 0, but it must be at least 1 (line 3)"
+    )
+
+
+def test_a_preset_of_kohya_ss_is_told_from_a_missing_file(tmp_path: Path):
+    (tmp_path / "preset.json").write_text('{"LoRA_type": "Standard"}')
+    assert "preset.json is JSON; give the settings as TOML" in error_of("--config_file", str(tmp_path / "preset.json"))
 
 
 def test_mistakes_in_the_file(config_file, tmp_path: Path):

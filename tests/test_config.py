@@ -336,7 +336,7 @@ def test_the_table_of_sd_scripts_does_not_overlap_itself():
 @pytest.mark.parametrize("hint", [note for note in REPLACEMENTS.values() if note.startswith("use ")])
 def test_a_replacement_is_an_option(hint: str):
     names = re.findall(r"(?:^use|, or) (\w+)", hint)
-    here = options(Script).keys() | {"sample_every_n_steps", "min_lr_ratio"}  # a script's own, and an argument
+    here = options(Script).keys() | {"resolution", "sample_every_n_steps", "min_lr_ratio"}  # a script's own, and an argument
     assert names and set(names) <= here
 
 

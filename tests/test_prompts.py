@@ -8,6 +8,7 @@ import torch
 
 from library.errors import UserError
 from library.models.prompt_syntax import escape, parse_weights, plain_text, read_as_text
+from library.prompts.contents import ROW_ENDINGS, TABLE_ENDINGS
 from library.prompts.files import PromptOptions, load_prompts, spread, with_aspect_buckets
 from library.types import PromptSpec
 
@@ -306,8 +307,9 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, messa
 def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prompts("nowhere.txt")
-    with pytest.raises(UserError, match="is a folder; give a .toml"):
+    with pytest.raises(UserError, match="is a folder; give a .txt, .toml") as caught:
         load_prompts(tmp_path)
+    assert all(ending in str(caught.value) for ending in (*TABLE_ENDINGS, *ROW_ENDINGS) if ending != ".yml")
     write(tmp_path / "mine.txt", "a cat")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert [spec.prompt for spec in load_prompts("~/mine.txt")] == ["a cat"]

@@ -1,6 +1,7 @@
 """Every option of sd-scripts' LECO and LoRA trainers in our file and on our command line, and the page that says what becomes of each."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,3 +163,19 @@ def test_a_file_of_a_tab_of_kohya_ss_runs_with_one_warning(text: str, unread: st
     (message,) = caplog.messages
     assert message.startswith("these settings do nothing here: ")
     assert all(name in message for name in unread.split()) and not any(name in message for name in read.split())
+
+
+def test_keys_of_earlier_versions_of_kohya_ss(tmp_path, caplog: pytest.LogCaptureFixture):
+    """As the presets of its history have them (201 files), where nothing was chosen and where something was."""
+    unset = 'lora_network_weights = ""\nconv_dims = ""\nconv_alphas = ""\n'
+    (tmp_path / "a.toml").write_text(unset, encoding="utf-8")
+    command = ["--pretrained_model_name_or_path", "m", "--prompts_file", "p.txt", "--scorer", "s"]
+    parse_config(leco_score_config(), ["--config_file", str(tmp_path / "a.toml"), *command])
+    assert caplog.messages == []
+    chosen = 'lora_network_weights = "a.safetensors"\nuse_wandb = true\nsdxl_min_timestep = 0\nmax_resolution = "512,512"\n'
+    (tmp_path / "b.toml").write_text(chosen, encoding="utf-8")
+    config = parse_config(leco_score_config(), ["--config_file", str(tmp_path / "b.toml"), *command])
+    assert config.network.network_weights == Path("a.safetensors")
+    assert caplog.messages == [
+        'these settings do nothing here: use_wandb (use log_with = "wandb"), sdxl_min_timestep, max_resolution (use resolution)'
+    ]

@@ -36,6 +36,7 @@ from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import FORMAT, EvaluationRecord
 from library.measuring.warnings import final_warnings
 from library.models.config import ModelConfig
+from library.prompts.contents import GIVE_PROMPTS
 from library.prompts.files import load_prompts, spread
 from library.reports.plots import multiplier_grid, png_bytes, score_curves
 from library.reports.report import html_report
@@ -89,7 +90,7 @@ class EvaluationConfig:
     )
     judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training did not follow.")
     allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
-    prompts_file: Path | None = option(None, help="Prompts (.txt, .toml or PartiPrompts .tsv), best ones that training did not use.")
+    prompts_file: Path | None = option(None, help="Prompts (.txt, .toml, .yaml, .json, .csv or .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")
     seed: int = option(0, help="First seed; no two pairs of prompt and seed share one.")
@@ -126,7 +127,7 @@ class EvaluationConfig:
         if not self.scorer and not self.judges and not self.judge_scorers:
             raise UserError("neither scorer nor judges is set; give a scorer file, a judge such as file.py:function, or both")
         if self.prompts_file is None:
-            raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
+            raise UserError(f"prompts_file is not set; {GIVE_PROMPTS}")
         if not any(self.multipliers):
             raise UserError("multipliers holds no weight but 0; give at least one other, for example -1 0 1")
         check_at_least(self, 1, "num_prompts", "num_steps", "batch_size", "num_grid_prompts", "num_threads", "guidance_scale")

@@ -16,7 +16,7 @@ _SD2_V_STD = 0.09  # ComfyUI's bound between SD2 at 512 pixels (eps) and at 768 
 def predicts_v(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, name: str) -> bool:
     """Whether the U-Net of a single file puts out v: by its marks (the tensor v_pred, ModelSpec), SD2 by its weights, or its name.
 
-    Logs what was found; where signs contradict each other or only the name speaks, with a warning that says how to decide otherwise.
+    Logs what was found and how to decide otherwise; where signs contradict each other or only the name speaks, as a warning.
     """
     signs = [sign for sign in (_by_tensor(tensors), _by_metadata(metadata), _by_weights(tensors, family), _by_name(name, metadata)) if sign]
     if not signs:
@@ -24,12 +24,11 @@ def predicts_v(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], famil
         return False
     is_v, why, sure = signs[0]
     others = [other for other_v, other, _ in signs[1:] if other_v != is_v]
-    said = f"{name} is taken to predict {'v' if is_v else 'eps'}, as {why}"
-    if others or not sure:
-        but = f", though {' and '.join(others)}" if others else ""
-        logger.warning("%s%s; --%sv_parameterization if that is wrong", said, but, "no-" if is_v else "")
-    else:
-        logger.info("%s", said)
+    but = f", though {' and '.join(others)}" if others else ""
+    said = (
+        f"{name} is taken to predict {'v' if is_v else 'eps'}, as {why}{but}; --{'no-' if is_v else ''}v_parameterization if that is wrong"
+    )
+    logger.log(logging.WARNING if others or not sure else logging.INFO, "%s", said)
     return is_v
 
 

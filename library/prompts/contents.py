@@ -15,6 +15,7 @@ from library.settings.toml_files import read_toml
 TABLE_ENDINGS = (".toml", ".yaml", ".yml", ".json")
 ROW_ENDINGS = (".csv", ".tsv")
 LINE_ENDINGS = (".txt", "")
+GIVE_PROMPTS = "give a .txt, .toml, .yaml, .json, .csv or .tsv file of prompts"
 # What a text that is no list of prompts begins with, and what it is.
 _OTHER_CONTENT = {
     "TOML; let its name end in .toml": r"\[\[?\s*(prompts?|targets|slider)(\.\w+)?\s*\]\]?\s*$",
@@ -59,7 +60,7 @@ def read_tables(path: Path, what: str = "prompts file") -> dict[str, Any]:
         UserError: no such file, or one that is not what its ending says; it names the line.
     """
     if not path.is_file():
-        raise UserError(f"{what} {path} does not exist; give a file of prompts, such as a .toml with [[prompts]]")
+        raise UserError(f"{what} {path} does not exist; give a .toml, .yaml or .json file of prompts")
     if path.suffix.lower() not in TABLE_ENDINGS:
         raise UserError(f"{what} {path} ends in {path.suffix!r}; tables of prompts end in {', '.join(TABLE_ENDINGS)}")
     match path.suffix.lower():

@@ -9,7 +9,15 @@ import torch
 
 from library.errors import UserError
 from library.models.prompt_syntax import escape
-from library.prompts.contents import LINE_ENDINGS, ROW_ENDINGS, TABLE_ENDINGS, read_prompt_lines, read_prompt_rows, read_tables
+from library.prompts.contents import (
+    GIVE_PROMPTS,
+    LINE_ENDINGS,
+    ROW_ENDINGS,
+    TABLE_ENDINGS,
+    read_prompt_lines,
+    read_prompt_rows,
+    read_tables,
+)
 from library.prompts.entries import Entry, from_lines, from_rows, from_tables
 from library.prompts.wildcards import Wildcards
 from library.scorer_data.buckets import BucketConfig, bucket_sizes
@@ -84,7 +92,7 @@ def load_prompts(path: str | Path, options: PromptOptions | None = None, generat
     ending = path.suffix.lower()
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"prompts file {path} {state}; give a .toml, .txt or .tsv file of prompts")
+        raise UserError(f"prompts file {path} {state}; {GIVE_PROMPTS}")
     if ending not in (endings := (*LINE_ENDINGS, *TABLE_ENDINGS, *ROW_ENDINGS)):
         raise UserError(f"prompts file {path} ends in {path.suffix!r}; a list of prompts ends in {', '.join(filter(None, endings))}")
     is_tags = options.prompt_format == "danbooru"

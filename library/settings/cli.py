@@ -75,12 +75,14 @@ def parse_config(
     base = _chosen(on_command_line.pop("defaults", in_file.pop("defaults", None)), defaults)
     given = translate(in_file | on_command_line, table)
     lines = key_lines(config_path(config_file)) if config_file is not None else {}
-    resolved = resolve(config_class, {**base, **given}, {name: line for name, line in lines.items() if name not in on_command_line})
-    warn_unused(config_class, resolved, given)
-    if output_config is not None:
-        write_config_file(output_config, table, resolved)
-        raise SystemExit(0)
-    config = construct(config_class, resolved)
+    lines = {name: line for name, line in lines.items() if name not in on_command_line}
+    resolved, mistakes = resolve(config_class, {**base, **given}, lines)
+    if not mistakes:
+        warn_unused(config_class, resolved, given)
+        if output_config is not None:
+            write_config_file(output_config, table, resolved)
+            raise SystemExit(0)
+    config = construct(config_class, resolved, mistakes, lines)
     if dry_run:
         print(to_toml(table, resolved), end="", flush=True)
         if check is not None:
@@ -173,6 +175,11 @@ def read_config_file(name: str | Path, table: Mapping[str, Option]) -> dict[str,
         UserError: no such file, broken TOML, a section in a section, or a key that two sections give different values.
     """
     path = config_path(name)
+    if Path(name).suffix == ".json" and not path.exists():
+        raise UserError(
+            f"config_file {name} is JSON; give the settings as TOML, which kohya_ss writes to its output folder when it prints the "
+            "training command, as config_lora-....toml"
+        )
     content = read_toml(path, "config_file")
     values: dict[str, Any] = {}
     section_of: dict[str, str] = {}

@@ -27,6 +27,7 @@ A setting that is given, on the command line or in the file, and that nothing re
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from library.errors import UserError
@@ -36,6 +37,7 @@ from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
 
 logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def option(
@@ -104,41 +106,41 @@ def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
         UserError: an unknown name, a value of the wrong type or outside its choices, or a concern's own check.
     """
     values = translate(values, options(config_class))
-    resolved = resolve(config_class, values)
-    warn_unused(config_class, resolved, values)
-    return construct(config_class, resolved)
+    resolved, mistakes = resolve(config_class, values)
+    if not mistakes:
+        warn_unused(config_class, resolved, values)
+    return construct(config_class, resolved, mistakes)
 
 
-def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Every option's value, coerced to its type and checked against its choices; the concerns' own checks are not run.
+def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str, int] = NOTHING) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every option's value, coerced to its type and checked against its choices, and what is wrong, by name: that keeps its default.
 
-    Options of sd-scripts that are not ours are left out; `warn_unused` names them.
+    The concerns' own checks are not run. Options of sd-scripts that are not ours are left out; `warn_unused` names them.
 
     Args:
         lines: the line of each of `values` that is from a file, for messages.
-
-    Raises:
-        UserError: all that is wrong, each mistake with its line.
     """
     table = options(config_class)
-    mistakes: list[str] = []
-    if gone := [f"{name} ({REMOVED[name]})" for name in values if name in REMOVED and name not in table]:
-        mistakes.append(f"these settings are gone: {', '.join(gone)}; leave them out")
+    mistakes: dict[str, str] = {}
+    if gone := [name for name in values if name in REMOVED and name not in table]:
+        mistakes[gone[0]] = f"these settings are gone: {', '.join(f'{name} ({REMOVED[name]})' for name in gone)}; leave them out"
     result = {name: entry.default for name, entry in table.items()}
     for name in values.keys() & table.keys():
         result |= table[name].stands_for.get(str(values[name]), {})
     for name, value in values.items():
-        where = f" (line {lines[name]})" if lines and name in lines else ""
+        where = _line(name, lines)
         if name in table:
             try:
                 result[name] = coerce(table[name], value)
             except UserError as error:
-                mistakes.append(f"{error}{where}")
+                mistakes[name] = f"{error}{where}"
         elif name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
-            mistakes.append(f"unknown option {name!r}{where}{did_you_mean(name, table)}; --help lists the options")
-    if mistakes:
-        raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
-    return result
+            mistakes[name] = f"unknown option {name!r}{where}{did_you_mean(name, table)}; --help lists the options"
+    return result, mistakes
+
+
+def _line(name: str, lines: Mapping[str, int]) -> str:
+    return f" (line {lines[name]})" if name in lines else ""
 
 
 def warn_unused(config_class: type, resolved: Mapping[str, Any], given: Mapping[str, object]) -> None:
@@ -151,12 +153,28 @@ def warn_unused(config_class: type, resolved: Mapping[str, Any], given: Mapping[
         logger.warning("these settings do nothing here: %s", ", ".join(unused))
 
 
-def construct(config_class: type[ConfigT], resolved: Mapping[str, Any]) -> ConfigT:
-    """Fill the concerns with what `resolve` returned, which runs their checks."""
-    sections = {
-        section: concern(**{field.name: resolved[field.name] for field in dataclasses.fields(concern)})
-        for section, concern in _concerns(config_class).items()
-    }
+def construct(
+    config_class: type[ConfigT], resolved: Mapping[str, Any], mistakes: Mapping[str, str] = NOTHING, lines: Mapping[str, int] = NOTHING
+) -> ConfigT:
+    """Fill the concerns with what `resolve` returned, which runs their checks.
+
+    Raises:
+        UserError: the mistakes that `resolve` found, and the first of each other concern that is about a line of the file; without
+            any, the first of all.
+    """
+    sections, wrong = {}, list(mistakes.values())
+    for section, concern in _concerns(config_class).items():
+        values = {field.name: resolved[field.name] for field in dataclasses.fields(concern)}
+        if not mistakes.keys().isdisjoint(values):
+            continue
+        try:
+            sections[section] = concern(**values)
+        except UserError as error:
+            where = _line(str(error).partition(" ")[0], lines)
+            if where or not wrong:
+                wrong.append(f"{error}{where}")
+    if wrong:
+        raise UserError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} settings are wrong:", *wrong]))
     return config_class(**sections)
 
 

@@ -26,6 +26,9 @@ REPLACEMENTS: Mapping[str, str] = {
     "t5_tokenizer_path": "use tokenizer, which takes both of Anima's",
     "discrete_flow_shift": "it is read from the model's scheduler",
     "lr_warmup": "use lr_warmup_steps",
+    "max_resolution": "use resolution",
+    "lora_network_weights": "use network_weights",
+    "use_wandb": 'use log_with = "wandb"',
     "lr_restart_cycles": 'use lr_scheduler_args = ["num_cycles=..."]',
     "sample_batch_size": "it follows the size of the latents",
     "max_train_epochs": "use max_train_steps",
@@ -48,7 +51,7 @@ REPLACEMENTS: Mapping[str, str] = {
 }
 """Keys that mean something else here, each with what to do."""
 
-# models and optimizers, saving, training, sampling and LECO, data sets, logging; the rest of its scripts'; those of kohya_ss
+# models and optimizers, saving, training, sampling and LECO, data sets, logging; the rest of its scripts'; kohya_ss', now and earlier
 _UNUSED = """
 tokenizer_cache_dir fused_backward_pass optimizer_schedulefree_wrapper optimizer_schedulefree_wrapper_args schedulefree_wrapper_args
 fp8_base fp8_base_unet no_half_vae disable_mmap_load_safetensors max_token_length
@@ -117,7 +120,7 @@ hunyuan_split_attn hunyuan_text_encoder hunyuan_text_encoder_cpu hunyuan_timeste
 img_attn_dim img_mlp_dim img_mod_dim in_dims latent_metadata_filename loraplus loraplus_lr_ratio loraplus_text_encoder_lr_ratio
 loraplus_unet_lr_ratio lowvram lumina_ae lumina_cache_text_encoder_outputs lumina_cache_text_encoder_outputs_to_disk lumina_checkbox
 lumina_discrete_flow_shift lumina_gemma2 lumina_gemma2_max_token_length lumina_model_prediction_type lumina_sigmoid_scale
-lumina_system_prompt lumina_timestep_sampling lumina_use_flash_attn lumina_use_sage_attn main_process_port max_resolution mid_lr_weight
+lumina_system_prompt lumina_timestep_sampling lumina_use_flash_attn lumina_use_sage_attn main_process_port mid_lr_weight
 model_list module_dropout multi_gpu network_weights_file noise_offset_type num_cpu_threads_per_process num_machines num_processes
 qwen_image_vae_2d rank_dropout rank_dropout_scale rescaled sd3_cache_text_encoder_outputs sd3_cache_text_encoder_outputs_to_disk
 sd3_checkbox sd3_clip_l sd3_clip_l_dropout_rate sd3_disable_mmap_load_safetensors sd3_enable_scaled_pos_embed sd3_fused_backward_pass
@@ -125,6 +128,8 @@ sd3_t5_dropout_rate sd3_t5xxl sd3_text_encoder_batch_size sdxl sdxl_cache_text_e
 show_timesteps show_timesteps_resolution single_dim single_mod_dim split_qkv stop_text_encoder_training_pct t5xxl_lr template train_blocks
 train_dir train_double_block_indices train_inpainting train_lora_ggpo train_norm train_on_input train_single_block_indices training_preset
 txt_attn_dim txt_mlp_dim txt_mod_dim unit up_lr_weight use_cp use_latent_files use_scalar use_tucker
+
+blockwise_fused_optimizer cache_latent conv_alphas conv_dims save_as_bool sdxl_max_timestep sdxl_min_timestep weigts
 """
 
 UNUSED: frozenset[str] = frozenset(_UNUSED.split())
@@ -155,6 +160,8 @@ def translate(values: Mapping[str, object], known: Collection[str]) -> dict[str,
     for name in ("fp8_base", "fp8_base_unet"):
         if name in result and "quantize_base" in known and take(name).lower() in ("", "true"):
             result.setdefault("quantize_base", "fp8")
+    if "network_weights" in known and "lora_network_weights" in result and (text := take("lora_network_weights")):
+        result.setdefault("network_weights", text)
     if "train_data_file" in known and "dataset_config" in result and (text := take("dataset_config")):
         if result.get("train_data_file") not in (None, ""):
             raise UserError("train_data_file and dataset_config are both set; leave one out")

@@ -8,6 +8,7 @@ from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.score import ScoreConfig, ScoreObjective
 from library.objectives.terms.images import encode_folder
+from library.prompts.contents import GIVE_PROMPTS
 from library.rollouts.base import ROLLOUTS, Rollout
 from library.rollouts.noised import NoisedRollout, given_pictures
 from library.types import Finished, LossOutput, PromptSpec, RolloutBatch
@@ -77,6 +78,6 @@ def score_rollout(context: TrainingContext, config: ScoreConfig) -> Rollout:
         prompts, chosen = given_pictures(own, context.model.spec.vae_scale_factor)
         return NoisedRollout(context.trajectories(prompts, generator), settings, chosen)
     if not context.prompts:
-        raise UserError("prompts_file is not set; give a .txt, .toml or .tsv file of prompts")
+        raise UserError(f"prompts_file is not set; {GIVE_PROMPTS}")
     context.encoder.encode_ahead(context.prompts, context.sampling.size)
     return ROLLOUTS[name](context.trajectories(context.prompts, generator), settings)
