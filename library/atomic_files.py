@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -185,6 +186,32 @@ class NoTensors(ValueError):
     """Why a file cannot be read as one of tensors, as a part of a sentence."""
 
 
+_IN_ITS_PLACE = (  # how files begin that people have where they believe to have another
+    (rb"version https://git-lfs", "it is a pointer of Git LFS in the place of the file, which git lfs pull brings"),
+    (rb"<(!doctype|html|\?xml)", "it is a web page in the place of the file, as sites answer who is not logged in"),
+)
+
+
+def _why_not_whole(path: Path, error: Exception) -> str:
+    """Of a .safetensors or pickled file that cannot be read, in words; `error` is what its reader said."""
+    with path.open("rb") as file:
+        start = file.read(64)
+        for beginning, what in _IN_ITS_PLACE:
+            if re.match(rb"\s*" + beginning, start, re.IGNORECASE):
+                return what
+        if path.suffix.lower() not in (".safetensors", ".sft"):
+            return "not a whole file of torch.save of plain tensors alone, and nothing else is read"
+        file.seek(8)
+        length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
+        try:
+            header = json.loads(file.read(length)) if 2 <= length <= size - 8 else {}
+            end = 8 + length + max(part["data_offsets"][1] for name, part in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            end = size
+    why = " ".join(str(error).split())[:200] if end == size else f"it has {size:,} bytes, and {end:,} by its header"
+    return f"not a whole safetensors file: {why}"
+
+
 def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """What a foreign file of tensors holds, on the CPU, and its metadata: a .safetensors, or else a file of torch.save, of which nothing
     but tensors and plain values is read; for what a training program left in it stands `_Inert`. Its values are not checked.
@@ -210,10 +237,8 @@ def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[s
             content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
-    except safetensors.SafetensorError as error:
-        raise NoTensors(f"not a whole safetensors file: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # for torch, a file that ends too early is an OSError; its own words would advise to turn its guard off
-        raise NoTensors("not a whole file of torch.save of plain tensors alone, and nothing else is read") from error
+        raise NoTensors(_why_not_whole(path, error)) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):

@@ -205,10 +205,22 @@ def test_truncated_files(sd1_file, tmp_path):
         (tmp_path / "cut.safetensors").write_bytes(content[:size])
         with pytest.raises(UserError, match="not a whole safetensors file"):
             load_model(tmp_path / "cut.safetensors")
+    for changed in (content[:-10], content + b"0123456789"):
+        (tmp_path / "cut.safetensors").write_bytes(changed)
+        with pytest.raises(UserError, match=f"has {len(changed):,} bytes, and {len(content):,} by its header"):
+            load_model(tmp_path / "cut.safetensors")
     torch.save({"state_dict": {"a": torch.zeros(1000)}}, tmp_path / "whole.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole file of torch.save"):
         load_model(tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_what_stands_in_the_place_of_a_file_is_named(name: str, tmp_path):
+    for text, what in (("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"), ("\n<!DOCTYPE html>", "a web page")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=what):
+            load_model(tmp_path / name)
 
 
 class Opener:
