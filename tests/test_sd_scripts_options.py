@@ -166,7 +166,7 @@ def test_a_file_of_a_tab_of_kohya_ss_runs_with_one_warning(text: str, unread: st
 
 
 def test_keys_of_earlier_versions_of_kohya_ss(tmp_path, caplog: pytest.LogCaptureFixture):
-    """As the presets of its history have them (201 files), where nothing was chosen and where something was."""
+    """As the presets of its history have them, where nothing was chosen and where something was."""
     unset = 'lora_network_weights = ""\nconv_dims = ""\nconv_alphas = ""\n'
     (tmp_path / "a.toml").write_text(unset, encoding="utf-8")
     command = ["--pretrained_model_name_or_path", "m", "--prompts_file", "p.txt", "--scorer", "s"]

@@ -129,7 +129,8 @@ show_timesteps show_timesteps_resolution single_dim single_mod_dim split_qkv sto
 train_dir train_double_block_indices train_inpainting train_lora_ggpo train_norm train_on_input train_single_block_indices training_preset
 txt_attn_dim txt_mlp_dim txt_mod_dim unit up_lr_weight use_cp use_latent_files use_scalar use_tucker
 
-blockwise_fused_optimizer cache_latent conv_alphas conv_dims save_as_bool sdxl_max_timestep sdxl_min_timestep weigts
+blockwise_fused_optimizer cache_latent conv_alphas conv_dims dataset_config_path effnet_checkpoint_path previewer_checkpoint_path
+sample_prompts_path save_as_bool sdxl_max_timestep sdxl_min_timestep weigts
 """
 
 UNUSED: frozenset[str] = frozenset(_UNUSED.split())
