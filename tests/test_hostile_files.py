@@ -180,6 +180,7 @@ STUDIO = [
 ]
 XML = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY y SYSTEM "file:../secret.txt">]><svg xmlns="http://www.w3.org/2000/svg">&y;</svg>'
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(../secret.txt) (r) file\n"
+FOLDED = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 12))  # 9 ** 11 times x, once unfolded
 FILES: dict[str, Callable[[Path], Any]] = {
     "checkpoint.ckpt": pickled(load_model),
     "checkpoint.pt": pickled(load_model),
@@ -201,7 +202,9 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "cache.npz": npz,
     "code.yaml": text("!!python/object/apply:os.system ['touch ../secret.txt']\n", load_prompts),
     "new.yml": text("- target: !!python/object/new:subprocess.Popen [['touch', '../secret.txt']]\n", load_prompts),
-    "aliases.yaml": text("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 12)), load_prompts),
+    "aliases.yaml": text(FOLDED, load_prompts),
+    "folded.yaml": text(FOLDED + "targets: [{target_class: *a11, positive: a}]\n", load_leco_settings),
+    "endless.yaml": text("targets: [{target_class: &a [*a], positive: a}]\n", load_leco_settings),
     "leco.yaml": text("- target: !!python/name:os.system\n", load_leco_settings),
     "wild.txt": text(WILD, lambda path: load_prompts(path, PromptOptions(wildcards_dir=path.parent))),
     "wild.toml": text(f"[[prompts]]\nprompt = {WILD!r}\n", lambda path: load_prompts(path, PromptOptions(wildcards_dir=path.parent))),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from library.settings.toml_files import read_toml
 TABLE_ENDINGS = (".toml", ".yaml", ".yml", ".json")
 ROW_ENDINGS = (".csv", ".tsv")
 LINE_ENDINGS = (".txt", "")
+MOST_VALUES = 1_000_000  # of a YAML file with all aliases written out; without any, a value takes a character at least
 GIVE_PROMPTS = "give a .txt, .toml, .yaml, .json, .csv or .tsv file of prompts"
 # What a text that is no list of prompts begins with, and what it is.
 _OTHER_CONTENT = {
@@ -69,7 +71,7 @@ def read_tables(path: Path, what: str = "prompts file") -> dict[str, Any]:
         case ".json":
             content = _parsed(path, what, "JSON", json.loads)
         case _:
-            content = _parsed(path, what, "YAML", yaml.safe_load)
+            content = _parsed(path, what, "YAML", _unfolded)
     if isinstance(content, list):
         content = {"prompts": content}
     if not isinstance(content, dict):
@@ -110,6 +112,24 @@ def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
         for key, value in content.items()
         if value is not None
     }
+
+
+def _unfolded(text: str) -> Any:
+    """YAML, whose aliases (`*name`) may make a file of a few hundred bytes larger than any memory. Raises ValueError for such a one."""
+    sizes: dict[int, float] = {}  # by id, of what the aliases stand for; infinite while a value is looked into: it would be inside itself
+
+    def size(value: Any) -> float:
+        if not isinstance(value, list | dict):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = math.inf
+            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
+        return sizes[id(value)]
+
+    content = yaml.safe_load(text)
+    if size(content) > max(MOST_VALUES, len(text)):
+        raise ValueError("its aliases (*name) repeat more than any list of prompts has; write them out")
+    return content
 
 
 def _parsed(path: Path, what: str, form: str, parse: Any) -> Any:
