@@ -186,6 +186,14 @@ class NoTensors(ValueError):
     """Why a file cannot be read as one of tensors, as a part of a sentence."""
 
 
+def check_stored(path: str | Path) -> None:
+    """Refuse a zip of torch.save's whose parts are compressed, as torch leaves none: a megabyte could need a gigabyte. Raises NoTensors."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise NoTensors("its parts are compressed, as torch.save leaves none")
+
+
 _IN_ITS_PLACE = (  # how files begin that people have where they believe to have another
     (rb"version https://git-lfs", "it is a pointer of Git LFS in the place of the file, which git lfs pull brings"),
     (rb"<(!doctype|html|\?xml)", "it is a web page in the place of the file, as sites answer who is not logged in"),
@@ -233,10 +241,13 @@ def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[s
                 if shapes_only:
                     return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}, metadata
                 return {name: file.get_tensor(name) for name in names}, metadata
+        check_stored(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in _training_objects(path)]):
             content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise NoTensors(error.strerror or " ".join(str(error).split())[:200]) from error
+    except NoTensors:
+        raise
     except Exception as error:  # for torch, a file that ends too early is an OSError; its own words would advise to turn its guard off
         raise NoTensors(_why_not_whole(path, error)) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

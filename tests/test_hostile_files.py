@@ -6,6 +6,8 @@ import json
 import pickle
 import sys
 import tarfile
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +91,16 @@ def pickled(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return read_all
 
 
+def compressed(path: Path) -> None:
+    """A LoRA of torch.save of a few kB, which needs 40 MB."""
+    torch.save({"lora_unet_mid_block.lora_down.weight": torch.zeros(10, 1_000_000)}, path.with_suffix(".whole"))
+    with zipfile.ZipFile(path.with_suffix(".whole")) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
+        for part in whole.infolist():
+            small.writestr(part.filename, whole.read(part))
+    with pytest.raises(UserError, match="its parts are compressed"):
+        read_lora(path)
+
+
 def text(content: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
     def read_it(path: Path) -> None:
         path.write_text(content, encoding="utf-8")
@@ -146,6 +158,16 @@ def npz(path: Path) -> None:
     NpzCache(0.18215).find(FilePicture(path.with_suffix(".png")), FileState(1, 0), (64, 64), ("plain",))
 
 
+def large_npz(path: Path) -> None:
+    """140 kB, and 144 MB unfolded."""
+    Image.new("RGB", (64, 64)).save(path.with_suffix(".png"))
+    np.savez_compressed(path, latents=np.zeros((4, 3000, 3000), np.float32), original_size=np.array([64, 64]))
+    tracemalloc.start()
+    assert NpzCache(0.18215).find(FilePicture(path.with_suffix(".png")), FileState(1, 0), (64, 64), ("plain",)) == {}
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
 def bomb(path: Path) -> None:
     notes = PngImagePlugin.PngInfo()
     notes.add_text("parameters", "x" * 10_000_000, zip=True)
@@ -192,6 +214,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "lora.pt": pickled(read_lora),
     "lora.ckpt": pickled(read_lora),
     "lora.bin": pickled(read_lora),
+    "compressed.pt": compressed,
     "base_weights.pt": pickled(lambda path: read_lora(path, fixed=True)),
     "embedding.pt": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
     "embedding.bin": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
@@ -200,6 +223,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "x-state": state,
     "linked-state": linked_state,
     "cache.npz": npz,
+    "large.npz": large_npz,
     "code.yaml": text("!!python/object/apply:os.system ['touch ../secret.txt']\n", load_prompts),
     "new.yml": text("- target: !!python/object/new:subprocess.Popen [['touch', '../secret.txt']]\n", load_prompts),
     "aliases.yaml": text(FOLDED, load_prompts),

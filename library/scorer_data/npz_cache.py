@@ -23,6 +23,7 @@ SDXL_SCALING_FACTOR = 0.13025
 # Relative RMS between latents of one picture. On seven photographs and the VAE of examples/shapes the posterior's spread makes 0.04 and
 # resampling by area, as sd-scripts does, in place of Lanczos another 0.04 at most; two unrelated VAEs are about sqrt(2) apart.
 TOLERANCE = 0.3
+MOST_BYTES = 1 << 26  # of an array; compressed, it may be of any size
 _KEYS = {PLAIN: "latents", FLIPPED: "latents_flipped"}
 
 
@@ -69,6 +70,8 @@ class NpzCache:
 
     def _read(self, path: Path, size: tuple[int, int], bucket: tuple[int, int], variants: tuple[str, ...]) -> dict[str, Tensor]:
         with np.load(path) as file:
+            if max(part.file_size for part in file.zip.infolist()) > MOST_BYTES:
+                return {}
             if tuple(file["original_size"].tolist()) != size:
                 return {}
             found = {variant: file[_KEYS[variant]] for variant in variants if _KEYS.get(variant) in file.files}

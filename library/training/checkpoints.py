@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.atomic_files import atomic_folder, atomic_open
+from library.atomic_files import atomic_folder, atomic_open, check_stored
 from library.errors import UserError
 from library.training.output_files import check_outputs
 
@@ -94,6 +94,7 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / STATE_FILE
     _check_whole(folder)
     try:
+        check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file makes of the reader
         raise UserError(f"{path} was not written by this program ({type(error).__name__}): resume from another state") from error
