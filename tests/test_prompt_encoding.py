@@ -1,5 +1,6 @@
 """Weighted and long prompts as conditioning: against the text encoders called by hand."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,13 @@ def test_words_of_textual_inversion_are_their_vectors(kind: str, tmp_path: Path,
 def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
     save_file({"emb_params": torch.zeros(2, 5)}, tmp_path / "other.safetensors")
     save_file({"x": torch.zeros(2, 5, 3)}, tmp_path / "none.safetensors")
+    save_file({"emb_params": torch.tensor([[0.0] * 31 + [math.nan]])}, tmp_path / "nan.safetensors")
     (tmp_path / "broken.pt").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("other.safetensors", "is 5 wide .* made for another family"),
         ("none.safetensors", "is no textual-inversion embedding"),
+        ("nan.safetensors", "values that are not finite"),
         ("broken.pt", "is no embedding of plain tensors"),
         ("gone.pt", "there is no such file"),
         ("empty", "a folder without embeddings"),

@@ -63,6 +63,8 @@ def _vectors(path: Path, widths: Sequence[int]) -> list[Tensor]:
     if [vectors.shape[1] for vectors in found] != list(widths):
         own, wanted = (" and ".join(map(str, sizes)) for sizes in ([vectors.shape[1] for vectors in found], widths))
         raise UserError(f"the embedding {path} is {own} wide and the model's text encoders {wanted}: it was made for another family")
+    if not all(vectors.isfinite().all() for vectors in found):
+        raise UserError(f"the embedding {path} holds values that are not finite; the file is broken, leave it out")
     if len(found[0]) > MOST_VECTORS:
         raise UserError(f"the embedding {path} has {len(found[0])} vectors, more than the {MOST_VECTORS} tokens of a prompt; leave it out")
     return found
