@@ -28,13 +28,13 @@ from library.settings.cli import parse_config, run_main, setup_logging
 from library.settings.sd_scripts_defaults import SD_SCRIPTS
 from library.slider_training.check import check_reward
 from library.slider_training.estimate import estimate
-from library.slider_training.monitor import due
 from library.slider_training.network import in_use
-from library.slider_training.setup import LecoScoreConfig, SliderParts, leco_score_config, prepare, settle
+from library.slider_training.setup import LecoScoreConfig, SliderParts, decide_open, leco_score_config, prepare
 from library.slider_training.updates import Updates
 from library.slider_training.vital_signs import VitalSigns
 from library.training.interrupts import Interrupted, interruptible
 from library.training.optimizers import check_optimizer
+from library.training.run_files import due
 from library.training.runtime import any_process, create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker, check_trackers
 
@@ -63,7 +63,7 @@ def train(config: LecoScoreConfig, *, dry_run: bool = False) -> Path:
         raise SystemExit(0)
     accelerator = create_accelerator(config.training)
     logger.info("%s", describe_device(accelerator))
-    config = settle(config, accelerator)
+    config = decide_open(config, accelerator)
     assert config.training.seed is not None
     torch.manual_seed(config.training.seed)  # dropout draws from the global generator; every other draw has a generator of its own
     made = prepare(config, accelerator)
@@ -107,7 +107,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
                 metrics, observed = observed | updates.make(), {}
                 done = updates.done
                 with using():
-                    unwatched = updates.state(watched=False) if monitor.looks_after(done) else None
+                    unwatched = updates.state(watched=False) if monitor.acts_after(done) else None
                     seen = None
                     if not any_process(bool(interrupts), accelerator):
                         with suppress(Interrupted), interrupts.at_once(accelerator.num_processes == 1):
@@ -141,7 +141,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
         outcome = monitor.finish(updates.done)
         if is_main:
             files.save(made.network, outcome.step, final=True, outcome=outcome)
-            logger.info("slider saved to %s (after %d updates). %s", files.slider_path, outcome.step, outcome.verdict)
+            logger.info("slider saved to %s (after %d updates). %s", files.slider_path, outcome.step, outcome.conclusion)
     return files.slider_path
 
 

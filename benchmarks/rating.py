@@ -25,9 +25,10 @@ from PIL import Image
 from benchmarks import ROOT
 from examples.shapes.scores import SCORES
 from library.models.loading import load_model
+from library.rating.agreement import rank_correlation
 from library.rating.choice import choose
 from library.rating.live import FIRST_BY_CHANCE, LEARN_EVERY
-from library.rating.progress import measure_progress, rank_correlation
+from library.rating.progress import measure_progress
 from library.rating.space import FeatureSpace
 from library.rating.store import Project, StoredPicture
 from library.rating.taste import Answers, Taste
@@ -199,8 +200,8 @@ def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
                     value = choice_of(felt) if pairs else float(np.clip(round(1.2 * felt[0] + 3), 1, 5))
                     answers.append((*question.pictures, value))
                     reasons.append(question.reason == "random")
-                told = Answers.of(pairs=answers) if pairs else Answers.of(answers)
-                taste = Taste(space, told, near=taste.choices if len(answers) > 4 * LEARN_EVERY else None)
+                learned = Answers.of(pairs=answers) if pairs else Answers.of(answers)
+                taste = Taste(space, learned, near=taste.choices if len(answers) > 4 * LEARN_EVERY else None)
                 if len(answers) in SIZES:
                     row = {
                         "score": score,
@@ -212,7 +213,7 @@ def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
                     if not pairs:  # what the page says of itself, and the same figure on new answers of this person
                         page = measure_progress(
                             space,
-                            told,
+                            learned,
                             taste.choices,
                             at_random=np.array(reasons),
                             ahead=np.full(len(answers), np.nan),

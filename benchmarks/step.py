@@ -38,7 +38,7 @@ from library.rollouts.config import RolloutConfig
 from library.rollouts.sample import model_autocast
 from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
-from library.slider_training.setup import LecoScoreConfig, leco_score_config, prepare, settle
+from library.slider_training.setup import LecoScoreConfig, decide_open, leco_score_config, prepare
 from library.training.optimizers import create_optimizer, create_scheduler
 from library.training.runtime import create_accelerator, set_num_threads, weight_dtype
 
@@ -165,7 +165,7 @@ def build_step(given: argparse.Namespace, settings: Sequence[str]) -> tuple[Step
         config = parse_config(leco_score_config(), [*model_words, *files, "--seed", "0", *settings])
         set_num_threads(config.training.num_threads)
         accelerator = create_accelerator(config.training)
-        config = settle(config, accelerator)
+        config = decide_open(config, accelerator)
         torch.manual_seed(config.training.seed or 0)
         placed: dict[str, Any] = {"dtype": weight_dtype(accelerator.mixed_precision), "device": accelerator.device}
         model = random_model(given.random_weights, tiny=given.tiny, **placed) if given.random_weights else config.model.load(**placed)

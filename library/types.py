@@ -183,7 +183,7 @@ class RolloutBatch:
     Attributes:
         latents: variance-preserving noisy latents [B, C, h, w].
         timesteps, next_timesteps: model timesteps [B]; -1 is the end of the schedule (clean).
-        sigmas, next_sigmas: sqrt(1 - abar) / sqrt(abar) at those timesteps [B].
+        sigmas: sqrt(1 - abar) / sqrt(abar) at the timesteps [B].
         times, strengths: `timesteps` and `multipliers` as numbers, known without a wait for the device.
         num_steps: of the whole schedule.
         multipliers: what the LoRA is multiplied with, sample by sample [B].
@@ -201,7 +201,6 @@ class RolloutBatch:
     timesteps: Tensor
     next_timesteps: Tensor
     sigmas: Tensor
-    next_sigmas: Tensor
     times: Sequence[float]
     strengths: Sequence[float]
     num_steps: int

@@ -9,16 +9,21 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import ROOT, compare, gpu_check, gpu_sections, run, step
+from benchmarks import ROOT, compare, gpu_check, gpu_sections, objectives, run, step
 from benchmarks.earlier import Tree, sharing
 from benchmarks.gpu_check import Section, judge_section, judge_step
 from benchmarks.meter import Meter, peak_resident
 from benchmarks.random_models import random_model
+from examples.shapes.scores import SCORES
 from library.errors import UserError
+from library.measuring.record import EvaluationRecord
+from library.measuring.statistics import summarise_response
 from library.objectives.estimator import ESTIMATORS
 from library.objectives.score import ScoreConfig
 from library.rollouts.config import RolloutConfig
@@ -303,3 +308,38 @@ def test_copies_share_their_weights() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     copied = sharing(layer)
     assert copied[0] is not layer[0] and copied[0].weight is layer[0].weight  # type: ignore[index]
+
+
+def test_an_arm_is_measured_where_its_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of 60 updates at 40 evaluations each, whose gain is 2 for each weight; size moves half as much, captions are kept."""
+    made = []
+
+    def slider(name: str, **settings: Any) -> Path:
+        made.append(settings)
+        lines = [json.dumps({"step": step, "unet_evaluations": 40 * (step + 1)}) for step in range(60)]
+        (tmp_path / "slider.metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return tmp_path / "slider.safetensors"
+
+    def measure(path: Path, *, weights: tuple[float, ...], count: int, seeds: int = 2, judge_of: str | None = None) -> EvaluationRecord:
+        at = np.array(sorted({0.0, *weights}))
+        base = np.random.default_rng(0).standard_normal((count, seeds, 1))
+        base = (base - base.mean(1, keepdims=True)) / base.std(1, ddof=1, keepdims=True)
+        values = {name: base + at * gain for name, gain in {"brightness": 2.0, "size": 1.0, "judge": 2.0}.items()}
+        values |= {name: base + 0 * at for name in SCORES if name not in values} | {"caption_obeyed": np.ones_like(base + at)}
+        rng = np.random.default_rng(0)
+        responses = {name: summarise_response(name, "judge", own, at.tolist(), rng) for name, own in values.items()}
+        shown = {"prompts": tuple(map(str, range(count))), "seeds": (), "statistics": {"pixel_diversity": tuple(1.0 for _ in at)}}
+        return EvaluationRecord(name=path.stem, multipliers=tuple(at.tolist()), responses=responses, **shown)
+
+    monkeypatch.setattr(objectives, "slider", slider)
+    monkeypatch.setattr(objectives, "measure", measure)
+    monkeypatch.setattr(objectives, "SCORERS", {"scorer": lambda score: Path(f"{score}.safetensors")})
+    found = objectives.run("brightness", "x0 + hinge", {"score_estimator": "x0"}, seed=1, budget=1920)
+    assert made[0]["scorer"] == ["brightness.safetensors"] and made[0]["max_train_steps"] == 60 and made[0]["score_estimator"] == "x0"
+    assert (found["updates"], found["evaluations"]) == (40, 1600)  # the last file whose evaluations are within the budget
+    assert [spent for spent, _ in found["curve"]] == [0, 400, 800, 1200, 1600] and found["curve"][1][1] == pytest.approx(2)
+    row = objectives.row("x0 + hinge", [found, found])
+    assert row["true +1"][0] == pytest.approx(2) and row["evaluations to +1"] == pytest.approx(200) and row["captions"] == [1, 1, 1]
+    assert row["side effects"] == pytest.approx([0.5 / (len(SCORES) - 1) ** 0.5] * 3)  # of size, where brightness has moved by 1
+    assert "| x0 + hinge | -2.00 [-2.00, -2.00] | +2.00 [+2.00, +2.00] |" in objectives.markdown([row])
+    assert objectives.crossing([(0.0, 0.0), (10.0, 0.5)], 1.0) is None

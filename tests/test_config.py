@@ -11,7 +11,6 @@ from library.models.config import ModelConfig
 from library.settings.option_values import nearest
 from library.settings.options import build, key_value_pairs, option, options
 from library.settings.registry import Registry
-from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
 from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 
@@ -266,13 +265,6 @@ def test_keys_of_the_gui_and_of_other_scripts_are_one_warning(caplog: pytest.Log
     assert all(
         name in record.getMessage() for name in ("epoch (use max_train_steps)", "noise_offset_type", "LoRA_type", "t5xxl", "block_lr")
     )
-
-
-def test_settings_that_were_removed_say_what_replaces_them():
-    assert error_of(script, **dict.fromkeys(REMOVED, 1)).startswith("these settings are gone: ")
-    for name, replacement in REMOVED.items():
-        assert error_of(script, **{name: 1}) == f"these settings are gone: {name} ({replacement}); leave them out"
-        assert name not in UNUSED and name not in REPLACEMENTS, "a key of sd-scripts is never fatal"
 
 
 def test_a_setting_can_depend_on_an_item_of_a_list_and_on_what_another_script_has(caplog: pytest.LogCaptureFixture):

@@ -194,7 +194,7 @@ def test_config_file_alone_is_enough(files, tmp_path, monkeypatch, capsys):
         ({"network_weights": ["missing.safetensors"]}, "missing.safetensors does not exist"),
         ({"prompts_file": ["missing.txt"]}, "missing.txt does not exist"),
         ({"judges": ["nowhere:function"]}, "no module 'nowhere'"),
-        ({"judges": ["examples.shapes.scores:size"] * 2}, "judges holds a function twice"),
+        ({"judges": ["examples.shapes.scores:size"] * 2}, "is called 'size' as another judge"),
         ({"multipliers": ["0"]}, "no weight but 0"),
         ({"seeds_per_prompt": ["1"]}, "seeds_per_prompt"),
         ({"resolution": ["100"]}, "multiples of 8"),

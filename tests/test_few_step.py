@@ -20,16 +20,15 @@ from library.rollouts.few_step import (
     LIGHTNING,
     PCM,
     TURBO,
-    SamplingChoice,
+    choose_sampling,
     detect,
-    recommended,
     resolve_sampling,
 )
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_unet_config
 
-ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)
+SIZE = (64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +87,15 @@ def test_other_names_are_left_alone(model, name):
     assert detect(described(model, name=name)) is None
 
 
-def test_hyper_with_guidance_keeps_it(model):
-    found = detect(described(model, name="Hyper-SDXL-8steps-CFG.safetensors"))
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_hyper_with_guidance_keeps_it(model, caplog):
+    hyper = described(model, name="Hyper-SDXL-8steps-CFG.safetensors")
+    found = detect(hyper)
     assert found is not None and (found.num_steps, found.guidance_scale) == (8, 5.0)
-    assert recommended(found, guidance_scale=7.0, ordinary=ORDINARY).warnings == ()
+    assert choose_sampling(hyper, SIZE, guidance_scale=7.0).guidance_scale == 7.0 and warnings_of(caplog) == []
 
 
 def test_pcm_and_flash_with_guidance(model):
@@ -129,7 +133,7 @@ def test_what_is_not_turbo(model, changes):
     assert detect(described(model, **turbo | changes)) is None
 
 
-def test_a_folder_of_a_latent_consistency_model(tmp_path):
+def test_a_folder_of_a_latent_consistency_model(tmp_path, caplog):
     """As LCM_Dreamshaper_v7 lies in Hugging Face's cache: its own pipeline class, its own scheduler, a U-Net that takes guidance."""
     original = tiny_model("sd1")
     unet = UNet2DConditionModel.from_config(tiny_unet_config("sd1") | {"time_cond_proj_dim": 16})
@@ -145,57 +149,46 @@ def test_a_folder_of_a_latent_consistency_model(tmp_path):
     assert (loaded.spec.name, loaded.spec.scheduler) == ("Dream_v7", "LCMScheduler")
     base = detect(loaded)
     assert base is not None and base.name == "LCM" and base.embedded_guidance == 8.0
-    choice = recommended(base, guidance_scale=6.0, ordinary=ORDINARY)
-    assert (choice.guidance_scale, choice.embedded_guidance, choice.warnings) == (1.0, 6.0, ())
-    assert choice.embedded_guidance is not None
-    loaded.embedded_guidance = choice.embedded_guidance
-    latents = sample(
-        loaded,
-        None,
-        [PromptSpec(prompt="a cat")],
-        [1],
-        sampling=SamplingConfig(
-            num_steps=choice.num_steps,
-            guidance_scale=choice.guidance_scale,
-            size=(64, 64),
-            sampler=choice.sampler,
-            spacing=choice.spacing,
-        ),
-    )
-    assert latents.isfinite().all()
+    choice = choose_sampling(loaded, SIZE, guidance_scale=6.0)
+    assert (choice.guidance_scale, loaded.embedded_guidance, warnings_of(caplog)) == (1.0, 6.0, [])
+    assert sample(loaded, None, [PromptSpec(prompt="a cat")], [1], sampling=choice).isfinite().all()
     ordinary_unet = replace(loaded.spec, name="model")
     loaded.spec, loaded.unet = ordinary_unet, tiny_model("sd1").unet
     found = detect(loaded)  # an LCM-LoRA merged into a model: only the scheduler says so
     assert found is not None and (found.name, found.embedded_guidance) == ("LCM", None)
 
 
-def test_an_ordinary_model_takes_what_is_set_and_the_defaults():
-    assert recommended(None, ordinary=ORDINARY) == ORDINARY
-    choice = recommended(None, num_steps=30, guidance_scale=1.0, sampler="dpmpp_2m", spacing="karras", ordinary=ORDINARY)
-    assert choice == SamplingChoice(num_steps=30, guidance_scale=1.0, sampler="dpmpp_2m", spacing="karras")
+def test_an_ordinary_model_takes_what_is_set_and_the_defaults(model):
+    ordinary = described(model, name="model")
+    assert choose_sampling(ordinary, SIZE) == SamplingConfig(num_steps=20, guidance_scale=5.0, size=SIZE)
+    given = {"num_steps": 30, "guidance_scale": 1.0, "sampler": "dpmpp_2m", "spacing": "karras"}
+    assert choose_sampling(ordinary, SIZE, **given) == SamplingConfig(size=SIZE, **given)
+    assert choose_sampling(ordinary, SIZE, ordinary={"num_steps": 3, "guidance_scale": 2.0}, num_steps=None).num_steps == 3
 
 
-@pytest.mark.parametrize("base", [LCM, DMD2, TURBO, LIGHTNING, HYPER], ids=lambda base: base.name)
-def test_a_base_takes_its_own_values_and_does_not_warn_of_them(base):
+@pytest.mark.parametrize(
+    ("base", "name"), [(LCM, "an-lcm"), (DMD2, "x-dmd2"), (TURBO, "x-turbo"), (LIGHTNING, "x_lightning"), (HYPER, "Hyper-SDXL")]
+)
+def test_a_base_takes_its_own_values_and_does_not_warn_of_them(base, name, model, caplog):
     assert base.sampler in base.samplers and all(get_solver(name).name == name for name in base.samplers)
-    choice = recommended(base, ordinary=ORDINARY)
-    assert (choice.num_steps, choice.guidance_scale, choice.sampler, choice.spacing) == (base.num_steps, 1.0, base.sampler, base.spacing)
-    set_by_hand = recommended(
-        base, num_steps=base.num_steps, guidance_scale=1.0, sampler=base.sampler, spacing=base.spacing, ordinary=ORDINARY
-    )
-    assert set_by_hand == choice and choice.warnings == ()
+    own = {"num_steps": base.num_steps, "guidance_scale": 1.0, "sampler": base.sampler, "spacing": base.spacing}
+    assert choose_sampling(described(model, name=name), SIZE) == SamplingConfig(size=SIZE, **own)
+    assert choose_sampling(described(model, name=name), SIZE, **own) == SamplingConfig(size=SIZE, **own) and warnings_of(caplog) == []
 
 
-def test_what_does_not_fit_is_kept_and_said():
-    choice = recommended(TURBO, num_steps=20, guidance_scale=5.0, sampler="dpmsolver++", spacing="leading", ordinary=ORDINARY)
-    assert (choice.num_steps, choice.guidance_scale, choice.sampler, choice.spacing) == (20, 5.0, "dpmsolver++", "leading")
-    assert choice.warnings == (
+def test_what_does_not_fit_is_kept_and_said(model, caplog):
+    turbo = described(model, name="x-turbo")
+    given = {"num_steps": 20, "guidance_scale": 5.0, "sampler": "dpmsolver++", "spacing": "leading"}
+    assert choose_sampling(turbo, SIZE, **given) == SamplingConfig(size=SIZE, **given)
+    assert warnings_of(caplog) == [
         "The base is Turbo, distilled to draw in 1 to 4 steps, not 20: use 4.",
         "The base is Turbo, distilled to draw without guidance: a guidance scale of 5 burns its pictures; use 1.",
         "The base is Turbo, which is not made for the sampler dpmsolver++: use euler_a.",
         "The base is Turbo, distilled at trailing timesteps, not leading: use trailing.",
-    )
-    assert recommended(TURBO, sampler="k_euler_a", guidance_scale=1.5, ordinary=ORDINARY).warnings == ()
+    ]
+    caplog.clear()
+    choose_sampling(turbo, SIZE, sampler="k_euler_a", guidance_scale=1.5)
+    assert warnings_of(caplog) == []
 
 
 def test_dmd2_gets_the_timesteps_that_it_was_distilled_at(model):

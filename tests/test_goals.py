@@ -305,7 +305,7 @@ def test_training_raises_one_score_and_leaves_the_held_one() -> None:
                 optimizer.step()
                 abar, next_abar = (objective.model.schedule.abar(times) for times in (batch.timesteps, batch.next_timesteps))
                 latents = objective.solver.step(batch.latents, eps, abar, next_abar)
-                terms = objective.reward(latents, batch.next_sigmas, None, batch.prompts).terms
+                terms = objective.reward(latents, objective.schedule.sigmas(batch.next_timesteps), None, batch.prompts).terms
                 found.append({name: batch.directions * value for name, value in terms.items()})
             moved.append({name: (found[-1][name] - found[0][name]).mean() for name in found[0]})
         changes[limit] = {name: torch.stack([own[name] for own in moved]).mean() for name in moved[0]}

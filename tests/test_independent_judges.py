@@ -31,8 +31,7 @@ def load(folder: Path, functions: list[str], files: list[str], training: tuple[s
         [str(folder / name) for name in functions],
         [str(folder / f"{name}.safetensors") for name in files],
         training_files=[str(folder / f"{name}.safetensors") for name in training],
-        model=tiny_model(),
-    )
+    ).on(tiny_model())
 
 
 def test_functions_and_scorers_are_found(folder: Path) -> None:
@@ -47,7 +46,7 @@ def test_functions_and_scorers_are_found(folder: Path) -> None:
 def test_a_score_does_not_judge_itself(folder: Path, path: str) -> None:
     (folder / "sub").mkdir(exist_ok=True)
     with pytest.raises(UserError, match="cannot judge itself"):
-        load_judges([], [f"{folder}/{path}"], training_files=[str(folder / "followed.safetensors")], model=tiny_model())
+        load_judges([], [f"{folder}/{path}"], training_files=[str(folder / "followed.safetensors")])
 
 
 @pytest.mark.parametrize(

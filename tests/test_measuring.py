@@ -216,16 +216,14 @@ def test_base_pictures_are_taken_over_by_a_run_that_goes_on_if_they_are_the_same
 def test_a_judge_has_a_role() -> None:
     """It is written behind its name, comes into the record, and decides what is warned of."""
     model = tiny_model()
-    judges = load_judges(
-        ["tests.helpers.pictures:redness=stay", "tests.helpers.pictures:is_dark=share"], [], training_files=[], model=model
-    )
+    judges = load_judges(["tests.helpers.pictures:redness=stay", "tests.helpers.pictures:is_dark=share"], [], training_files=[])
     assert judges.names == ("redness", "is_dark") and judges.roles == {"redness": "stay", "is_dark": "share"}
     measurer, network = measurer_for(raters=Raters(reward=Reward([Goal(scorer=scorer_for(model))]), judges=judges))
     record = measurer.measure(network, [-1.0, 1.0])
     assert [response.name for response in record.side_effects] == ["redness"] and not record.judges
     assert record.responses["is_dark"].is_share
     with pytest.raises(UserError, match="has the role 'follows', but a role is follow, stay or share"):
-        load_judges(["tests.helpers.pictures:redness=follows"], [], training_files=[], model=model)
+        load_judges(["tests.helpers.pictures:redness=follows"], [], training_files=[])
 
 
 def test_seeds_differ_and_a_prompt_may_bring_its_own() -> None:

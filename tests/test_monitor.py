@@ -26,11 +26,13 @@ from library.rollouts.sample import SamplingConfig, decode, sample
 from library.scorers.base import Scorer
 from library.scorers.pixel_decoder import check_decodes
 from library.scorers.worth import Worth
-from library.slider_training.monitor import Monitor, Observation, due
+from library.slider_training.monitor import Monitor
 from library.slider_training.monitor_config import MonitorConfig
+from library.slider_training.outcome import Observation
 from library.slider_training.pictures import SliderPictures
 from library.slider_training.previews import Previews
 from library.training.checkpoints import load_state, save_state
+from library.training.run_files import due
 from library.types import PromptSpec
 from networks.lora import LoRANetwork
 from tests.helpers.records import record_of
@@ -140,7 +142,7 @@ def test_full_measures_all_pictures_as_the_training_samples() -> None:
 def test_off_does_nothing() -> None:
     monitor, model, network = monitor_for(measure="off", evaluate_every_n_steps=1)
     assert monitor.start() is None and monitor.after(1) is None and monitor.finish(1).step == 1
-    assert model.num_unet_evaluations == 0 and "never looked at" in monitor.finish(1).verdict
+    assert model.num_unet_evaluations == 0 and "never looked at" in monitor.finish(1).conclusion
 
 
 def test_a_text_encoder_lora_is_measured_as_it_is_now() -> None:
@@ -223,7 +225,7 @@ def test_a_gamed_score_is_warned_of_stopped_and_its_best_step_restored(caplog: p
     assert seen[5].warnings[0].text in caplog.text
     outcome = monitor.finish(50)
     assert outcome.step == 20 and outcome.calibration is None and outcome.record == monitor.best.record
-    assert outcome.verdict.startswith("The score was gamed") and outcome.metadata()["leco_stopped"] == seen[5].stop
+    assert outcome.conclusion.startswith("The score was gamed") and outcome.metadata()["leco_stopped"] == seen[5].stop
     assert strength_of(network) == pytest.approx(1.6)
     assert "step 20 is the best of all measured steps (selection score 1.38; step 50: -1.40)" in caplog.text
     assert "step 20 is kept: training score +1.60 at +1, -1.60 at -1; judge taste +1.38 at +1, -1.38 at -1; hack index 0.14" in caplog.text
@@ -297,7 +299,7 @@ def test_an_error_at_the_end_does_not_cost_the_slider(monkeypatch: pytest.Monkey
     monkeypatch.setattr(SliderPictures, "calibration", broken)
     outcome = monitor.finish(50)
     assert outcome.step == 20 and outcome.calibration is None  # the best step was found before
-    assert "was lost (LinAlgError: singular)" in outcome.verdict
+    assert "was lost (LinAlgError: singular)" in outcome.conclusion
     assert strength_of(network) == pytest.approx(1.6) and "saved as trained: LinAlgError: singular" in caplog.text
     monkeypatch.setattr(MadeUpPictures, "measure", lambda *args, **kwargs: 1 / 0)
     train_to(network, PATH[50])

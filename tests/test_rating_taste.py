@@ -7,20 +7,10 @@ from scipy.optimize import approx_fprime
 from library.measuring.statistics import Interval
 from library.rating import choice
 from library.rating import taste as taste_module
+from library.rating.agreement import ceiling_of, concordance, rank_correlation, share_interval, star_agreement
 from library.rating.choice import choose
 from library.rating.live import REST, Gallery, LiveOpinion
-from library.rating.progress import (
-    Progress,
-    ceiling_of,
-    concordance,
-    find_drift,
-    measure_progress,
-    pair_agreement,
-    rank_correlation,
-    say,
-    star_agreement,
-    where_it_points,
-)
+from library.rating.progress import Progress, find_drift, measure_progress, say, where_it_points
 from library.rating.space import FeatureSpace
 from library.rating.store import Project, Rating, StoredPicture
 from library.rating.taste import Answers, Choice, Taste
@@ -173,7 +163,7 @@ def test_answers_by_chance_are_not_learned_and_it_says_so() -> None:
     told = [(row, float(rng.integers(1, 6))) for row in range(80)]
     repeats = rng.integers(1, 6, size=(8, 2)).astype(float)
     progress = progress_of(told, FeatureSpace(features), repeats)
-    assert progress.verdict == "not learned" and "contradict each other" in progress.words
+    assert progress.status == "not learned" and "contradict each other" in progress.words
     steady = progress_of(told, FeatureSpace(features), repeats[:, [0, 0]])
     assert "cannot be seen in the latents" in steady.words
 
@@ -186,7 +176,7 @@ def test_the_ceiling_follows_from_what_was_asked_twice() -> None:
     assert agreement.value == pytest.approx(np.corrcoef(first, second)[0, 1], abs=0.02)
     assert ceiling_of(agreement, pairs=False).value == pytest.approx(np.corrcoef(true, first)[0, 1], abs=0.02)
     wrong = rng.random((2, 4000)) < 0.1
-    same = pair_agreement(wrong[0] == wrong[1])
+    same = share_interval(float((wrong[0] == wrong[1]).mean()), len(wrong[0]))
     assert same.low < same.value < same.high
     assert ceiling_of(same, pairs=True).value == pytest.approx(0.9, abs=0.02)
 

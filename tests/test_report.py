@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.measuring.comparison import comparison_dict, summarise
 from library.measuring.record import EvaluationRecord
-from library.reports.plots import GAP, HEADER, LABEL_WIDTH, multiplier_grid, score_curves, signed
+from library.reports.plots import GAP, HEADER, LABEL_WIDTH, LIGHT, multiplier_grid, record_plots, signed
 from library.reports.report import STATISTICS, html_report
 from library.reports.text import comparison_text, summary_sentence, text_table
 from tests.helpers.records import record_of
@@ -144,13 +144,16 @@ def test_grid_shows_every_pixel_where_it_belongs():
     assert tuple(grid[HEADER + 80 + GAP + 160, LABEL_WIDTH + 80]) == (255, 0, 0)
 
 
-def test_curve_has_a_panel_a_score():
-    three = measured()
-    one = replace(three, responses={"score": three.responses["score"]})
-    wide, narrow = (Image.open(io.BytesIO(score_curves([record]))) for record in (three, one))
-    assert wide.width > 2.3 * narrow.width and wide.height == narrow.height
-    colours = {colour for _, colour in narrow.convert("RGB").getcolors(maxcolors=1 << 24) or []}
-    assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
+def test_scores_of_one_unit_share_a_plot_and_two_sliders_have_one_a_score():
+    record = measured()
+    alone, beside = record_plots([record]), record_plots([record, replace(record, name="other")])
+    unscaled = [name for name, response in record.responses.items() if response not in record.scaled]
+    assert list(alone) == ["Gain of every score over the weight.", *(f"Mean of {name} over the weight." for name in unscaled)]
+    assert len(unscaled) < len(record.responses) == len(beside)
+    for draw in (*alone.values(), *beside.values()):
+        picture = Image.open(io.BytesIO(draw(LIGHT))).convert("RGB")
+        colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 24) or []}
+        assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
 
 
 def test_signed():

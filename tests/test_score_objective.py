@@ -58,7 +58,7 @@ def drive(stage: Stage, steps: int) -> float:
         out.loss.backward()
         optimizer.step()
         latents, _ = stage.trajectories.step(batch, eps)
-        reward = stage.objective.reward(latents, batch.next_sigmas, None, batch.prompts).total
+        reward = stage.objective.reward(latents, stage.objective.schedule.sigmas(batch.next_timesteps), None, batch.prompts).total
         rewards.append((batch.directions * reward).mean().item())
     return rewards[-1] - rewards[0]
 

@@ -66,7 +66,7 @@ def test_what_the_run_came_to_is_in_the_metadata_the_card_and_a_plot(files, tmp_
     assert "Training stopped, because the score is gamed. The score was gamed: do not trust" in OUTCOME.note
     assert "Scorer a: rank correlation 0.50 (0.27 to 0.68) on 60 pictures that it never saw: what it says is in doubt" in OUTCOME.note
     assert metadata["ss_leco_warnings"] == '["gamed"]' and metadata["ss_leco_stopped"] == "the score is gamed"
-    assert metadata["ss_leco_verdict"] == OUTCOME.verdict and "rank correlation 0.50" in metadata["ss_leco_scorer_worth"]
+    assert metadata["ss_leco_conclusion"] == OUTCOME.conclusion and "rank correlation 0.50" in metadata["ss_leco_scorer_worth"]
     assert float(metadata["ss_leco_calibration_scale"]) == 0.5 and float(metadata["ss_leco_r2"]) == 1.0
     assert json.loads(metadata["ss_leco_gain_up"]) == [1.0, None, None]
     assert json.loads(metadata["ss_leco_usable_range"]) == [-0.5, 2.0]  # -0.6 clips more than 20 % of the pixel values

@@ -60,7 +60,7 @@ def test_a_run_that_died_between_its_last_step_and_its_end_goes_on_to_that(workp
     shutil.copy(tmp_path / "tiny-step00000002.safetensors", path)  # killed after the slider as trained, before what the run came to
     run(workplace, tmp_path, resume="auto", **common)
     with safe_open(path, framework="pt") as file:
-        assert "ss_leco_verdict" in file.metadata()
+        assert "ss_leco_conclusion" in file.metadata()
     with pytest.raises(UserError, match="nothing is left to train"):
         run(workplace, tmp_path, resume="auto", **common)
 

@@ -26,9 +26,10 @@ from library.models.vae import VaeFingerprint
 from library.scorer_data.latent_cache import open_cache
 from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.records import FilePicture, Picture, SkipReport
+from library.scorer_training.collecting import collect, pictures_of
 from library.scorer_training.config import LatentScorerConfig
 from library.scorer_training.dataset_config import DataConfig
-from library.scorer_training.tasks import collect, fill_cache, pictures_of
+from library.scorer_training.tasks import fill_cache
 from library.settings.cli import parse_config, run_main
 from library.settings.options import option
 from library.settings.shared import TrainingConfig

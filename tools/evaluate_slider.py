@@ -31,21 +31,19 @@ from library.atomic_files import atomic_write_bytes, atomic_write_text, load_ten
 from library.diffusion.solvers import ALIASES, SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
-from library.measuring.judges import Judges, split_role
+from library.measuring.judges import load_judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.record import FORMAT, EvaluationRecord
 from library.measuring.warnings import final_warnings
 from library.models.config import ModelConfig
 from library.prompts.contents import GIVE_PROMPTS
 from library.prompts.files import load_prompts, spread
-from library.reports.plots import multiplier_grid, png_bytes, score_curves
+from library.reports.plots import LIGHT, multiplier_grid, png_bytes, record_plots
 from library.reports.report import html_report
 from library.reports.text import comparison_text, text_table
-from library.rollouts.few_step import SamplingChoice, detect, recommended
+from library.rollouts.few_step import choose_sampling
 from library.rollouts.sample import SamplingConfig, variations
-from library.scorers.base import Scorer
 from library.scorers.io import check_scorer_fits, load_scorer
-from library.scorers.judges import Judge, load_judge
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, option
 from library.slider_training.outcome import Outcome
@@ -55,7 +53,6 @@ from library.training.runtime import choose_precision, set_num_threads, weight_d
 from networks.lora import create_network_from_weights
 from networks.lora_metadata import write_cards
 
-ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # for a base that is not distilled
 # Metadata of a LoRA file, and what the report calls it.
 ORIGIN = {
     "ss_sd_model_name": "trained on",
@@ -69,7 +66,7 @@ ORIGIN = {
     "ss_seed": "training seed",
     "modelspec.usage_hint": "how to use it",
     "modelspec.description": "what it promises",
-    "ss_leco_verdict": "what its training found",
+    "ss_leco_conclusion": "what its training found",
     "ss_leco_scorer_worth": "what its scorer is worth",
     "ss_training_comment": "comment",
 }
@@ -158,47 +155,29 @@ def main() -> None:
     assert settings.prompts_file is not None
     prompts = spread(load_prompts(settings.prompts_file), settings.num_prompts)
     files = expand(settings.network_weights)
-    names = slider_names(files)
+    sliders = slider_names(files)
     scorers = {scorer.name: scorer for scorer in (load_scorer(path, settings.allow_code) for path in settings.scorer)}
-    functions, judge_files = ([split_role(word) for word in words] for words in (settings.judges, settings.judge_scorers))
-    others = [load_scorer(path, settings.allow_code) for path, _ in judge_files]
-    judges = name_judges([load_judge(name) for name, _ in functions], others, scorers)
-    roles = zip(judges.names, [role for _, role in (*functions, *judge_files)], strict=True)
-    judges = replace(judges, roles={name: role for name, role in roles if role is not None})
+    judges = load_judges(settings.judges, settings.judge_scorers, training_files=settings.scorer, allow_code=settings.allow_code)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model.load(dtype=weight_dtype(choose_precision(settings.mixed_precision, device)), device=device)
-    for scorer in [*scorers.values(), *judges.scorers.values()]:
+    for scorer in scorers.values():
         check_scorer_fits(scorer.to(device), model.vae_fingerprint())
     check_outputs(*(settings.output_dir / name for name in ("evaluation.json", "report.html", "curve.png")))
     remove_unfinished(settings.output_dir, r".+\.(png|json|html|csv)")
 
-    choice = recommended(
-        detect(model), num_steps=settings.num_steps, guidance_scale=settings.guidance_scale, sampler=settings.sampler, ordinary=ORDINARY
-    )
-    if choice.embedded_guidance is not None:
-        model.embedded_guidance = choice.embedded_guidance
-    for warning in choice.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    sampling = SamplingConfig(
-        num_steps=choice.num_steps,
-        guidance_scale=choice.guidance_scale,
-        size=settings.size(model.spec.resolution),
-        sampler=choice.sampler,
-        spacing=choice.spacing,
-        guidance_rescale=settings.guidance_rescale,
-        batch_size=settings.batch_size,
-    )
+    names = ("num_steps", "guidance_scale", "guidance_rescale", "sampler", "batch_size")
+    sampling = choose_sampling(model, settings.size(model.spec.resolution), **{name: getattr(settings, name) for name in names})
     measurer = Measurer(
         model=model,
-        raters=Raters(scorers=scorers, judges=judges),
+        raters=Raters(scorers=scorers, judges=judges.on(model)),
         prompts=prompts,
         seeds=seed_table(prompts, settings.seeds_per_prompt, settings.seed),
         sampling=sampling,
         num_pictures=max(settings.num_grid_prompts, CARD_PROMPTS),
     )
     others = {name: replace(measurer, sampling=own, num_pictures=0) for name, own in variations(sampling, settings.also).items()}
-    records = [measure(measurer, others, file, name, settings) for file, name in zip(files, names, strict=True)]
+    records = [measure(measurer, others, file, name, settings) for file, name in zip(files, sliders, strict=True)]
     paths = write_results(settings.output_dir, records, settings.title, settings.num_grid_prompts)
     for file, record in zip(files, records, strict=True):
         outcome = Outcome(step=0, record=record, warnings=tuple(final_warnings(record)))
@@ -237,7 +216,7 @@ def measure(measurer: Measurer, others: Mapping[str, Measurer], file: Path, name
 def write_results(output_dir: Path, records: Sequence[EvaluationRecord], title: str | None, num_rows: int) -> list[Path]:
     """Write the JSON, the PNGs and the report, with pictures of num_rows prompts, and return their paths."""
     records = [replace(record, pictures=record.pictures[:num_rows]) for record in records]
-    pngs = {output_dir / "curve.png": score_curves(records)}
+    pngs = {output_dir / "curve.png": next(iter(record_plots(records).values()))(LIGHT)}
     for record in records:
         labels = [f"{record.prompts[row]} (seed {record.seeds[row][0]})" for row in range(len(record.pictures))]
         name = "grid.png" if len(records) == 1 else f"grid_{record.name.replace('/', '_')}.png"
@@ -287,20 +266,6 @@ def slider_names(files: Sequence[Path]) -> list[str]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return ["/".join(path.parts[-depth:]) for path in paths]
-
-
-def name_judges(functions: Sequence[Judge], files: Sequence[Scorer], scorers: Mapping[str, Scorer]) -> Judges:
-    """The judges by the name of their function or file; functions by their whole name where that is taken."""
-    named = {scorer.name: scorer for scorer in files}
-    if len(named) < len(files) or named.keys() & scorers.keys():
-        raise UserError(
-            "judge_scorers holds a name twice, or a scorer that is given as scorer, too; give each judge a file name of its own"
-        )
-    if len({judge.name for judge in functions}) < len(functions):
-        raise UserError("judges holds a function twice; give each once")
-    short = [judge.name.rpartition(":")[2] for judge in functions]
-    taken = {name for name in short if short.count(name) > 1} | {*scorers, *named}
-    return Judges({judge.name if name in taken else name: judge for name, judge in zip(short, functions, strict=True)}, named)
 
 
 if __name__ == "__main__":

@@ -216,9 +216,10 @@ def write_results(output_dir: Path, images: Sequence[RatedImage], outcomes: Mapp
     atomic_write_text(table, table_text(images, outcomes, output_dir))
     paths = [table]
     for name, column in outcomes.items():
-        ranked = sorted((row for row, outcome in enumerate(column) if isinstance(outcome, Rating)), key=lambda row: -score_of(column[row]))
+        scores = {row: outcome.score for row, outcome in enumerate(column) if isinstance(outcome, Rating)}
+        ranked = sorted(scores, key=lambda row: -scores[row])
         sections = {f"{name}: highest": ranked[:num_shown], f"{name}: lowest": ranked[::-1][:num_shown]}
-        sheet = contact_sheet({title: [captioned(images[row], score_of(column[row])) for row in rows] for title, rows in sections.items()})
+        sheet = contact_sheet({title: [captioned(images[row], scores[row]) for row in rows] for title, rows in sections.items()})
         paths.append(output_dir / ("sheet.png" if len(outcomes) == 1 else f"sheet_{file_name(name)}.png"))
         atomic_write_bytes(paths[-1], sheet)
     paths.append(output_dir / "histogram.png")
@@ -262,7 +263,9 @@ def summary(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcom
         scores = np.array(scores_of(column))
         line = f"{name}: {len(scores)} of {len(images)} pictures, mean {scores.mean():.4g}, std {scores.std():.4g}, "
         lines.append(line + f"min {scores.min():.4g}, max {scores.max():.4g}")
-    columns: dict[str, list[float | None]] = {name: [scored(outcome) for outcome in column] for name, column in outcomes.items()}
+    columns: dict[str, list[float | None]] = {
+        name: [outcome.score if isinstance(outcome, Rating) else None for outcome in column] for name, column in outcomes.items()
+    }
     given = [image.score for image in images]
     if any(score is not None for score in given):
         columns["the source's own scores"] = given
@@ -280,15 +283,6 @@ def captioned(image: RatedImage, score: float) -> CaptionedPicture:
     picture = read_picture(image.picture)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return CaptionedPicture(picture, f"{score:.4g}", image.name)
-
-
-def scored(outcome: Outcome) -> float | None:
-    return outcome.score if isinstance(outcome, Rating) else None
-
-
-def score_of(outcome: Outcome) -> float:
-    assert isinstance(outcome, Rating)
-    return outcome.score
 
 
 def scores_of(column: Sequence[Outcome]) -> list[float]:

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks import ROOT
-from benchmarks.shapes_runs import MODEL, VAE, learned_scorer, written_prompts
+from benchmarks.shapes_runs import MODEL, VAE, independent_judge, learned_scorer, written_prompts
+from examples.shapes.scores import SCORES as TRUE_SCORES
 from library.measuring.judges import Judges
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
@@ -19,6 +20,7 @@ from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.prompts.files import load_prompts, spread
 from library.rollouts.sample import SamplingConfig
+from library.scorers.io import load_scorer
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
 from library.settings.options import build, options
@@ -31,7 +33,7 @@ OUTPUT = ROOT / "output" / "proofs"
 scorer, prompts = partial(learned_scorer, OUTPUT), partial(written_prompts, OUTPUT / "prompts")
 CAPTIONS = "examples.shapes.judge:caption_obeyed"
 SCORES = ("brightness", "size", "warmth")
-JUDGES = [CAPTIONS, "examples.shapes.judge:size_shown", *(f"examples.shapes.scores:{score}" for score in SCORES)]
+JUDGES = [CAPTIONS, "examples.shapes.judge:size_shown", *(f"examples.shapes.scores:{score}" for score in TRUE_SCORES)]
 PLAIN: Row = {"max_train_steps": 120, "measure": "off"}  # as trained: neither stopped, chosen nor calibrated
 UNIT_SEEDS = 4  # of the base model: the unit is harder to know than the gain
 
@@ -48,12 +50,22 @@ def slider(name: str, **changes: Any) -> Path:
 
 
 @cache
-def measurer(model: Path, prompts_file: Path, count: int, sampler: str = "ddim", num_steps: int = 20, guidance: float = 3.0) -> Measurer:
-    """One for all sliders that are measured alike, so that the base model's pictures are made once."""
+def measurer(
+    model: Path,
+    prompts_file: Path,
+    count: int,
+    sampler: str = "ddim",
+    num_steps: int = 20,
+    guidance: float = 3.0,
+    judge_of: str | None = None,
+) -> Measurer:
+    """One for all sliders that are measured alike, so that the base model's pictures are made once. `judge_of`: a score that another kind
+    of scorer judges, too, which learned it from other drawings."""
     found = spread(load_prompts(prompts_file), count)
+    scorers = {} if judge_of is None else {"judge": load_scorer(independent_judge(OUTPUT, judge_of))}
     return Measurer(
         model=load_model(str(model), vae=None if (model / "vae").is_dir() else VAE).freeze(),
-        raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in JUDGES})),
+        raters=Raters(judges=Judges({name.rpartition(":")[2]: load_judge(name) for name in JUDGES}, scorers)),
         prompts=found,
         seeds=seed_table(found, UNIT_SEEDS, first=50_000),
         sampling=SamplingConfig(num_steps=num_steps, guidance_scale=guidance, size=(64, 64), sampler=sampler),
@@ -72,16 +84,24 @@ def attached(model: DiffusionModel, path: Path) -> Iterator[LoRANetwork]:
 
 
 def measure(
-    path: Path, prompts_file: Path | None = None, *, model: Path = MODEL, count: int = 32, seeds: int = 2, **sampling: Any
+    path: Path,
+    prompts_file: Path | None = None,
+    *,
+    weights: tuple[float, ...] = (-1.0, 1.0),
+    model: Path = MODEL,
+    count: int = 32,
+    seeds: int = 2,
+    **others: Any,
 ) -> EvaluationRecord:
-    """What a slider does at +1 and -1 on `count` (held-out) prompts with so many seeds each; kept beside it."""
+    """What a slider does at these weights on `count` (held-out) prompts with so many seeds; kept beside it. `others` are `measurer`'s."""
     prompts_file = prompts_file or prompts()[1]
-    kept = path.with_name("_".join(["measured", prompts_file.stem, *map(str, (count, seeds, *sampling.values()))]) + ".json")
+    parts = (path.stem, prompts_file.stem, count, seeds, *weights, *others.values())
+    kept = path.with_name("_".join(map(str, parts)) + ".json")
     if kept.is_file():
         return EvaluationRecord.from_dict(json.loads(kept.read_text(encoding="utf-8")))
-    used = measurer(model, prompts_file, count, **sampling)
+    used = measurer(model, prompts_file, count, **others)
     with attached(used.model, path) as network:
-        record = used.measure(network, (-1.0, 1.0), part=Part(range(len(used.prompts)), slice(0, seeds)))
+        record = used.measure(network, weights, part=Part(range(len(used.prompts)), slice(0, seeds)))
     kept.write_text(json.dumps(record.to_dict()), encoding="utf-8")
     return record
 

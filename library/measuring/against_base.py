@@ -55,25 +55,25 @@ class Comparison:
         return distances
 
 
-def looks_of(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:
+def picture_statistics(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:
     """Statistics of the S pictures of one prompt alone, in their own units."""
-    looks = {"latent_diversity": rms_diversity(latents), "latent_nyquist": nyquist_share(latents).mean().item()}
+    found = {"latent_diversity": rms_diversity(latents), "latent_nyquist": nyquist_share(latents).mean().item()}
     if decoded is not None:
         pixels = decoded.clamp(0, 1)
-        looks["pixel_diversity"] = rms_diversity(pixels)
-        looks["clipped"] = clipped_share(decoded).mean().item()
+        found["pixel_diversity"] = rms_diversity(pixels)
+        found["clipped"] = clipped_share(decoded).mean().item()
         functions = {"saturation": chroma, "edges": edge_energy, "nyquist": nyquist_share}
-        looks |= {name: function(pixels).mean().item() for name, function in functions.items()}
-    return looks
+        found |= {name: function(pixels).mean().item() for name, function in functions.items()}
+    return found
 
 
 def statistics_of(
-    base: Mapping[str, float], looks: Sequence[Mapping[str, float]], distances: Sequence[Mapping[str, float]], zero: int
+    base: Mapping[str, float], alone: Sequence[Mapping[str, float]], distances: Sequence[Mapping[str, float]], zero: int
 ) -> dict[str, tuple[float, ...]]:
     """Those of the K multipliers and, at place `zero`, of the base model [M]; NaN where the base model has nothing to be divided by."""
     columns = {name: [*(own[name] for own in distances[:zero]), 0.0, *(own[name] for own in distances[zero:])] for name in distances[0]}
     for name, own in base.items():
-        column = [*(part[name] for part in looks[:zero]), own, *(part[name] for part in looks[zero:])]
+        column = [*(part[name] for part in alone[:zero]), own, *(part[name] for part in alone[zero:])]
         columns[name] = column if name in SHARES else [value / own if own > 0 else float("nan") for value in column]
     return {name: tuple(map(float, column)) for name, column in columns.items()}
 

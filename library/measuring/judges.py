@@ -26,13 +26,18 @@ class Judges:
     def names(self) -> tuple[str, ...]:
         return (*self.functions, *self.scorers)
 
+    def on(self, model: DiffusionModel) -> "Judges":
+        """Themselves, the scorers on the model's device. Raises UserError for one that reads other latents than the model's."""
+        for scorer in self.scorers.values():
+            check_scorer_fits(scorer.to(model.device), model.vae_fingerprint())
+        return self
+
 
 def load_judges(
     functions: Sequence[str],
     scorer_files: Sequence[str],
     *,
-    training_files: Sequence[str],
-    model: DiffusionModel,
+    training_files: Sequence[str | Path],
     allow_code: Sequence[str] = (),
 ) -> Judges:
     """Find the functions and load the scorers.
@@ -42,11 +47,10 @@ def load_judges(
         scorer_files: scorer files of any kind. They are called by the name of the file. Either may end in a role: "=follow" is to rise and
             fall with the weight, "=stay" is not to move, "=share" answers yes or no and must not fall.
         training_files: the scorers that the training follows.
-        model: whose latents the scorers read, on whose device.
         allow_code: what scorer files may run, see `library.scorers.io.load_scorer`.
 
     Raises:
-        UserError: a judge that is none, or reads another VAE's latents, or is a scorer of the training; two judges of one name.
+        UserError: a judge that is none, or is a scorer of the training; two judges of one name.
     """
     followed = {Path(path).resolve() for path in training_files}
     roles: dict[str, Role] = {}
@@ -58,7 +62,7 @@ def load_judges(
                 f"judge_scorers has {source}, which training follows (scorer): it cannot judge itself; give one that was trained on other "
                 "ratings or with another backbone, or a function of pixels in judges"
             )
-        judge = load_judge(source) if number < len(functions) else _scorer(source, model, allow_code)
+        judge = load_judge(source) if number < len(functions) else load_scorer(source, allow_code)
         name = source.rpartition(":")[2] if isinstance(judge, Judge) else judge.name
         if name in named or name in {Path(path).stem for path in training_files}:
             raise UserError(f"a judge is called {name!r} as another judge or a training score is; give each a name of its own")
@@ -80,9 +84,3 @@ def split_role(word: str) -> tuple[str, Role | None]:
     if role not in ROLES:
         raise UserError(f"judge {word!r} has the role {role!r}, but a role is follow, stay or share, as in my_judges.py:edges=stay")
     return source, ROLES[role]
-
-
-def _scorer(path: str, model: DiffusionModel, allow_code: Sequence[str]) -> Scorer:
-    scorer = load_scorer(path, allow_code)
-    check_scorer_fits(scorer, model.vae_fingerprint())
-    return scorer.to(model.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.measuring.against_base import Comparison, as_shown, looks_of, mean_of, statistics_of
+from library.measuring.against_base import Comparison, as_shown, mean_of, picture_statistics, statistics_of
 from library.measuring.judges import Judges
 from library.measuring.pictures import BasePictures, Part, PromptPictures
 from library.measuring.record import REWARD, EvaluationRecord
@@ -88,15 +88,15 @@ class Measurer:
     def base(self, network: LoRANetwork) -> BasePictures:
         """The base model's pictures, made at the first call. `network` is the one that is attached to the model; it is switched off."""
         if self._base is None:
-            scores, looks, latents, shown = [], [], [], []
+            scores, alone, latents, shown = [], [], [], []
             with network.disabled():
                 for made in self._sampled(network, [0.0], "sampling the base model", self.everything):
                     scores.append({name: score[:, 0] for name, score in made.scores.items()})
-                    looks.append(looks_of(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
+                    alone.append(picture_statistics(made.latents[:, 0], None if made.decoded is None else made.decoded[:, 0]))
                     latents.append(made.latents[:, 0])
                     if made.decoded is not None:
                         shown.append(as_shown(made.decoded[:, 0]))
-            self._base = BasePictures(scores=_stack(scores), looks=looks, latents=latents, shown=shown)
+            self._base = BasePictures(scores=_stack(scores), statistics=alone, latents=latents, shown=shown)
         return self._base
 
     @torch.no_grad()
@@ -132,20 +132,20 @@ class Measurer:
             nothing = dict.fromkeys(
                 ["latent_drift", "latent_statistics", *(("pixel_drift", "perceptual_distance") if base.shown else ())], 0.0
             )
-            looks, distances = [[mean_of(base.looks)]] * len(others), [[nothing]] * len(others)
+            alone, distances = [[mean_of(base.statistics)]] * len(others), [[nothing]] * len(others)
             pictures = [shown[:1].repeat(len(others) + 1, 1, 1, 1) for shown in base.shown[: self.num_pictures]]
             if base.shown:
                 visibility = [np.zeros((len(shown), len(others))) for shown in base.shown]
         else:
             tables, pictures = [], []
-            looks, distances = [[] for _ in others], [[] for _ in others]
+            alone, distances = [[] for _ in others], [[] for _ in others]
             for made in self._sampled(network, others, f"measuring {name}", part):
                 tables.append(made.scores)
                 compare = Comparison(self.model, base.latents[made.row], base.shown[made.row] if made.decoded is not None else None)
                 seen = []
                 for place in range(len(others)):
                     decoded = None if made.decoded is None else made.decoded[:, place]
-                    looks[place].append(looks_of(made.latents[:, place], decoded))
+                    alone[place].append(picture_statistics(made.latents[:, place], decoded))
                     found = compare(made.latents[:, place], decoded)
                     if decoded is not None:
                         seen.append((found["perceptual_distance"] / compare.noticeable).sqrt().double().numpy())
@@ -164,15 +164,15 @@ class Measurer:
             table = np.insert(values, zero, base.scores[key], axis=2)
             role = self.raters.judges.roles.get(key, "judge") if key in self.raters.judges.names else "scorer"
             responses[key] = summarise_response(key, role, table, strengths, rng, directions, units[key])
-        base_looks = mean_of(base.looks)
+        base_statistics = mean_of(base.statistics)
         return EvaluationRecord(
             name=name,
             multipliers=strengths,
             prompts=tuple(prompt.prompt for prompt in prompts),
             seeds=tuple(tuple(map(int, self.seeds[row][part.places])) for row in part.rows),
             responses=responses,
-            statistics=statistics_of(base_looks, [*map(mean_of, looks)], [*map(mean_of, distances)], zero),
-            seed_distance=base_looks["latent_diversity"],
+            statistics=statistics_of(base_statistics, [*map(mean_of, alone)], [*map(mean_of, distances)], zero),
+            seed_distance=base_statistics["latent_diversity"],
             visibility=np.insert(np.stack(visibility), zero, 0.0, axis=2) if visibility else None,
             settings={
                 "num_steps": self.sampling.num_calls,
@@ -191,7 +191,12 @@ class Measurer:
         if base is None:
             return {"of": self._identity(), "base": None}
         scores = {name: torch.from_numpy(table) for name, table in base.scores.items()}
-        parts = {"scores": scores, "looks": [dict(own) for own in base.looks], "latents": list(base.latents), "shown": list(base.shown)}
+        parts = {
+            "scores": scores,
+            "statistics": [dict(own) for own in base.statistics],
+            "latents": list(base.latents),
+            "shown": list(base.shown),
+        }
         return {"of": self._identity(), "base": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -21,13 +21,13 @@ class BasePictures:
 
     Attributes:
         scores: by name [P, S].
-        looks: statistics of the pictures alone, in their own units.
+        statistics: those of the pictures alone, in their own units.
         latents: clean, [S, C, h, w].
         shown: pixels as a picture file holds them, uint8 [S, 3, H, W]; empty where no pixels are needed.
     """
 
     scores: Mapping[str, np.ndarray]
-    looks: Sequence[Mapping[str, float]]
+    statistics: Sequence[Mapping[str, float]]
     latents: Sequence[Tensor]
     shown: Sequence[Tensor]
 
@@ -35,7 +35,7 @@ class BasePictures:
         """Those of these prompts and seeds; statistics stay those of all seeds."""
         return BasePictures(
             scores={name: table[np.array(rows)][:, places] for name, table in self.scores.items()},
-            looks=[self.looks[row] for row in rows],
+            statistics=[self.statistics[row] for row in rows],
             latents=[self.latents[row][places] for row in rows],
             shown=[self.shown[row][places] for row in rows] if self.shown else (),
         )

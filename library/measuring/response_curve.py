@@ -222,10 +222,10 @@ def _slope_weights(x: np.ndarray) -> np.ndarray:
 
 def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> float:
     """How far out from 0 towards `end` the slider may be used, on the grid; 0 if not at all."""
-    sign, reach = math.copysign(1, end), abs(end)
+    sign, farthest = math.copysign(1, end), abs(end)
     last, last_gain, best_rate = 0.0, 0.0, 0.0
     clipped_limit = _between(curve.multipliers, curve.clipped, 0.0) + BURNT_CLIPPING if curve.clipped else math.inf
-    for step in [*np.arange(GRID, reach - 1e-9, GRID).round(6).tolist(), reach]:
+    for step in [*np.arange(GRID, farthest - 1e-9, GRID).round(6).tolist(), farthest]:
         gain = sign * _between(curve.multipliers, curve.gains, sign * step)
         best_rate = max(best_rate, gain / step) if step > 0 else 0.0
         drifted = max_drift is not None and _between(curve.multipliers, curve.drifts, sign * step) > max_drift

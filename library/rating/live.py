@@ -203,8 +203,8 @@ class LiveOpinion:
         stars, pairs = self._answers(ratings, space.size)
         both = [*stars, *pairs]
         answers = Answers.of([s[:2] for s in stars], [p[:3] for p in pairs], self.opinion.levels)
-        told = [entry[-1] for entry in stars if entry[-1].predicted is not None]
-        times, values, predicted = (np.array([getattr(r, name) for r in told], dtype=float) for name in ("time", "value", "predicted"))
+        known = [entry[-1] for entry in stars if entry[-1].predicted is not None]
+        times, values, predicted = (np.array([getattr(r, name) for r in known], dtype=float) for name in ("time", "value", "predicted"))
         at_random = np.array([entry[-1].reason in ("random", "imported") for entry in both], dtype=bool)
         self.progress = measure_progress(
             space,

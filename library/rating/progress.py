@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from library.measuring.statistics import Interval
+from library.rating.agreement import bootstrapped, ceiling_of, concordance, pair_accuracy, rank_correlation, share_interval, star_agreement
 from library.rating.space import FeatureSpace
 from library.rating.taste import Answers, Choice, Taste
 from library.scorers.worth import OF_FOLDS
@@ -19,7 +20,6 @@ FEWEST_BY_CHANCE = 10  # of them, that were asked at random
 FOLDS = 10
 CURVE_SIZES = (10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)
 CURVE_DRAWS = 8
-BOOTSTRAPS = 300
 FEWEST_REPEATS = 4
 NEAR_ENOUGH = 0.9  # of the ceiling
 WORTH_MORE = 0.05  # of rank correlation or accuracy, that is still to be won
@@ -43,7 +43,7 @@ class Progress:
         repeats: how many were asked twice.
         curve: (answers, value, standard error) of scorers that learned fewer.
         more: how many more would help, 0 for none; None if that cannot be said.
-        verdict: "start", "more", "enough" or "not learned". words: the same as sentences.
+        status: "start", "more", "enough" or "not learned". words: the same as sentences.
         drift: how the person changed while rating, in words; "" if nothing was seen.
     """
 
@@ -58,7 +58,7 @@ class Progress:
     repeats: int = 0
     curve: tuple[tuple[int, float, float], ...] = ()
     more: int | None = None
-    verdict: str = "start"
+    status: str = "start"
     words: str = ""
     drift: str = ""
 
@@ -98,70 +98,6 @@ def held_out_leads(
             worth[stars] = taste.means(answers.rated[stars])
             leads[pairs] = taste.means(answers.first[pairs]) - taste.means(answers.second[pairs])
     return worth, leads
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's; 0 with something constant."""
-    from scipy.stats import rankdata
-
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
-
-
-def concordance(scores: np.ndarray, stars: np.ndarray) -> float:
-    """Share of two pictures with different stars that are in the same order by scores; equal scores are half right. 0.5 without any."""
-    order = (stars[:, None] - stars) > 0
-    leads = scores[:, None] - scores
-    return float((((leads > 0) + 0.5 * (leads == 0)) * order).sum() / order.sum()) if order.any() else 0.5
-
-
-def pair_accuracy(leads: np.ndarray, preference: np.ndarray) -> float:
-    """Share of pairs without a tie whose better one has the higher score. 0.5 without any."""
-    decided = preference != 0.5
-    right = (leads * (2 * preference - 1))[decided]
-    return float(((right > 0) + 0.5 * (right == 0)).mean()) if decided.any() else 0.5
-
-
-def bootstrapped(statistic: Callable[..., float], *columns: np.ndarray, rng: np.random.Generator) -> Interval:
-    """The statistic of columns [N], and its interval over rows drawn anew."""
-    count = len(columns[0])
-    draws = [statistic(*(column[rows] for column in columns)) for rows in rng.integers(count, size=(BOOTSTRAPS, count))]
-    return Interval(statistic(*columns), *map(float, np.quantile(draws, (0.025, 0.975))))
-
-
-def star_agreement(first: np.ndarray, second: np.ndarray, spread: float) -> Interval:
-    """Correlation of two ratings of the same pictures, from how far they are apart: 1 - mean squared difference / (2 variance).
-
-    Not the correlation of so few, which knows nothing. The interval is that of the error's variance (chi-squared).
-
-    Args:
-        first, second: stars [R]. spread: the variance of all stars.
-    """
-    from scipy.stats import chi2
-
-    squares, count = float(((first - second) ** 2).sum()), len(first)
-    worst, best = (squares / 2 / bound / spread for bound in chi2.ppf((0.025, 0.975), count))
-    return Interval(*(float(np.clip(1 - error, 0, 1)) for error in (squares / 2 / count / spread, worst, best)))
-
-
-def pair_agreement(same: np.ndarray) -> Interval:
-    """Share of pairs that were answered alike [R]."""
-    return share_interval(float(same.mean()), len(same))
-
-
-def share_interval(share: float, count: float) -> Interval:
-    """A share of so many, with Wilson's interval: all of 30 does not mean all of any."""
-    z = 1.96
-    middle, half = share * count + z**2 / 2, z * math.sqrt(share * (1 - share) * count + z**2 / 4)
-    return Interval(share, (middle - half) / (count + z**2), (middle + half) / (count + z**2))
-
-
-def ceiling_of(agreement: Interval, *, pairs: bool) -> Interval:
-    """What a scorer that knows the person without their errors would reach: of correlations the square root (Spearman 1904); of pairs,
-    where each answer is wrong with chance e, two agree with (1 - e)^2 + e^2 and one is right with 1 - e."""
-    values = (agreement.value, agreement.low, agreement.high)
-    return Interval(*(((1 + math.sqrt(max(0.0, 2 * v - 1))) / 2 if pairs else math.sqrt(max(0.0, v))) for v in values))
 
 
 def learning_curve(
@@ -205,7 +141,7 @@ def where_it_points(curve: Sequence[tuple[int, float, float]], answers: int, now
 
 
 def say(progress: Progress) -> tuple[str, str]:
-    """The verdict and its words."""
+    """The status and its words."""
     held, more, ceiling, agreement = progress.held_out, progress.more, progress.ceiling, progress.agreement
     if held is None:
         left = max(1, FEWEST - progress.answers)
@@ -261,8 +197,8 @@ def measure_progress(
     basis = {"answers": count, "measure": "accuracy" if pairs else "rank correlation", "repeats": len(repeats), "drift": drift}
     if own.sum() < FEWEST_BY_CHANCE or count < FEWEST:
         progress = Progress(**basis)
-        verdict, words = say(progress)
-        return Progress(**basis, verdict=verdict, words=words)
+        status, words = say(progress)
+        return Progress(**basis, status=status, words=words)
     worth, leads = held_out_leads(space, answers, choices, rng)
     said = np.concatenate([worth, leads])
     truth = np.concatenate([answers.stars, answers.preference])
@@ -280,26 +216,30 @@ def measure_progress(
     correlation, accuracy = of_stars(rank_correlation, -1.0), of_pairs()
     held_out, statistic = (accuracy, pair_accuracy) if pairs else (correlation, rank_correlation)
     assert held_out is not None, "they are enough"
-    told = own & np.isfinite(ahead)
+    predicted = own & np.isfinite(ahead)
     agreement = ceiling = None
     if len(repeats) >= FEWEST_REPEATS:
         spread = float(answers.stars.var()) if stars else 0.0
         if pairs or spread > 0:
-            agreement = pair_agreement(repeats[:, 0] == repeats[:, 1]) if pairs else star_agreement(repeats[:, 0], repeats[:, 1], spread)
+            agreement = (
+                share_interval(float((repeats[:, 0] == repeats[:, 1]).mean()), len(repeats))
+                if pairs
+                else star_agreement(repeats[:, 0], repeats[:, 1], spread)
+            )
             ceiling = ceiling_of(agreement, pairs=pairs)
     curve = learning_curve(space, answers, own, choices, rng)
     found = basis | {
         "held_out": held_out,
         "correlation": correlation,
         "pair_accuracy": accuracy or of_stars(concordance, 0.0),
-        "ahead": bootstrapped(statistic, ahead[told], truth[told], rng=rng) if told.sum() >= 8 else None,
+        "ahead": bootstrapped(statistic, ahead[predicted], truth[predicted], rng=rng) if predicted.sum() >= 8 else None,
         "agreement": agreement,
         "ceiling": ceiling,
         "curve": curve,
         "more": where_it_points(curve, count, held_out.value, None if ceiling is None else ceiling.value),
     }
-    verdict, words = say(Progress(**found))
-    return Progress(**found, verdict=verdict, words=words)
+    status, words = say(Progress(**found))
+    return Progress(**found, status=status, words=words)
 
 
 def find_drift(times: np.ndarray, stars: np.ndarray, predicted: np.ndarray, pause: float = 1800.0) -> str:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from library.atomic_files import atomic_write_text
+from library.errors import UserError
 from library.training.output_files import only_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,71 @@ def run_steps(folder: Path) -> str:
 def say(folder: Path, state: str, done: list[str], **details: object) -> None:
     text = json.dumps({"state": state, "done": done, "time": time.time(), **details}, indent=1)
     atomic_write_text(folder / PROGRESS, text)
+
+
+# -- from the page's server ---------------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path) -> None:
+    """Start the runner in a session of its own: it goes on when the page's server ends."""
+    say(folder, "starting", read_json(folder / PROGRESS).get("done", []))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "library.rating.runner", str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    atomic_write_text(folder / "pid", str(process.pid))
+    _runners[folder] = process
+
+
+# Runners that this process started, by their run's folder: one that ended is waited for, and one that begins holds no lock yet.
+_runners: dict[Path, subprocess.Popen] = {}
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a runner holds this run, or is about to."""
+    own = _runners.get(folder)
+    if own is not None and own.poll() is None:
+        return True
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with only_process(folder / LOCK, ""):
+            return False
+    except (UserError, OSError):
+        return True
+
+
+def interrupt(folder: Path) -> None:
+    """As Ctrl-C to the runner, which hands it on."""
+    try:
+        os.kill(int((folder / "pid").read_text(encoding="ascii")), signal.SIGINT)
+    except (OSError, ValueError):
+        return
+
+
+def kill_orphans(folder: Path) -> None:
+    """End a script whose runner was killed: it belongs to the runner's process group."""
+    if os.name == "posix" and not is_running(folder):
+        try:
+            group = int((folder / "pid").read_text(encoding="ascii"))
+            if not is_alive(group):  # else the number is a stranger's by now, and nothing of ours is left of that group
+                os.killpg(group, signal.SIGKILL)
+        except (OSError, ValueError):
+            return
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 if __name__ == "__main__":

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +14,9 @@ from typing import Any
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rating.live import LiveOpinion
-from library.rating.runner import LOCK, LOG, PLAN, PROGRESS, ROOT, read_json, say
+from library.rating.runner import LOG, PLAN, PROGRESS, interrupt, is_running, kill_orphans, launch, read_json
 from library.rating.store import Opinion, Project
 from library.rating.tables import marks_csv, write_tables
-from library.training.output_files import only_process
 
 RUNS, MARKS = "runs", "marks.csv"
 FEWEST = 20  # answers that a training is begun with
@@ -182,68 +177,6 @@ class Runs:
             launch(folder)
 
 
-def launch(folder: Path) -> None:
-    """Start the runner in a session of its own: it goes on when the page's server ends."""
-    say(folder, "starting", read_json(folder / PROGRESS).get("done", []))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "library.rating.runner", str(folder)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    atomic_write_text(folder / "pid", str(process.pid))
-    _runners[folder] = process
-
-
-# Runners that this process started, by their run's folder: one that ended is waited for, and one that begins holds no lock yet.
-_runners: dict[Path, subprocess.Popen] = {}
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a runner holds this run, or is about to."""
-    own = _runners.get(folder)
-    if own is not None and own.poll() is None:
-        return True
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with only_process(folder / LOCK, ""):
-            return False
-    except (UserError, OSError):
-        return True
-
-
-def interrupt(folder: Path) -> None:
-    """As Ctrl-C to the runner, which hands it on."""
-    try:
-        os.kill(int((folder / "pid").read_text(encoding="ascii")), signal.SIGINT)
-    except (OSError, ValueError):
-        return
-
-
-def kill_orphans(folder: Path) -> None:
-    """End a script whose runner was killed: it belongs to the runner's process group."""
-    if os.name == "posix" and not is_running(folder):
-        try:
-            group = int((folder / "pid").read_text(encoding="ascii"))
-            if not is_alive(group):  # else the number is a stranger's by now, and nothing of ours is left of that group
-                os.killpg(group, signal.SIGKILL)
-        except (OSError, ValueError):
-            return
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
 def slug(opinion: Opinion) -> str:
     """An opinion's name as that of a folder."""
     return re.sub(r"\W+", "-", opinion.name.lower()).strip("-") or f"opinion-{opinion.id}"
@@ -300,13 +233,11 @@ def _progress(folder: Path, name: str, lines: list[dict[str, Any]]) -> dict[str,
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
+    """As `library.training.tracking.read_metrics`, without torch; a last line may be cut short."""
     lines = []
     for line in _text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a last line that a kill cut short
-        lines.append({key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)})
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
     return lines
 
 

@@ -36,8 +36,8 @@ from library.models.loading import load_model
 from library.prompts.files import load_prompts
 from library.rating.features import PictureFeatures
 from library.rating.store import PICTURES, Project, StoredPicture
-from library.rollouts.few_step import SamplingChoice, detect, recommended
-from library.rollouts.sample import SamplingConfig, decode, sample
+from library.rollouts.few_step import choose_sampling
+from library.rollouts.sample import decode, sample
 from library.scorer_data.pictures import cover, read_picture, to_pixels
 from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
@@ -46,7 +46,7 @@ from library.training.runtime import choose_precision, weight_dtype
 AHEAD = 160  # pictures that wait to be rated, so that there is something to choose from
 FIRST_BATCH, BATCH = 4, 8
 LOOK_AGAIN = 1.0  # seconds
-QUICK = SamplingChoice(num_steps=10, guidance_scale=5.0, sampler="dpmpp_2m", spacing=None)
+QUICK = {"num_steps": 10, "guidance_scale": 5.0, "sampler": "dpmpp_2m"}
 SIDE_STEP = 64  # of what is looked at: the U-Net halves latents three times
 LARGEST = 768  # a side of the copy of somebody's picture that the page shows
 
@@ -86,16 +86,9 @@ class PictureMaker:
         assert source.prompts_file is not None
         self.model, self.features = model, PictureFeatures(model)
         self.prompts = load_prompts(source.prompts_file)
-        base = detect(model)
-        choice = recommended(base, num_steps=source.num_steps, guidance_scale=source.guidance_scale, ordinary=QUICK)
         width, height = source.resolution or small_size(model)
-        self.sampling = SamplingConfig(
-            num_steps=choice.num_steps,
-            guidance_scale=choice.guidance_scale,
-            size=(height, width),
-            sampler=choice.sampler,
-            spacing=choice.spacing,
-        )
+        given = {"num_steps": source.num_steps, "guidance_scale": source.guidance_scale}
+        self.sampling = choose_sampling(model, (height, width), ordinary=QUICK, **given)
 
     def make(self, first: int, count: int) -> list[tuple[str, int, Image.Image, np.ndarray]]:
         """The pictures of these numbers: prompt, seed, picture and features [D]."""

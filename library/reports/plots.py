@@ -6,8 +6,9 @@ import base64
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from library.measuring.calibration import Calibration
+from library.measuring.comparison import summarise
 from library.measuring.record import EvaluationRecord
 from library.measuring.response_curve import WIDEST
 from library.measuring.statistics import Interval
@@ -28,6 +30,7 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 INK, MUTED, PAPER, RULE = "#1f2937", "#6b7280", "#ffffff", "#e5e7eb"
 BROKEN = (0, (4, 3))  # a line style
 USABLE = "#e3f5ea"
+UNIT = "change / standard deviation"
 MIN_CELL, MAX_CELL = 128, 320  # pixels, the longer side of a picture in a grid
 LABEL_WIDTH, GAP, HEADER = 190, 6, 34  # pixels
 
@@ -51,72 +54,75 @@ def signed(value: float) -> str:
     return f"{value:+g}".replace("-", "\u2212") if value else "0"
 
 
-def score_curves(records: Sequence[EvaluationRecord]) -> bytes:
-    """One panel a score, one line a slider: mean score over the multiplier, PNG.
-
-    The band is the 95 % interval of the change against the base model (pair by pair), which is the broken line. The axis on the
-    right is that change in within-prompt standard deviations of the base model, of the first slider's run.
-    """
-    names = list(records[0].responses)
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = _figure(0.6 + 4.2 * columns, 0.3 + 3.5 * rows, LIGHT)
-    for position, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, position + 1)
-        _score_panel(axes, records, name, LIGHT)
-        if position == 0 and len(records) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
-    return figure_png(figure)
-
-
-def score_plot(records: Sequence[EvaluationRecord], name: str, palette: Palette = LIGHT) -> bytes:
-    """One panel of `score_curves`."""
-    figure = _figure(5.2, 3.9, palette)
-    axes = figure.add_subplot()
-    _score_panel(axes, records, name, palette)
-    if len(records) > 1:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=palette.ink)
-    return figure_png(figure)
-
-
 @dataclass(frozen=True)
-class GainLine:
-    """One score in a gain plot: its label, and gains in within-prompt standard deviations over LoRA weights; NaN bounds are no interval."""
+class Line:
+    """One line of a plot over LoRA weights: its label, and values with intervals; NaN bounds are no interval."""
 
     label: str
     weights: Sequence[float]
-    gains: Sequence[Interval]
+    values: Sequence[Interval]
 
 
-def lines_of(record: EvaluationRecord) -> list[GainLine]:
-    """Every score of a record that has gains in standard deviations."""
-    roles = {"scorer": "training score", "judge": "judge", "stay": "side effect"}
-    return [GainLine(f"{roles[score.role]} {_tail(score.name, 26)}", record.multipliers, score.gains_std) for score in record.scaled]
+def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Palette], bytes]]:
+    """What draws each plot of some records, by its description: of one slider all scores that have a unit on one scale, then each of the
+    others; of several a plot a score, with a line a slider."""
+    first = records[0]
+    plots: dict[str, Callable[[Palette], bytes]] = {}
+    if len(records) == 1 and first.scaled:
+        roles = {"scorer": "training score", "judge": "judge", "stay": "side effect"}
+        lines = [Line(f"{roles[score.role]} {_tail(score.name, 26)}", first.multipliers, score.gains_std) for score in first.scaled]
+        line = summarise(first).line
+        usable = (0.0, 0.0) if line is None else line.usable
+        plots["Gain of every score over the weight."] = lambda palette: weight_plot(
+            lines, "Training score and judges", usable=usable, palette=palette
+        )
+    for name, response in first.responses.items():
+        scaled = response in first.scaled
+        if scaled and len(records) == 1:
+            continue
+        own = [record for record in records if name in record.responses]
+        lines = [
+            Line(record.name, record.multipliers, record.responses[name].gains_std if scaled else record.responses[name].means)
+            for record in own
+        ]
+        unit = UNIT if scaled else "share of pictures" if response.is_share else "mean score"
+        draw = partial(weight_plot, lines, name, unit=unit, base=0.0 if scaled else response.means[first.base].value)
+        plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = lambda palette, draw=draw: draw(palette=palette)
+    return plots
 
 
-def gain_plot(
-    lines: Sequence[GainLine],
-    usable: tuple[float, float],
+def weight_plot(
+    lines: Sequence[Line],
     title: str,
     *,
+    unit: str = UNIT,
+    base: float = 0.0,
+    usable: tuple[float, float] = (0.0, 0.0),
     slope: float | None = None,
     points: Sequence[tuple[float, Interval]] = (),
     palette: Palette = LIGHT,
 ) -> bytes:
-    """All scores of one slider on one scale, PNG, with 95 % intervals; the usable weights are shaded.
+    """Lines over the LoRA's weight, PNG, with 95 % intervals.
 
     Args:
+        unit: of the values, in words.
+        base: the base model's value.
+        usable: weights that are shaded.
         slope: of a straight line through 0 to compare with, broken.
-        points: gains at weights that were measured again, on other seeds.
+        points: values at weights that were measured again, on other seeds.
     """
-    figure = _figure(5.2, 3.9, palette)
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
+    figure = Figure(figsize=(5.2, 3.9), dpi=130, facecolor=palette.paper, layout=layout)  # inches
     axes = figure.add_subplot()
     if usable[0] < usable[1]:
         axes.axvspan(*usable, color=USABLE if palette is LIGHT else "#1f332b", linewidth=0, zorder=0, label="usable")
-    axes.axhline(0, color=palette.muted, linewidth=0.8, linestyle=BROKEN if slope is None else "-", zorder=1)
+    axes.axhline(base, color=palette.muted, linewidth=0.8, linestyle=BROKEN if slope is None else "-", zorder=1)
     axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
     for number, line in enumerate(lines):
-        low, value, high = (np.array([getattr(gain, bound) for gain in line.gains]) for bound in ("low", "value", "high"))
+        low, value, high = (np.array([getattr(gain, bound) for gain in line.values]) for bound in ("low", "value", "high"))
         colour = COLOURS[number % len(COLOURS)]
         axes.fill_between(line.weights, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
         axes.plot(line.weights, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=line.label, zorder=3)
@@ -128,7 +134,7 @@ def gain_plot(
         axes.errorbar([weight], [gain.value], error, color=palette.ink, marker="D", markersize=5, capsize=3, zorder=5, label=label)
     axes.set_title(_tail(title, 60), fontsize=11, color=palette.ink, loc="left", fontweight="bold")
     axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
-    axes.set_ylabel("change / standard deviation", fontsize=9, color=palette.ink)
+    axes.set_ylabel(unit, fontsize=9, color=palette.ink)
     weights = sorted({weight for line in lines for weight in line.weights})
     if all(abs(weight * 4 - round(weight * 4)) < 1e-9 for weight in weights):  # as a person asked for them
         axes.set_xticks(weights, [signed(weight) for weight in weights])
@@ -146,22 +152,13 @@ def calibration_plot(calibration: Calibration, title: str = "") -> bytes:
     assert curve is not None and line is not None, "nothing was measured"
     measured = [weight for weight in curve.multipliers if abs(weight) <= WIDEST + 1e-9]
     weights = sorted({*measured, *line.measured, *(end for end in (-1.0, 1.0) if line.measured[0] <= end <= line.measured[1])})
-    lines = [GainLine("training score", weights, [curve.interval_at(weight) for weight in weights])]
+    lines = [Line("training score", weights, [curve.interval_at(weight) for weight in weights])]
     for name in curve.judges:
         gains = [Interval(curve.gain_at(weight, name), math.nan, math.nan) for weight in weights]
-        lines.append(GainLine(f"judge {_tail(name, 26)}", weights, gains))
+        lines.append(Line(f"judge {_tail(name, 26)}", weights, gains))
     verified = ((1.0, calibration.verified_up), (-1.0, calibration.verified_down))
     points = [(weight, gain) for weight, gain in verified if gain is not None]
-    return gain_plot(lines, line.usable, title, slope=line.slope.value, points=points)
-
-
-def _figure(width: float, height: float, palette: Palette) -> Figure:
-    """An empty figure, inches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1)
-    return Figure(figsize=(width, height), dpi=130, facecolor=palette.paper, layout=layout)
+    return weight_plot(lines, title, usable=line.usable, slope=line.slope.value, points=points)
 
 
 def _tail(name: str, length: int) -> str:
@@ -185,41 +182,6 @@ def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _score_panel(axes: Axes, records: Sequence[EvaluationRecord], name: str, palette: Palette) -> None:
-    first = records[0].responses[name]
-    base = first.means[records[0].multipliers.index(0)].value
-    axes.axhline(base, color=palette.muted, linewidth=1, linestyle=BROKEN, zorder=1)
-    axes.axvline(0, color=palette.rule, linewidth=1, zorder=0)
-    for number, record in enumerate(records):
-        gains, colour = record.responses[name].gains, COLOURS[number % len(COLOURS)]
-        low, value, high = (base + np.array([getattr(gain, bound) for gain in gains]) for bound in ("low", "value", "high"))
-        axes.fill_between(record.multipliers, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
-        axes.plot(record.multipliers, value, color=colour, linewidth=2, marker="o", markersize=4.5, label=record.name, zorder=3)
-    axes.set_title(
-        textwrap.shorten(name, 36, placeholder=" ...") if " " in name else _tail(name, 36),
-        fontsize=11,
-        color=palette.ink,
-        loc="left",
-        fontweight="bold",
-        pad=20,
-    )
-    subtitle = "training score" if first.role == "scorer" else "independent judge"
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=8.5, color=palette.muted, va="bottom")
-    axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
-    axes.set_ylabel("share of pictures" if first.is_share else "mean score", fontsize=9, color=palette.ink)
-    axes.set_xticks(records[0].multipliers, [signed(value) for value in records[0].multipliers])
-    axes.margins(x=0.04, y=0.12)
-    if first.is_share:
-        axes.set_ylim(-0.03, 1.06)
-    quiet(axes, palette)
-    if first.std > 0 and not first.is_share:
-        to_gain, to_score = (lambda score: (np.asarray(score) - base) / first.std), (lambda gain: base + np.asarray(gain) * first.std)
-        right = axes.secondary_yaxis("right", functions=(to_gain, to_score))
-        right.set_ylabel("change / standard deviation", fontsize=8, color=palette.muted)
-        right.tick_params(labelsize=8, colors=palette.muted, length=3)
-        right.spines["right"].set_color(palette.rule)
 
 
 def image_grid(rows: Sequence[Tensor], row_labels: Sequence[str] | None, column_labels: Sequence[str]) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from library.measuring.comparison import Summary, differences, summarise
 from library.measuring.record import EvaluationRecord
 from library.measuring.warnings import SliderWarning, final_warnings
-from library.reports.plots import DARK, LIGHT, Palette, data_url, gain_plot, lines_of, score_plot, signed
+from library.reports.plots import DARK, LIGHT, data_url, record_plots, signed
 from library.reports.text import role_words, summary_sentence
 
 STATISTICS = {  # of a record: name and format
@@ -57,11 +57,11 @@ def html_report(records: Sequence[EvaluationRecord], title: str | None = None) -
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"signed": signed, "role": role_words, "percent": "{:.0%}".format}
-    views = [_view(record) for record in records]
+    views, plots = [_view(record) for record in records], record_plots(records).items()
     return environment.get_template("report.html.j2").render(
         heading=title or " and ".join(record.name for record in records),
         views=views,
-        plots=_plots(views),
+        plots=[{"light": data_url("png", draw(LIGHT)), "dark": data_url("png", draw(DARK)), "description": words} for words, draw in plots],
         ranking=_ranking(records),
         differences=differences(records),
     )
@@ -87,24 +87,6 @@ def _pictures(record: EvaluationRecord) -> list[dict[str, object]]:
         ]
         rows.append({"prompt": prompt, "seed": seeds[0], "pictures": shown})
     return rows
-
-
-def _plots(views: Sequence[_View]) -> list[dict[str, str]]:
-    """One slider: its scores on one scale, then those that have another. Several: a plot a score."""
-    records, first = [view.record for view in views], views[0].record
-    draw: list[tuple[Callable[[Palette], bytes], str]] = []
-    names = list(first.responses)
-    if len(views) == 1 and first.scaled:
-        line, lines = views[0].summary.line, lines_of(first)
-        usable = line.usable if line is not None else (0.0, 0.0)
-        title, description = "Training score and judges", "Gain of every score over the weight."
-        draw.append((lambda palette: gain_plot(lines, usable, title, palette=palette), description))
-        names = [name for name in names if first.responses[name] not in first.scaled]
-    draw += [(lambda palette, name=name: score_plot(records, name, palette), f"Mean {name} over the weight.") for name in names]
-    return [
-        {"light": data_url("png", plot(LIGHT)), "dark": data_url("png", plot(DARK)), "description": description}
-        for plot, description in draw
-    ]
 
 
 def _ranking(records: Sequence[EvaluationRecord]) -> dict[str, object] | None:

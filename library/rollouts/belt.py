@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from library.rollouts.base import ROLLOUTS, Rollout
-from library.rollouts.trajectories import Pool, Trajectories
+from library.rollouts.pool import Pool
+from library.rollouts.trajectories import Trajectories
 from library.training.runtime import upload
 from library.types import Finished, RolloutBatch
 
@@ -35,6 +36,10 @@ class Belt(Rollout):
         batch = self.trajectories.batch_of(pool, places)
         self._last = pool, batch, places
         return batch
+
+    def pass_over(self, batch: RolloutBatch) -> None:
+        """Its trajectories move on; those that end are nobody's."""
+        self.advance(self.trajectories.predict(batch))
 
     def advance(self, eps: Tensor) -> Finished | None:
         """Move the last batch's trajectories along the guided prediction eps [B, C, h, w]; the finished make room for new ones."""

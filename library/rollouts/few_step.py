@@ -7,8 +7,10 @@ Z-Image-Turbo (2511.22699).
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from types import MappingProxyType
+from typing import Any
 
 from library.diffusion.noise_schedule import TimestepSpacing
 from library.diffusion.solvers import get_solver
@@ -16,6 +18,7 @@ from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.registry import FAMILIES
 from library.rollouts.config import RolloutConfig
+from library.rollouts.prompt_encoder import Size
 from library.rollouts.sample import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -51,25 +54,8 @@ class FewStepBase:
     embedded_guidance: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingChoice:
-    """The values to sample with.
-
-    Attributes:
-        spacing: None is the model's own.
-        embedded_guidance: for `DiffusionModel.embedded_guidance`; None for a model that takes none.
-        warnings: what the user asked for that does not fit the base, in words.
-    """
-
-    num_steps: int
-    guidance_scale: float
-    sampler: str
-    spacing: TimestepSpacing | None
-    embedded_guidance: float | None = None
-    warnings: tuple[str, ...] = ()
-
-
-ORDINARY = SamplingChoice(num_steps=20, guidance_scale=5.0, sampler="ddim", spacing=None)  # of a model that is no few-step base
+# of a model that is no few-step base
+ORDINARY: Mapping[str, Any] = MappingProxyType({"num_steps": 20, "guidance_scale": 5.0, "sampler": "ddim"})
 LCM = FewStepBase(name="LCM", num_steps=4, min_steps=1, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="lcm")
 DMD2 = FewStepBase(name="DMD2", num_steps=4, min_steps=4, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="trailing")
 TURBO = FewStepBase(
@@ -172,93 +158,68 @@ def _variant(base: FewStepBase, name: str) -> FewStepBase:
     return replace(base, num_steps=num_steps, min_steps=num_steps, max_steps=num_steps)
 
 
-def recommended(
-    base: FewStepBase | None,
-    *,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    sampler: str | None = None,
-    spacing: TimestepSpacing | None = None,
-    ordinary: SamplingChoice,
-) -> SamplingChoice:
-    """What to sample a model with: what the user set, else what suits the base, else `ordinary`.
-
-    Args:
-        base: from `detect`.
-        num_steps, guidance_scale, sampler, spacing: what the user set; None is not set. For a base whose U-Net takes the guidance
-            scale as an input, `guidance_scale` is that input, as in diffusers, and no guidance by two branches comes on top.
-        ordinary: the values for a model that is no few-step base.
-
-    Returns:
-        The values, with a warning for each that was set and does not fit the base.
-    """
-    best = ordinary if base is None else base
-    embedded_guidance = best.embedded_guidance
-    if embedded_guidance is not None and guidance_scale is not None:
-        embedded_guidance, guidance_scale = guidance_scale, None
-    return SamplingChoice(
-        num_steps=best.num_steps if num_steps is None else num_steps,
-        guidance_scale=best.guidance_scale if guidance_scale is None else guidance_scale,
-        sampler=best.sampler if sampler is None else sampler,
-        spacing=best.spacing if spacing is None else spacing,
-        embedded_guidance=embedded_guidance,
-        warnings=() if base is None else tuple(_warnings(base, num_steps, guidance_scale, sampler, spacing)),
-    )
-
-
 def resolve_sampling(config: RolloutConfig, model: DiffusionModel) -> SamplingConfig:
-    """How the rollout samples this model: what the user set, what suits a few-step base, or else 20 steps of ddim at guidance 5.
-
-    A few-step base is named in the log, and so is every setting that does not fit it. The model takes zero terminal SNR, and the
-    guidance scale of a U-Net that has it as an input.
+    """How the rollout samples this model: see `choose_sampling`. The model takes zero terminal SNR.
 
     Raises:
         UserError: zero terminal SNR for a model that cannot have it; a base that cannot be sampled.
     """
     if config.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
-    base = detect(model)
-    choice = recommended(
-        base,
+    return choose_sampling(
+        model,
+        config.size(model.spec.resolution),
         num_steps=config.max_denoising_steps,
         guidance_scale=config.leco_denoise_guidance_scale,
         sampler=config.sampler,
-        spacing=cast(TimestepSpacing | None, config.timestep_spacing),
-        ordinary=ORDINARY,
-    )
-    if base is not None:
-        how = f"sampled in {choice.num_steps} steps by {choice.sampler}, guidance scale {choice.guidance_scale:g}"
-        logger.info("few-step base %s (%s): %s", base.name, base.note, how)
-    for warning in choice.warnings:
-        logger.warning("%s", warning)
-    if choice.embedded_guidance is not None:
-        model.embedded_guidance = choice.embedded_guidance
-    return SamplingConfig(
-        num_steps=choice.num_steps,
-        guidance_scale=choice.guidance_scale,
-        size=config.size(model.spec.resolution),
-        sampler=choice.sampler,
-        spacing=choice.spacing,
+        spacing=config.timestep_spacing,
         guidance_rescale=config.guidance_rescale,
         batch_size=config.batch_size,
     )
 
 
-def _warnings(
-    base: FewStepBase, num_steps: int | None, guidance_scale: float | None, sampler: str | None, spacing: TimestepSpacing | None
-) -> list[str]:
+def choose_sampling(model: DiffusionModel, size: Size, *, ordinary: Mapping[str, Any] = ORDINARY, **given: Any) -> SamplingConfig:
+    """How to sample a model: by what is given, else what suits a few-step base, else `ordinary` values.
+
+    A few-step base is named in the log, and so is every value that does not fit it. For one whose U-Net takes the guidance scale as an
+    input, a guidance scale that is given is that input, as in diffusers: the model takes it, and no guidance by two branches comes on top.
+
+    Args:
+        size: (height, width) in pixels.
+        ordinary, given: values of `SamplingConfig`, by name; None is not given.
+
+    Raises:
+        UserError: a base that cannot be sampled.
+    """
+    base = detect(model)
+    given = {name: value for name, value in given.items() if value is not None}
+    if base is None:
+        return SamplingConfig(**{"size": size, **ordinary, **given})
+    if base.embedded_guidance is not None:
+        model.embedded_guidance = given.pop("guidance_scale", base.embedded_guidance)
+    own = {name: getattr(base, name) for name in ("num_steps", "guidance_scale", "sampler", "spacing")}
+    sampling = SamplingConfig(**{"size": size, **own, **given})
+    how = f"sampled in {sampling.num_steps} steps by {sampling.sampler}, guidance scale {sampling.guidance_scale:g}"
+    logger.info("few-step base %s (%s): %s", base.name, base.note, how)
+    for warning in _warnings(base, sampling):
+        logger.warning("%s", warning)
+    return sampling
+
+
+def _warnings(base: FewStepBase, sampling: SamplingConfig) -> list[str]:
+    """What of this does not fit the base, in words."""
     warnings = []
-    if num_steps is not None and not base.min_steps <= num_steps <= base.max_steps:
+    if not base.min_steps <= sampling.num_steps <= base.max_steps:
         steps = f"{base.min_steps}" if base.min_steps == base.max_steps else f"{base.min_steps} to {base.max_steps}"
-        warnings.append(f"The base is {base.name}, distilled to draw in {steps} steps, not {num_steps}: use {base.num_steps}.")
-    if guidance_scale is not None and guidance_scale > base.max_guidance_scale:
+        warnings.append(f"The base is {base.name}, distilled to draw in {steps} steps, not {sampling.num_steps}: use {base.num_steps}.")
+    if sampling.guidance_scale > base.max_guidance_scale:
         kept = "with little guidance" if base.guidance_scale > 1 else "without guidance"
         warnings.append(
-            f"The base is {base.name}, distilled to draw {kept}: a guidance scale of {guidance_scale:g} burns its pictures; "
+            f"The base is {base.name}, distilled to draw {kept}: a guidance scale of {sampling.guidance_scale:g} burns its pictures; "
             f"use {base.guidance_scale:g}."
         )
-    if sampler is not None and get_solver(sampler).name not in base.samplers:
-        warnings.append(f"The base is {base.name}, which is not made for the sampler {sampler}: use {base.sampler}.")
-    if spacing is not None and spacing != base.spacing:
-        warnings.append(f"The base is {base.name}, distilled at {base.spacing} timesteps, not {spacing}: use {base.spacing}.")
+    if get_solver(sampling.sampler).name not in base.samplers:
+        warnings.append(f"The base is {base.name}, which is not made for the sampler {sampling.sampler}: use {base.sampler}.")
+    if sampling.spacing != base.spacing:
+        warnings.append(f"The base is {base.name}, distilled at {base.spacing} timesteps, not {sampling.spacing}: use {base.spacing}.")
     return warnings

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from library.rollouts.base import ROLLOUTS, Rollout
-from library.rollouts.trajectories import Pool, Trajectories
+from library.rollouts.pool import Pool
+from library.rollouts.trajectories import Trajectories
 from library.training.runtime import upload
 from library.types import PromptSpec, RolloutBatch
 
@@ -54,9 +55,6 @@ class NoisedRollout(Rollout):
     def advance(self, eps: Tensor) -> None:
         """Nothing moves: the next batch noises the pictures anew."""
         assert not eps.requires_grad, "the rollout carries no gradient"
-
-    def pass_over(self, batch: RolloutBatch) -> None:
-        """Nothing moves."""
 
     def renew_broken(self) -> None:
         super().renew_broken()

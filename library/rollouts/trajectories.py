@@ -1,7 +1,6 @@
 """Pools of sampling trajectories: how they begin (a fresh prompt and fresh noise), where they stand, and how they are moved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,51 +9,15 @@ from torch import Tensor
 from library.diffusion.solvers import get_solver
 from library.errors import UserError
 from library.models.base import DiffusionModel
+from library.rollouts.pool import Asked, Pool
 from library.rollouts.prompt_encoder import PromptEncoder, Size, size_of
 from library.rollouts.rows import predict_rows, rows_of
 from library.rollouts.sample import SamplingConfig, guidance_scales, guide, model_autocast
 from library.training.runtime import upload
-from library.types import Conditioning, History, PromptSpec, RolloutBatch, Sparse
+from library.types import History, PromptSpec, RolloutBatch, Sparse
 from networks.lora import LoRANetwork
 
 MULTIPLIERS = (1.0, -1.0)  # of the network, that trajectories take in turn
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What some trajectories are asked for, on the model's device: the fields of `RolloutBatch` of these names."""
-
-    prompts: list[PromptSpec]
-    strengths: list[float]
-    multipliers: Tensor
-    prompt_directions: Tensor
-    guidance_scales: Tensor
-    cond: Conditioning
-    uncond: Conditioning
-
-
-@dataclass(eq=False)
-class Pool:
-    """Trajectories of one picture size and number of steps. Tensors are on the model's device, everything else is on the CPU."""
-
-    size: Size
-    timesteps: Tensor  # [steps + 1], the last is -1
-    times: list[float]  # the same
-    prompts: list[PromptSpec]
-    weights: Tensor  # of the prompts, on the CPU
-    weight: float  # of all of them
-    latents: Tensor  # [B, C, h, w]
-    steps: list[int]  # how many steps each has taken
-    chosen: list[int]  # index into prompts
-    turns: list[int]  # how many trajectories each place has held; says whose turn it is among the multipliers
-    history: History | None  # of a solver that remembers
-    distances: Tensor  # of the unconditional branch, as `Sparse` has them [B, C, h, w]
-    turn: int = -1  # whose turn it was, where there are more than a batch
-    asked: Asked | None = None  # of all places, as long as none starts anew
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps) - 1
 
 
 class Trajectories:
@@ -125,8 +88,7 @@ class Trajectories:
         """Raises UserError if the state was saved with other prompts, sizes or another batch size."""
         saved = state["pools"]
         fits = len(saved) == len(self.pools) and all(
-            "distances" in old
-            and old["latents"].shape == pool.latents.shape
+            old["latents"].shape == pool.latents.shape
             and max(old["chosen"]) < len(pool.prompts)
             and max(old["steps"]) < pool.num_steps
             and (old["history"] is None) == (pool.history is None)
@@ -262,14 +224,13 @@ class Trajectories:
         steps = upload(taken, device)
         timesteps, next_timesteps = pool.timesteps[steps], pool.timesteps[(steps + 1).clamp(max=pool.num_steps)]
         latents = pool.latents[rows]
-        guided = [self._scale(prompt) != 1 for prompt in asked.prompts]
+        guided = [self.sampling.of(prompt).guidance_scale != 1 for prompt in asked.prompts]
         every = (self.uncond_every or max(1, 3 * pool.num_steps // 20)) if going_on else 1
         return RolloutBatch(
             latents=latents,
             timesteps=timesteps,
             next_timesteps=next_timesteps,
             sigmas=self.schedule.sigmas(timesteps),
-            next_sigmas=self.schedule.sigmas(next_timesteps),
             times=[pool.times[step] for step in taken],
             num_steps=pool.num_steps,
             sparse_uncond=self._sparse(taken, guided, every, pool.distances[rows]) if any(guided) else None,
@@ -299,9 +260,6 @@ class Trajectories:
         if places is None and self.encoder.is_fixed:
             pool.asked = asked
         return asked
-
-    def _scale(self, prompt: PromptSpec) -> float:
-        return self.sampling.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
 
     def _sparse(self, taken: Sequence[int], wanted: Sequence[bool], every: int, distances: Tensor) -> Sparse:
         due = [row for row, step in enumerate(taken) if wanted[row] and step % every == 0]

@@ -16,7 +16,7 @@ from library.scorer_training.validation import SigmaTable, format_table
 from library.scorers.io import save_scorer
 from library.scorers.worth import worth_from, worth_in
 from library.training.interrupts import Interrupts
-from library.training.run_files import RunFiles
+from library.training.run_files import RunFiles, due
 from library.training.run_state import RunState, find_state
 from library.training.runtime import any_process
 from library.training.tracking import Tracker
@@ -126,7 +126,7 @@ class ScorerTrainer:
             if any_process(run.finite.too_many or (done == stage.end and run.finite.none_finite), self.accelerator):
                 raise run.finite.complaint(self._save_best(run, before))
             validates = stage.chosen is None and (done % run.settings.validate_every_n_steps == 0 or done == stage.end)
-            saves = saving.save_every_n_steps is not None and step % saving.save_every_n_steps == 0
+            saves = due(step, saving.save_every_n_steps)
             stopping = any_process(bool(self.interrupts), self.accelerator)
             if not (validates or saves or stopping or done == stage.end):
                 run.draw()  # while the device works

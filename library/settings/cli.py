@@ -22,7 +22,6 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.settings.option_values import Option, nearest
 from library.settings.options import construct, options, resolve, warn_unused
-from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, SAME, SEVERAL_WORDS, UNUSED, translate
 from library.settings.toml_files import config_path, key_lines, read_toml, to_toml, write_config_file
 
@@ -256,7 +255,7 @@ def _unknown_to_argparse(words: Sequence[str], table: Mapping[str, Option]) -> d
             name = flag[2:]
             if name in table:
                 raise UserError(f"{flag} has no form on the command line; write it in the config file as [[{name}]]")
-            if name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
+            if name not in UNUSED and name not in REPLACEMENTS:
                 match = nearest(name, [*table, "help", "help_all", "config_file", "output_config", "dry_run"])
                 did_you_mean = "" if match is None else f" (did you mean --{match}?)"
                 raise UserError(f"unknown option {flag}{did_you_mean}; --help lists the options")

@@ -32,7 +32,6 @@ from typing import Any, TypeVar, get_type_hints
 
 from library.errors import UserError
 from library.settings.option_values import Condition, Option, coerce, did_you_mean, parse_type
-from library.settings.removed import REMOVED
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED, translate
 
 logger = logging.getLogger(__name__)
@@ -122,8 +121,6 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
     """
     table = options(config_class)
     mistakes: dict[str, str] = {}
-    if gone := [name for name in values if name in REMOVED and name not in table]:
-        mistakes[gone[0]] = f"these settings are gone: {', '.join(f'{name} ({REMOVED[name]})' for name in gone)}; leave them out"
     result = {name: entry.default for name, entry in table.items()}
     for name in values.keys() & table.keys():
         result |= table[name].stands_for.get(str(values[name]), {})
@@ -134,7 +131,7 @@ def resolve(config_class: type, values: Mapping[str, object], lines: Mapping[str
                 result[name] = coerce(table[name], value)
             except UserError as error:
                 mistakes[name] = f"{error}{where}"
-        elif name not in UNUSED and name not in REPLACEMENTS and name not in REMOVED:
+        elif name not in UNUSED and name not in REPLACEMENTS:
             mistakes[name] = f"unknown option {name!r}{where}{did_you_mean(name, table)}; --help lists the options"
     return result, mistakes
 

@@ -87,8 +87,8 @@ class RewardCheck:
             f"{self.gain_down:+.4f} at -1 in the wanted direction; the prediction moves by {self.drift:.3g} (RMS)",
         ]
         lines += map(str, self.worth)
-        verdict = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
-        return "\n".join([*lines, "", *verdict])
+        result = [f"fault: {fault}" for fault in self.faults] or ["the reward can be trained"]
+        return "\n".join([*lines, "", *result])
 
 
 def check_reward(
@@ -100,7 +100,7 @@ def check_reward(
 ) -> RewardCheck:
     """Measure the score's gradient along one prompt's trajectory, make one step with the run's own optimizer, and undo it.
 
-    How strong the slider will be is not foretold: what one step gains was 2 to 10 times too much (docs/experiments.md). The run says it of
+    How strong the slider will be is not predicted: what one step gains was 2 to 10 times too much (docs/experiments.md). The run says it of
     itself as it trains.
 
     Args:

@@ -149,7 +149,7 @@ class SliderFiles(RunFiles):
         """Whether the slider of the run's end is there, with what the run came to."""
         try:
             with safe_open(self.slider_path, framework="pt") as file:
-                return self.saving.no_metadata or "ss_leco_verdict" in (file.metadata() or {})
+                return self.saving.no_metadata or "ss_leco_conclusion" in (file.metadata() or {})
         except (OSError, SafetensorError):
             return False
 

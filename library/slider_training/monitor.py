@@ -3,7 +3,7 @@ which step to keep, and which strength to call 1."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from library.measuring.judges import Judges
 from library.measuring.measure import Raters
 from library.measuring.record import FIRM_GAIN, REWARD, EvaluationRecord
 from library.measuring.statistics import within_prompt_std
-from library.measuring.warnings import SliderWarning, find_warnings
+from library.measuring.warnings import find_warnings
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Reward
 from library.objectives.terms.score import ScoreTerm
@@ -24,32 +24,18 @@ from library.rollouts.trajectories import Trajectories
 from library.slider_training.early_stop import EarlyStop
 from library.slider_training.keep_best import KeepBest, selection_score
 from library.slider_training.monitor_config import MonitorConfig
-from library.slider_training.outcome import Outcome
+from library.slider_training.outcome import Observation, Outcome
 from library.slider_training.pictures import SliderPictures
 from library.slider_training.running_gain import SIGNS, RunningGain
+from library.training.run_files import due
 from library.types import Finished, LossOutput, PromptSpec, RolloutBatch
 from networks.lora import LoRANetwork
 
 logger = logging.getLogger(__name__)
 
-LOOKS, LOOKS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besides those that the running gain asks for
+OBSERVATIONS, OBSERVATIONS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besides those that the running gain asks for
 CHECKS = 100  # times a run that the running gain is looked at
 PLATEAU = 0.1  # within-prompt standard deviations in a fifth of a run: less is no growth
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What a slider does after `step` updates, at the weights -1, 0 and +1.
-
-    Attributes:
-        warnings: those that were not given before.
-        stop: why training should stop now, or None.
-    """
-
-    step: int
-    record: EvaluationRecord
-    warnings: Sequence[SliderWarning] = ()
-    stop: str | None = None
 
 
 class Monitor:
@@ -110,8 +96,8 @@ class Monitor:
         """Updates between observations at regular places."""
         if self.config.evaluate_every_n_steps is not None:
             return self.config.evaluate_every_n_steps
-        looks = LOOKS_WITH_JUDGES if self.judges.names else LOOKS
-        return 50 if self.config.measure == "full" else max(1, -(-self.num_steps // looks))
+        count = OBSERVATIONS_WITH_JUDGES if self.judges.names else OBSERVATIONS
+        return 50 if self.config.measure == "full" else max(1, -(-self.num_steps // count))
 
     # ---- while training ----
 
@@ -133,15 +119,19 @@ class Monitor:
         """
         return self.observe(0) if self.measures else None
 
-    def looks_after(self, step: int) -> bool:
+    def acts_after(self, step: int) -> bool:
         """Whether `after` does anything after update number `step`."""
-        return self.measures and (self._check_due(step) or due(step, self.interval))
+        return self.measures and (step % max(1, self.num_steps // CHECKS) == 0 or due(step, self.interval))
 
     def after(self, step: int) -> Observation | None:
         """After update number `step` (1, 2, ...): an observation, if one is worth its evaluations."""
-        if not self.looks_after(step):
+        if not self.acts_after(step):
             return None
-        self._check(step)
+        self._absorb()
+        if self.running is not None:
+            self._trail.append((step, sum(self.running.gain(sign).value for sign in SIGNS) / 2))
+            if self._trajectories is not None:
+                self._trajectories.skip = self.running.skip()  # the weaker sign has more of them
         wanted = due(step, self.interval) or self._asks(step)
         if not self.agree(wanted):
             return None
@@ -182,9 +172,6 @@ class Monitor:
         """For the trackers; empty before anything is known."""
         return {} if self.running is None else self.running.metrics()
 
-    def _check_due(self, step: int) -> bool:
-        return step % max(1, self.num_steps // CHECKS) == 0
-
     @torch.no_grad()
     def _absorb(self) -> None:
         """Take in what was seen since the last time: one wait for the device, and the scorer on the trajectories that ended."""
@@ -199,14 +186,6 @@ class Monitor:
                 scores = self.reward(finished.latents, sigmas, asked_for, finished.prompts).total.tolist()
                 for prompt, multiplier, score in zip(finished.prompts, finished.multipliers, scores, strict=True):
                     self.running.add_finished(prompt.prompt, multiplier, prompt.direction, score)
-
-    def _check(self, step: int) -> None:
-        """Bring the running gain up to date, and let the weaker sign have more of the trajectories."""
-        self._absorb()
-        if self.running is not None:
-            self._trail.append((step, sum(self.running.gain(sign).value for sign in SIGNS) / 2))
-            if self._trajectories is not None:
-                self._trajectories.skip = self.running.skip()
 
     def _asks(self, step: int) -> bool:
         """Whether the running gain says that the slider is strong enough, or grows no more, and that was not looked at lately."""
@@ -302,13 +281,8 @@ class Monitor:
         self.given = set(state["given"])
         self.best.load_state_dict(state["best"])
         self.last, self._trail = state["last"], [tuple(entry) for entry in state["trail"]]
-        self.stop = state.get("stop")  # states of earlier versions do not have it
+        self.stop = state["stop"]
         self.pictures.load_state_dict(state["pictures"])
         if state["running"] is not None:
             self.running = self._new_running()
             self.running.load_state_dict(state["running"])
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every n steps happens after update number `step` (1, 2, ...)."""
-    return every is not None and step % every == 0

@@ -13,6 +13,21 @@ from networks.lora_metadata import Card
 
 
 @dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a slider does after `step` updates, at the weights -1, 0 and +1.
+
+    Attributes:
+        warnings: those that were not given before.
+        stop: why training should stop now, or None.
+    """
+
+    step: int
+    record: EvaluationRecord
+    warnings: Sequence[SliderWarning] = ()
+    stop: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The end of a training.
 
@@ -35,7 +50,7 @@ class Outcome:
     worth: Sequence[Worth] = ()
 
     @property
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """One sentence: whether the slider may be trusted."""
         if self.error is not None:
             return f"The last measurement was lost ({self.error}), so this slider is as trained: neither checked nor calibrated."
@@ -64,7 +79,7 @@ class Outcome:
         """What is shown beside the file; `comment` is the user's own."""
         curve = self.curve
         if curve is None:
-            return Card(hint=self.verdict, notes="\n\n".join(filter(None, [self.note, comment])))
+            return Card(hint=self.conclusion, notes="\n\n".join(filter(None, [self.note, comment])))
         line = summarise_curve(curve, self.calibration.target.max_drift if self.calibration and self.calibration.target else None)
         table = "\n".join([curve_table(curve), *(elsewhere_lines(self.record) if self.record is not None else [])])
         begin = f"; begin with {line.preferred_weight:+.3g}" if line.preferred_weight else ""
@@ -81,13 +96,13 @@ class Outcome:
         if self.stop is not None:
             parts.append(f"Training stopped, because {self.stop}.")
         worth = [f"{str(worth)[0].upper()}{str(worth)[1:]}." for worth in self.worth]
-        return " ".join(part for part in [*parts, self.verdict, *worth] if part)
+        return " ".join(part for part in [*parts, self.conclusion, *worth] if part)
 
     def metadata(self) -> dict[str, object]:
         """`ss_leco_` entries of the LoRA's metadata."""
         return {
             **(self.calibration.metadata() if self.calibration is not None else {}),
-            "leco_verdict": self.verdict,
+            "leco_conclusion": self.conclusion,
             "leco_warnings": [warning.key for warning in self.warnings] or None,
             "leco_stopped": self.stop,
             "leco_scorer_worth": [str(worth) for worth in self.worth] or None,

@@ -105,7 +105,7 @@ class SliderParts:
     shared: dict[str, Any]
 
 
-def settle(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig:
+def decide_open(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreConfig:
     """The settings with what they leave open: the state that `resume = auto` finds, and the seed, of that state or drawn anew."""
     from accelerate.utils import broadcast_object_list
 
@@ -131,7 +131,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     files.uploads.check()
     check_optimizer(config.optimizer, config.training.max_train_steps)
     seed = config.training.seed
-    assert seed is not None, "settle chooses one"
+    assert seed is not None, "decide_open chooses one"
     file, eval_file = config.rollout.prompts_file, config.monitor.eval_prompts_file
     prompts = load_prompts(file, config.prompts, generator(seed, "prompts")) if file else []
     eval_prompts = load_prompts(eval_file, config.prompts) if eval_file else prompts
@@ -139,6 +139,8 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     sample_prompts = load_prompts(sample_file, config.prompts) if sample_file and config.monitor.previews else []
     tiny_folder = config.monitor.preview_vae if config.monitor.previews else None
     preview_vae = None if tiny_folder is None else load_tiny_autoencoder(str(tiny_folder), "preview_vae", "nothing for the model's own")
+    names, code = (config.monitor.judges, config.monitor.judge_scorers), config.reward.allow_code
+    judges = load_judges(*names, training_files=config.reward.scorer, allow_code=code)
     model = model or load_base(config, accelerator)
     if preview_vae is not None:
         check_decodes(preview_vae, model.vae, f"preview_vae {tiny_folder}")
@@ -154,13 +156,6 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     ).to(accelerator.device)
     for worth in reward.worth:
         logger.log(logging.WARNING if worth.doubtful else logging.INFO, "%s", worth)
-    judges = load_judges(
-        config.monitor.judges,
-        config.monitor.judge_scorers,
-        training_files=config.reward.scorer,
-        model=model,
-        allow_code=config.reward.allow_code,
-    )
 
     model.set_attention("xformers" if config.training.xformers else "sdpa")
     network = build_network(
@@ -198,7 +193,7 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
         encoder,
         sampling,
         config.monitor,
-        judges,
+        judges.on(model),
         num_steps=config.training.max_train_steps,
         agree=lambda wanted: any_process(wanted, accelerator),
     )

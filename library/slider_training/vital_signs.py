@@ -16,7 +16,7 @@ class VitalSigns:
 
     def __init__(self) -> None:
         self._in_a_row: Counter[str] = Counter()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def see(self, metrics: Mapping[str, float], step: int) -> None:
         """The metrics of update number `step` (1, 2, ...), as they are logged; those that a run does not have say nothing."""
@@ -41,6 +41,6 @@ class VitalSigns:
 
     def _check(self, problem: str, holds: bool, step: int) -> None:
         self._in_a_row[problem] = self._in_a_row[problem] + 1 if holds else 0
-        if self._in_a_row[problem] == PATIENCE and problem not in self._told:
+        if self._in_a_row[problem] == PATIENCE and problem not in self._warned:
             logger.warning("step %d: %s", step, problem)
-            self._told.add(problem)
+            self._warned.add(problem)

@@ -94,3 +94,8 @@ class RunFiles:
     @property
     def _names(self) -> str:
         return re.escape(self.saving.output_name) + r"(-step\d{8})?"
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every n steps happens after update number `step` (1, 2, ...)."""
+    return every is not None and step % every == 0

@@ -40,12 +40,6 @@ class LecoConfig:
         help="Prompt file of sd-scripts' train_leco.py, LECO or Concept Sliders (.toml, .yaml). Default: prompts_file.",
         only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
     )
-    leco_keep_norm: bool = option(
-        False,
-        help="Give leco's target the mean and standard deviation of its neutral prediction, against saturated colours.",
-        expert=True,
-        only_with=({"objective": ("leco",)}, {"objective": (), "scorer": ()}),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +73,10 @@ class LecoTerm(Term):
         path = settings.leco_prompts_file or context.rollout.prompts_file
         if not path:
             raise UserError("leco has no prompts: set leco_prompts_file (or prompts_file) to a file with [[prompts]] or [[targets]]")
-        return cls(context, load_leco_settings(path), settings)
+        return cls(context, load_leco_settings(path))
 
-    def __init__(self, context: TrainingContext, settings: Sequence[LecoSetting], config: LecoConfig) -> None:
-        self.context, self.settings, self.config = context, settings, config
+    def __init__(self, context: TrainingContext, settings: Sequence[LecoSetting]) -> None:
+        self.context, self.settings = context, settings
         self.generator = context.generator("leco")
         own = [setting.batch_size for setting in settings if setting.batch_size is not None]
         self.batch_size = context.rollout.train_batch_size or max(own, default=context.rollout.batch_size)
@@ -105,8 +99,6 @@ class LecoTerm(Term):
 
         shifts = upload([setting.shift for setting in settings], eps.device).view(-1, 1, 1, 1)
         target = frozen.neutral + shifts * (frozen.positive - frozen.unconditional)
-        if self.config.leco_keep_norm:
-            target = with_statistics_of(target, frozen.neutral)
         errors = squared_errors(as_output(model, batch.latents, eps, batch.timesteps), target)
         weights = upload([setting.weight for setting in settings], eps.device)
         losses = errors * weights * min_snr_weights(model, batch.timesteps, self.context.min_snr_gamma)
@@ -213,14 +205,6 @@ def possible_sizes(setting: LecoSetting, default: Size) -> list[Size]:
         return [(height, width)]
     sides = range(max(height // 2 // SIDE_STEP, 1) * SIDE_STEP, height + 1, SIDE_STEP)
     return [(high, wide) for high in sides for wide in sides]
-
-
-def with_statistics_of(target: Tensor, model: Tensor) -> Tensor:
-    """`target` [B, C, h, w] with the mean and standard deviation that `model` [B, C, h, w] has, sample by sample."""
-    (mean, std), (wanted_mean, wanted_std) = (
-        (part.mean((1, 2, 3), keepdim=True), part.std((1, 2, 3), keepdim=True)) for part in (target, model)
-    )
-    return (target - mean) / std * wanted_std + wanted_mean
 
 
 def random_crops(time_ids: Tensor, generator: torch.Generator) -> Tensor:

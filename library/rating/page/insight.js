@@ -9,13 +9,13 @@ export function summary(state) {
   const { progress } = state;
   return h(
     "div",
-    { class: `summary ${progress.verdict.replace(" ", "-")}` },
+    { class: `summary ${progress.status.replace(" ", "-")}` },
     h("p", { class: "count" }, h("b", {}, String(state.answers)), state.answers === 1 ? " answer" : " answers"),
-    h("h2", {}, heading[progress.verdict]),
+    h("h2", {}, heading[progress.status]),
     bar(progress),
     h("p", { class: "words" }, progress.words || "Rate some pictures, and it says how well it knows you."),
     progress.drift && h("p", { class: "note" }, progress.drift),
-    progress.verdict === "enough" && h("a", { class: "button primary", href: "#train" }, "Make the slider"),
+    progress.status === "enough" && h("a", { class: "button primary", href: "#train" }, "Make the slider"),
     h("p", { class: "worker muted" }, workerWords(state.worker)),
   );
 }
@@ -128,7 +128,7 @@ export function insight(main) {
       h(
         "div",
         { class: "page" },
-        h("h2", { class: "headline" }, heading[progress.verdict]),
+        h("h2", { class: "headline" }, heading[progress.status]),
         h("p", { class: "lead" }, progress.words || "Rate some pictures first."),
         progress.drift && h("p", { class: "note" }, progress.drift),
         h(

@@ -26,7 +26,7 @@ export function train(main, app) {
   }
 
   function update(state) {
-    const now = JSON.stringify([state.run, state.answers, state.progress.verdict, state.trains_elsewhere]);
+    const now = JSON.stringify([state.run, state.answers, state.progress.status, state.trains_elsewhere]);
     if (now === shown || main.contains(document.activeElement?.closest?.("pre"))) return;
     shown = now;
     const open = [...main.querySelectorAll("details[open]")].map((own) => own.dataset.name);
