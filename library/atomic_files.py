@@ -254,4 +254,8 @@ def load_tensors(path: str | Path, *, shapes_only: bool = False) -> tuple[dict[s
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise NoTensors(f"it holds a {type(content).__name__}, and not tensors by name")
+    for name, value in content.items():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes()):
+                raise NoTensors(f"{name} is a tensor of shape {tuple(tensor.shape)}, of which the file holds less")
     return content, {}

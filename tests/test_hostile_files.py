@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from library.atomic_files import NoTensors, load_tensors
 from library.errors import UserError
 from library.models.loading import load_model, load_vae
 from library.models.textual_inversion import load_embeddings
@@ -99,6 +100,15 @@ def compressed(path: Path) -> None:
             small.writestr(part.filename, whole.read(part))
     with pytest.raises(UserError, match="its parts are compressed"):
         read_lora(path)
+
+
+def larger_than_its_file(path: Path) -> None:
+    """Tensors of torch.save that repeat one number, or hold no others: of a few hundred bytes, 40 GB."""
+    for tensor in (torch.ones(1).expand(100_000, 100_000), torch.sparse_coo_tensor([[0], [0]], [1.0], (100_000, 100_000))):
+        for content in ({"lora_unet_mid_block.lora_down.weight": tensor}, {"string_to_param": {"*": tensor}}):
+            torch.save(content, path)
+            with pytest.raises(NoTensors, match="of which the file holds less"):
+                load_tensors(path)
 
 
 def text(content: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -215,6 +225,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "lora.ckpt": pickled(read_lora),
     "lora.bin": pickled(read_lora),
     "compressed.pt": compressed,
+    "large.pt": larger_than_its_file,
     "base_weights.pt": pickled(lambda path: read_lora(path, fixed=True)),
     "embedding.pt": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
     "embedding.bin": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
