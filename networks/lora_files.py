@@ -31,6 +31,8 @@ _OTHER_FUNCTIONS = {
 _FACTORS = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_linear_layer.down": "down"}
 _FACTORS |= {"lora_up": "up", "lora_B": "up", "lora.up": "up", "lora_linear_layer.up": "up"}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _FACTORS))})(?:\.\w+)?\.weight|(.+?)(?:\.lora)?\.alpha")
+# PEFT's patterns are regular expressions of the file's own, some of which would be matched for ever: these are not
+_PLAIN_PATTERN = re.compile(r"\^?([\w-]|\\?\.|\\d\+(?!\\d))*\$?")
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # of Diffusers before 0.21
 _PARTS = (
     ("unet.", "lora_unet_"),
@@ -282,6 +284,8 @@ def _peft_alpha(peft: Mapping[str, Any], path: str, rank: int, source: str, *, d
         raise UserError(f"{source} is DoRA (see use_dora in its settings of PEFT), which is another function than a LoRA's")
     try:
         patterns = peft.get(f"{part}.alpha_pattern") or {}
+        if strange := next((pattern for pattern in patterns if not _PLAIN_PATTERN.fullmatch(pattern)), None):
+            raise ValueError(f"alpha_pattern has {strange[:100]!r}, and names of modules alone are read, with \\d+ for numbers")
         own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", inside))
         alpha = float(next(own, peft.get(f"{part}.lora_alpha", rank)))
     except (AttributeError, TypeError, ValueError, re.error) as error:

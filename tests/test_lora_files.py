@@ -111,10 +111,17 @@ def test_peft_settings_give_alpha() -> None:
 
     assert alphas() == [4, 4]
     assert alphas(lora_alpha=2, alpha_pattern={"to_k": 8}) == [2, 8]
+    assert alphas(lora_alpha=2, alpha_pattern={r"^mid\.to_k$": 8, r"mid_\d+.to_q": 4}) == [2, 8]
     assert alphas(lora_alpha=2, use_rslora=True) == [4, 4]  # alpha / sqrt(rank)
     with pytest.raises(UserError, match="DoRA"):
         alphas(lora_alpha=2, use_dora=True)
-    for bad in ({"lora_alpha": "x"}, {"lora_alpha": None}, {"alpha_pattern": [1]}, {"lora_alpha": 2, "alpha_pattern": {"(": 1}}):
+    for bad in (
+        {"lora_alpha": "x"},
+        {"lora_alpha": None},
+        {"alpha_pattern": [1]},
+        {"lora_alpha": 2, "alpha_pattern": {"(": 1}},
+        {"alpha_pattern": {"([a-z_.]+)+X": 1}},
+    ):
         with pytest.raises(UserError, match="give no alpha"):
             alphas(**bad)
 
