@@ -10,7 +10,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.scorer_data.buckets import BucketConfig, bucket_sizes, choose_bucket, crop_share
-from library.scorer_data.pictures import cover, read_picture, to_pixels
+from library.scorer_data.pictures import FORMATS, cover, read_picture, to_pixels
 from library.scorer_data.records import FilePicture, SlicePicture
 
 # -- pictures ------------------------------------------------------------------------------------------------------------
@@ -217,3 +217,17 @@ def test_limits_that_nobody_set_follow_the_resolution(resolution: str) -> None:
 def test_bad_bucket_options(values: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         BucketConfig(**values)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "MPO"])
+def test_every_format_that_is_named_is_read(format: str, tmp_path: Path):
+    Image.new("RGB", (16, 16), (250, 5, 5)).save(tmp_path / "picture", format=format)
+    red, green, _ = np.asarray(read_picture(FilePicture(tmp_path / "picture"))).mean((0, 1))
+    assert red > 200 and green < 50
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"<html>", bytes(1000)])
+def test_what_is_no_picture_is_told(content: bytes, tmp_path: Path):
+    (tmp_path / "picture.png").write_bytes(content)
+    with pytest.raises(UserError, match="empty or of no format that is read here"):
+        read_picture(FilePicture(tmp_path / "picture.png"))
