@@ -16,7 +16,8 @@ EXIF_ORIENTATION = 0x0112
 MOST_PIXELS = 1 << 26  # 8192 x 8192, 200 MB as RGB: a file of 20 kB can claim more than any training shows of it
 LEAST_SIDE = 2  # pixels: 1 x 1 stands for a picture that was not there when it was downloaded
 DRAFT = (4096, 4096)  # a JPEG beyond MOST_PIXELS is decoded at an 8th, a quarter or half of its size, but not below this
-# By content, whatever a file is called; JPEG opens MPO, too. Pillow runs Ghostscript on what it takes for EPS, and has decoders that hardly anybody has tried.
+# By content, whatever a file is called; JPEG opens MPO, too. Pillow runs Ghostscript on what it takes for EPS, and has decoders that
+# hardly anybody has tried.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "QOI", "ICO")
 _UNGUARDED = nullcontext()
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
