@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,6 @@ logger = logging.getLogger(__name__)
 SIDE_STEP = 64  # pixels; of the sizes that pictures are brought to
 
 
-@dataclass(frozen=True)
-class NoisedPictures:
-    """One batch of noised pictures, of one size.
-
-    Attributes:
-        clean, noise: scaled latents and standard normal noise [B, C, h, w].
-        timesteps, multipliers: the noise level, and what the LoRA is multiplied with [B].
-        prompts: what the pictures show.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    multipliers: Tensor
-    prompts: Sequence[str]
-
-
 class KnownNoiseTerm(Term):
     """What the terms share that learn from pictures: their prompts, encoded ahead, and a generator.
 
@@ -54,38 +36,42 @@ class KnownNoiseTerm(Term):
         self.context, self.generator = context, context.generator(name)
         context.encoder.encode_ahead([PromptSpec(prompt=prompt) for prompt in dict.fromkeys(prompts)], context.sampling.size)
 
+    def errors(
+        self, latents: Sequence[Tensor], prompts: Sequence[str], multipliers: Sequence[float], *, copies: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise pictures, and compare the U-Net's output with what it should be given the known noise.
+
+        DDPM's simple loss, arXiv 2006.11239, eq. 14, for a v-prediction model in v; weighted as `min_snr_weights` says.
+
+        Args:
+            latents: scaled, B of one shape [C, h, w].
+            prompts, multipliers: what the pictures show, and what the LoRA is multiplied with, B of each.
+            copies: so many parts of the batch, one behind the other, are under the same noise at the same timesteps.
+
+        Returns:
+            Squared errors [B], weighted, with gradient; plain ones [B]; the timesteps [B].
+        """
+        model, encoder = self.context.model, self.context.encoder
+        clean, strengths, drawn = (
+            upload(torch.stack(list(latents)), model.device),
+            upload(multipliers, model.device),
+            len(latents) // copies,
+        )
+        noise = upload(torch.randn(clean[:drawn].shape, generator=self.generator), model.device).repeat(copies, 1, 1, 1)
+        timesteps = upload(torch.randint(len(model.schedule), (drawn,), generator=self.generator), model.device).repeat(copies)
+        height, width = (side * model.spec.vae_scale_factor for side in clean.shape[-2:])
+        cond = encoder.trained_cond([PromptSpec(prompt=prompt) for prompt in prompts], (height, width), strengths)
+        noisy = model.schedule.add_noise(clean, noise, timesteps)
+        self.context.network.set_multiplier(strengths)
+        eps = model.predict_eps(noisy, timesteps, cond)
+        errors = squared_errors(*(as_output(model, noisy, part, timesteps) for part in (eps, noise)))
+        return errors * min_snr_weights(model, timesteps, self.context.min_snr_gamma), errors.detach(), timesteps
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-
-
-def known_noise_errors(context: TrainingContext, batch: NoisedPictures) -> tuple[Tensor, Tensor]:
-    """The squared error of the U-Net's output against what it should be given the known noise: weighted, with gradient, and plain [B].
-
-    DDPM's simple loss, arXiv 2006.11239, eq. 14, for a v-prediction model in v; weighted as `min_snr_weights` says.
-    """
-    model = context.model
-    height, width = (side * model.spec.vae_scale_factor for side in batch.clean.shape[-2:])
-    prompts = [PromptSpec(prompt=prompt) for prompt in batch.prompts]
-    cond = context.encoder.trained_cond(prompts, (height, width), batch.multipliers)
-    noisy = model.schedule.add_noise(batch.clean, batch.noise, batch.timesteps)
-    context.network.set_multiplier(batch.multipliers)
-    eps = model.predict_eps(noisy, batch.timesteps, cond)
-    outputs, targets = (as_output(model, noisy, part, batch.timesteps) for part in (eps, batch.noise))
-    errors = squared_errors(outputs, targets)
-    return errors * min_snr_weights(model, batch.timesteps, context.min_snr_gamma), errors.detach()
-
-
-def draw_timesteps(model: DiffusionModel, count: int, generator: torch.Generator) -> Tensor:
-    """Uniform among the timesteps that the model was trained on [count], on its device."""
-    return upload(torch.randint(len(model.schedule), (count,), generator=generator), model.device)
-
-
-def draw_noise(clean: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the latents' shape, on their device."""
-    return upload(torch.randn(clean.shape, generator=generator), clean.device)
 
 
 def draw_alike(latents: Sequence[Tensor], count: int, generator: torch.Generator) -> list[int]:

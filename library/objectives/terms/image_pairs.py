@@ -5,28 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from library.errors import UserError
 from library.objectives.base import TERMS, TrainingContext
-from library.objectives.known_noise import (
-    KnownNoiseTerm,
-    NoisedPictures,
-    buckets_around,
-    caption_of,
-    draw_alike,
-    draw_noise,
-    draw_timesteps,
-    encode_at_one_size,
-    known_noise_errors,
-    logger,
-)
+from library.objectives.known_noise import KnownNoiseTerm, buckets_around, caption_of, draw_alike, encode_at_one_size, logger
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, source_files
 from library.scorer_data.readers.rows import Row, read_rows, records_of
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
-from library.training.runtime import upload
 from library.types import LossOutput
 
 
@@ -94,23 +81,16 @@ class ImagePairsTerm(KnownNoiseTerm):
         self.pairs = pairs
 
     def __call__(self) -> LossOutput:
-        model, count = self.context.model, max(self.context.rollout.batch_size // 2, 1)
+        count = max(self.context.rollout.batch_size // 2, 1)
         chosen = [self.pairs[place] for place in draw_alike([pair.positive for pair in self.pairs], count, self.generator)]
-        clean = upload(torch.stack([pair.positive for pair in chosen] + [pair.negative for pair in chosen]), model.device)
-        multipliers = torch.ones(count, device=model.device)
-        batch = NoisedPictures(
-            clean=clean,
-            noise=draw_noise(clean[:count], self.generator).repeat(2, 1, 1, 1),
-            timesteps=draw_timesteps(model, count, self.generator).repeat(2),
-            multipliers=torch.cat([multipliers, -multipliers]),
-            prompts=[pair.prompt for pair in chosen] * 2,
-        )
-        losses, errors = known_noise_errors(self.context, batch)
+        latents = [pair.positive for pair in chosen] + [pair.negative for pair in chosen]
+        multipliers = [1.0] * count + [-1.0] * count
+        losses, errors, timesteps = self.errors(latents, [pair.prompt for pair in chosen] * 2, multipliers, copies=2)
         names = [f"positive picture {pair.name}" for pair in chosen] + [f"negative picture of {pair.name}" for pair in chosen]
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
-            samples=[f"{name} at timestep {int(timestep)}" for name, timestep in zip(names, batch.timesteps, strict=True)],
+            samples=[f"{name} at timestep {int(timestep)}" for name, timestep in zip(names, timesteps, strict=True)],
             metrics={"mse_positive": errors[:count].mean(), "mse_negative": errors[count:].mean()},
         )
 

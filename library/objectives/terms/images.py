@@ -4,27 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from library.errors import UserError
 from library.objectives.base import TERMS, TrainingContext
-from library.objectives.known_noise import (
-    KnownNoiseTerm,
-    NoisedPictures,
-    buckets_around,
-    caption_of,
-    draw_alike,
-    draw_noise,
-    draw_timesteps,
-    encode_at_one_size,
-    known_noise_errors,
-    logger,
-)
+from library.objectives.known_noise import KnownNoiseTerm, buckets_around, caption_of, draw_alike, encode_at_one_size, logger
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, source_files
 from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.settings.options import option
-from library.training.runtime import upload
 from library.types import LossOutput
 
 
@@ -73,22 +60,14 @@ class ImagesTerm(KnownNoiseTerm):
         self.pictures = pictures
 
     def __call__(self) -> LossOutput:
-        model, count = self.context.model, self.context.rollout.batch_size
-        places = draw_alike([picture.latents for picture in self.pictures], count, self.generator)
+        places = draw_alike([picture.latents for picture in self.pictures], self.context.rollout.batch_size, self.generator)
         chosen = [self.pictures[place] for place in places]
-        clean = upload(torch.stack([picture.latents for picture in chosen]), model.device)
-        batch = NoisedPictures(
-            clean=clean,
-            noise=draw_noise(clean, self.generator),
-            timesteps=draw_timesteps(model, count, self.generator),
-            multipliers=torch.ones(count, device=model.device),
-            prompts=[picture.prompt for picture in chosen],
-        )
-        losses, errors = known_noise_errors(self.context, batch)
+        latents, prompts = [picture.latents for picture in chosen], [picture.prompt for picture in chosen]
+        losses, errors, timesteps = self.errors(latents, prompts, [1.0] * len(chosen))
         return LossOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
-            samples=[f"picture {own.name} at timestep {int(timestep)}" for own, timestep in zip(chosen, batch.timesteps, strict=True)],
+            samples=[f"picture {own.name} at timestep {int(timestep)}" for own, timestep in zip(chosen, timesteps, strict=True)],
             metrics={"mse": errors.mean()},
         )
 
