@@ -126,6 +126,7 @@ def test_turbo_by_its_scheduler(model, scheduler):
         {"prediction_type": "v_prediction"},
         {"family": "sd1"},
         {"scheduler": "DDIMScheduler"},
+        {"scheduler": "PNDMScheduler"},  # most of SD1's folders
     ],
 )
 def test_what_is_not_turbo(model, changes):

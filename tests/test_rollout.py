@@ -40,6 +40,20 @@ def test_neighbours_and_successors_alternate_the_multipliers() -> None:
         assert set(signs) == {1.0, -1.0}
 
 
+@pytest.mark.parametrize(("sign", "share", "low", "high"), [(1, 1.0, 0, 0), (-1, 1.0, 1, 1), (1, 0.5, 0.25, 0.42), (1, 0.0, 0.5, 0.5)])
+def test_the_sign_that_is_ahead_gives_a_share_of_its_turns_to_the_other(sign: int, share: float, low: float, high: float) -> None:
+    """Of trajectories of one step, each of which begins anew at once, the share that is at +1."""
+    belt = make_belt(train_batch_size=16, max_denoising_steps=1)
+    belt.trajectories.skip = (sign, share)
+    belt.trajectories.start_all(belt.trajectories.pools[0])
+    drawn: list[float] = []
+    for _ in range(20):
+        batch = belt.next_batch()
+        drawn += batch.multipliers.tolist()
+        belt.advance(torch.zeros_like(batch.latents))
+    assert low <= drawn.count(1.0) / len(drawn) <= high
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_latents_that_are_not_finite_begin_anew(sampler: str) -> None:
     belt = make_belt(sampler=sampler)
