@@ -56,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"pretrain_steps": 2000}, "pretrain_steps is set, but nothing is pretrained"),
         ({"pretrain_criterion": "classification"}, "pretrain_criterion is set, but nothing is pretrained"),
         ({"pretrain_data_file": "d.toml", "pretrain_criterion": "mse"}, "pretrain_criterion is set, but the mixture"),
-        ({"score_head": "score"}, "the first dataset of the mixture is the score"),
+        ({"score_head": "score"}, "unknown option 'score_head'"),
     ],
 )
 def test_bad_input_is_one_sentence(workplace: Path, tmp_path: Path, changes: dict, complaint: str) -> None:
