@@ -43,6 +43,10 @@ _PARTS = (
     ("text_model.", "lora_te1_text_model_"),
 )
 
+_IN_CONV_BLOCK = re.compile(
+    "_(resnets|downsamplers|upsamplers)_|_(in_layers|out_layers|emb_layers)_[0-9]+$|blocks?(_[0-9]+)+_(skip_connection|op|conv)$"
+)
+
 
 class Branch(NamedTuple):
     """down [r, in] or [r, in, kh, kw], up [out, r] or [out, r, 1, 1], float32; the weight's change is alpha / r * up @ down."""
@@ -51,20 +55,12 @@ class Branch(NamedTuple):
     up: Tensor
     alpha: float
 
-    @property
-    def is_large_conv(self) -> bool:
-        return self.down.shape[2:].numel() > 1
-
 
 class FixedChange(NamedTuple):
     """The tensors of one module whose change of a weight is no product of two (see `networks.lora_changes.KINDS`), and their name."""
 
     part: Mapping[str, Tensor]
     kind: str
-
-    @property
-    def is_large_conv(self) -> bool:
-        return any(tensor.shape[2:].numel() > 1 for tensor in self.part.values())
 
 
 class Place(Protocol):
@@ -152,13 +148,13 @@ class PlacedBranches:
     def warn_of_the_rest(self, *, missing_begin_at_zero: bool) -> None:
         """One warning that names and counts what of the file has no place, and what of the network the file does not have."""
         rest: dict[str, list[str]] = {"that are incomplete in the file": list(self.file.incomplete)}
-        for name, branch in self.file.branches.items():
+        for name in self.file.branches:
             if name not in self.known_names:
                 kind = "that this network does not have"
                 if name.startswith("lora_te"):
                     kind = "of text encoders, which are not trained"
-                elif branch.is_large_conv and missing_begin_at_zero:
-                    kind = "of convolutions, which dim_from_weights would take"
+                elif _IN_CONV_BLOCK.search(name) and missing_begin_at_zero:
+                    kind = "of convolutional blocks, which dim_from_weights would take"
                 rest.setdefault(kind, []).append(name)
         sentences = [f"{len(names)} modules {kind} ({names[0]}, ...)" for kind, names in rest.items() if names]
         text = f"left out are {', '.join(sentences)}" if sentences else ""

@@ -77,6 +77,7 @@ def test_dropouts_are_obeyed_when_ranks_come_from_a_file(tmp_path: Path) -> None
         ({"network_module": "lycoris.kohya"}, "one multiplier for a whole batch"),
         ({"base_weights": (Path("none"),), "base_weights_multiplier": (1.0, 2.0)}, "2 values for 1 files"),
         ({"network_weights": Path("none.safetensors")}, "does not exist"),
+        ({"network_weights": Path(".")}, r"network_weights \. is a folder; give the LoRA file"),
     ],
 )
 def test_bad_settings(values: dict, says: str) -> None:

@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +32,8 @@ def build_network(config: NetworkConfig, model: DiffusionModel, generator: torch
     """
     module = _network_module(config.network_module)
     text_encoders = model.text_encoders if config.trains_text_encoders else []
-    if config.network_weights is not None and not config.network_weights.is_file():
-        raise UserError(f"network_weights {config.network_weights} does not exist; give the LoRA file to start from")
+    if config.network_weights is not None:
+        _check_file("network_weights", config.network_weights, "give the LoRA file to start from")
     makers = module.create_network, module.create_network_from_weights
     taken = {"generator"}.union(*(inspect.signature(maker).parameters for maker in makers))
     for name in config.network_kwargs:  # a name of their own arguments would be a TypeError
@@ -79,11 +80,15 @@ def in_use(network: LoRANetwork, optimizer: object) -> Iterator[None]:
 def merge_base_weights(config: NetworkConfig, model: DiffusionModel) -> None:
     """Merge the LoRA files of `base_weights` into the model, for good. Raises UserError for one that is not there."""
     for file, multiplier in config.base_loras:
-        if not file.is_file():
-            raise UserError(f"base_weights {file} does not exist; give LoRA files that are merged into the model")
+        _check_file("base_weights", file, "give LoRA files that are merged into the model")
         network, _ = create_network_from_weights(multiplier, file, model.vae, model.text_encoders, model.unet, for_inference=True)
         network.merge_to(model.text_encoders, model.unet)
         logger.info("merged %s at %g into the model: %d modules", file.name, multiplier, len(network.loras))
+
+
+def _check_file(option: str, path: Path, wanted: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{option} {path} {'is a folder' if path.is_dir() else 'does not exist'}; {wanted}")
 
 
 def _network_module(name: str) -> ModuleType:
