@@ -42,6 +42,11 @@ def test_functions_and_scorers_are_found(folder: Path) -> None:
     assert judges.scorers["truth"](torch.randn(2, 4, 8, 8), torch.zeros(2)).shape == (2,)
 
 
+def test_a_function_that_has_a_training_scores_name_is_called_by_all_of_its_word(folder: Path) -> None:
+    """As in the demonstration: the true score judges what the scorer of that name learned."""
+    assert load(folder, ["opinions.py:redness"], [], ("redness",)).names == (f"{folder / 'opinions.py'}:redness",)
+
+
 @pytest.mark.parametrize("path", ["followed.safetensors", "./sub/../followed.safetensors"])
 def test_a_score_does_not_judge_itself(folder: Path, path: str) -> None:
     (folder / "sub").mkdir(exist_ok=True)
@@ -53,7 +58,6 @@ def test_a_score_does_not_judge_itself(folder: Path, path: str) -> None:
     ("functions", "files", "training", "message"),
     [
         (["opinions.py:redness", "more_opinions.py:redness"], [], ("followed",), "'redness' as another judge"),
-        (["opinions.py:redness"], [], ("redness",), "name of its own"),
         ([], ["foreign"], ("followed",), "another VAE"),
         (["opinions.py:blueness"], [], ("followed",), "blueness"),
     ],

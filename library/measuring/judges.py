@@ -43,7 +43,8 @@ def load_judges(
     """Find the functions and load the scorers.
 
     Args:
-        functions: as `library.scorers.judges.load_judge` takes them. They are called by the name of the function.
+        functions: as `library.scorers.judges.load_judge` takes them. They are called by the name of the function, or by all
+            of the word where a training score has that name.
         scorer_files: scorer files of any kind. They are called by the name of the file. Either may end in a role: "=follow" is to rise and
             fall with the weight, "=stay" is not to move, "=share" answers yes or no and must not fall.
         training_files: the scorers that the training follows.
@@ -63,8 +64,11 @@ def load_judges(
                 "ratings or with another backbone, or a function of pixels in judges"
             )
         judge = load_judge(source) if number < len(functions) else load_scorer(source, allow_code)
+        scores = {Path(path).stem for path in training_files}
         name = source.rpartition(":")[2] if isinstance(judge, Judge) else judge.name
-        if name in named or name in {Path(path).stem for path in training_files}:
+        if name in scores and isinstance(judge, Judge):
+            name = source
+        if name in named or name in scores:
             raise UserError(f"a judge is called {name!r} as another judge or a training score is; give each a name of its own")
         named[name] = judge
         if role is not None:
