@@ -35,8 +35,8 @@ class Rollout(ABC):
     def advance(self, eps: Tensor) -> Finished | None:
         """What the last batch leads to: eps [B, C, h, w] is its guided prediction, without gradient. Those that ended, if any did."""
 
-    def pass_over(self, batch: RolloutBatch) -> None:  # noqa: B027 - most draw the next batch anew
-        """Go on from the last batch without training on it."""
+    def pass_over(self, batch: RolloutBatch) -> None:  # noqa: B027 - empty on purpose
+        """Go on from the last batch without training on it. Nothing, for rollouts that draw each batch anew."""
 
     def renew_broken(self) -> None:
         """Begin anew what is not finite, which no step makes finite again."""
