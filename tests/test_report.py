@@ -13,6 +13,7 @@ from PIL import Image
 
 from library.measuring.comparison import comparison_dict, summarise
 from library.measuring.record import EvaluationRecord
+from library.reports import plots
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH, LIGHT, multiplier_grid, record_plots, signed
 from library.reports.report import STATISTICS, html_report
 from library.reports.text import comparison_text, summary_sentence, text_table
@@ -154,6 +155,18 @@ def test_scores_of_one_unit_share_a_plot_and_two_sliders_have_one_a_score():
         picture = Image.open(io.BytesIO(draw(LIGHT))).convert("RGB")
         colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 24) or []}
         assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
+
+
+def test_each_plot_has_the_lines_that_its_description_names(monkeypatch):
+    """Every drawing is made after all of them were prepared, and must not take the last one's lines."""
+    shown = []
+    monkeypatch.setattr(plots, "weight_plot", lambda lines, title, **_: shown.append((title, lines)) or b"")
+    record = measured()
+    for draw in record_plots([record]).values():
+        draw(LIGHT)
+    (title, lines), *others = shown
+    assert title == "Training score and judges" and [line.values for line in lines] == [score.gains_std for score in record.scaled]
+    assert others and all([line.values for line in lines] == [record.responses[title].means] for title, lines in others)
 
 
 def test_signed():

@@ -8,9 +8,8 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -73,9 +72,7 @@ def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Pal
         lines = [Line(f"{roles[score.role]} {_tail(score.name, 26)}", first.multipliers, score.gains_std) for score in first.scaled]
         line = summarise(first).line
         usable = (0.0, 0.0) if line is None else line.usable
-        plots["Gain of every score over the weight."] = lambda palette: weight_plot(
-            lines, "Training score and judges", usable=usable, palette=palette
-        )
+        plots["Gain of every score over the weight."] = _drawing(lines, "Training score and judges", usable=usable)
     for name, response in first.responses.items():
         scaled = response in first.scaled
         if scaled and len(records) == 1:
@@ -86,9 +83,13 @@ def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Pal
             for record in own
         ]
         unit = UNIT if scaled else "share of pictures" if response.is_share else "mean score"
-        draw = partial(weight_plot, lines, name, unit=unit, base=0.0 if scaled else response.means[first.base].value)
-        plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = lambda palette, draw=draw: draw(palette=palette)
+        base = 0.0 if scaled else response.means[first.base].value
+        plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = _drawing(lines, name, unit=unit, base=base)
     return plots
+
+
+def _drawing(lines: Sequence[Line], title: str, **options: Any) -> Callable[[Palette], bytes]:
+    return lambda palette: weight_plot(lines, title, **options, palette=palette)
 
 
 def weight_plot(
