@@ -24,7 +24,7 @@ from benchmarks.proofs.runs import Row, attached, measure, measurer, prompts, ro
 from benchmarks.proofs.strength import SEEDS, calibrated
 from benchmarks.shapes_runs import FLOW_MODEL, MODEL, SIGMAS, VAE
 from examples.shapes.scores import SCORES
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.measuring.measure import Measurer
 from library.prompts.files import load_prompts, spread
 from library.reports.plots import image_grid, signed
@@ -73,7 +73,7 @@ def side_effects() -> list[Row]:
 @torch.no_grad()
 def followed(used: Measurer, size: int) -> Iterator[tuple[float, Tensor]]:
     """Sigma and latents [N, C, h, w] before every step and at the end (sigma 0) of `size` prompts with all their seeds."""
-    model, sampling, solver = used.model, used.sampling, get_solver(used.sampling.sampler)
+    model, sampling, solver = used.model, used.sampling, SOLVERS[used.sampling.sampler]
     asked = [(prompt, seed) for prompt, own in zip(used.prompts[:size], used.seeds, strict=False) for seed in own]
     texts, encoder = [prompt for prompt, _ in asked], PromptEncoder(model)
     cond, uncond = encoder.cond(texts, sampling.size), encoder.uncond(texts, sampling.size)

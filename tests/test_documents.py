@@ -22,8 +22,6 @@ from tests.helpers.documents import (
     problems,
 )
 
-CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -55,16 +53,6 @@ def test_what_docstrings_name_exists() -> None:
         checks = [missing_files(text), missing_modules(text), missing_options(text), missing_names(text)]
         found[name_of(path)] = problems(zip(("file", "module", "option", "name"), checks, strict=True))
     assert {path: names for path, names in found.items() if names} == {}
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL),
-    ids=lambda recipe: recipe[3:30],
-)
-def test_a_recipe_is_run_by_a_test(recipe: str) -> None:
-    """Each file that CONTRIBUTING.md shows is one that a test writes, registers and trains with."""
-    assert any(recipe in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_recipes_*.py"))
 
 
 def test_pages_that_the_code_names_exist() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model
@@ -171,7 +171,7 @@ def test_an_ordinary_model_takes_what_is_set_and_the_defaults(model):
     ("base", "name"), [(LCM, "an-lcm"), (DMD2, "x-dmd2"), (TURBO, "x-turbo"), (LIGHTNING, "x_lightning"), (HYPER, "Hyper-SDXL")]
 )
 def test_a_base_takes_its_own_values_and_does_not_warn_of_them(base, name, model, caplog):
-    assert base.sampler in base.samplers and all(get_solver(name).name == name for name in base.samplers)
+    assert base.sampler in base.samplers and all(SOLVERS[name].name == name for name in base.samplers)
     own = {"num_steps": base.num_steps, "guidance_scale": 1.0, "sampler": base.sampler, "spacing": base.spacing}
     assert choose_sampling(described(model, name=name), SIZE) == SamplingConfig(size=SIZE, **own)
     assert choose_sampling(described(model, name=name), SIZE, **own) == SamplingConfig(size=SIZE, **own) and warnings_of(caplog) == []

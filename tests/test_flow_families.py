@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.diffusion.flow import FlowSchedule
 from library.diffusion.noise_schedule import ABAR_FLOOR, eps_to_flow, eps_to_x0, flow_scale, flow_to_eps, sigma_to_abar
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.models.flow_model import FlowFamily
 from library.models.loading import load_model, load_vae
@@ -90,7 +90,7 @@ def moved_by(theirs: Any, start: Tensor, velocity: Any) -> Tensor:
 @pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp_2m"])
 def test_solvers_equal_diffusers(name):
     """From s = 0.999 on, where nothing stands in for infinity: float32 rounding."""
-    schedule, solver, num_steps = FlowSchedule.from_config(FLOW | {"shift": 3.0}), get_solver(name), 6
+    schedule, solver, num_steps = FlowSchedule.from_config(FLOW | {"shift": 3.0}), SOLVERS[name], 6
     start = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def velocity(latents: Tensor, share: Tensor) -> Tensor:

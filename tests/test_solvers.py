@@ -24,7 +24,7 @@ from library.diffusion.noise_schedule import (
     sigma_to_abar,
     v_to_eps,
 )
-from library.diffusion.solvers import SOLVERS, ddim_step, get_solver, guided_eps, rescale_guidance, rescale_guided_eps
+from library.diffusion.solvers import SOLVERS, ddim_step, guided_eps, rescale_guidance, rescale_guided_eps
 from library.errors import UserError
 from library.types import History
 
@@ -32,6 +32,7 @@ CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 SPACINGS = ["leading", "trailing", "linspace"]
 PREDICTIONS = ["epsilon", "v_prediction"]
 SHAPE = (2, 4, 8, 8)
+OWN_NAMES = [name for name, solver in SOLVERS.items() if solver.name == name]  # without the names that other programs have for them
 
 
 def network(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def test_ddim_is_euler_in_sigma(spacing, prediction_type):
     for index, timestep in enumerate(scheduler.timesteps):
         abar, next_abar = sigma_space_abars(scheduler, index)
         eps = to_eps(latents, network(latents, timestep), abar, prediction_type)
-        latents = get_solver("euler").step(latents, eps, abar, next_abar, None)
+        latents = SOLVERS["euler"].step(latents, eps, abar, next_abar, None)
         output = network(scheduler.scale_model_input(exploding, timestep), timestep)
         exploding = scheduler.step(output, timestep, exploding).prev_sample
         torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=2e-5, atol=2e-5)
@@ -117,7 +118,7 @@ def test_euler_ancestral_equals_diffusers(spacing, prediction_type):
     for index, timestep in enumerate(scheduler.timesteps):
         abar, next_abar = sigma_space_abars(scheduler, index)
         eps = to_eps(latents, network(latents, timestep), abar, prediction_type)
-        latents = get_solver("euler_a").step(latents, eps, abar, next_abar, torch.randn(SHAPE, generator=ours))
+        latents = SOLVERS["euler_a"].step(latents, eps, abar, next_abar, torch.randn(SHAPE, generator=ours))
         output = network(scheduler.scale_model_input(exploding, timestep), timestep)
         exploding = scheduler.step(output, timestep, exploding, generator=theirs).prev_sample
         torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=5e-5, atol=5e-5)
@@ -138,7 +139,7 @@ def test_ddpm_equals_diffusers_on_a_stride(prediction_type, num_steps):
         abar, next_abar = schedule.abar(timestep.repeat(2)), schedule.abar(next_timestep.repeat(2))
         eps = to_eps(latents, network(latents, timestep), abar, prediction_type)
         noise = torch.randn(SHAPE, generator=ours) if timestep > 0 else torch.zeros(SHAPE)
-        latents = get_solver("ddpm").step(latents, eps, abar, next_abar, noise)
+        latents = SOLVERS["ddpm"].step(latents, eps, abar, next_abar, noise)
         reference = scheduler.step(network(reference, timestep), int(timestep), reference, generator=theirs).prev_sample
         # at neighbouring timesteps diffusers' own beta = 1 - alpha_t loses digits in float32
         torch.testing.assert_close(latents, reference, rtol=2e-4, atol=2e-4)
@@ -146,7 +147,7 @@ def test_ddpm_equals_diffusers_on_a_stride(prediction_type, num_steps):
 
 def our_trajectory(name: str, schedule: NoiseSchedule, timesteps: Tensor, generator: torch.Generator) -> list[Tensor]:
     """As `sample` does it, with `network` for the U-Net."""
-    solver = get_solver(name)
+    solver = SOLVERS[name]
     schedule = solver.schedule(schedule)
     latents, history, path = start(), None, []
     for timestep, next_timestep in zip(timesteps, timesteps[1:], strict=False):
@@ -210,7 +211,7 @@ def test_dpmpp_2m_karras_equals_diffusers(prediction_type):
     for index, timestep in enumerate(scheduler.timesteps):
         abar, next_abar = schedule.abar(timesteps[index : index + 2]).repeat(2, 1).T
         eps = to_eps(ours, network(ours, timestep), abar, prediction_type)
-        moved = get_solver("dpmpp_2m").step(ours, eps, abar, next_abar, None, history)
+        moved = SOLVERS["dpmpp_2m"].step(ours, eps, abar, next_abar, None, history)
         ours, history = moved, History(eps_to_x0(ours, eps, abar), abar)
         latents = scheduler.step(network(latents, timestep), timestep, latents).prev_sample
         torch.testing.assert_close(ours, latents, rtol=5e-5, atol=5e-5)
@@ -236,7 +237,7 @@ def test_dpmpp_2m_equals_k_diffusions_formula():
 
         abar, next_abar = sigma_to_abar(sigma.repeat(2)), sigma_to_abar(next_sigma.repeat(2))
         eps = network(latents, sigma)
-        moved = get_solver("dpmpp_2m").step(latents, eps, abar, next_abar, None, history)
+        moved = SOLVERS["dpmpp_2m"].step(latents, eps, abar, next_abar, None, history)
         latents, history = moved, History(eps_to_x0(latents, eps, abar), abar)
         torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=1e-10, atol=1e-10)
 
@@ -246,7 +247,7 @@ def test_dpmpp_2m_is_of_second_order():
     errors = {}
     for name in ("ddim", "dpmpp_2m"):
         for num_steps in (40, 80):
-            solver, latents, history = get_solver(name), torch.ones(1, 1, 1, 1, dtype=torch.float64), None
+            solver, latents, history = SOLVERS[name], torch.ones(1, 1, 1, 1, dtype=torch.float64), None
             abars = sigma_to_abar(torch.linspace(2.0, -3.0, num_steps + 1, dtype=torch.float64).exp())
             for abar, next_abar in zip(abars[:-1, None], abars[1:, None], strict=True):
                 eps = (1 - abar).sqrt() * latents / (abar / 4 + 1 - abar)
@@ -288,7 +289,7 @@ def test_all_but_ddim_end_clean(ending):
     """EulerDiscreteScheduler and the like end at sigma 0, also for a model with set_alpha_to_one = false, as SD1 and SDXL are."""
     schedule = NoiseSchedule.from_config(CONFIG | {"set_alpha_to_one": False})
     assert schedule.final_alpha_cumprod < 1
-    assert get_solver("ddim").schedule(schedule) is schedule
+    assert SOLVERS["ddim"].schedule(schedule) is schedule
     timesteps = schedule.inference_timesteps(8)
     *_, before, last = our_trajectory(ending, schedule, timesteps, torch.Generator().manual_seed(4))
     abar = schedule.abar(timesteps[-2].repeat(2))
@@ -296,11 +297,11 @@ def test_all_but_ddim_end_clean(ending):
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 20])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", OWN_NAMES)
 def test_a_known_x0_comes_back_whatever_the_way(name, num_steps):
     """Whole trajectories with the eps of one x0: every solver's last step ends there, also one that extrapolates from a false history."""
     x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(6))
-    solver, generator = get_solver(name), torch.Generator().manual_seed(7)
+    solver, generator = SOLVERS[name], torch.Generator().manual_seed(7)
     schedule = NoiseSchedule.from_config(CONFIG)
     timesteps = schedule.inference_timesteps(num_steps, "trailing")
     latents = schedule.add_noise(x0, start(), timesteps[:1].repeat(2))
@@ -322,25 +323,25 @@ def a_step() -> dict[str, Any]:
     return {"latents": latents, "eps": eps, "abar": abar, "next_abar": next_abar, "noise": noise, "history": history}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", OWN_NAMES)
 def test_each_sample_of_a_batch_takes_its_own_step(name):
     arguments = a_step()
-    together = get_solver(name).step(**arguments)
+    together = SOLVERS[name].step(**arguments)
     for row in range(3):
         one = slice(row, row + 1)
         history = arguments["history"]
         own = {key: value[one] for key, value in arguments.items() if key != "history"}
-        alone = get_solver(name).step(**own, history=History(history.x0[one], history.abar[one]))
+        alone = SOLVERS[name].step(**own, history=History(history.x0[one], history.abar[one]))
         torch.testing.assert_close(together[one], alone)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", OWN_NAMES)
 def test_a_step_is_linear_given_its_history(name):
     """What `objectives` rely on: a mixture of latents and predictions leads to the mixture of where they lead."""
     first, second = a_step(), a_step()
     second["latents"], second["eps"] = -0.5 * first["eps"] + 1, first["latents"] * 2
     mixed = first | {key: 0.3 * first[key] + 0.7 * second[key] for key in ("latents", "eps")}
-    step = get_solver(name).step
+    step = SOLVERS[name].step
     torch.testing.assert_close(step(**mixed), 0.3 * step(**first) + 0.7 * step(**second), rtol=1e-9, atol=1e-9)
 
 
@@ -348,7 +349,7 @@ def test_without_a_history_dpmpp_2m_is_ddim():
     arguments = a_step()
     latents, eps, abar, next_abar = (arguments[key] for key in ("latents", "eps", "abar", "next_abar"))
     plain = ddim_step(latents, eps, abar, next_abar)
-    step = get_solver("dpmpp_2m").step
+    step = SOLVERS["dpmpp_2m"].step
     torch.testing.assert_close(step(latents, eps, abar, next_abar), plain)
     empty = History(torch.full_like(latents, torch.nan), torch.zeros(3).double())
     torch.testing.assert_close(step(latents, eps, abar, next_abar, None, empty), plain)
@@ -361,17 +362,17 @@ def test_dpmpp_2m_gradient():
     history, abar, next_abar = (arguments[key] for key in ("history", "abar", "next_abar"))
     inputs = [arguments[key][:, :1, :2, :2].contiguous().requires_grad_(True) for key in ("latents", "eps")]
     short = History(history.x0[:, :1, :2, :2], history.abar)
-    assert torch.autograd.gradcheck(lambda latents, eps: get_solver("dpmpp_2m").step(latents, eps, abar, next_abar, None, short), inputs)
+    assert torch.autograd.gradcheck(lambda latents, eps: SOLVERS["dpmpp_2m"].step(latents, eps, abar, next_abar, None, short), inputs)
 
 
-@pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.needs_noise])
+@pytest.mark.parametrize("name", [name for name in OWN_NAMES if SOLVERS[name].needs_noise])
 def test_ancestral_steps_keep_the_noise_level(name):
     """With perfect eps and x0 = 0, latents at next_abar are noise of variance 1 - next_abar."""
     eps, noise = torch.randn(2, 1, 4, 128, 128, generator=torch.Generator().manual_seed(7))
     abar, next_abar = torch.tensor([0.2]), torch.tensor([0.6])
-    latents = get_solver(name).step((1 - abar).sqrt() * eps, eps, abar, next_abar, noise)
+    latents = SOLVERS[name].step((1 - abar).sqrt() * eps, eps, abar, next_abar, noise)
     assert latents.var().item() == pytest.approx(0.4, rel=0.02)
-    assert not torch.equal(latents, get_solver(name).step((1 - abar).sqrt() * eps, eps, abar, next_abar, -noise))
+    assert not torch.equal(latents, SOLVERS[name].step((1 - abar).sqrt() * eps, eps, abar, next_abar, -noise))
 
 
 def test_ddim_gradient():
@@ -392,12 +393,12 @@ def test_standing_still_changes_nothing():
 
 @pytest.mark.parametrize(("alias", "name"), [("k_euler", "euler"), ("k_euler_a", "euler_a"), ("dpmsolver++", "dpmpp_2m")])
 def test_names_of_sd_scripts(alias, name):
-    assert get_solver(alias) is SOLVERS[name]
+    assert SOLVERS[alias] is SOLVERS[name]
 
 
 def test_unknown_solver():
     with pytest.raises(UserError, match="no sampler 'heun'; sampler is one of ddim, euler, euler_a, ddpm, dpmpp_2m, lcm"):
-        get_solver("heun")
+        SOLVERS["heun"]
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])

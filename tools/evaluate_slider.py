@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from library.atomic_files import atomic_write_bytes, atomic_write_text, load_tensors, remove_unfinished
-from library.diffusion.solvers import ALIASES, SOLVERS
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.measuring.comparison import comparison_dict, summarise
 from library.measuring.judges import load_judges
@@ -100,7 +100,7 @@ class EvaluationConfig:
         help="Classifier-free guidance of the prompts that do not bring their own; 1 is none; not set: 5, or none for a few-step base.",
     )
     guidance_rescale: float = option(0.0, help="How far the guided prediction is rescaled to the contrast of the unguided, 0 to 1.")
-    sampler: str | None = option(None, choices=(*SOLVERS, *ALIASES), help="Sampler; not set: ddim, or that of a few-step base.")
+    sampler: str | None = option(None, choices=SOLVERS, help="Sampler; not set: ddim, or that of a few-step base.")
     also: tuple[str, ...] = option(
         (),
         help="Other ways of sampling to measure weights +1 and -1 with, each changing one thing: guidance_scale=3,8 sampler=euler_a "

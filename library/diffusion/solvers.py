@@ -152,11 +152,7 @@ SOLVERS.register("euler_a")(Solver("euler_a", euler_ancestral_step, needs_noise=
 SOLVERS.register("ddpm")(Solver("ddpm", euler_ancestral_step, needs_noise=True))
 SOLVERS.register("dpmpp_2m")(Solver("dpmpp_2m", dpmpp_2m_step, needs_history=True))
 SOLVERS.register("lcm")(Solver("lcm", lcm_step, needs_noise=True))
-
 # sd-scripts' names (--sample_sampler) for the same samplers
-ALIASES = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpmpp_2m"}
-
-
-def get_solver(name: str) -> Solver:
-    """The solver of that name, which may be one of `ALIASES`. Raises UserError if there is none."""
-    return SOLVERS[ALIASES.get(name, name)]
+SOLVERS.register("k_euler")(SOLVERS["euler"])
+SOLVERS.register("k_euler_a")(SOLVERS["euler_a"])
+SOLVERS.register("dpmsolver++")(SOLVERS["dpmpp_2m"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.objectives.base import TrainingContext
 from library.objectives.estimator import ESTIMATORS, PredictedLatents, StepState
@@ -77,7 +77,7 @@ class ScoreObjective:
         self.model, self.network = context.model, context.network
         name = config.score_estimator
         self.estimator = ESTIMATORS[name](context.settings.get(name))
-        self.solver = get_solver(context.sampling.sampler)
+        self.solver = SOLVERS[context.sampling.sampler]
         self.schedule = self.solver.schedule(self.model.schedule)
         self.needs_frozen = config.reward_loss != "linear" or self.reward.needs_frozen or config.preserve_weight > 0
 

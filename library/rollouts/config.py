@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from library.diffusion.noise_schedule import TimestepSpacing
-from library.diffusion.solvers import ALIASES, SOLVERS
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.prompt_encoder import Size
@@ -40,9 +40,7 @@ class RolloutConfig:
         "one is taken to stay. Not set: 3 with 20 steps, fewer with fewer; 1 takes nothing over.",
         expert=True,
     )
-    sampler: str | None = option(
-        None, choices=(*SOLVERS, *ALIASES), help="Sampler of the rollout. Not set: ddim, or a few-step base's own."
-    )
+    sampler: str | None = option(None, choices=SOLVERS, help="Sampler of the rollout. Not set: ddim, or a few-step base's own.")
     timestep_spacing: str | None = option(
         None,
         choices=get_args(TimestepSpacing),

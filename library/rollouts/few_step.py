@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from library.diffusion.noise_schedule import TimestepSpacing
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.registry import FAMILIES
@@ -218,7 +218,7 @@ def _warnings(base: FewStepBase, sampling: SamplingConfig) -> list[str]:
             f"The base is {base.name}, distilled to draw {kept}: a guidance scale of {sampling.guidance_scale:g} burns its pictures; "
             f"use {base.guidance_scale:g}."
         )
-    if get_solver(sampling.sampler).name not in base.samplers:
+    if SOLVERS[sampling.sampler].name not in base.samplers:
         warnings.append(f"The base is {base.name}, which is not made for the sampler {sampling.sampler}: use {base.sampler}.")
     if sampling.spacing != base.spacing:
         warnings.append(f"The base is {base.name}, distilled at {base.spacing} timesteps, not {sampling.spacing}: use {base.spacing}.")

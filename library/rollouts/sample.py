@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise_schedule import TimestepSpacing
-from library.diffusion.solvers import ALIASES, SOLVERS, get_solver, guided_eps, rescale_guided_eps
+from library.diffusion.solvers import SOLVERS, guided_eps, rescale_guided_eps
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.vae import Autoencoder, decode_latents
@@ -35,7 +35,7 @@ class SamplingConfig:
         num_steps: of the sampler.
         guidance_scale: of classifier-free guidance; a batch in which all are 1 runs no unconditional branch.
         size: (height, width) in pixels.
-        sampler: a name in `solvers.SOLVERS` or `solvers.ALIASES`.
+        sampler: a name in `solvers.SOLVERS`.
         spacing: of the timesteps; None is the model's own.
         guidance_rescale: phi of `solvers.rescale_guidance`, 0..1.
         stride: of the num_steps timesteps, every such one is taken.
@@ -101,7 +101,7 @@ def variations(sampling: SamplingConfig, words: Sequence[str]) -> dict[str, Samp
                 changed = {"guidance_scale": float, "num_steps": int, "sampler": str}[name](value)
             except (KeyError, ValueError):
                 changed = 0
-            if not (changed in (*SOLVERS, *ALIASES) if isinstance(changed, str) else changed >= 1):
+            if not (changed in SOLVERS if isinstance(changed, str) else changed >= 1):
                 raise UserError(
                     f"{word!r} is no way of sampling; give guidance_scale, num_steps or sampler and its values, for example "
                     f"guidance_scale=3,8; samplers are {', '.join(SOLVERS)}"
@@ -237,7 +237,7 @@ def _sample_batch(
     encoder: PromptEncoder,
     progress: Callable[[int], object] | None,
 ) -> Tensor:
-    count, device, size, solver = len(prompts), model.device, sampling.size, get_solver(sampling.sampler)
+    count, device, size, solver = len(prompts), model.device, sampling.size, SOLVERS[sampling.sampler]
     model.check_size(size)
     shape = (model.spec.latent_channels, size[0] // model.spec.vae_scale_factor, size[1] // model.spec.vae_scale_factor)
     scales = guidance_scales(model, prompts, sampling.guidance_scale)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.diffusion.solvers import get_solver
+from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.rollouts.pool import Asked, Pool
@@ -50,7 +50,7 @@ class Trajectories:
         assert sampling.batch_size is not None
         self.sampling, self.batch_size, self.uncond_every = sampling, sampling.batch_size, uncond_every
         self.skip: tuple[int, float] = (1, 0.0)
-        self.solver = get_solver(sampling.sampler)
+        self.solver = SOLVERS[sampling.sampler]
         self.schedule = self.solver.schedule(model.schedule)  # as the sampler ends it
         groups: dict[tuple[Size, int], list[PromptSpec]] = {}
         for prompt in prompts:
