@@ -25,7 +25,6 @@ CONVNEXT: dict[str, Any] = TransformersCnn.presets["convnextv2-micro"]
 SMALL: dict[str, Callable[..., Backbone]] = {
     "latent_resnet": lambda **options: LatentResNet(in_channels=4, **LatentResNet.presets["tiny"], **options),
     "resnet": lambda **options: TransformersCnn(in_channels=4, **RESNET, **options),
-    "resnet_group_norm": lambda **options: TransformersCnn(in_channels=4, **RESNET, norm="group", **options),
     "resnet_stride_2": lambda **options: TransformersCnn(in_channels=4, **RESNET, stem_stride=2, **options),
     "convnextv2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, **options),
     "convnextv2_stride_2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, stem_stride=2, **options),
@@ -127,15 +126,13 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind,size", [(kind, size) for kind in (LatentResNet, TransformersCnn) for size in kind.presets])
-def test_layers_hold_every_parameter_once_from_input_to_output(kind: type[Backbone], size: str, source: ModelSource) -> None:
+def test_layers_hold_every_parameter_once(kind: type[Backbone], size: str, source: ModelSource) -> None:
     with torch.device("meta"):
         backbone = kind(**kind.architecture_for(size, source))
     layers = backbone.layers()
     numbers = [id(parameter) for layer in layers for parameter in layer]
     assert sorted(numbers) == sorted(id(parameter) for parameter in backbone.parameters())
-    first = next(module for name, module in backbone.named_modules() if "stem" in name and isinstance(module, nn.Conv2d))
-    assert any(parameter is first.weight for parameter in layers[0])
-    assert len(layers) > 3 and all(layers)
+    assert all(layers)
 
 
 @pytest.mark.parametrize("name", ["latent_resnet", "convnextv2"])
@@ -147,7 +144,7 @@ def test_stochastic_depth_is_for_training(name: str) -> None:
     assert not torch.equal(backbone(latents, sigmas), backbone(latents, sigmas))
 
 
-@pytest.mark.parametrize(("preset", "options"), [("resnet-tiny", {"norm": "batch"}), ("convnextv2-micro", {"drop_path": 0.1})])
+@pytest.mark.parametrize(("preset", "options"), [("resnet-tiny", {"dropout": 0.1}), ("convnextv2-micro", {"drop_path": 0.1})])
 def test_a_file_brings_it_back(preset: str, options: dict[str, Any], tmp_path: Path, source: ModelSource) -> None:
     architecture = TransformersCnn.architecture_for(preset, source, **options)
     scorer = build_scorer(ScorerSpec(kind="transformers_cnn", architecture=architecture, vae=VaeFingerprint(1.0, (0.5,))))
@@ -220,15 +217,6 @@ def test_sizes_are_those_of_transformers() -> None:
             assert (list(default) if isinstance(default, tuple) else default) == value
 
 
-def test_group_norm_takes_the_place_of_every_batch_norm() -> None:
-    def count(backbone: nn.Module, kind: type[nn.Module]) -> int:
-        return sum(isinstance(module, kind) for module in backbone.modules())
-
-    batch, group = make("resnet"), make("resnet_group_norm")
-    assert count(batch, nn.BatchNorm2d) == count(group, nn.GroupNorm) > 5
-    assert count(group, nn.BatchNorm2d) == count(batch, nn.GroupNorm) == 0
-
-
 def pretrained_model(model_type: str, folder: Path) -> nn.Module:
     """A small model for photographs, saved as transformers saves it."""
     torch.manual_seed(5)
@@ -287,10 +275,9 @@ def test_first_weights_repeat_and_keep_their_size() -> None:
     ("preset", "options", "complaint"),
     [
         ("resnet-tiny", {"stem_stride": 4}, "stem_stride is 4"),
-        ("resnet-tiny", {"norm": "instance"}, "norm is 'instance'"),
+        ("resnet-tiny", {"norm": "group"}, "has no 'norm'"),
         ("resnet-tiny", {"drop_path": 0.1}, "has no drop_path"),
         ("resnet-tiny", {"model_type": "vit"}, "model_type is 'vit'"),
-        ("convnextv2-micro", {"norm": "batch"}, "norm is for a resnet"),
         ("convnextv2-micro", {"config": {"depths": [1], "heads": 2}}, "config has 'heads'"),
         ("convnextv2-micro", {"width": 3}, "has no 'width'"),
         ("resnet-19", {}, "has no size 'resnet-19'"),

@@ -139,13 +139,10 @@ def test_it_compiles_in_one_piece() -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_layers_hold_every_parameter_once_from_input_to_output(changes: dict[str, Any]) -> None:
+def test_layers_hold_every_parameter_once(changes: dict[str, Any]) -> None:
     vit = make_vit(**changes)
-    layers = vit.layers()
-    ids = [id(parameter) for layer in layers for parameter in layer]
+    ids = [id(parameter) for layer in vit.layers() for parameter in layer]
     assert sorted(ids) == sorted(map(id, vit.parameters()))
-    assert [id(vit.to_tokens.weight) in map(id, layer) for layer in layers] == [True, False, False, False]
-    assert [id(vit.norm.weight) in map(id, layer) for layer in layers] == [False, False, False, True]
 
 
 def test_every_parameter_learns() -> None:

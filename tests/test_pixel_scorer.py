@@ -166,12 +166,11 @@ def test_gradient_equals_finite_difference() -> None:
     assert_gradient_is_right(trained_scorer(), some_latents(1))
 
 
-def test_only_the_image_model_is_trained_layer_by_layer() -> None:
+def test_only_the_image_model_is_trained() -> None:
     scorer = trained_scorer("small").train()
-    layers = scorer.backbone.layers()
     trainable = [parameter for parameter in scorer.backbone.parameters() if parameter.requires_grad]
-    assert sorted(map(id, trainable)) == sorted(id(parameter) for layer in layers for parameter in layer)
-    assert len(layers) >= 7  # stem, four stages, the norm, what knows sigma
+    in_layers = [id(parameter) for layer in scorer.backbone.layers() for parameter in layer if parameter.requires_grad]
+    assert sorted(map(id, trainable)) == sorted(in_layers)
     assert not any(parameter.requires_grad for parameter in scorer.backbone.decoder.parameters())
     assert not any(module.training for module in scorer.backbone.decoder.modules())
     scorer(some_latents(), torch.ones(2)).sum().backward()
@@ -210,8 +209,6 @@ def test_pretrained_weights_and_a_tiny_decoder(tmp_path: Path) -> None:
     state = scorer.backbone.image_model.state_dict()
     for name, tensor in tiny_classifier().vit.state_dict().items():
         torch.testing.assert_close(state[f"network.{name}"], tensor)
-    layers = scorer.backbone.layers()
-    assert len(layers) >= 5  # what stands before the layers, two layers, the norm, what knows sigma
     save_scorer(tmp_path / "scorer.safetensors", scorer)
     torch.testing.assert_close(
         load_scorer(tmp_path / "scorer.safetensors")(some_latents(), torch.zeros(2)), scorer(some_latents(), torch.zeros(2))

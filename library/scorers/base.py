@@ -119,8 +119,9 @@ class Backbone(nn.Module):
         """Called before ratings are learned. Raises UserError where `features_are_given` and nothing has taught it to give them."""
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """The trainable parameters from the input to the output: the order in which they are summed. Every one stands in it once."""
-        return [list(child.parameters()) for child in self.children() if any(True for _ in child.parameters())]
+        """Its parameters, part after part, each once: the order in which the gradient's norm is summed, which decides its last digit."""
+        parts = [self.parameters(recurse=False), *(child.parameters() for child in self.children())]
+        return [layer for part in parts if (layer := list(part))]
 
     def saved_state(self) -> dict[str, Tensor]:
         """What its file holds: the state dict, each tensor in the dtype that it is stored in. `load_state_dict` takes it back."""

@@ -1,24 +1,9 @@
 """What it takes to read latents with a convolutional network that was made for photographs of 224 pixels."""
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation (arXiv 1803.08494) in 32 groups, or in as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-def replace_batch_norms(module: nn.Module, make: Callable[[int], nn.Module]) -> None:
-    """Put `make(channels)` in the place of every BatchNorm2d within `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, make(child.num_features))
-        else:
-            replace_batch_norms(child, make)
 
 
 def first_convolution(module: nn.Module) -> nn.Conv2d:

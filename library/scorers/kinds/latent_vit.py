@@ -226,10 +226,3 @@ class LatentViT(Backbone):
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
-
-    def layers(self) -> list[list[nn.Parameter]]:
-        blocks = [list(block.parameters()) for block in self.blocks]
-        last = [*self.pooling.parameters(), *self.norm.parameters()]
-        rest = {id(parameter) for layer in [*blocks, last] for parameter in layer}
-        first = [parameter for parameter in self.parameters() if id(parameter) not in rest]
-        return [first, *blocks, last]

@@ -1,6 +1,6 @@
 """Scorers that decode latents and look at the picture: networks trained on it, and ready-made image scorers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,16 +129,6 @@ class PixelBackbone(Backbone):
         if self.pretrained:
             self.image_model.load_state_dict(read_image_model(self.pretrained).weights)
 
-    def layers(self) -> list[list[nn.Parameter]]:
-        parts = [
-            *_parts(getattr(self.image_model, "network", self.image_model)),
-            *([self.sigma_embedding, self.norm, self.film] if self.knows_sigma else []),
-        ]
-        layers = [list(part.parameters()) for part in parts]
-        placed = {parameter for layer in layers for parameter in layer}
-        others = [parameter for parameter in self.image_model.parameters() if parameter not in placed]  # position embeddings and the like
-        return [layer for layer in (others, *layers) if layer]
-
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True  # of the image model; the decoder has a setting of its own
 
@@ -155,16 +145,6 @@ def _specification(size: str, pretrained: str | bool) -> str:
     if size not in CONFIGURATIONS:
         raise UserError(f"scorer kind pixel has no size {size!r}; it can be {', '.join(CONFIGURATIONS)}, or {TIMM}NAME")
     return f"backbone:{pretrained}" if pretrained else ""
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Its layers from the input to the output: children, or what they list where they hold lists of layers."""
-    for child in module.children():
-        lists_layers = isinstance(child, nn.ModuleList | nn.Sequential)
-        if lists_layers or any(isinstance(below, nn.ModuleList | nn.Sequential) for below in child.children()):
-            yield from child.children() if lists_layers else _parts(child)
-        else:
-            yield child
 
 
 def ready_made(image_model: Loaded, vae: Autoencoder, decoder: Autoencoder, **options: Any) -> tuple[dict[str, Any], PixelBackbone]:

@@ -109,11 +109,6 @@ class TimmBackbone(Backbone):
         if self.pretrained:
             self.model.load_state_dict(self._make_model(pretrained=True).state_dict())
 
-    def layers(self) -> list[list[nn.Parameter]]:
-        group_parameters = import_timm().models.group_parameters
-        first, *others = group_parameters(self.model, self.model.group_matcher(coarse=True), return_values=True).values()
-        return [[*self.sigma_embedding.parameters(), *first], *others, [*self.films.parameters(), *self.norm.parameters()]]
-
     def enable_gradient_checkpointing(self) -> None:
         self.model.set_grad_checkpointing()
 

@@ -13,18 +13,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from library.errors import UserError
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.scorers.conditioning import FiLM, SigmaEmbedding
-from library.scorers.convolutional import (
-    adapt_first_weights,
-    first_convolution,
-    group_norm,
-    pad_before_halving,
-    replace_batch_norms,
-    set_stem_stride,
-)
+from library.scorers.convolutional import adapt_first_weights, first_convolution, pad_before_halving, set_stem_stride
 from library.types import Conditioning
 
 SIGMA_FEATURES, SIGMA_WIDTH = 64, 256
-NORMS = MappingProxyType({"batch": None, "group": group_norm})  # what takes the place of a ResNet's batch norms
 # What of a transformers config makes the network; the rest is about labels, pictures and training.
 _CONFIG_KEYS = MappingProxyType(
     {
@@ -85,7 +77,6 @@ class TransformersCnn(Backbone):
         model_type: "resnet" or "convnextv2".
         config: keyword arguments of transformers' configuration of that type.
         stem_stride: of the first convolution: 1, or 2 where latents are large.
-        norm: of a ResNet: "batch" (if not set), or "group" for batches too small for statistics. A ConvNeXt V2 has its own.
         dropout: on the features.
         drop_path: highest rate of stochastic depth; ConvNeXt V2 only.
         pretrained: folder of a model of transformers to start from; it is only read by `initialise`.
@@ -113,7 +104,6 @@ class TransformersCnn(Backbone):
         model_type: str,
         config: dict[str, Any],
         stem_stride: int = 1,
-        norm: str | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         pretrained: str = "",
@@ -122,15 +112,9 @@ class TransformersCnn(Backbone):
         if stem_stride not in (1, 2):
             raise UserError(f"scorer_args: stem_stride is {stem_stride}, but it must be 1 or 2")
         self.in_channels, self.stem_stride, self.pretrained = in_channels, stem_stride, pretrained
-        if model_type == "resnet":
-            if drop_path:
-                raise UserError("scorer_args: a resnet of transformers has no drop_path; take a convnextv2, or the kind latent_resnet")
-            norm = norm or "batch"
-            if norm not in NORMS:
-                raise UserError(f"scorer_args: norm is {norm!r}, but it must be one of {', '.join(NORMS)}")
-        elif norm is not None:
-            raise UserError(f"scorer_args: norm is for a resnet; a {model_type} has layer norms that belong to it")
-        self.norms, self.gradient_checkpointing = norm, False
+        if model_type == "resnet" and drop_path:
+            raise UserError("scorer_args: a resnet of transformers has no drop_path; take a convnextv2, or the kind latent_resnet")
+        self.gradient_checkpointing = False
         self.config = _make_config(model_type, in_channels, config, drop_path)
         self.stem, self.stages = self._parts(AutoModel.from_config(self.config))
 
@@ -178,10 +162,6 @@ class TransformersCnn(Backbone):
         self.stem.load_state_dict(stem.state_dict())
         self.stages.load_state_dict(stages.state_dict())
 
-    def layers(self) -> list[list[nn.Parameter]]:
-        parts = [(self.sigma_embedding, self.stem, self.films[0]), *zip(self.stages, self.films[1:], strict=True), (self.norm,)]
-        return [[parameter for module in group for parameter in module.parameters()] for group in parts]
-
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
 
@@ -189,9 +169,6 @@ class TransformersCnn(Backbone):
         """Stem and stages of a model of transformers, made fit for latents."""
         if self.config.model_type == "resnet":
             stem = model.embedder.embedder  # without the pooling that follows it
-            replacement = NORMS[self.norms] if self.norms else None
-            if replacement is not None:
-                replace_batch_norms(model, replacement)
         else:
             stem = model.embeddings
             pad_before_halving(model.encoder)

@@ -12,14 +12,13 @@ from library.errors import UserError
 from library.models.unet_model import check_unet
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource, check_scorer_args
 from library.scorers.conditioning import FiLM, SigmaEmbedding
-from library.scorers.unet_taps import MID_BLOCK, build_first_half, distinctive_config, outputs_of, tap_channels, tap_names
+from library.scorers.unet_taps import build_first_half, distinctive_config, outputs_of, tap_channels, tap_names
 from library.types import Conditioning
 from networks.lora import create_network
 
 TUNINGS = ("frozen", "lora", "full")
 FROM_THE_MODEL = ("unet", "prompt_tokens", "num_timesteps")  # arguments that are not the user's to choose
 WIDEST = 768  # of the features, as in LRM
-POOLS = ("mean", "mean_max", "attention")
 SIGMA_FEATURES, SIGMA_WIDTH = 64, 256
 
 
@@ -37,7 +36,6 @@ class UNetEncoder(Backbone):
         num_timesteps: length of the noise schedule.
         width: of the features.
         taps: see `tap_names`.
-        pool: "mean", "mean_max", or "attention" with one learned query.
         tuning: "frozen" trains only the readout of the taps, "lora" also a LoRA beside the attention layers, "full" all weights.
         lora_rank: of the LoRA; its alpha is the rank.
         use_prompt: whether the U-Net is given the picture's prompt.
@@ -57,8 +55,7 @@ class UNetEncoder(Backbone):
         prompt_tokens: int,
         num_timesteps: int,
         width: int,
-        taps: str | Sequence[str] = "all",
-        pool: str = "mean",
+        taps: str = "all",
         tuning: str = "lora",
         lora_rank: int = 16,
         use_prompt: bool = False,
@@ -72,7 +69,7 @@ class UNetEncoder(Backbone):
         self.tuning, self.use_prompt, self.feature_width = tuning, use_prompt, width
         self.taps = tap_names(taps, unet)
         self.unet = build_first_half(unet, self.taps[-1])
-        self.readout = TapReadout(channels=tap_channels(self.taps, unet), width=width, pool=pool, dropout=dropout)
+        self.readout = TapReadout(channels=tap_channels(self.taps, unet), width=width, dropout=dropout)
         if tuning != "full":
             self.unet.requires_grad_(False)
         if tuning == "lora":
@@ -134,18 +131,6 @@ class UNetEncoder(Backbone):
             self.unet.eval()
         return self
 
-    def layers(self) -> list[list[nn.Parameter]]:
-        trained: list[tuple[str, nn.Parameter]] = []
-        if self.tuning == "full":
-            trained = list(self.unet.named_parameters())
-        elif self.tuning == "lora":
-            trained = [(lora.path, parameter) for lora in self.lora.loras for parameter in lora.parameters()]
-        blocks = [*(f"down_blocks.{index}" for index in range(len(self.unet.down_blocks))), MID_BLOCK]
-        layers: dict[str, list[nn.Parameter]] = {name: [] for name in ("stem", *blocks)}
-        for path, parameter in trained:
-            layers[next((block for block in blocks if path.startswith(f"{block}.")), "stem")].append(parameter)
-        return [*(parameters for parameters in layers.values() if parameters), list(self.readout.parameters())]
-
     def saved_state(self) -> dict[str, Tensor]:
         """Frozen weights in fp16, in which checkpoints come; trained ones and buffers as they are."""
         state = self.state_dict()
@@ -181,50 +166,25 @@ class UNetEncoder(Backbone):
         }
 
 
-class Pool(nn.Module):
-    """Maps [B, channels, h, w] to vectors [B, width]: their mean, mean and maximum, or a mean weighted by one learned query."""
-
-    def __init__(self, kind: str, channels: int) -> None:
-        super().__init__()
-        if kind not in POOLS:
-            raise UserError(f"scorer_args: pool is {kind!r}; it can be {', '.join(POOLS)}")
-        self.kind = kind
-        self.width = 2 * channels if kind == "mean_max" else channels
-        if kind == "attention":
-            self.norm = nn.LayerNorm(channels)
-            self.query = nn.Linear(channels, 1, bias=False)
-            nn.init.zeros_(self.query.weight)  # the plain mean, to begin with
-
-    def forward(self, maps: Tensor) -> Tensor:
-        if self.kind == "attention":
-            tokens = maps.flatten(2).transpose(1, 2)  # [B, h w, channels]
-            return (self.query(self.norm(tokens)).softmax(1) * tokens).sum(1)
-        mean = maps.mean((2, 3))
-        return torch.cat([mean, maps.amax((2, 3))], dim=1) if self.kind == "mean_max" else mean
-
-
 class TapReadout(nn.Module):
-    """Taps and their sigma to features: each tap pooled and normalised, all projected to `width` and modulated by sigma.
+    """Taps and their sigma to features: each tap's mean over space normalised, all projected to `width` and modulated by sigma.
 
     Args:
         channels: of each tap.
         width: of the features.
-        pool: a value of POOLS.
         dropout: on the features.
     """
 
-    def __init__(self, *, channels: Sequence[int], width: int, pool: str, dropout: float) -> None:
+    def __init__(self, *, channels: Sequence[int], width: int, dropout: float) -> None:
         super().__init__()
-        self.pools = nn.ModuleList(Pool(pool, count) for count in channels)
-        widths = [part.width for part in self.pools if isinstance(part, Pool)]
-        self.norms = nn.ModuleList(nn.LayerNorm(count) for count in widths)
-        self.projection = nn.Linear(sum(widths), width)
+        self.norms = nn.ModuleList(nn.LayerNorm(count) for count in channels)
+        self.projection = nn.Linear(sum(channels), width)
         self.sigma_embedding = SigmaEmbedding(SIGMA_FEATURES, SIGMA_WIDTH)
         self.film = FiLM(SIGMA_WIDTH, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, taps: Sequence[Tensor], sigmas: Tensor) -> Tensor:  # [B, C, h, w] each, [B] -> [B, width]
         dtype = self.projection.weight.dtype  # the U-Net's may be half
-        pooled = [norm(pool(tap.to(dtype))) for tap, pool, norm in zip(taps, self.pools, self.norms, strict=True)]
+        pooled = [norm(tap.to(dtype).mean((2, 3))) for tap, norm in zip(taps, self.norms, strict=True)]
         features = self.film(self.projection(torch.cat(pooled, dim=1)), self.sigma_embedding(sigmas))
         return self.dropout(nn.functional.silu(features))
