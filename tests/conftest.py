@@ -59,3 +59,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.tiny_leco_run import make_workplace
 
     return make_workplace(tmp_path_factory.mktemp("leco"))
+
+
+LONGEST_ID = 60  # characters; a hostile prompt has 100,000
+
+
+def pytest_make_parametrize_id(val: Any) -> str | None:
+    """Long texts are cut in a test's name; pytest numbers those that become alike."""
+    return f"{ascii(val[:LONGEST_ID])}..." if isinstance(val, str | bytes) and len(val) > LONGEST_ID else None
