@@ -12,9 +12,10 @@ import train_latent_scorer
 import train_leco_score
 from library.errors import UserError
 from library.settings.options import build, option, options, resolve
-from tests.helpers.setting_reads import recorded_reads, unread_settings
+from tests.helpers.setting_reads import ATTRIBUTES, recorded_reads, unread_settings
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from tests.helpers.tiny_models import tiny_vae
+from tools.settings_reference import SCRIPTS
 from train_latent_scorer import LatentScorerConfig
 from train_leco_score import leco_score_config
 
@@ -65,16 +66,17 @@ def test_every_setting_does_something_or_says_that_it_does_not(script, config_cl
     assert without_effect == [], "nothing reads them: use them, or say when they are read by only_with of option()"
 
 
-@pytest.mark.parametrize("config_class", [leco_score_config(), LatentScorerConfig])
-def test_the_settings_that_others_depend_on_exist(config_class: type) -> None:
-    table = options(config_class)
-    named = {
-        name
-        for entry in table.values()
-        for condition in entry.only_with
-        for name in ([condition] if isinstance(condition, str) else condition)
-    }
-    assert named and named <= set(table)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_of_every_script_are_read_and_depend_on_others_that_exist(script: str) -> None:
+    table = options(SCRIPTS[script])
+    if script.startswith("tools/"):  # the test above sees what the trainings read
+        assert set(table) - set(options(LatentScorerConfig)) <= ATTRIBUTES
+    conditions = [condition for entry in table.values() for condition in entry.only_with]
+    named = {name for condition in conditions for name in ([condition] if isinstance(condition, str) else condition)}
+    assert named <= {name for config_class in SCRIPTS.values() for name in options(config_class)}
+    assert named or script == "tools/make_pixel_scorer.py"
+    if script.startswith("train_"):
+        assert named <= set(table)
 
 
 @dataclass(frozen=True, kw_only=True)

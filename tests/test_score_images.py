@@ -217,6 +217,8 @@ def test_a_rated_source_is_compared_with_and_its_pictures_need_not_be_files(fold
         ({"--scores_csv": "{folder}/gone.csv"}, "gone.csv cannot be read"),
         ({"--image_model": "nothing:x"}, "no family of image models 'nothing'"),
         ({"--sigma": "-1"}, "sigma"),
+        ({"--image_dir": "{folder}"}, "image_dir is set, but the pictures are those of the folder"),
+        ({"--resolution": "256"}, "resolution is set, but no scorer is given"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_writes_no_table(folder, tmp_path, monkeypatch, capsys, changes, message) -> None:

@@ -86,7 +86,9 @@ class EvaluationConfig:
         "with =stay one that should not move, with =share a yes or no that must not fall.",
     )
     judge_scorers: tuple[str, ...] = option((), help="More judges: scorer files that training did not follow.")
-    allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
+    allow_code: tuple[str, ...] = option(
+        (), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.", only_with=("scorer", "judge_scorers")
+    )
     prompts_file: Path | None = option(None, help="Prompts (.txt, .toml, .yaml, .json, .csv or .tsv), best ones that training did not use.")
     num_prompts: int = option(32, help="How many of them to take, evenly over the file.")
     seeds_per_prompt: int = option(4, help="Pictures of each prompt at each weight.")

@@ -44,13 +44,17 @@ class RateConfig:
 
     project_dir: Path = option(Path("output/rating"), help="Folder of the project: pictures, ratings, trainings.")
     opinion: str | None = option(None, help="Name of an opinion to begin, such as cosy; not set: beauty, or those that there are.")
-    levels: int = option(5, help="Stars of that opinion, 5 or 10.")
+    levels: int = option(5, help="Stars of that opinion, 5 or 10.", only_with="opinion")
     pretrained_model_name_or_path: str | None = option(None, help="Checkpoint or diffusers folder; not set: the embedded model.")
     prompts_file: Path | None = option(None, help="Prompts of the pictures and of the slider, as in train_leco_score.py.")
     pictures: Path | None = option(None, help="Rate the pictures of this folder, in place of samples.")
     import_ratings: Path | None = option(None, help="Table of answers about the project's pictures to take in, as the page writes it.")
-    resolution: tuple[int, ...] = option((), help="Width and height of the samples; not set: small for the model.")
-    num_steps: int | None = option(None, help="Steps of the sampler for the samples; not set: 10, or what suits a few-step model.")
+    resolution: tuple[int, ...] = option(
+        (), help="Width and height of the samples; not set: small for the model.", only_with={"pictures": ()}
+    )
+    num_steps: int | None = option(
+        None, help="Steps of the sampler for the samples; not set: 10, or what suits a few-step model.", only_with={"pictures": ()}
+    )
     guidance_scale: float | None = option(None, help="Guidance scale of the samples and the training; not set: what suits the model.")
     train_steps: int | None = option(None, help="At most so many updates of the slider; not set: what suits the model.")
     scorer_steps: int | None = option(None, help="Updates of the scorer; not set: what suits the model.")
@@ -60,7 +64,7 @@ class RateConfig:
     )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_steps", "train_steps", "scorer_steps")
+        check_at_least(self, 1, "num_steps", "guidance_scale", "train_steps", "scorer_steps")
         if self.resolution and (len(self.resolution) != 2 or any(side < 64 or side % 64 for side in self.resolution)):
             raise UserError(f"resolution is {list(self.resolution)}, but it is a width and a height in multiples of 64, such as 384 384")
         if self.pretrained_model_name_or_path and self.prompts_file is None and self.pictures is None:

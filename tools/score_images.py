@@ -62,7 +62,9 @@ class ScoringConfig:
     reader: str | None = option(None, help="Reader of a rated source, such as webdataset; its own scores are compared with.")
     image_dir: Path | None = option(None, help="What the paths in a table are relative to; not set: its own folder.")
     scorer: tuple[Path, ...] = option((), help="Scorer files that train_latent_scorer.py wrote.")
-    allow_code: tuple[str, ...] = option((), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.")
+    allow_code: tuple[str, ...] = option(
+        (), help="Code that scorer files may run, as they ask for it, such as my_scorer.py:score.", only_with="scorer"
+    )
     judge: tuple[str, ...] = option((), help="Functions of pixels in 0..1: package.module:function or file.py:function.")
     image_model: tuple[str, ...] = option(
         (), help="Ready-made image scorers, such as laion_v2:FILE or pyiqa:musiq (docs/pixel_scorers.md)."
@@ -76,10 +78,12 @@ class ScoringConfig:
         None, help="Model whose latents scorers read; only its VAE, unless they use prompts."
     )
     vae: Path | None = option(None, help="VAE file or folder to use in place of the model's own; enough by itself.")
-    model_family: str = option("auto", choices=("auto", *FAMILIES), help="Kind of model; needed for a file with only a VAE.")
+    model_family: str = option(
+        "auto", choices=("auto", *FAMILIES), help="Kind of model; needed for a file with only a VAE.", only_with="scorer"
+    )
     sigma: float | None = option(None, help="Noise level at which scorers are asked; not set: 0, which is clean.")
     seed: int | None = option(None, help="Seed of the noise; not set: 0.")
-    batch_size: int = option(8, help="Pictures of one size scored together.")
+    batch_size: int = option(8, help="Pictures of one size scored together.", only_with=("scorer", "judge", "image_model"))
     num_shown: int = option(16, help="How many of the best, and of the worst, are on the sheet.")
     num_threads: int | None = option(None, help="CPU threads for torch; not set: the cores that this process may use.")
     output_dir: Path = option(Path("scores"), help="Folder for the results.")
@@ -108,6 +112,11 @@ class ScoringConfig:
 class ScoreImagesConfig:
     scoring: ScoringConfig
     buckets: BucketConfig
+
+    def __post_init__(self) -> None:
+        changed = [name for name, value in vars(BucketConfig()).items() if getattr(self.buckets, name) != value]
+        if changed and not self.scoring.scorer:
+            raise UserError(f"{changed[0]} is set, but no scorer is given, and all others see whole pictures; leave it out")
 
 
 def main() -> None:
@@ -152,6 +161,8 @@ def find_pictures(source: Path, reader: str | None, image_dir: Path | None) -> I
         for record in read_records(source, reader or "auto", ReaderOptions(image_dir=image_dir)):
             yield record if isinstance(record, RatedImage | Skipped) else Skipped(f"{record.where}: this is a pair", "row is a pair")
     elif source.is_dir():
+        if image_dir is not None:
+            raise UserError(f"image_dir is set, but the pictures are those of the folder {source}; leave it out")
         tally, root = SkipReport(), os.path.abspath(source)
         for name in pictures_below(Path(root), tally):
             yield RatedImage(picture=FilePicture(os.path.join(root, name)), name=name, where=str(source))

@@ -43,7 +43,7 @@ class AdapterConfig:
     prompts_file: Path | None = option(None, help="Prompts like those that pictures will stand in for; thousands, of many kinds.")
     clip_model: Path | None = option(None, help="Folder of a CLIPModel, such as openai/clip-vit-large-patch14.")
     pictures: Path | None = option(None, help="Folder or table of pictures of all kinds, without captions, to learn where pictures lie.")
-    num_pictures: int = option(2000, help="At most so many of them.")
+    num_pictures: int = option(2000, help="At most so many of them.", only_with="pictures")
     output: Path = option(Path("image_prompt_adapter.safetensors"), help="The file to write.")
     resolution: int | None = option(None, help="Side in pixels of what it samples, a multiple of 8; default the model's own.")
     mixed_precision: str | None = option(

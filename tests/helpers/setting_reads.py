@@ -12,7 +12,7 @@ from library.settings.option_values import Option
 from library.settings.options import options
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = [*ROOT.glob("train_*.py"), *(ROOT / "library").rglob("*.py")]
+CODE = [*ROOT.glob("train_*.py"), *(ROOT / "library").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def unread_settings(config_class: type, reads: set[str], resolved: Mapping[str, 
 
 
 def _is_excused(entry: Option, resolved: Mapping[str, object]) -> bool:
-    return not entry.is_read(resolved) and entry.name in _ATTRIBUTES
+    return not entry.is_read(resolved) and entry.name in ATTRIBUTES
 
 
 def _is_use() -> bool:
@@ -77,4 +77,4 @@ def _attributes() -> set[str]:
     return names
 
 
-_ATTRIBUTES = _attributes()
+ATTRIBUTES = _attributes()
