@@ -9,9 +9,11 @@ from torch import Tensor
 
 import library.measuring.measure as measure
 from library.errors import UserError
+from library.measuring import against_base
+from library.measuring.against_base import as_shown, beside_base
 from library.measuring.image_statistics import chroma, clipped_share, perceptual_distance, rms_distance, rms_diversity, vae_features
 from library.measuring.judges import Judges, load_judges
-from library.measuring.measure import Comparison, Measurer, Raters, seed_table
+from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Reward
@@ -188,13 +190,43 @@ def test_what_is_measured_in_parts_is_what_is_measured_at_once() -> None:
 def test_a_change_of_brightness_that_is_plainly_seen_has_visibility_1() -> None:
     measurer, network = measurer_for()
     shown = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
-    compare = Comparison(measurer.model, torch.zeros(1, 4, 8, 8), shown)
+    latents = torch.zeros(1, 4, 8, 8)
     for levels, visible in ((10, 1.0), (20, None), (0, 0.0)):
-        found = compare(torch.zeros(1, 4, 8, 8), (shown + levels) / 255)["perceptual_distance"] / compare.noticeable
+        _, seen = beside_base(measurer.model, latents[:, None], (shown + levels)[:, None] / 255, latents, shown)
+        assert seen is not None
+        found = seen.square()
         assert found.item() == pytest.approx(visible, rel=1e-3, abs=1e-6) if visible is not None else found.item() > 1.5
     record = measurer.measure(network, [-1.0, 1.0])
     assert record.visibility is not None and record.visibility.shape == (1, 2, 3) and (record.visibility[:, :, 1] == 0).all()
     assert record.visible_share(0) == (record.visibility[:, :, 0] > 1).mean()
+
+
+def test_pictures_are_compared_a_few_at_a_time_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    latents, base_latents = torch.randn(5, 2, 4, 8, 8, generator=generator), torch.randn(5, 4, 8, 8, generator=generator)
+    decoded, shown = torch.rand(5, 2, 3, 64, 64, generator=generator), (torch.rand(5, 3, 64, 64, generator=generator) * 255).byte()
+    seen = []
+
+    def watched(vae, pixels):
+        seen.append(len(pixels))
+        return vae_features(vae, pixels)
+
+    monkeypatch.setattr(against_base, "vae_features", watched)
+    monkeypatch.setattr(against_base, "features_at_once", lambda height, width: 2)
+    distances, visibility = beside_base(model, latents, decoded, base_latents, shown)
+    assert seen == [2] * 8 + [1] * 4  # the base pictures, those shifted, and two multipliers, of 2, 2 and 1 seeds
+    base = vae_features(model.vae, shown / 255)
+    for place in range(2):
+        pixels = as_shown(decoded[:, place]) / 255
+        expected = {
+            "latent_drift": rms_distance(latents[:, place], base_latents),
+            "pixel_drift": rms_distance(pixels, shown / 255),
+            "perceptual_distance": perceptual_distance(vae_features(model.vae, pixels), base),
+        }
+        for name, own in expected.items():
+            torch.testing.assert_close(distances[name][:, place], own)
+    assert visibility is not None and visibility.shape == (5, 2)
+    assert beside_base(model, latents, None, base_latents, None)[1] is None
 
 
 def test_base_pictures_are_taken_over_by_a_run_that_goes_on_if_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The pictures of one prompt in numbers: what they are like alone, and how far they are from the base model's of the same seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from library.measuring.image_statistics import (
     chroma,
     clipped_share,
     edge_energy,
+    features_at_once,
     nyquist_share,
     perceptual_distance,
     rms_distance,
@@ -23,36 +25,46 @@ NOTICEABLE = 10 / 255  # of the pixels' range: so much brighter, a picture is to
 SHARES = ("clipped",)  # kept as they are; the other statistics of pictures alone are divided by the base model's
 
 
-class Comparison:
-    """The pictures of a prompt beside the base model's [S], latents and pixels as shown (or None).
+def beside_base(
+    model: DiffusionModel, latents: Tensor, decoded: Tensor | None, base_latents: Tensor, base_shown: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """S pictures of a prompt at each of K multipliers beside the base model's. Features of a few pictures are held at a time: those of one
+    take up to 350 MB.
 
-    Attributes:
-        noticeable: perceptual distance [S] between each base picture and itself, brighter or darker by `NOTICEABLE`.
+    Args:
+        latents: [S, K, C, h, w].
+        decoded: pixels as decoded [S, K, 3, H, W], or None.
+        base_latents: [S, C, h, w].
+        base_shown: pixels as a picture file holds them, uint8 [S, 3, H, W]; looked at where `decoded` is given.
+
+    Returns:
+        Distances [S, K] by name, and how plainly the difference is seen [S, K] or None: the square root of the perceptual distance, 1 where
+        it is that of the base picture from itself, brighter or darker by `NOTICEABLE`.
     """
 
-    def __init__(self, model: DiffusionModel, latents: Tensor, shown: Tensor | None) -> None:
-        self.model, self.latents = model, latents
-        if shown is not None:
-            self.pixels = shown / 255
-            away = torch.where(self.pixels.mean((1, 2, 3), keepdim=True) > 0.5, -NOTICEABLE, NOTICEABLE)  # not into black or white
-            with model.vae_at_work():
-                self.features = vae_features(model.vae, self.pixels)
-                shifted = vae_features(model.vae, (self.pixels + away).clamp(0, 1))
-            self.noticeable = perceptual_distance(shifted, self.features).cpu().clamp_min(1e-12)
+    def each(function: Callable[[Tensor, Any], Tensor], pictures: Tensor, base: Any) -> Tensor:
+        return torch.stack([function(own, base).cpu() for own in pictures.unbind(1)], dim=1)
 
-    def __call__(self, latents: Tensor, decoded: Tensor | None) -> dict[str, Tensor]:
-        """Distances [S] by name."""
-        distances = {
-            "latent_drift": rms_distance(latents, self.latents),
-            "latent_statistics": channel_statistics_distance(latents, self.latents),
-        }
-        if decoded is not None:
-            pixels = as_shown(decoded) / 255
-            distances["pixel_drift"] = rms_distance(pixels, self.pixels)
-            with self.model.vae_at_work():
-                features = vae_features(self.model.vae, pixels)
-            distances["perceptual_distance"] = perceptual_distance(features, self.features).cpu()
-        return distances
+    distances = {
+        "latent_drift": each(rms_distance, latents, base_latents),
+        "latent_statistics": each(channel_statistics_distance, latents, base_latents),
+    }
+    if decoded is None or base_shown is None:
+        return distances, None
+    distances["pixel_drift"] = each(lambda own, base: rms_distance(as_shown(own) / 255, base), decoded, base_shown / 255)
+    perceptual, noticeable = [], []
+    count = features_at_once(*base_shown.shape[-2:])
+    with model.vae_at_work():
+        for own, shown in zip(decoded.split(count), base_shown.split(count), strict=True):
+            base = shown / 255
+            away = torch.where(base.mean((1, 2, 3), keepdim=True) > 0.5, -NOTICEABLE, NOTICEABLE)  # not into black or white
+            features = vae_features(model.vae, base)
+            shifted = vae_features(model.vae, (base + away).clamp(0, 1))
+            noticeable.append(perceptual_distance(shifted, features).cpu().clamp_min(1e-12))
+            del shifted
+            perceptual.append(each(lambda one, two: perceptual_distance(vae_features(model.vae, as_shown(one) / 255), two), own, features))
+    distances["perceptual_distance"] = torch.cat(perceptual)
+    return distances, (distances["perceptual_distance"] / torch.cat(noticeable)[:, None]).sqrt()
 
 
 def picture_statistics(latents: Tensor, decoded: Tensor | None) -> dict[str, float]:

@@ -56,15 +56,27 @@ def vae_features(vae: Autoencoder, pixels: Tensor) -> list[Tensor]:
     Returns:
         A tensor [B, c, h, w] for each, float32, on the VAE's device.
     """
-    shrink = FEATURE_SIZE / max(pixels.shape[-2:])
-    pixels = pixels.to(vae.device, torch.float32)
-    if shrink < 1:
-        size = [max(1, round(side * shrink)) for side in pixels.shape[-2:]]
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    at_once = max(1, FEATURE_SIZE**2 // (pixels.shape[2] * pixels.shape[3]))
+    height, width = pixels.shape[-2:]
+    size = _looked_at(height, width)
     with torch.autocast(vae.device.type, enabled=False):
-        parts = [_encoder_taps(vae, batch) for batch in pixels.split(at_once)]
+        parts = []
+        for batch in pixels.split(features_at_once(height, width)):
+            batch = batch.to(vae.device, torch.float32)
+            if size != (height, width):
+                batch = F.interpolate(batch, size, mode="bilinear", antialias=True)
+            parts.append(_encoder_taps(vae, batch))
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def features_at_once(height: int, width: int) -> int:
+    """How many pictures of this size go through the encoder at once."""
+    size = _looked_at(height, width)
+    return max(1, FEATURE_SIZE**2 // (size[0] * size[1]))
+
+
+def _looked_at(height: int, width: int) -> tuple[int, int]:
+    shrink = min(1.0, FEATURE_SIZE / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
 
 
 def _encoder_taps(vae: Autoencoder, pixels: Tensor) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.measuring.against_base import Comparison, as_shown, mean_of, picture_statistics, statistics_of
+from library.measuring.against_base import as_shown, beside_base, mean_of, picture_statistics, statistics_of
 from library.measuring.judges import Judges
 from library.measuring.pictures import BasePictures, Part, PromptPictures
 from library.measuring.record import REWARD, EvaluationRecord
@@ -141,17 +141,14 @@ class Measurer:
             alone, distances = [[] for _ in others], [[] for _ in others]
             for made in self._sampled(network, others, f"measuring {name}", part):
                 tables.append(made.scores)
-                compare = Comparison(self.model, base.latents[made.row], base.shown[made.row] if made.decoded is not None else None)
-                seen = []
+                shown = base.shown[made.row] if made.decoded is not None else None
+                found, seen = beside_base(self.model, made.latents, made.decoded, base.latents[made.row], shown)
                 for place in range(len(others)):
                     decoded = None if made.decoded is None else made.decoded[:, place]
                     alone[place].append(picture_statistics(made.latents[:, place], decoded))
-                    found = compare(made.latents[:, place], decoded)
-                    if decoded is not None:
-                        seen.append((found["perceptual_distance"] / compare.noticeable).sqrt().double().numpy())
-                    distances[place].append({key: value.mean().item() for key, value in found.items()})
-                if made.decoded is not None:
-                    visibility.append(np.stack(seen, axis=-1))
+                    distances[place].append({key: value[:, place].mean().item() for key, value in found.items()})
+                if made.decoded is not None and seen is not None:
+                    visibility.append(seen.double().numpy())
                     if len(pictures) < self.num_pictures:
                         own = as_shown(made.decoded[0])
                         pictures.append(torch.cat([own[:zero], base.shown[made.row][:1], own[zero:]]))

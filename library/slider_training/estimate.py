@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.measuring.image_statistics import vae_features
+from library.measuring.image_statistics import features_at_once, vae_features
 from library.models.base import DiffusionModel
 from library.models.packed import pack_unet
 from library.models.vae import VaeFingerprint
@@ -218,5 +218,6 @@ def measurement(made: SliderParts, within: Callable[[str], AbstractContextManage
     with within(DECODE):
         shown = decode(model, latents[: max(1, DECODED_PIXELS // (size[0] * size[1]))])  # as many as are decoded at once
     with within(COMPARE), model.vae_at_work():
-        own = [vae_features(model.vae, shown[:1].expand(len(pictures.measurer.seeds[0]), -1, -1, -1)) for _ in range(2)]
-    del own
+        held = min(features_at_once(*size), len(pictures.measurer.seeds[0]))
+        own = [vae_features(model.vae, shown[:1].expand(held, -1, -1, -1)) for _ in range(2)]
+        del own
