@@ -187,32 +187,61 @@ def test_the_examples_counts_are_of_their_own_settings(name: str, family: str, t
 
 FAKE_LECO = """
 from types import SimpleNamespace as RootConfig, SimpleNamespace as PromptSettings
-import torch, train_util, wandb
+import library, torch, train_util, wandb
+assert library.WHOSE == "theirs"
 model_util = RootConfig()
 class LoRANetwork: pass
 def train(config, prompts):
-    unet, side = model_util.load_models("")[2], prompts[0].resolution // 8
-    text = train_util.encode_prompts(None, None, ["a"])
-    steps = torch.randint(1, 4, (1,)).item()
-    with torch.no_grad():
-        for _ in range(steps):
-            unet(torch.zeros(2, 4, side, side), 500, text.repeat(2, 1, 1))
-    unet(torch.zeros(1, 4, side, side).requires_grad_(), 500, text).sample.sum().backward()
+    unet, side, batch = model_util.load_models("")[2], prompts[0].resolution // 8, prompts[0].batch_size
+    text = train_util.encode_prompts(None, None, ["a"]).repeat(batch, 1, 1)
+    schedule = train_util.get_lr_scheduler()
+    for _ in range(config.train["iterations"]):
+        steps = torch.randint(1, 4, (1,)).item()
+        with torch.no_grad():
+            for _ in range(steps):
+                unet(torch.zeros(2 * batch, 4, side, side), 500, text.repeat(2, 1, 1))
+        unet(torch.zeros(batch, 4, side, side).requires_grad_(), 500, text).sample.sum().backward()
+        schedule.step()
 """
 
 
 @pytest.mark.slow
-def test_another_programs_step_is_counted_and_one_that_does_not_run_is_a_line(tmp_path: Path) -> None:
-    random_model("sd1", tiny=True).unet.save_pretrained(tmp_path / "unet")
+def test_another_programs_update_is_counted_and_timed_in_turn_with_ours_and_one_that_does_not_run_is_a_line(tmp_path: Path) -> None:
+    unet: Any = random_model("sd1", tiny=True).unet
+    unet.register_to_config(sample_size=8)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "__init__.py").write_text("WHOSE = 'theirs'", encoding="utf-8")
     (tmp_path / "train_lora.py").write_text(FAKE_LECO, encoding="utf-8")
     (tmp_path / "train_util.py").write_text("", encoding="utf-8")
-    found = compare.theirs("leco", tmp_path, tmp_path / "unet")
+    ours, errors, randint, steps = sys.modules["library"], sys.modules["library.errors"], torch.randint, []
+
+    def step() -> None:
+        """Where ours runs, all is ours."""
+        assert sys.modules["library"] is ours and importlib.import_module("library.errors") is errors and torch.randint is randint
+        steps.append(time.process_time())
+
+    def row(title: str, equal: bool) -> dict[str, Any]:
+        found = compare.theirs(compare.PROGRAMS[title], tmp_path, sharing(unet), equal, step, pairs=2)
+        return {"program": title, "width": "tiny", "equal": equal, "run_samples": 10, "forward_flops": {"unet": 1000}, **found}
+
+    found, broken = row("p1atdev/LECO", False), row("ai-toolkit ConceptSliderTrainer", False)
     assert (found["samples"], found["rows"]) == (1, {"forward": 2 * 2 + 1, "with_gradient": 1}) and found["flops"] > 0
-    broken = compare.theirs("ai_toolkit", tmp_path, tmp_path / "unet")
+    assert len(found["seconds"]["theirs"]) == len(found["seconds"]["ours"]) == len(steps) == 2 and min(found["seconds"]["theirs"]) > 0
     assert broken["error"].startswith("does not run here: ModuleNotFoundError")
-    own = {"program": "LECO score", "flops": found["flops"], "samples": 2, "rows": found["rows"], "forward_flops": found["flops"]}
-    text = compare.table([own, {"program": "LECO", **found}, {"program": "ai-toolkit", **broken}])
-    assert "| LECO | 5.0 | 1.0 |" in text and "2.0 x |" in text and "does not run here" in text
+    assert sys.modules["library"] is ours and "train_lora" not in sys.modules and str(tmp_path) not in sys.path
+    larger = row("p1atdev/LECO", True)
+    assert larger["samples"] == 4 and larger["flops"] == pytest.approx(4 * found["flops"], rel=0.01)
+    seconds = {"theirs": [2.0, 4.0], "ours": [1.0, 1.0]}  # one sample of theirs beside two of ours
+    own = {**found, "program": "LECO score", "flops": 8000, "samples": 2, "seconds": {}, "beside": 60.0}
+    text = compare.table([own, {**found, "flops": 12000, "seconds": seconds}, broken])
+    assert "| LECO score | 2 | 2.5 | 0.5 | 4.0 | 1 x | 10 | 0.1 | 1 x | 1 |" in text
+    assert "| p1atdev/LECO | 1 | 5.0 | 1.0 | 12.0 | 3 x | 10 | 0.1 | 1.2 x | 6 x (5 to 7) |" in text and "does not run here" in text
+
+
+def test_what_a_run_costs_beside_its_training_is_told_in_forwards() -> None:
+    part = {"evaluations": 100, "decoded": 4, "encoded": 6}
+    run = {"parts": {"train": part, "measure while training": part, "save": dict.fromkeys(part, 0)}}
+    assert compare.beside(run, {"unet": 10, "decoded": 20, "encoded": 5}) == 100 + 4 * 2 + 6 / 2
 
 
 @pytest.mark.parametrize("name", ["optimizers", "scorer"])
