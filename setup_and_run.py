@@ -11,7 +11,7 @@ torch that you installed into it yourself stays, if it has that version. All tha
 of what needs optional packages, which it puts into the folder .optional, where nothing else sees them.
 """
 
-from __future__ import annotations  # so that an old Python gets as far as being told that it is too old
+from __future__ import annotations  # so that an old Python gets as far as the message that it is too old
 
 import argparse
 import importlib.metadata

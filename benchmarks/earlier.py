@@ -7,7 +7,6 @@ Both trees' packages have the same names, so that a step runs with its own tree'
 their weights: the U-Net of the tests, and one of SD1.5's width (some 5 GB), with random weights and latents of 8 x 8.
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarks import ROOT
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.meter import environment
 from benchmarks.random_models import random_model
 from benchmarks.shapes_runs import write_results
@@ -99,16 +98,16 @@ def compare(earlier: Path, width: str, pairs: int, settings: Sequence[str]) -> d
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| U-Net | steps | earlier, CPU s | now, CPU s | earlier / now, step by step (quartiles) |", "|" + "---|" * 5]
+    lines = []
     for row in rows:
-        before, now = (f"{median(row['seconds'][name]):.2f}" for name in ("earlier", "now"))
+        seconds = (f"{median(row['seconds'][name]):.2f}" for name in ("earlier", "now"))
         spread = "{:.2f} to {:.2f}".format(*row["quartiles"])
-        lines.append(f"| {row['width']} | {len(row['seconds']['now'])} | {before} | {now} | {row['ratio']:.2f} ({spread}) |")
-    return "\n".join(lines)
+        lines.append([row["width"], len(row["seconds"]["now"]), *seconds, f"{row['ratio']:.2f} ({spread})"])
+    return markdown_table(["U-Net", "steps", "earlier, CPU s", "now, CPU s", "earlier / now, step by step (quartiles)"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("earlier", type=Path, help="folder of the other checkout")
     parser.add_argument("--widths", nargs="+", choices=("tiny", "published"), default=["tiny"])
     parser.add_argument("--pairs", type=int, default=16, help="of steps, 2 or more")

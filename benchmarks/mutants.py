@@ -9,7 +9,6 @@ this process, which has torch and diffusers imported and nothing of the project;
 times the CPU time that they take unchanged, and 10 seconds; a mutant that takes longer is killed, too. POSIX only.
 """
 
-import argparse
 import ast
 import contextlib
 import importlib
@@ -34,7 +33,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from benchmarks import ROOT
+from benchmarks import ROOT, argument_parser
 
 AREAS = {  # patterns of files, and the tests of them
     "solvers": ("library/diffusion/solvers.py", "solvers"),
@@ -247,7 +246,7 @@ class Copy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--areas", nargs="+", choices=AREAS, default=list(AREAS), help="Which parts of the project are changed.")
     parser.add_argument("--count", type=int, default=50, help="How many mutants of each area are drawn.")
     parser.add_argument("--seed", type=int, default=0, help="Of the draw.")

@@ -7,7 +7,6 @@ as two). Gains are in within-prompt standard deviations of the base model over h
 trained on other drawings. An arm is a change of the defaults; what was trained and measured is kept in output/proofs and not made again.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.proofs.runs import OUTPUT, PLAIN, measure, slider
 from benchmarks.shapes_runs import learned_from_few, learned_scorer, write_results
 from examples.shapes.scores import SCORES
@@ -186,7 +185,7 @@ def _table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--score", default="size", choices=list(SCORES))
     parser.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS)
     parser.add_argument("--arms", nargs="+", help="only these, by name")

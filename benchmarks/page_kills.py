@@ -7,7 +7,6 @@ that it runs, or to both; then Go on is pressed. Each training is killed ten tim
 which nobody killed, to the bit. Meanwhile ratings are given, and all must be there in the end. POSIX only.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -22,6 +21,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import argument_parser
 from benchmarks.reliability import broken_files
 from library.rating.store import Project
 from tests.helpers.rating_project import drawn_project, served, short_recipe, stars_of
@@ -111,7 +111,7 @@ def kill_trainings(folder: Path, num_kills: int, draw: random.Random) -> Counter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="Of the project; a new one.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import ROOT
+from benchmarks import ROOT, argument_parser, markdown_table
 from examples.shapes.scores import SCORES
 from library.models.loading import load_model
 from library.rating.agreement import rank_correlation
@@ -228,7 +228,7 @@ def curves(score: str, seed: int, project: Project) -> list[dict[str, Any]]:
 
 def curve_table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean of the true rank correlation over scores and seeds, and a 95 % interval of that mean."""
-    lines = ["| mode | order | " + " | ".join(map(str, SIZES)) + " |", "|---|---|" + "---|" * len(SIZES)]
+    lines = []
     for mode in ("stars", "pairs"):
         for order in ("random", "chosen"):
             cells = []
@@ -236,15 +236,14 @@ def curve_table(rows: Sequence[dict[str, Any]]) -> str:
                 values = [r["true_srcc"] for r in rows if (r["mode"], r["order"], r["answers"]) == (mode, order, size)]
                 half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
                 cells.append(f"{np.mean(values):.3f} ± {half:.3f}" if values else "")
-            lines.append(f"| {mode} | {order} | " + " | ".join(cells) + " |")
+            lines.append([mode, order, *cells])
     honest = [r["page"][1] <= r["on_new_answers"] <= r["page"][2] for r in rows if r.get("page")]
-    if honest:
-        lines.append(f"\nThe page's interval holds the figure on new answers in {sum(honest)} of {len(honest)} cases.")
-    return "\n".join(lines)
+    said = f"\n\nThe page's interval holds the figure on new answers in {sum(honest)} of {len(honest)} cases." if honest else ""
+    return markdown_table(["mode", "order", *SIZES], lines) + said
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("part", choices=("session", "curves"))
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), default=["brightness", "size", "warmth"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -8,7 +8,6 @@ averaged weights are held against the people's mean on the last fifth. Heads tha
 learns to see from the photographs without ratings does so once. What was made is kept in `--work` and not made again.
 """
 
-import argparse
 import csv
 import dataclasses
 import itertools
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ROOT
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.photographs import SCORES, Opinions, Photographs, encoded, fast_precision, has_bfloat16, load_taesd, pictures_of, read_oasis
 from benchmarks.real_ratings import FOLDS, T_OF_FOLDS, folds_of, load_backbone, look, moments_of, pixels_of, pretrained, standardised
 from benchmarks.shapes_runs import write_results
@@ -148,25 +147,16 @@ def interval(values: np.ndarray) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each way to learn, score and number of ratings; what is trained at the step that is best for the mean of the folds."""
-    columns = (
-        "learned by",
-        "score",
-        "ratings",
-        "rank correlation",
-        "less moments, fold by fold",
-        "step",
-        f"mean after every {EVERY} steps",
-    )
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = []
     for row in rows:
         curves = np.array(row["srcc"])  # [FOLDS, measured]
         best = int(curves.mean(0).argmax())
         other = next(own for own in rows if own["kind"] == MOMENTS and all(own[key] == row[key] for key in ("score", "count")))
         less = interval(curves[:, best] - np.array(other["srcc"])[:, 0]) if row is not other else ""
         steps = (EVERY * (best + 1), ", ".join(f"{value:.2f}" for value in curves.mean(0))) if curves.shape[1] > 1 else ("", "")
-        cells = (row["kind"], row["score"], row["count"], interval(curves[:, best]), less, *steps)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append((row["kind"], row["score"], row["count"], interval(curves[:, best]), less, *steps))
+    measured = ("rank correlation", "less moments, fold by fold", "step", f"mean after every {EVERY} steps")
+    return markdown_table(("learned by", "score", "ratings", *measured), lines)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -177,7 +167,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--oasis", type=Path, required=True)
     parser.add_argument("--taesd", type=Path, required=True)
     parser.add_argument("--efficientnet", type=Path, required=True)

@@ -7,7 +7,6 @@ photographs without ratings. 5-fold cross-validation: a scorer is trained on rat
 tiny VAE. What takes long is kept in `--work` and not made again.
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.photographs import SIZE, Opinions, Photographs, encoded, fast_precision, load_taesd, pictures_of, read_oasis
-from benchmarks.shapes_runs import write_results
+from benchmarks.shapes_runs import SIGMAS, write_results
 from library.atomic_files import atomic_save_safetensors, load_tensors
 from library.scorer_training.closed_form import ridge
 from library.scorer_training.criteria.imitation import imitation_losses
@@ -33,7 +32,6 @@ from library.scorers.kinds.efficientnet_lite import EfficientNetLite, Seen
 from library.settings.cli import run_main
 
 COUNTS = (25, 50, 100, 200, 400)  # and all
-SIGMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 FOLDS, DRAWS, PERSONS = 5, 4, 3
 BATCH, LEARNING_RATE, CLEAN = 8, 2e-3, 0.25
 T_OF_FOLDS = 2.776  # Student's t for a 95 % interval of the mean of 5
@@ -214,7 +212,7 @@ def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> s
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--oasis", type=Path, required=True)
     parser.add_argument("--taesd", type=Path, required=True)
     parser.add_argument("--efficientnet", type=Path, required=True)

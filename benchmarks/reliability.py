@@ -8,7 +8,6 @@ Every run is a process forked from this one, which has everything imported: of `
 (`resume = auto`), and must end in the bits of the run that was never interrupted, with nothing left over. POSIX only.
 """
 
-import argparse
 import copy
 import os
 import random
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 
 import train_latent_scorer
 import train_leco_score
-from benchmarks import markdown_table
+from benchmarks import argument_parser, markdown_table
 from examples.shapes.draw_pictures import write_ratings
 from library.errors import UserError
 from library.models.config import ModelConfig
@@ -257,7 +256,7 @@ def end_by_force(case: Case, home: Path, num_kills: int, num_signals: int, draw:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--kills", type=int, default=50, help="Runs of each that are killed, half at random, half at a write.")
     parser.add_argument("--signals", type=int, default=12, help="Runs of each that get SIGINT or SIGTERM.")

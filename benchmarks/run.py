@@ -14,7 +14,6 @@ with gradient counts 3: its backward pass is about two), pictures at the VAE's d
 the perceptual distance), latents at the scorers. What a part holds is what happens while it is the innermost one that is open.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -31,7 +30,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_leco_score
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.meter import Counts, Meter, environment
 from benchmarks.random_models import PROMPTS
 from benchmarks.shapes_runs import MODEL, learned_scorer, write_results, written_prompts
@@ -190,7 +189,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--config_file", nargs="+", type=Path, help="measure these runs in place of the cases; their output goes nowhere")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "run.json", help="JSON file; a table goes beside it")

@@ -8,7 +8,6 @@ true score of validation pictures, at each noise level; classes and tags have th
 trained again, so several processes may share the work by --kinds.
 """
 
-import argparse
 import json
 import logging
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.shapes_runs import (
     SIGMAS,
     activation_bytes,
@@ -124,7 +123,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--criteria", nargs="+", choices=list(CRITERIA), default=list(CRITERIA))
     parser.add_argument("--steps", type=int, default=150)

@@ -9,7 +9,6 @@ weight +1 and at most -1 at weight -1, monotone in between, shape and colour wit
 scorer of at least 0.95 SRCC on clean held-out pictures.
 """
 
-import argparse
 import itertools
 import json
 import subprocess
@@ -17,7 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.shapes_runs import write_results
 from library.measuring.record import EvaluationRecord
 from library.scorers.io import load_scorer
@@ -86,7 +85,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--kinds", nargs="+", default=["latent_resnet"], help="kinds of scorer")
     parser.add_argument("--scores", nargs="+", default=["brightness", "size"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks import argument_parser
 from benchmarks.meter import Counts, Meter, environment, peak_resident
 from benchmarks.random_models import PROMPTS, random_model, untrained_scorer
 from library.atomic_files import atomic_write_text
@@ -227,7 +228,7 @@ def _row(words: Sequence[object]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This benchmark's own options, and the words for the trainer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--random_weights", choices=FAMILIES, help="measure a family's published size with random weights")
     parser.add_argument("--tiny", action="store_true", help="with --random_weights: the model of the tests, with latents of 8 x 8")
     parser.add_argument("--train_batch_size", nargs="+", type=int, default=[RolloutConfig().batch_size])

@@ -9,7 +9,6 @@ gains on held-out prompts, captions obeyed, what else moved, and how well the sc
 score of what becomes of them. What is there already is not trained again.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT, markdown_table
+from benchmarks import ROOT, argument_parser, markdown_table
 from benchmarks.proofs.__main__ import markdown
 from benchmarks.proofs.runs import Row, attached, measure, measurer, prompts, row, scorer, slider
 from benchmarks.proofs.strength import SEEDS, calibrated
@@ -148,7 +147,7 @@ def tables(found: dict[str, list[Row]]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argument_parser(__doc__).parse_args()
     torch.set_num_threads(1)
     found = {"strength": strengths(), "side_effects": side_effects(), "rank_correlations": rank_correlations()}
     RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -189,7 +189,7 @@ def write_cards(lora_file: str | Path, spec: BaseModel, card: Card, folder: Path
 
 
 def _family(spec: BaseModel, sd1: str, sd2: str, sdxl: str, **others: str) -> str:
-    """One of these names, told as A1111 tells the family of a file without a card; `others` by ss_base_model_version."""
+    """One of these names, as A1111 recognises the family of a file without a card; `others` by ss_base_model_version."""
     version = spec.base_model_version
     if spec.prediction_type == "flow":
         return others.get(version, "Unknown")

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.tiny_leco_run import make_workplace
 
     return make_workplace(tmp_path_factory.mktemp("leco"))
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a script's main as a command that has to fail -> its one sentence, without the "error: "."""
+    from library.settings.cli import run_main
+
+    def refused(main: Callable[[], object], *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        [sentence] = [line for line in said.splitlines() if line.startswith("error: ")]
+        return sentence.removeprefix("error: ")
+
+    return refused
 
 
 LONGEST_ID = 60  # characters; a hostile prompt has 100,000

@@ -286,20 +286,25 @@ def test_a_section_that_fails_or_hangs_does_not_end_the_rest(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_command_runs_its_sections_in_processes_of_their_own_and_needs_no_more_than_the_requirements(
+def test_the_command_runs_a_section_in_a_process_of_its_own_and_needs_no_more_than_the_requirements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every package of requirements-test.txt out of reach: the CUDA tests are skipped with the reason, and the rest runs."""
+    """With every package of requirements-test.txt out of reach."""
     hidden = [line.split(">")[0].split("[")[0] for line in (ROOT / "requirements-test.txt").read_text().splitlines() if line[0] != "#"]
     blocked = {name.replace("-", "_"): None for name in hidden} | {"xdist": None}
     assert "pytest" in blocked and "peft" in blocked
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update({blocked!r})\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert gpu_check.main(["--device", "cpu", "--tiny", "--sections", "tests", "scorer", "--output_dir", str(tmp_path)]) == 0
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--sections", "scorer", "--output_dir", str(tmp_path)]) == 0
     [path] = tmp_path.glob("gpu_cpu_*.json")
-    found = {section["name"]: section for section in json.loads(path.read_text())["sections"]}
-    assert {name: section["status"] for name, section in found.items()} == {"tests": "skipped", "scorer": "passed"}
-    assert found["scorer"]["result"]["scorer_size"] == "tiny"
+    [section] = json.loads(path.read_text())["sections"]
+    assert (section["name"], section["status"], section["result"]["scorer_size"]) == ("scorer", "passed", "tiny")
+
+
+def test_without_pytest_the_cuda_tests_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    result = gpu_sections.tests(torch.device("cpu"), True)
+    assert judge_section(result) == "skipped" and "requirements-test.txt" in result["skipped"]
 
 
 def test_judging_a_step() -> None:

@@ -206,31 +206,26 @@ def test_config_file_alone_is_enough(files, tmp_path, monkeypatch, capsys):
         ({"also": ["num_steps="]}, "'num_steps=' is no way of sampling"),
     ],
 )
-def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, monkeypatch, capsys, changes, message):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, arguments(files, tmp_path / "out", **changes))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("error: ") and message in error
+def test_bad_input_ends_with_one_sentence_and_writes_nothing(files, tmp_path, refused, changes, message):
+    assert message in refused(evaluate_slider.main, *arguments(files, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_score_that_is_no_number_is_one_sentence(files, tmp_path, monkeypatch, capsys):
+def test_a_score_that_is_no_number_is_one_sentence(files, tmp_path, refused):
     path = tmp_path / "broken.safetensors"
     weights = {name: torch.full_like(weight, torch.nan) for name, weight in load_file(files / "scorer.safetensors").items()}
     with safe_open(files / "scorer.safetensors", "pt") as file:
         save_file(weights, path, file.metadata())
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, arguments(files, tmp_path / "out", scorer=[str(path)]))
-    assert stopped.value.code == 2 and "first: broken is not finite at weight -1; the model" in capsys.readouterr().err
+    sentence = refused(evaluate_slider.main, *arguments(files, tmp_path / "out", scorer=[str(path)]))
+    assert "first: broken is not finite at weight -1; the model" in sentence
 
 
-def test_a_scorer_for_another_vae_is_refused(files, tmp_path, monkeypatch, capsys):
+def test_a_scorer_for_another_vae_is_refused(files, tmp_path, refused):
     other = tiny_model(seed=5)
     architecture = SCORER_KINDS["latent_resnet"].preset("tiny") | {"in_channels": 4}
     save_scorer(
         tmp_path / "scorer.safetensors",
         build_scorer(ScorerSpec(kind="latent_resnet", architecture=architecture, vae=other.vae_fingerprint())),
     )
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, arguments(files, tmp_path / "out", scorer=[str(tmp_path / "scorer.safetensors")]))
-    assert stopped.value.code == 2 and "another VAE" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    words = arguments(files, tmp_path / "out", scorer=[str(tmp_path / "scorer.safetensors")])
+    assert "another VAE" in refused(evaluate_slider.main, *words) and not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """The transformer over latents: places, sizes, memory, and learning from hidden patches."""
 
-import math
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from library.errors import UserError
 from library.scorer_training.criteria.masked import MaskedLatentPretraining, draw_visible
 from library.scorers.kinds.latent_resnet import LatentResNet
 from library.scorers.kinds.latent_vit import LatentViT, axial_angles, grid_positions, rotate
+from tests.helpers.scorers import noise
 
 PLAIN = {"stem": 0, "registers": 0}
 VARIANTS = [{"patch": 2}, PLAIN]
@@ -20,10 +20,6 @@ VARIANTS = [{"patch": 2}, PLAIN]
 def make_vit(seed: int = 0, **changes: Any) -> LatentViT:
     torch.manual_seed(seed)
     return LatentViT(**{"in_channels": 4, "width": 32, "depth": 2, "heads": 2, "patch": 1, **changes}).eval()
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # -- places --------------------------------------------------------------------------------------------------------------
@@ -57,19 +53,6 @@ def test_the_place_of_a_patch_matters() -> None:
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("size", [(5, 7), (12, 8)])
-def test_any_size(changes: dict[str, Any], size: tuple[int, int]) -> None:
-    vit, latents = make_vit(**changes), noise(3, 4, *size).requires_grad_()
-    sigmas = torch.tensor([0.0, 1.0, math.inf])
-    features = vit(latents, sigmas)
-    assert features.shape == (3, vit.feature_width) and features.isfinite().all()
-    alone = torch.cat([vit(latents[i : i + 1], sigmas[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
-    (gradient,) = torch.autograd.grad(features[0].square().sum(), latents)
-    assert (gradient[0].abs().sum(0) > 0).all() and not gradient[1:].any()  # every cell counts, of its own picture only
 
 
 def test_a_patch_that_sticks_out_repeats_the_border() -> None:

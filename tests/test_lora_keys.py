@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -16,7 +16,7 @@ from library.models.single_file import bundled_config
 from networks.lora import LoRANetwork, create_network
 from networks.lora_keys import sgm_path, text_encoder_key, unet_family, unet_key
 from networks.lora_targets import find_targets, layers_inside
-from tests.helpers.tiny_models import FAMILY_NAMES, tiny_model, unet_to_ldm
+from tests.helpers.tiny_models import FAMILY_NAMES, pipeline_of, tiny_model, unet_to_ldm
 
 
 def _full_size(family: str) -> tuple[UNet2DConditionModel, list[nn.Module]]:
@@ -122,16 +122,6 @@ def _random_network(model: DiffusionModel, **network_args: Any) -> LoRANetwork:
     return network
 
 
-def _pipeline(model: DiffusionModel) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    parts: dict[str, Any] = {"unet": model.unet, "vae": model.vae, "scheduler": DDIMScheduler()}
-    for text_encoder, tokenizer, ending in zip(model.text_encoders, model.tokenizers, ("", "_2"), strict=False):
-        parts |= {f"text_encoder{ending}": text_encoder, f"tokenizer{ending}": tokenizer}
-    if model.spec.family == "sdxl":
-        return StableDiffusionXLPipeline(**parts)
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts)
-
-
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_diffusers_applies_every_module_as_we_mean_it(family: str, tmp_path: Path) -> None:
     """Fused by Diffusers, each weight moves by up @ down * alpha / rank, and no other weight moves: float32 rounding of sums near 1."""
@@ -140,7 +130,7 @@ def test_diffusers_applies_every_module_as_we_mean_it(family: str, tmp_path: Pat
     network = _random_network(model, conv_dim="3", conv_alpha="0.5")
     network.save_weights(tmp_path / "lora.safetensors")
     file = load_file(tmp_path / "lora.safetensors")
-    pipeline = _pipeline(model)
+    pipeline = pipeline_of(model)
     components = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": getattr(pipeline, "text_encoder_2", None)}
     components = {part: component for part, component in components.items() if component is not None}
     before = {part: {name: value.clone() for name, value in component.state_dict().items()} for part, component in components.items()}

@@ -5,36 +5,17 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from library.diffusion.noise_schedule import v_to_eps
 from library.diffusion.solvers import ddim_step
 from library.errors import UserError
-from library.models.base import DiffusionModel
 from library.models.clip_tokenizer import build_clip_tokenizer
-from library.models.registry import FAMILIES
-from library.models.single_file import bundled_config
 from library.models.vae import VaeFingerprint, probe_picture
 from library.types import Conditioning
-from tests.helpers.tiny_models import FAMILY_NAMES, IMAGE_SIZE, KINDS, LATENT_SIZE, tiny_model, tiny_vae
+from tests.helpers.tiny_models import FAMILY_NAMES, IMAGE_SIZE, KINDS, LATENT_SIZE, pipeline_of, tiny_model, tiny_vae
 
 PROMPTS = ["a photo of a cat", "the night sky, oil on canvas"]
-
-
-def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    scheduler = DDIMScheduler.from_config(
-        bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
-    )
-    parts = {"unet": model.unet, "vae": model.vae, "scheduler": scheduler}
-    for slot, text_encoder, tokenizer in zip(FAMILIES[model.spec.family].text_encoders, model.text_encoders, model.tokenizers, strict=True):
-        parts |= {slot.folder: text_encoder, slot.tokenizer_folder: tokenizer}
-    if model.spec.family == "sdxl":
-        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def noise(rows: int = 2, seed: int = 0) -> Tensor:

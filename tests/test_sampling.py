@@ -7,13 +7,10 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import (
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
@@ -28,7 +25,7 @@ from networks.lora import LoRANetwork, create_network
 from networks.lora_module import LoRAModule, Strength
 from networks.lora_options import Dropouts
 from networks.lora_targets import Target
-from tests.helpers.tiny_models import tiny_model, tiny_unet_config
+from tests.helpers.tiny_models import pipeline_of, tiny_model, tiny_unet_config
 
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
 SEEDS = [11, 12, 13]
@@ -49,43 +46,12 @@ def network_for(model, with_text_encoder: bool = False, size: float = 0.1) -> Lo
     return network
 
 
-def ddim_of(kind: str, prediction_type: str) -> DDIMScheduler:
-    config = bundled_config(kind)["scheduler"] | {"prediction_type": prediction_type, "clip_sample": False}
-    return DDIMScheduler.from_config(config)
-
-
-def pipeline_of(model, scheduler) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoders[0],
-        tokenizer=model.tokenizers[0],
-        unet=model.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("kind", ["sd1", "sd2_v"])
-def test_equals_diffusers(kind, guidance_scale):
+@pytest.mark.parametrize(("kind", "guidance_scale", "size"), [("sd1", 1.0, (64, 96)), ("sd2_v", 5.0, (64, 96)), ("sdxl", 5.0, (96, 64))])
+def test_equals_diffusers(kind, guidance_scale, size):
     model = tiny_model(kind)
-    pipeline = pipeline_of(model, ddim_of(model.spec.family, model.spec.prediction_type))
-    noise, _ = initial_noise(SEEDS, (4, 8, 12))
-    expected = pipeline(
-        prompt=[prompt.prompt for prompt in PROMPTS],
-        negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
-        latents=noise,
-        height=64,
-        width=96,
-        num_inference_steps=4,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-    ).images
-    ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, num_steps=4, guidance_scale=guidance_scale, size=(64, 96)))
+    pipeline = pipeline_of(model)
+    expected = their_latents(pipeline, 4, size, guidance_scale=guidance_scale)
+    ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, num_steps=4, guidance_scale=guidance_scale, size=size))
     torch.testing.assert_close(ours, expected, **ROUNDING)
     pixels = pipeline.image_processor.denormalize(
         pipeline.vae.decode(expected / model.spec.latent_space.scaling_factor, return_dict=False)[0]
@@ -112,16 +78,16 @@ def test_a_part_of_the_steps_and_of_the_unconditional_branch() -> None:
     assert model.num_unet_evaluations - before == sampling.num_evaluations == 5 and sampling.num_calls == 3
 
 
-def their_latents(model, scheduler, num_steps: int, **arguments):
+def their_latents(pipeline, num_steps: int, size: tuple[int, int], **arguments):
     """What a pipeline makes of PROMPTS and SEEDS, each row drawing from its own generator, as `sample` does."""
-    noise, generators = initial_noise(SEEDS, (4, 8, 8))
-    return pipeline_of(model, scheduler)(
+    noise, generators = initial_noise(SEEDS, (4, size[0] // 8, size[1] // 8))
+    return pipeline(
         prompt=[prompt.prompt for prompt in PROMPTS],
         negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
         latents=noise,
         generator=generators,
-        height=64,
-        width=64,
+        height=size[0],
+        width=size[1],
         num_inference_steps=num_steps,
         output_type="latent",
         **arguments,
@@ -149,7 +115,9 @@ def test_samplers_equal_diffusers(kind, solver, scheduler, spacing, guidance_res
     config = bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
     if spacing != "lcm":
         config["timestep_spacing"] = spacing
-    expected = their_latents(model, scheduler.from_config(config), 3, guidance_scale=3.0, guidance_rescale=guidance_rescale)
+    expected = their_latents(
+        pipeline_of(model, scheduler.from_config(config)), 3, (64, 64), guidance_scale=3.0, guidance_rescale=guidance_rescale
+    )
     sampling = replace(SAMPLING, guidance_scale=3.0, sampler=solver, spacing=spacing, guidance_rescale=guidance_rescale)
     torch.testing.assert_close(sample(model, None, PROMPTS, SEEDS, sampling=sampling), expected, atol=1e-3, rtol=1e-3)
 
@@ -172,7 +140,7 @@ def test_a_guidance_distilled_u_net_is_told_the_scale():
     for scale in (8.0, 3.0):
         model.embedded_guidance = scale
         pictures[scale] = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, sampler="lcm", spacing="lcm", guidance_scale=1.0))
-        expected = their_latents(model, LCMScheduler.from_config(config), 3, guidance_scale=scale)
+        expected = their_latents(pipeline_of(model, LCMScheduler.from_config(config)), 3, (64, 64), guidance_scale=scale)
         torch.testing.assert_close(pictures[scale], expected, **ROUNDING)
     assert (pictures[8.0] - pictures[3.0]).abs().max() > 0.01
 
@@ -181,35 +149,6 @@ def test_a_guidance_distilled_u_net_is_told_the_scale():
 def test_a_guidance_distilled_u_net_refuses_guidance_on_top(prompt, scale):
     with pytest.raises(UserError, match="takes its guidance scale as an input"):
         sample(guidance_distilled_model(), None, [prompt], [1], sampling=replace(SAMPLING, guidance_scale=scale))
-
-
-def test_equals_diffusers_sdxl():
-    model = tiny_model("sdxl")
-    pipeline = StableDiffusionXLPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoders[0],
-        text_encoder_2=model.text_encoders[1],
-        tokenizer=model.tokenizers[0],
-        tokenizer_2=model.tokenizers[1],
-        unet=model.unet,
-        scheduler=ddim_of("sdxl", "epsilon"),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    noise, _ = initial_noise(SEEDS, (4, 12, 8))
-    expected = pipeline(
-        prompt=[prompt.prompt for prompt in PROMPTS],
-        negative_prompt=[prompt.negative_prompt for prompt in PROMPTS],
-        latents=noise,
-        height=96,
-        width=64,
-        num_inference_steps=3,
-        guidance_scale=5.0,
-        output_type="latent",
-    ).images
-    ours = sample(model, None, PROMPTS, SEEDS, sampling=replace(SAMPLING, guidance_scale=5.0, size=(96, 64)))
-    torch.testing.assert_close(ours, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler_a", "dpmpp_2m"])

@@ -221,13 +221,11 @@ def test_a_rated_source_is_compared_with_and_its_pictures_need_not_be_files(fold
         ({"--resolution": "256"}, "resolution is set, but no scorer is given"),
     ],
 )
-def test_bad_input_ends_with_one_sentence_and_writes_no_table(folder, tmp_path, monkeypatch, capsys, changes, message) -> None:
+def test_bad_input_ends_with_one_sentence_and_writes_no_table(folder, tmp_path, refused, changes, message) -> None:
     words = {"--images": "{folder}", "--judge": "{judges}:brightness", "--output_dir": str(tmp_path / "out")} | changes
     places = {"folder": folder, "judges": tmp_path / "judges.py"}
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *[word for key, value in words.items() if value is not None for word in (key, value.format(**places))])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("error: ") and message in error
+    given = [word for key, value in words.items() if value is not None for word in (key, value.format(**places))]
+    assert message in refused(score_images.main, "--num_threads", 1, *given)
     assert not (tmp_path / "out" / "scores.csv").exists()
 
 

@@ -90,38 +90,26 @@ def sigma_space_abars(scheduler, index: int) -> tuple[Tensor, Tensor]:
     return sigma_to_abar(scheduler.sigmas[index].repeat(2)), sigma_to_abar(scheduler.sigmas[index + 1].repeat(2))
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler_class", "tolerance"),
+    [("euler", EulerDiscreteScheduler, 2e-5), ("euler_a", EulerAncestralDiscreteScheduler, 5e-5)],
+)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_ddim_is_euler_in_sigma(spacing, prediction_type):
-    scheduler = EulerDiscreteScheduler.from_config(CONFIG | {"timestep_spacing": spacing, "prediction_type": prediction_type})
+def test_euler_in_sigma_equals_diffusers(spacing, prediction_type, name, scheduler_class, tolerance):
+    scheduler = scheduler_class.from_config(CONFIG | {"timestep_spacing": spacing, "prediction_type": prediction_type})
     scheduler.set_timesteps(20)
     latents = start()
     exploding = latents * (scheduler.sigmas[0] ** 2 + 1).sqrt()  # diffusers' Euler holds x0 + sigma eps
-    for index, timestep in enumerate(scheduler.timesteps):
-        abar, next_abar = sigma_space_abars(scheduler, index)
-        eps = to_eps(latents, network(latents, timestep), abar, prediction_type)
-        latents = SOLVERS["euler"].step(latents, eps, abar, next_abar, None)
-        output = network(scheduler.scale_model_input(exploding, timestep), timestep)
-        exploding = scheduler.step(output, timestep, exploding).prev_sample
-        torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(latents, exploding, rtol=2e-5, atol=2e-5)  # the last step ends at sigma 0
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_euler_ancestral_equals_diffusers(spacing, prediction_type):
-    scheduler = EulerAncestralDiscreteScheduler.from_config(CONFIG | {"timestep_spacing": spacing, "prediction_type": prediction_type})
-    scheduler.set_timesteps(20)
-    latents = start()
-    exploding = latents * (scheduler.sigmas[0] ** 2 + 1).sqrt()
     ours, theirs = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
     for index, timestep in enumerate(scheduler.timesteps):
         abar, next_abar = sigma_space_abars(scheduler, index)
         eps = to_eps(latents, network(latents, timestep), abar, prediction_type)
-        latents = SOLVERS["euler_a"].step(latents, eps, abar, next_abar, torch.randn(SHAPE, generator=ours))
+        latents = SOLVERS[name].step(latents, eps, abar, next_abar, torch.randn(SHAPE, generator=ours))
         output = network(scheduler.scale_model_input(exploding, timestep), timestep)
         exploding = scheduler.step(output, timestep, exploding, generator=theirs).prev_sample
-        torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=5e-5, atol=5e-5)
+        torch.testing.assert_close(latents, exploding * next_abar[0].sqrt(), rtol=tolerance, atol=tolerance)
+    assert next_abar[0] == 1  # the last step ends at sigma 0
 
 
 @pytest.mark.parametrize("num_steps", [10, 50, 1000])

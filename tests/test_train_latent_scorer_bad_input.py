@@ -1,6 +1,7 @@
 """How train_latent_scorer.py refuses bad input, and what it does about what cannot be learned from."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from library.errors import UserError
 from library.scorer_training.criteria.regression import SquaredError
 from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer
-from library.settings.cli import run_main
 from library.training.output_files import only_process
 from tests.helpers.tiny_scorer_run import make_workplace, train, write_mixture
 
@@ -85,11 +85,8 @@ def test_a_second_training_of_the_same_name_is_refused(workplace: Path, tmp_path
         train(workplace, tmp_path)
 
 
-def test_the_command_ends_with_two_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["train_latent_scorer.py", "--vae", "x", "--train_data_file", "y.csv", "--learning_rat", "1"])
-    with pytest.raises(SystemExit) as caught:
-        run_main(train_latent_scorer.main)
-    assert caught.value.code == 2 and "learning_rate" in capsys.readouterr().err
+def test_the_command_ends_with_two_and_one_line(refused: Callable[..., str]) -> None:
+    assert "learning_rate" in refused(train_latent_scorer.main, *["--vae", "x", "--train_data_file", "y.csv", "--learning_rat", "1"])
 
 
 def test_a_picture_that_gives_no_finite_loss_does_not_count(

@@ -17,13 +17,13 @@ from library.scorers.io import save_scorer
 from library.training.tracking import read_metrics
 from library.types import LossOutput
 from tests.helpers.tiny_leco_run import (
-    complaint,
     foreign_vae_fingerprint,
     run,
     settings,
     tiny_scorer,
     write_toml,
 )
+from train_leco_score import main
 
 
 def cut(path: Path, target: Path) -> Path:
@@ -94,13 +94,7 @@ def broken(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
-    workplace: Path,
-    broken: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    says: list[str],
+    workplace: Path, broken: Path, tmp_path: Path, refused: Callable[..., str], changes: dict[str, Any], says: list[str]
 ) -> None:
     def filled(value: Any) -> Any:
         return [filled(item) for item in value] if isinstance(value, list) else str(value).format(broken=broken)
@@ -108,16 +102,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     changes = {name: filled(value) if isinstance(value, (str, list)) else value for name, value in changes.items()}
     output = tmp_path / "out"
     config = write_toml(tmp_path / "x.toml", settings(workplace, output, **changes))
-    sentence = complaint(monkeypatch, capsys, config)
+    sentence = refused(main, "--config_file", config)
     assert all(word in sentence for word in says), sentence
     assert not output.exists() or not list(output.iterdir())
 
 
-def test_an_output_dir_that_cannot_be_written_to(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_dir_that_cannot_be_written_to(workplace: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "out").write_text("a file")
-    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out")))
+    sentence = refused(main, "--config_file", write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out")))
     assert f"{tmp_path / 'out'} is a file" in sentence and "choose another folder" in sentence
     assert (tmp_path / "out").read_text() == "a file"
 
@@ -131,19 +123,13 @@ def test_an_output_dir_that_cannot_be_written_to(
     ],
 )
 def test_what_is_never_finite_stops_the_run_and_no_slider_is_written(
-    workplace: Path,
-    broken: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    says: list[str],
+    workplace: Path, broken: Path, tmp_path: Path, refused: Callable[..., str], changes: dict[str, Any], says: list[str]
 ) -> None:
     if "scorer" in changes:
         changes = {"scorer": [str(broken / "nan.safetensors")]}
     (tmp_path / "one.txt").write_text("a green star\n", encoding="utf-8")
     values = settings(workplace, tmp_path / "out", prompts_file=str(tmp_path / "one.txt"), **changes)
-    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
+    sentence = refused(main, "--config_file", write_toml(tmp_path / "x.toml", values))
     assert all(word in sentence for word in says), sentence
     assert "timestep" not in says or "'a green star'" in sentence
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.output_files import only_process
 from library.training.tracking import Tracker, read_metrics
 from tests.helpers.processes import run_processes
-from tests.helpers.tiny_leco_run import complaint, run, settings, write_toml
+from tests.helpers.tiny_leco_run import run, settings, write_toml
 from tests.helpers.two_processes import SETTINGS, run_alone
 
 
@@ -118,16 +119,10 @@ def state(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_state_of_other_settings_is_refused(
-    workplace: Path,
-    state: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    says: str,
+    workplace: Path, state: Path, tmp_path: Path, refused: Callable[..., str], changes: dict[str, Any], says: str
 ) -> None:
     values = settings(workplace, tmp_path / "out", resume=str(state), **{"max_train_steps": 3, **changes})
-    sentence = complaint(monkeypatch, capsys, write_toml(tmp_path / "x.toml", values))
+    sentence = refused(train_leco_score.main, "--config_file", write_toml(tmp_path / "x.toml", values))
     assert says in sentence and "resume" in sentence or "nothing is left" in sentence
     assert not (tmp_path / "out").exists()
 

@@ -115,7 +115,7 @@ def chosen_model(config: RateConfig) -> str:
 
 
 def found_judges(words: Sequence[str]) -> list[str]:
-    """Judges with whole paths, since the trainings run in the repository. One that is none is told now, not after an hour of rating."""
+    """Judges with whole paths, since the trainings run in the repository. One that is none is reported now, not after an hour of rating."""
     from library.measuring.judges import split_role
     from library.scorers.judges import load_judge
 
@@ -179,7 +179,7 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
 
 
 def make_source(config: RateConfig, model: str, prompts: Path | None) -> Mapping[str, Any]:
-    """What the process that makes pictures is told."""
+    """The settings of the process that makes pictures."""
     embedded = config.pretrained_model_name_or_path is None
     return {
         "model": model,

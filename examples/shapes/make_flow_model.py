@@ -62,7 +62,7 @@ class TextToVelocity(nn.Module):
     def forward(self, latents: Tensor, sigmas: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Velocities, noise minus data, of noisy latents [B, 4, h, w] at sigmas [B] in 0..1; token ids and their mask [B, L]."""
         hidden = self.text_encoder(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        texts = [row[told] for row, told in zip(hidden, mask.bool(), strict=True)]
+        texts = [row[kept] for row, kept in zip(hidden, mask.bool(), strict=True)]
         predicted = self.transformer(list(latents[:, :, None]), 1 - sigmas, texts, return_dict=False)[0]
         return -torch.stack(predicted)[:, :, 0]
 
@@ -100,11 +100,11 @@ def main() -> None:
 
     def loss_of(model: nn.Module, latents: Tensor, captions: list[str]) -> Tensor:
         chats = tokenizer.apply_chat_template(chat(captions), tokenize=False, add_generation_prompt=True)
-        told = tokenizer(chats, padding=True, return_tensors="pt")
+        tokens = tokenizer(chats, padding=True, return_tensors="pt")
         noise = torch.randn_like(latents)
         sigmas = (LOGIT_MEAN + LOGIT_STD * torch.randn(len(latents))).sigmoid()
         noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
-        return (model(noisy, sigmas, told.input_ids, told.attention_mask) - (noise - latents)).square().mean()
+        return (model(noisy, sigmas, tokens.input_ids, tokens.attention_mask) - (noise - latents)).square().mean()
 
     def save(model: nn.Module) -> None:
         pipeline = ZImagePipeline(

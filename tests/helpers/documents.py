@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from library.prompts.entries import LINE_OPTIONS, UNUSED_OPTIONS
@@ -38,26 +38,32 @@ SETTING = re.compile(r"([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?: *= *.+)?")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\(\))?")
 
 
-@lru_cache
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All of the tree: walking it takes longer than reading the file."""
+    return list(ast.walk(tree_of(path)))
+
+
 def docstrings(path: Path) -> Iterator[str]:
     """Of the module, its classes and its functions."""
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
                 yield text
 
 
-@lru_cache
+@cache
 def options() -> frozenset[str]:
     """Every setting: a field that is given by `option(...)`, and every argument of an `argparse` parser."""
     found: set[str] = set()
     for path in SOURCES:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
                 if isinstance(node.value.func, ast.Name) and node.value.func.id.endswith("option"):
                     found.add(node.target.id)
@@ -66,14 +72,14 @@ def options() -> frozenset[str]:
     return frozenset(found)
 
 
-@lru_cache
+@cache
 def code_words() -> frozenset[str]:
     """Every name in the code, and every string of it that is one word; docstrings and help texts are no code. And the names of tests."""
     tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     found: set[str] = {name for text in tests for name in re.findall(r"def (test_\w+)", text)}
     for path in SOURCES:
         found |= {path.stem, path.parent.name}
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             match node:
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.alias(name=name):
                     found |= set(name.split("."))
@@ -139,7 +145,7 @@ def problems(checks: Iterable[tuple[str, list[str]]]) -> list[str]:
     return [f"{what}: {name}" for what, names in checks for name in names]
 
 
-@lru_cache
+@cache
 def _exists(name: str) -> bool:
     """Whether a dotted name is a module, or what a module holds. Read from the files: nothing is imported."""
     parts = name.split(".")

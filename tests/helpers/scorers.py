@@ -1,4 +1,4 @@
-"""Scorers whose gradient is known on paper, and latents of no model for them."""
+"""Scorers whose gradient is known on paper, and latents of no model for them and for others."""
 
 from collections.abc import Sequence
 
@@ -74,3 +74,7 @@ def ensemble_of(*slopes: float, units: Sequence[tuple[float, float]] | None = No
 
 def some_latents(rows: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

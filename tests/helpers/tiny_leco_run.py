@@ -4,16 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import safetensors
 import torch
 
-import train_leco_score
 from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
-from library.settings.cli import run_main
 from library.settings.options import build
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_vae
 from train_leco_score import leco_score_config, train
@@ -80,17 +77,6 @@ def foreign_vae_fingerprint() -> VaeFingerprint:
 def write_toml(path: Path, values: dict[str, Any]) -> Path:
     path.write_text("[all]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
     return path
-
-
-def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, *words: str) -> str:
-    """Run the script as a command that has to fail; its one line, without the "error: "."""
-    monkeypatch.setattr("sys.argv", ["train_leco_score.py", "--config_file", str(config), *words])
-    with pytest.raises(SystemExit) as caught:
-        run_main(train_leco_score.main)
-    assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0].removeprefix("error: ")
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -110,6 +110,24 @@ def tiny_model(kind: str = "sd1", seed: int = 0, full: bool = False) -> Diffusio
     ).freeze()
 
 
+def pipeline_of(model: DiffusionModel, scheduler: Any = None) -> Any:
+    """Diffusers' pipeline of the same parts; without a scheduler by the family's own DDIM."""
+    import diffusers
+
+    if scheduler is None:
+        config = bundled_config(model.spec.family)["scheduler"] | {"prediction_type": model.spec.prediction_type, "clip_sample": False}
+        scheduler = diffusers.DDIMScheduler.from_config(config)
+    parts = {"unet": model.unet, "vae": model.vae, "scheduler": scheduler}
+    for slot, text_encoder, tokenizer in zip(FAMILIES[model.spec.family].text_encoders, model.text_encoders, model.tokenizers, strict=True):
+        parts |= {slot.folder: text_encoder, slot.tokenizer_folder: tokenizer}
+    if model.spec.family == "sdxl":
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def save_folder(model: DiffusionModel, folder: Path) -> Path:
     """Write a model as a diffusers folder."""
     family = FAMILIES[model.spec.family]

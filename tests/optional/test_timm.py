@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
@@ -14,6 +14,7 @@ from library.scorers.convolutional import adapt_first_weights
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.kinds.timm import TimmBackbone
 from library.scorers.optional_packages import import_timm
+from tests.helpers.scorers import noise
 
 VIT = {"model": "test_vit", "stem_stride": 0, "model_args": {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_size": 2}}
 SWIN = {"model": "swin_tiny_patch4_window7_224", "stem_stride": 0}
@@ -31,10 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
 def make(name: str, seed: int = 0) -> TimmBackbone:
     torch.manual_seed(seed)
     return TimmBackbone(in_channels=4, **MODELS[name]).eval()
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def no_model() -> Any:

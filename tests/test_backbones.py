@@ -1,4 +1,4 @@
-"""The convolutional backbones: latents of any size, what sigma reaches, stems, norms, pretrained weights."""
+"""Backbones over latents: what each must do, and of the convolutional ones stems, norms and pretrained weights."""
 
 import importlib.util
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, ConvNextV2Config, ResNetConfig
 
 from library.errors import UserError
@@ -18,16 +18,23 @@ from library.scorers.conditioning import DropPath, FiLM, SigmaEmbedding, drop_pa
 from library.scorers.convolutional import PadToEven, adapt_first_weights, first_convolution, set_stem_stride
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.kinds.latent_resnet import LatentResNet
+from library.scorers.kinds.latent_vit import LatentViT
 from library.scorers.kinds.transformers_cnn import TransformersCnn
+from tests.helpers.scorers import noise
 
 RESNET: dict[str, Any] = TransformersCnn.presets["resnet-tiny"]
 CONVNEXT: dict[str, Any] = TransformersCnn.presets["convnextv2-micro"]
-SMALL: dict[str, Callable[..., Backbone]] = {
+VIT: dict[str, Any] = {"in_channels": 4, "width": 32, "depth": 2, "heads": 2}
+CONVOLUTIONAL: dict[str, Callable[..., Backbone]] = {
     "latent_resnet": lambda **options: LatentResNet(in_channels=4, **LatentResNet.presets["tiny"], **options),
     "resnet": lambda **options: TransformersCnn(in_channels=4, **RESNET, **options),
     "resnet_stride_2": lambda **options: TransformersCnn(in_channels=4, **RESNET, stem_stride=2, **options),
     "convnextv2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, **options),
     "convnextv2_stride_2": lambda **options: TransformersCnn(in_channels=4, **CONVNEXT, stem_stride=2, **options),
+}
+SMALL: dict[str, Callable[..., Backbone]] = CONVOLUTIONAL | {
+    "latent_vit": lambda **options: LatentViT(**VIT, patch=2, **options),
+    "latent_vit_plain": lambda **options: LatentViT(**VIT, patch=1, stem=0, registers=0, **options),
 }
 
 
@@ -41,10 +48,6 @@ def four_stages() -> Backbone:
     torch.manual_seed(0)
     config = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
     return TransformersCnn(in_channels=4, model_type="convnextv2", config=config).eval()
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def no_model() -> Any:
@@ -73,9 +76,11 @@ def test_every_cell_of_latents_of_any_size_counts(name: str, size: tuple[int, in
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_picture_is_seen_alone(name: str) -> None:
-    backbone, latents, sigmas = make(name), noise(3, 4, 8, 12), torch.tensor([0.0, 1.0, 10.0])
-    alone = torch.cat([backbone(latents[i : i + 1], sigmas[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(backbone(latents, sigmas), alone, rtol=1e-4, atol=1e-5)
+    backbone, latents, sigmas = make(name), noise(3, 4, 8, 12).requires_grad_(), torch.tensor([0.0, 1.0, 10.0])
+    features, alone = backbone(latents, sigmas), torch.cat([backbone(latents[i : i + 1], sigmas[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(features[0].square().sum(), latents)
+    assert not gradient[1:].any()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -103,7 +108,7 @@ def test_a_seed_makes_the_same_network(name: str) -> None:
     assert not torch.equal(make(name, 3)(latents, sigmas), make(name, 4)(latents, sigmas))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_half_precision_is_close(name: str) -> None:
     backbone, latents, sigmas = make(name), noise(2, 4, 16, 16), torch.tensor([0.0, 14.6])
     expected = backbone(latents, sigmas)
@@ -125,7 +130,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind,size", [(kind, size) for kind in (LatentResNet, TransformersCnn) for size in kind.presets])
+@pytest.mark.parametrize("kind,size", [(kind, size) for kind in (LatentResNet, LatentViT, TransformersCnn) for size in kind.presets])
 def test_layers_hold_every_parameter_once(kind: type[Backbone], size: str, source: ModelSource) -> None:
     with torch.device("meta"):
         backbone = kind(**kind.architecture_for(size, source))
