@@ -92,7 +92,7 @@ class LiveOpinion:
                 asked.append(self._hand_out(again, "repeat", now))
             while queue and len(asked) < count:
                 question = queue.pop(0)
-                ids = self._ids(question)
+                ids = tuple(self.gallery.pictures[row].id for row in question.pictures)
                 free = not taken & set(ids)
                 if prompt is not None and any(self._picture(picture).prompt != prompt for picture in ids):
                     kept.append(question)
@@ -234,9 +234,6 @@ class LiveOpinion:
 
     def _seen(self) -> set[int]:
         return {picture for rating in self.ratings for picture in _pictures_of(rating)}
-
-    def _ids(self, question: Question) -> tuple[int, ...]:
-        return tuple(self.gallery.pictures[row].id for row in question.pictures)
 
     def _picture(self, picture: int) -> StoredPicture:
         return self.gallery.pictures[self.gallery.row_of[picture]]

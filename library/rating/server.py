@@ -65,7 +65,7 @@ def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None =
         session.correct(live, whole(body, "picture"), whole(body, "value"), text(body, "token"))
         return {}
 
-    def add_opinion(body: Body) -> Body:
+    def opinions(body: Body) -> Body:
         return {"name": session.add_opinion(text(body, "name"), whole(body, "levels")).opinion.name}
 
     def train(body: Body) -> Body:
@@ -93,19 +93,13 @@ def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None =
 
     async def table(request: Request) -> Response:
         write = ratings_csv if request.path_params["name"] == "ratings" else pairs_csv
-        try:
-            live = session.opinion(request.query_params.get("opinion", ""))
-        except UserError as error:
-            return PlainTextResponse(str(error), status_code=400)
+        live = session.opinion(request.query_params.get("opinion", ""))
         content = await run_in_threadpool(write, session.project, live.opinion)
         name = f"{request.path_params['name']}.csv"
         return Response(content, media_type="text/csv", headers={"content-disposition": f'attachment; filename="{name}"'})
 
     async def run_file(request: Request) -> Response:
-        try:
-            folder = session.runs.latest(session.opinion(request.query_params.get("opinion", "")).opinion)
-        except UserError as error:
-            return PlainTextResponse(str(error), status_code=400)
+        folder = session.runs.latest(session.opinion(request.query_params.get("opinion", "")).opinion)
         found = None if folder is None else file_of(folder, request.path_params["name"])
         if found is None:
             return PlainTextResponse("the training has not written this", status_code=404)
@@ -115,73 +109,60 @@ def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None =
         return FileResponse(path, media_type=kind, headers=headers, filename=saved)
 
     async def import_table(request: Request) -> Response:
-        async def work() -> Body:
-            live = session.opinion(request.query_params.get("opinion", ""))
-            content = await request.body()
+        live = session.opinion(request.query_params.get("opinion", ""))
+        content = await request.body()
 
-            def read() -> tuple[int, int]:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder, "table.csv")
-                    path.write_bytes(content)
-                    return import_ratings(session.project, live.opinion, path)
+        def read() -> tuple[int, int]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "table.csv")
+                path.write_bytes(content)
+                return import_ratings(session.project, live.opinion, path)
 
-            new, missing = await run_in_threadpool(read)
-            live.reload()
-            return {"new": new, "missing": missing}
+        new, missing = await run_in_threadpool(read)
+        live.reload()
+        return json_response({"new": new, "missing": missing})
 
-        return await answered(work)
-
-    functions = {
-        "state": state,
-        "ask": ask,
-        "rate": rate,
-        "undo": undo,
-        "look": look,
-        "correct": correct,
-        "opinions": add_opinion,
-        "train": train,
-        "stop": stop,
-        "resume": resume,
-    }
+    functions = (state, ask, rate, undo, look, correct, opinions, train, stop, resume)
     routes = [
         Route("/", index),
-        *(Route(f"/api/{name}", in_thread(function), methods=["POST"]) for name, function in functions.items()),
+        *(Route(f"/api/{function.__name__}", in_thread(function), methods=["POST"]) for function in functions),
         Route("/api/import", import_table, methods=["POST"]),
         Route("/pictures/{number:int}", picture),
         Route("/tables/{name}.csv", table),
         Route("/run/{name}", run_file),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, hosts=hosts, token=token)])
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, hosts=hosts, token=token)],
+        exception_handlers={UserError: refused, ClientDisconnect: refused},
+    )
 
 
 def in_thread(function: Callable[[Body], Body]) -> Callable[[Request], Awaitable[Response]]:
-    """A function of a JSON object as an endpoint; what it refuses is a sentence with code 400."""
+    """A function of a JSON object as an endpoint."""
 
     async def endpoint(request: Request) -> Response:
-        async def work() -> Body:
-            try:
-                body = await request.json()
-            except UserError:
-                raise  # it is too long
-            except (ValueError, RecursionError) as error:
-                raise UserError("the request is no JSON") from error
-            if not isinstance(body, dict):
-                raise UserError("the request is no JSON object")
-            return await run_in_threadpool(function, body)
-
-        return await answered(work)
+        try:
+            body = await request.json()
+        except UserError:
+            raise  # it is too long
+        except (ValueError, RecursionError) as error:
+            raise UserError("the request is no JSON") from error
+        if not isinstance(body, dict):
+            raise UserError("the request is no JSON object")
+        return json_response(await run_in_threadpool(function, body))
 
     return endpoint
 
 
-async def answered(work: Callable[[], Awaitable[Body]]) -> Response:
-    try:
-        return JSONResponse(await work(), headers={"cache-control": "no-store"})
-    except UserError as error:
-        return JSONResponse({"error": str(error)}, status_code=400)
-    except ClientDisconnect:
-        return JSONResponse({}, status_code=400)
+def json_response(content: Body) -> Response:
+    return JSONResponse(content, headers={"cache-control": "no-store"})
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """A sentence with code 400; nobody reads that of a connection that broke off."""
+    return JSONResponse({"error": str(error)}, status_code=400) if request.method == "POST" else PlainTextResponse(str(error), 400)
 
 
 def to_rating(reason_of: Callable[[str], str], answer: object) -> Rating:

@@ -10,7 +10,6 @@ import logging
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -77,6 +76,7 @@ class RatingSession:
         for picture in self.gallery.pictures:
             prompts[picture.prompt] = prompts.get(picture.prompt, 0) + 1
         folder = self.runs.latest(live.opinion)
+        stars = [rating.value for rating in live.ratings if rating.mode == "stars"]
         return {
             "opinions": [
                 {"name": o.opinion.name, "levels": o.opinion.levels, "answers": sum(r.mode != "skip" for r in o.ratings)}
@@ -85,7 +85,7 @@ class RatingSession:
             "opinion": live.opinion.name,
             "levels": live.opinion.levels,
             "answers": sum(rating.mode != "skip" for rating in live.ratings),
-            "stars": _counts(live.ratings, live.opinion.levels),
+            "stars": [stars.count(level) for level in range(1, live.opinion.levels + 1)],
             "prompts": sorted(prompt for prompt, count in prompts.items() if prompt and count)[:500],
             "worker": {**self.worker, "pictures": len(self.gallery.pictures), "waiting": len(self.gallery.pictures) - len(live._seen())},
             "progress": live.progress.to_dict(),
@@ -226,11 +226,6 @@ class RatingSession:
                 process.wait()
 
 
-def _counts(ratings: list[Rating], levels: int) -> list[int]:
-    given = [rating.value for rating in ratings if rating.mode == "stars"]
-    return [given.count(level) for level in range(1, levels + 1)]
-
-
 def question_dict(session: RatingSession, asked: Any) -> dict[str, Any]:
     """A question as the page gets it; why it is asked is not said, so that nobody answers the second time as the first."""
-    return {"token": asdict(asked)["token"], "pictures": [session.picture(number) for number in asked.pictures]}
+    return {"token": asked.token, "pictures": [session.picture(number) for number in asked.pictures]}
