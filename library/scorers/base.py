@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
@@ -18,8 +18,6 @@ from library.models.vae import Autoencoder, LatentSpace, VaeFingerprint
 from library.scorers.heads import Head, HeadSpec, score_and_uncertainty
 from library.settings.registry import Registry
 from library.types import Conditioning
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +80,14 @@ class Backbone(nn.Module):
         not_chosen: arguments that are not the user's to choose by `scorer_args`.
         feature_width: numbers that it puts out for a picture.
         features_are_given: whether ratings do not train it, so that a head is all that is learned from them.
+        recomputes: whether `run` computes activations a second time in the backward pass, which saves memory.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     not_chosen: ClassVar[tuple[str, ...]] = ("in_channels",)
     features_are_given: ClassVar[bool] = False
     feature_width: int
+    recomputes = False
 
     def forward(
         self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None
@@ -128,8 +128,14 @@ class Backbone(nn.Module):
         return self.state_dict()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass. A kind that cannot says so in the log."""
-        logger.warning("gradient_checkpointing does nothing: a %s keeps its activations", type(self).__name__)
+        """Recompute the activations of what it gives to `run`."""
+        self.recomputes = True
+
+    def run(self, part: nn.Module, *args: Any) -> Any:
+        """What a part of it makes of `args`, keeping its activations for the backward pass or not."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
 
 SCORER_KINDS: Registry[type[Backbone]] = Registry("scorer_kind", "library.scorers.kinds", named_after_modules=True)

@@ -22,7 +22,7 @@ SPEC_KEY = "leco_score.spec"
 
 
 # Values of an architecture that make no difference to what its weights are.
-SAME_WEIGHTS = ("dropout", "drop_path", "gradient_checkpointing", "pretrained", "decoder_folder")
+SAME_WEIGHTS = ("dropout", "drop_path", "pretrained", "decoder_folder")
 
 
 def save_scorer(path: str | Path, scorer: Scorer, metadata: Mapping[str, str] | None = None) -> None:

@@ -79,7 +79,7 @@ class EfficientNetLite(Backbone):
         embedding = self.sigma_embedding(sigmas)
         hidden = self.stem(latents.to(self.stem.weight.dtype))
         for block in self.blocks:
-            hidden = block(hidden, embedding)
+            hidden = self.run(block, hidden, embedding)
         maps = self.to_maps(hidden)
         features = self.network.upper(maps * self.maps_std + self.maps_mean, ENTRY, TAPS)
         return Seen(maps, self.belief((features - self.features_mean) / self.features_std, embedding))

@@ -7,7 +7,6 @@ import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.scorers.base import SCORER_KINDS, Backbone
 from library.scorers.conditioning import DropPath, SigmaEmbedding, drop_path_rates
@@ -60,7 +59,6 @@ class LatentResNet(Backbone):
         self, *, in_channels: int, channels: Sequence[int], blocks: int, norm_groups: int, dropout: float = 0.0, drop_path: float = 0.0
     ) -> None:
         super().__init__()
-        self.gradient_checkpointing = False
         sigma_width = 4 * channels[0]
         self.sigma_embedding = SigmaEmbedding(channels[0], sigma_width)
         self.stem = nn.Conv2d(in_channels, channels[0], kernel_size=3, padding=1)
@@ -98,10 +96,7 @@ class LatentResNet(Backbone):
             if stage > 0:
                 hidden = self.downsamplers[stage - 1](hidden)
             for block in stage_blocks:  # pyright: ignore[reportGeneralTypeIssues]
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    hidden = checkpoint(block, hidden, embedding, use_reentrant=False)
-                else:
-                    hidden = block(hidden, embedding)
+                hidden = self.run(block, hidden, embedding)
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
 
@@ -109,6 +104,3 @@ class LatentResNet(Backbone):
         stages = [[self.stages[0]], *([down, stage] for down, stage in zip(self.downsamplers, self.stages[1:], strict=True))]
         groups = [[self.sigma_embedding, self.stem], *stages, [self.norm]]
         return [[parameter for module in group for parameter in module.parameters()] for group in groups]
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = True

@@ -8,7 +8,6 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.scorers.base import SCORER_KINDS, Backbone
@@ -129,7 +128,6 @@ class LatentViT(Backbone):
         registers: tokens of no place, for what concerns the whole picture (arXiv 2309.16588).
         dropout: inside the feed-forwards and on the features.
         drop_path: highest rate of stochastic depth.
-        gradient_checkpointing: recompute the blocks in the backward pass, for memory.
 
     Raises:
         UserError: width is no multiple of 4 * heads.
@@ -153,13 +151,11 @@ class LatentViT(Backbone):
         registers: int = 4,
         dropout: float = 0.0,
         drop_path: float = 0.0,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if width % (4 * heads) != 0:
             raise UserError(f"latent_vit: width is {width} and heads is {heads}, but width must be a multiple of 4 * heads")
         self.in_channels, self.width, self.heads, self.patch = in_channels, width, heads, patch
-        self.gradient_checkpointing = gradient_checkpointing
         self.sigma_embedding = SigmaEmbedding(64, SIGMA_WIDTH)
 
         channels, layers = in_channels, []
@@ -211,10 +207,7 @@ class LatentViT(Backbone):
         tokens = torch.cat([extra, tokens], dim=1)
         angles = axial_angles(positions, extra.shape[1], self.width // self.heads)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, emb, angles, use_reentrant=False)
-            else:
-                tokens = block(tokens, emb, angles)
+            tokens = self.run(block, tokens, emb, angles)
         return tokens, angles
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
@@ -223,6 +216,3 @@ class LatentViT(Backbone):
         num_patches = latents.shape[2] * latents.shape[3] // self.patch**2
         pooled = torch.cat([tokens[:, -num_patches:].mean(1), self.pooling(tokens, angles)], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = True

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.models.vae import Autoencoder, LatentSpace
@@ -60,7 +59,7 @@ class PixelBackbone(Backbone):
         assert in_channels == self.decoder.space.channels, "the decoder is for other latents"
         self.image_model = build_image_model(image_model)
         self.feature_width = self.image_model.feature_width
-        self.knows_sigma, self.gradient_checkpointing = knows_sigma, False
+        self.knows_sigma = knows_sigma
         self.decoder_folder, self.pretrained = decoder_folder, pretrained
         if knows_sigma:
             width = min(self.feature_width, 256)
@@ -70,10 +69,7 @@ class PixelBackbone(Backbone):
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
         pixels = self.decode(latents)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            features = checkpoint(self.image_model, pixels, prompts, use_reentrant=False)
-        else:
-            features = self.image_model(pixels, prompts)
+        features = self.run(self.image_model, pixels, prompts)  # the decoder has a setting of its own
         return self.film(self.norm(features), self.sigma_embedding(sigmas)) if self.knows_sigma else features
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -128,9 +124,6 @@ class PixelBackbone(Backbone):
         self.decoder.take_weights(load_tiny_autoencoder(self.decoder_folder) if self.decoder_folder else source.vae)
         if self.pretrained:
             self.image_model.load_state_dict(read_image_model(self.pretrained).weights)
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = True  # of the image model; the decoder has a setting of its own
 
     def saved_state(self) -> dict[str, Tensor]:
         state = self.state_dict()

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from library.errors import UserError
@@ -114,7 +113,6 @@ class TransformersCnn(Backbone):
         self.in_channels, self.stem_stride, self.pretrained = in_channels, stem_stride, pretrained
         if model_type == "resnet" and drop_path:
             raise UserError("scorer_args: a resnet of transformers has no drop_path; take a convnextv2, or the kind latent_resnet")
-        self.gradient_checkpointing = False
         self.config = _make_config(model_type, in_channels, config, drop_path)
         self.stem, self.stages = self._parts(AutoModel.from_config(self.config))
 
@@ -129,11 +127,7 @@ class TransformersCnn(Backbone):
         embedding = self.sigma_embedding(sigmas)
         hidden = latents.to(self.norm.weight.dtype)
         for part, film in zip((self.stem, *self.stages), self.films, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(part, hidden, use_reentrant=False)
-            else:
-                hidden = part(hidden)
-            hidden = film(hidden, embedding)
+            hidden = film(self.run(part, hidden), embedding)
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)  # [B, feature_width]
         return self.dropout(self.norm(pooled))
 
@@ -161,9 +155,6 @@ class TransformersCnn(Backbone):
         conv.weight = nn.Parameter(adapt_first_weights(conv.weight.detach(), self.in_channels))
         self.stem.load_state_dict(stem.state_dict())
         self.stages.load_state_dict(stages.state_dict())
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = True
 
     def _parts(self, model: Any) -> tuple[nn.Module, nn.ModuleList]:
         """Stem and stages of a model of transformers, made fit for latents."""
