@@ -75,8 +75,8 @@ def fill(
 
 
 def read(cache: LatentCache, picture: Picture, variant: str = "") -> Tensor:
-    row = cache.find(picture, variant)
-    assert row is not None
+    row = cache.find_all([picture], [variant]).item()
+    assert row >= 0
     return cache.read([row])[0]
 
 

@@ -15,7 +15,7 @@ from library.scorer_data import cache_index
 from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.cache_shards import ShardReader, read_names
 from library.scorer_data.latent_cache import DamagedLatentsError, LatentCache, open_cache
-from library.scorer_data.records import FilePicture, FileState, SlicePicture
+from library.scorer_data.records import FilePicture, FileState, Picture, SlicePicture
 
 VAE = VaeFingerprint(scaling_factor=0.18215, probe=(0.1, -0.4, 0.9))
 BUCKETS = BucketConfig(resolution="64", enable_bucket=False)
@@ -31,6 +31,11 @@ def make_pictures(folder: Path, count: int) -> list[FilePicture]:
         path.write_bytes(bytes(number + 1))
         pictures.append(FilePicture(path))
     return pictures
+
+
+def find(cache: LatentCache, picture: Picture, variant: str = "") -> int | None:
+    row = int(cache.find_all([picture], [variant]).item())
+    return None if row < 0 else row
 
 
 def make_latents(count: int, seed: int = 0) -> torch.Tensor:
@@ -76,9 +81,9 @@ def test_what_was_written_is_found_and_read(cache: LatentCache, pictures: list[F
     shuffled = torch.tensor([8, 0, 5, 6, 3, 0])
     assert torch.equal(used.read(rows[shuffled]), expected[shuffled])
     assert used.read(rows[:2]).dtype == torch.float32
-    row = used.find(pictures[1], "flip")
+    row = find(used, pictures[1], "flip")
     assert row is not None and torch.equal(used.read([row])[0], flipped[1])
-    assert used.find(pictures[2], "flip") is None and used.find(pictures[9]) is None
+    assert find(used, pictures[2], "flip") is None and find(used, pictures[9]) is None
     assert used.find_all(pictures, ("", "flip"))[:, 1].ge(0).tolist() == [True] * 2 + [False] * 8
     assert used.buckets_of(rows[:9]).tolist() == [list(BUCKET)] * 9
     assert sorted(read_names(shards(cache)[0]) + read_names(shards(cache)[1]) + read_names(shards(cache)[2]))[0][0] == pictures[0].key
@@ -100,7 +105,7 @@ def test_a_file_that_changes_while_it_is_encoded_is_encoded_again(cache: LatentC
     before = pictures[0].state()
     pictures[0].path.write_bytes(bytes(50))
     cache.write(BUCKET, [(pictures[0], "")], make_latents(1), [before])
-    assert cache.find(pictures[0]) is None
+    assert cache.find_all([pictures[0]]).item() == -1
 
 
 def test_parts_of_a_file_are_pictures_of_their_own(cache: LatentCache, tmp_path: Path) -> None:
@@ -108,7 +113,7 @@ def test_parts_of_a_file_are_pictures_of_their_own(cache: LatentCache, tmp_path:
     tar.write_bytes(bytes(100))
     first, second = SlicePicture(tar, 0, 50, "a.png"), SlicePicture(tar, 50, 50, "b.png")
     cache.write(BUCKET, [(first, "")], make_latents(1))
-    assert cache.find(first) is not None and cache.find(second) is None
+    assert cache.find_all([first, second]).flatten().tolist() == [0, -1]
 
 
 def test_the_newer_of_two_equal_entries_is_used_until_it_is_damaged(cache: LatentCache, pictures: list[FilePicture]) -> None:
@@ -181,9 +186,9 @@ def test_a_damaged_latent_is_reported_dropped_and_encoded_again(
     assert caught.value.rows.tolist() == [rows[4]]
     assert pictures[4].key in caplog.text and "damaged" in caplog.text
     for later in (used, reopen(cache), reopen(cache)):
-        assert later.find(pictures[4]) is None and later.find(pictures[3]) is not None
+        assert find(later, pictures[4]) is None and find(later, pictures[3]) is not None
     new = write(cache, pictures[4:5], seed=9)
-    row = reopen(cache).find(pictures[4])
+    row = find(reopen(cache), pictures[4])
     assert row is not None and torch.equal(reopen(cache).read([row]), new)
 
 
@@ -280,7 +285,7 @@ def test_a_cache_sees_what_others_wrote_and_its_rows_keep_their_numbers(cache: L
     other = reopen(cache)
     before = other.find_all(pictures)[:, 0]
     latents = write(cache, pictures[3:], seed=1)
-    assert other.find(pictures[5]) is None
+    assert find(other, pictures[5]) is None
     other.refresh()
     rows = other.find_all(pictures)[:, 0]
     assert torch.equal(rows[:3], before[:3]) and torch.equal(other.read(rows[3:]), latents)

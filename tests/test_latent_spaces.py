@@ -126,8 +126,8 @@ def test_scorers_caches_and_statistics_take_them(kind, tmp_path):
     picture, buckets = FilePicture(tmp_path / "a.png"), BucketConfig(resolution="64,64")
     cache = open_cache(tmp_path / "cache", fingerprint, buckets)
     assert encode_missing(cache, [picture], make_encoder(vae), buckets, batch_size=1) == []
-    row = cache.find(picture, "")
-    assert row is not None and cache.read([row])[0].shape == (channels, 8, 8)
+    row = cache.find_all([picture]).item()
+    assert row >= 0 and cache.read([row])[0].shape == (channels, 8, 8)
 
     def no_model():
         raise AssertionError

@@ -115,13 +115,6 @@ class LatentDataset:
         """Cells of a latent, the mean over the pictures."""
         return sum(len(own) * kind[0] * kind[1] / 64 for kind, own in self.buckets.items()) / max(len(self), 1)
 
-    def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[LatentBatch]:
-        """Every picture once, in random order; a batch holds pictures of one bucket, so the last of each bucket may be smaller."""
-        epochs = Epochs(self, batch_size, generator)
-        epochs.begin()
-        while (batch := epochs.next_of_epoch()) is not None:
-            yield batch
-
     def in_order(self, batch_size: int) -> Iterator[LatentBatch]:
         """Every picture once, as it is, bucket by bucket: for validation."""
         for indices in self.buckets.values():
@@ -183,7 +176,8 @@ class LatentDataset:
 
 
 class Epochs:
-    """One epoch after another of a dataset's batches. With the generator in the state that it then had, a state goes on at the next batch.
+    """One epoch after another of a dataset's batches: every picture once, in random order; a batch holds pictures of one bucket, so the
+    last of each bucket may be smaller. With the generator in the state that it then had, a state goes on at the next batch.
 
     Args:
         generator: draws the orders and the variants; others may draw from it, too.

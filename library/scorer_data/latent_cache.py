@@ -66,13 +66,8 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self._index)
 
-    def find(self, picture: Picture, variant: str = "") -> int | None:
-        """The row of a picture's latent, or None if it is not cached, its file has changed or is gone."""
-        row = int(self.find_all([picture], [variant])[0, 0])
-        return None if row < 0 else row
-
     def find_all(self, pictures: Iterable[Picture], variants: Sequence[str] = ("",)) -> Tensor:
-        """Rows [N, V] int64 of N pictures in V variants, -1 where `find` gives None."""
+        """Rows [N, V] int64 of N pictures in V variants, -1 where one is not cached, or its file has changed or is gone."""
         remaining, parts = iter(pictures), [np.zeros(0, dtype=np.int64)]
         while chunk := list(islice(remaining, LOOKED_UP_AT_A_TIME)):
             keys = [key for picture in chunk for key in _keys_of(picture, variants)]

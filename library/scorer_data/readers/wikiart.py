@@ -83,12 +83,11 @@ def _paintings(path: Path, task: str) -> Rows:
             raise UserError(f"label is genre, but there is no genre_train.csv in {path}; folders have style and artist only")
         tally = SkipReport()
         for split, folder, name in pictures_in_folders(path, tally):
-            yield Row(f"{path}/{name}", {"path": name, "label": folder if task == "style" else _artist(name), "split": split})
+            yield Row(
+                f"{path}/{name}",
+                {"path": name, "label": folder if task == "style" else PurePosixPath(name).name.split("_")[0], "split": split},
+            )
         yield from tally.skipped()
-
-
-def _artist(name: str) -> str:
-    return PurePosixPath(name).name.split("_")[0]
 
 
 def _list(path: Path, task: str, split: str | None) -> Rows:
