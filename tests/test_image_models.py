@@ -17,7 +17,7 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 from library.errors import UserError
 from library.models.clip_tokenizer import build_clip_tokenizer
 from library.scorers.image_models import metric_packages
-from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Specification, build_image_model, read_image_model
+from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, build_image_model, parse_specification, read_image_model
 from library.scorers.image_models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, even_starts, resized
 from tests.helpers.tiny_image_models import PROJECTION, SIDE, save_head, tiny_classifier, tiny_clip, tiny_siglip
 
@@ -307,10 +307,12 @@ def test_a_backbone_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_specification() -> None:
-    assert Specification.parse("onnx:C:/nets/a+b.onnx?size=224&mean=1,2,3") == Specification(
-        "onnx", "C:/nets/a+b.onnx", {"size": "224", "mean": "1,2,3"}
+    assert parse_specification("onnx:C:/nets/a+b.onnx?size=224&mean=1,2,3") == (
+        "onnx",
+        "C:/nets/a+b.onnx",
+        {"size": "224", "mean": "1,2,3"},
     )
-    assert Specification.parse("python:own.py:Class").argument == "own.py:Class"
+    assert parse_specification("python:own.py:Class")[1] == "own.py:Class"
 
 
 @pytest.mark.parametrize("family", IMAGE_MODELS)

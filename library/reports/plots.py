@@ -226,6 +226,14 @@ def data_url(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
+def jpeg_url(picture: Image.Image, longest: int, quality: int) -> str:
+    """A copy of at most `longest` pixels a side, as an address that holds all of it."""
+    small, buffer = picture.copy(), io.BytesIO()
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    small.save(buffer, format="jpeg", quality=quality)
+    return data_url("jpeg", buffer.getvalue())
+
+
 def _resize(picture: Image.Image) -> Image.Image:
     longer = max(picture.size)
     if longer < MIN_CELL:

@@ -1,6 +1,5 @@
 """Evaluation records as one self-contained HTML page, to be attached to the page where a slider is offered. The page is in templates/."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from library.measuring.comparison import Summary, differences, summarise
 from library.measuring.record import EvaluationRecord
 from library.measuring.warnings import SliderWarning, final_warnings
-from library.reports.plots import DARK, LIGHT, data_url, record_plots, signed
+from library.reports.plots import DARK, LIGHT, data_url, jpeg_url, png_bytes, record_plots, signed
 from library.reports.text import role_words, summary_sentence
 
 STATISTICS = {  # of a record: name and format
@@ -102,10 +101,4 @@ def _ranking(records: Sequence[EvaluationRecord]) -> dict[str, object] | None:
 def _picture_uri(picture: Tensor) -> str:
     """PNG where it is small, so that a pixel stays a pixel; else JPEG."""
     image = Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy()))
-    buffer = io.BytesIO()
-    if max(image.size) <= SMALL:
-        image.save(buffer, format="png")
-        return data_url("png", buffer.getvalue())
-    image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
-    image.save(buffer, format="jpeg", quality=QUALITY)
-    return data_url("jpeg", buffer.getvalue())
+    return data_url("png", png_bytes(image)) if max(image.size) <= SMALL else jpeg_url(image, LARGE, QUALITY)

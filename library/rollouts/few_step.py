@@ -34,8 +34,7 @@ class FewStepBase:
         min_steps, max_steps: that it was distilled for.
         guidance_scale: classifier-free guidance by two branches; 1 is none.
         max_guidance_scale: above it pictures burn.
-        sampler: a name in `solvers.SOLVERS`.
-        samplers: all that do; `sampler` is one of them.
+        samplers: names in `solvers.SOLVERS` of all that do, the best first.
         spacing: of the timesteps.
         note: how it was recognised, for the log.
         embedded_guidance: the scale that its U-Net takes as an input; None if it takes none.
@@ -47,41 +46,27 @@ class FewStepBase:
     max_steps: int
     guidance_scale: float = 1.0
     max_guidance_scale: float = 2.0
-    sampler: str
     samplers: tuple[str, ...]
-    spacing: TimestepSpacing
+    spacing: TimestepSpacing = "trailing"
     note: str = ""
     embedded_guidance: float | None = None
+
+    @property
+    def sampler(self) -> str:
+        return self.samplers[0]
 
 
 # of a model that is no few-step base
 ORDINARY: Mapping[str, Any] = MappingProxyType({"num_steps": 20, "guidance_scale": 5.0, "sampler": "ddim"})
-LCM = FewStepBase(name="LCM", num_steps=4, min_steps=1, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="lcm")
-DMD2 = FewStepBase(name="DMD2", num_steps=4, min_steps=4, max_steps=8, sampler="lcm", samplers=("lcm",), spacing="trailing")
-TURBO = FewStepBase(
-    name="Turbo",
-    num_steps=4,
-    min_steps=1,
-    max_steps=4,
-    sampler="euler_a",
-    samplers=("euler_a", "euler", "ddim", "ddpm"),
-    spacing="trailing",
-)
+LCM = FewStepBase(name="LCM", num_steps=4, min_steps=1, max_steps=8, samplers=("lcm",), spacing="lcm")
+DMD2 = FewStepBase(name="DMD2", num_steps=4, min_steps=4, max_steps=8, samplers=("lcm",))
+TURBO = FewStepBase(name="Turbo", num_steps=4, min_steps=1, max_steps=4, samplers=("euler_a", "euler", "ddim", "ddpm"))
 Z_IMAGE_TURBO = FewStepBase(
-    name="Z-Image-Turbo",
-    num_steps=8,
-    min_steps=8,
-    max_steps=9,
-    max_guidance_scale=1.0,
-    sampler="euler",
-    samplers=("euler", "ddim"),
-    spacing="flow",
+    name="Z-Image-Turbo", num_steps=8, min_steps=8, max_steps=9, max_guidance_scale=1.0, samplers=("euler", "ddim"), spacing="flow"
 )
-LIGHTNING = FewStepBase(
-    name="Lightning", num_steps=4, min_steps=2, max_steps=8, sampler="euler", samplers=("euler", "ddim"), spacing="trailing"
-)
-HYPER = FewStepBase(name="Hyper-SD", num_steps=8, min_steps=2, max_steps=12, sampler="ddim", samplers=("ddim", "euler"), spacing="trailing")
-PCM = FewStepBase(name="PCM", num_steps=4, min_steps=2, max_steps=16, sampler="ddim", samplers=("ddim", "euler"), spacing="trailing")
+LIGHTNING = FewStepBase(name="Lightning", num_steps=4, min_steps=2, max_steps=8, samplers=("euler", "ddim"))
+HYPER = FewStepBase(name="Hyper-SD", num_steps=8, min_steps=2, max_steps=12, samplers=("ddim", "euler"))
+PCM = FewStepBase(name="PCM", num_steps=4, min_steps=2, max_steps=16, samplers=("ddim", "euler"))
 FLASH = FewStepBase(
     name="SDXL Flash",
     num_steps=7,
@@ -89,9 +74,7 @@ FLASH = FewStepBase(
     max_steps=9,
     guidance_scale=3.0,
     max_guidance_scale=3.5,
-    sampler="dpmpp_2m",
     samplers=("dpmpp_2m", "euler_a"),  # its page names DPM++ SDE
-    spacing="trailing",
 )
 
 # What a file's or folder's name says, in lower case with CamelCase split. "hyper" also begins "hyper realism", so it needs company.

@@ -6,7 +6,7 @@ A rater is given pictures and gives back a rating for each, in their order, or s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,24 +143,16 @@ def _rate_batches(
     batch_size: int,
     progress: Progress,
 ) -> list[Outcome]:
-    """Score pictures [-1..1] in batches of one size. `prepare` may raise UserError to leave a picture out."""
+    """Score pictures [-1..1] in batches of one size; few wait for theirs to fill. `prepare` may raise UserError to leave a picture out."""
     outcomes: list[Outcome | None] = [None] * len(images)
-    for rows, pictures in _batches(images, prepare, batch_size, outcomes, progress):
+    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+
+    def score_those_of(size: tuple[int, int]) -> None:
+        rows, pictures = zip(*waiting.pop(size), strict=True)
         for row, outcome in zip(rows, score(to_pixels(pictures), [images[row] for row in rows]), strict=True):
             outcomes[row] = outcome
         progress(len(rows))
-    return [outcome for outcome in outcomes if outcome is not None]
 
-
-def _batches(
-    images: Sequence[RatedImage],
-    prepare: Prepare,
-    batch_size: int,
-    outcomes: list[Outcome | None],
-    progress: Progress,
-) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    """Batches of one size: rows and pictures. Unreadable pictures are noted in `outcomes`; few pictures wait, whatever their sizes."""
-    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
     for row, image in enumerate(images):
         try:
             picture = prepare(read_picture(image.picture), image)
@@ -171,13 +163,10 @@ def _batches(
         waiting.setdefault(picture.size, []).append((row, picture))
         fullest = max(waiting, key=lambda size: len(waiting[size]))
         if len(waiting[fullest]) >= batch_size or sum(map(len, waiting.values())) >= 4 * batch_size:
-            yield _part(waiting.pop(fullest))
-    for batch in waiting.values():
-        yield _part(batch)
-
-
-def _part(batch: Sequence[tuple[int, Image.Image]]) -> tuple[list[int], list[Image.Image]]:
-    return [row for row, _ in batch], [picture for _, picture in batch]
+            score_those_of(fullest)
+    for size in list(waiting):
+        score_those_of(size)
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
 def outcome_of(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> Outcome:

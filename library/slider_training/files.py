@@ -14,11 +14,11 @@ from library.atomic_files import atomic_write_bytes, expendable, remove_unfinish
 from library.errors import UserError
 from library.models.base import ModelSpec
 from library.models.config import ModelConfig
-from library.reports.plots import calibration_plot, png_bytes
+from library.reports.plots import calibration_plot, jpeg_url, png_bytes
 from library.rollouts.prompt_encoder import Size
 from library.settings.shared import NetworkConfig, SavingConfig
 from library.slider_training.outcome import Outcome
-from library.slider_training.previews import card_picture, thumbnail
+from library.slider_training.previews import card_picture
 from library.training.finite_losses import LastGood
 from library.training.output_files import check_outputs
 from library.training.run_files import RunFiles
@@ -28,6 +28,8 @@ from networks.lora import LoRANetwork
 from networks.lora_metadata import Card, LoRARecord, lora_metadata, model_file_hashes, write_cards
 
 logger = logging.getLogger(__name__)
+
+THUMBNAIL = 256  # pixels of the longer side, as ModelSpec recommends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class SliderFiles(RunFiles):
             finished_at=time.time(),
             steps=step,
             resolution=(width, height),
-            modelspec=self._modelspec(outcome, card, None if picture is None else thumbnail(picture)),
+            modelspec=self._modelspec(outcome, card, None if picture is None else jpeg_url(picture, THUMBNAIL, 85)),
             training={
                 **self.training,
                 **(self._model_files() if final else {}),

@@ -1,6 +1,5 @@
 """What the slider does, in pictures: a grid written while it trains, and the picture of the finished file."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from PIL import Image
 from library.atomic_files import atomic_write_bytes
 from library.models.base import DiffusionModel
 from library.models.vae import Autoencoder
-from library.reports.plots import data_url, image_grid, multiplier_grid, signed
+from library.reports.plots import image_grid, multiplier_grid, signed
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, decode, sample
 from library.slider_training.outcome import Outcome
@@ -19,7 +18,6 @@ from networks.lora import LoRANetwork
 
 PREVIEW_PROMPTS, PREVIEW_WEIGHTS = 4, (-1.0, 0.0, 1.0)
 CARD_PROMPTS = 4  # rows of the picture
-THUMBNAIL = 256  # pixels of the longer side, as ModelSpec recommends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +71,3 @@ def card_picture(outcome: Outcome) -> Image.Image | None:
     places = sorted({*record.ends, record.base})
     rows = [pictures[places] for pictures in record.pictures[:CARD_PROMPTS]]
     return image_grid(rows, None, [signed(round(record.multipliers[place] * unit, 1)) for place in places])
-
-
-def thumbnail(picture: Image.Image) -> str:
-    """A small copy as ModelSpec has it: a data URL."""
-    small, buffer = picture.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    small.save(buffer, format="jpeg", quality=85)
-    return data_url("jpeg", buffer.getvalue())

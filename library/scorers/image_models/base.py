@@ -65,28 +65,19 @@ class ImageModel(nn.Module):
 IMAGE_MODELS: Registry[type[ImageModel]] = Registry("image_model", "library.scorers.image_models", "family of image models")
 
 
-@dataclass(frozen=True)
-class Specification:
-    """An image model as a user names it: `family:argument?key=value&key=value`."""
-
-    family: str
-    argument: str
-    options: dict[str, str]
-
-    @staticmethod
-    def parse(text: str) -> "Specification":
-        """Raises UserError when the text is not of that form."""
-        named, _, rest = text.partition("?")
-        family, colon, argument = named.partition(":")
-        options: dict[str, str] = {}
-        for part in filter(None, rest.split("&")):
-            key, equals, value = part.partition("=")
-            if not equals or not key or key in options:
-                raise UserError(f"image model {text!r}: {part!r} is not a key=value of its own")
-            options[key] = value
-        if not (family and colon and argument):
-            raise UserError(f"image model {text!r} is not of the form family:argument?key=value&key=value")
-        return Specification(family, argument, options)
+def parse_specification(text: str) -> tuple[str, str, dict[str, str]]:
+    """Family, argument and options of an image model as a user names it: `family:argument?key=value&key=value`. Raises UserError."""
+    named, _, rest = text.partition("?")
+    family, colon, argument = named.partition(":")
+    options: dict[str, str] = {}
+    for part in filter(None, rest.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals or not key or key in options:
+            raise UserError(f"image model {text!r}: {part!r} is not a key=value of its own")
+        options[key] = value
+    if not (family and colon and argument):
+        raise UserError(f"image model {text!r} is not of the form family:argument?key=value&key=value")
+    return family, argument, options
 
 
 def read_image_model(text: str) -> Loaded:
@@ -95,13 +86,12 @@ def read_image_model(text: str) -> Loaded:
     Raises:
         UserError: no such family, a file that is missing or another than it should be, or an option that the family does not have.
     """
-    given = Specification.parse(text)
-    family = IMAGE_MODELS[given.family]
-    options = dict(given.options)
-    loaded = family.read(given.argument, options)
+    name, argument, options = parse_specification(text)
+    family = IMAGE_MODELS[name]
+    loaded = family.read(argument, options)
     if options:
         raise UserError(f"image model {text!r} has no option {', '.join(options)}; it is written like {family.example}")
-    return Loaded({"family": given.family, **loaded.architecture}, loaded.weights)
+    return Loaded({"family": name, **loaded.architecture}, loaded.weights)
 
 
 def build_image_model(architecture: Mapping[str, Any]) -> ImageModel:
