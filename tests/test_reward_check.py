@@ -70,7 +70,7 @@ def test_a_good_signal_rises_at_both_signs_and_nothing_is_left_behind() -> None:
 def test_every_estimator_can_be_looked_at(estimator: str) -> None:
     report, unchanged = check(learning_rate=1e-2, score_estimator=estimator, context=make_context(strength=0.0))
     assert unchanged and report.gain_up > 0 and report.gain_down > 0, report
-    assert all(probe.gradient > 0 and probe.first_order > 0 for probe in report.probes)
+    assert all(probe.gradient > 0 and probe.sensitivity > 0 for probe in report.probes)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ def predicts_v(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], famil
 
     Logs what was found and how to decide otherwise; where signs contradict each other or only the name speaks, as a warning.
     """
-    signs = [sign for sign in (_by_tensor(tensors), _by_metadata(metadata), _by_weights(tensors, family), _by_name(name, metadata)) if sign]
+    by_tensor = (True, "its tensor v_pred says", True) if "v_pred" in tensors else None
+    signs = [sign for sign in (by_tensor, _by_metadata(metadata), _by_weights(tensors, family), _by_name(name, metadata)) if sign]
     if not signs:
         logger.info("%s does not say what it predicts: eps is assumed; give --v_parameterization if it is v", name)
         return False
@@ -39,10 +40,6 @@ def warn_of_name(name: str, is_v: bool) -> None:
 
 
 Sign = tuple[bool, str, bool]  # whether it says v, in words, whether it is to be relied on
-
-
-def _by_tensor(tensors: Mapping[str, Tensor]) -> Sign | None:
-    return (True, "its tensor v_pred says", True) if "v_pred" in tensors else None
 
 
 def _by_metadata(metadata: Mapping[str, str]) -> Sign | None:

@@ -138,12 +138,9 @@ def _tables(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[t
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"LECO prompts file {path} holds no [[prompts]] or [[targets]]; write one with target or positive")
     top = {key: value for key, value in top.items() if key != kind}
-    return top, [(_in_format(table, kind), f"{path} [[{kind}]] number {number}") for number, table in enumerate(tables, start=1)]
-
-
-def _in_format(table: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A table of [[targets]] with neither target nor target_class is a slider of whatever is asked for, as in sd-scripts."""
-    return {"target_class": "", **table} if kind == "targets" and "target" not in table else table
+    if kind == "targets":  # one with neither target nor target_class is a slider of whatever is asked for, as in sd-scripts
+        tables = [table if "target" in table else {"target_class": "", **table} for table in tables]
+    return top, [(table, f"{path} [[{kind}]] number {number}") for number, table in enumerate(tables, start=1)]
 
 
 def _is_slider(table: Mapping[str, Any]) -> bool:

@@ -120,7 +120,8 @@ class PromptEncoder:
     def expect(self, prompts: Sequence[PromptSpec]) -> None:
         """From now on every conditioning is as long as the longest text of these prompts needs."""
         self._expect([text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)])
-        if not (self._warned or self._model.told_size) and any(map(_has_size_conditioning, prompts)):
+        told = any(own.original_width or own.original_height or own.crop_top or own.crop_left for own in prompts)
+        if told and not (self._warned or self._model.told_size):
             logger.warning("only SDXL is told the original size and crop of a picture; those of the prompts do nothing here")
             self._warned = True
 
@@ -158,10 +159,6 @@ def time_ids_of(prompt: PromptSpec, resolution: Size) -> TimeIds:
     """What SDXL is told of a prompt's picture; without a word from the prompt, that it is whole."""
     height, width = size_of(prompt, resolution)
     return prompt.original_height or height, prompt.original_width or width, prompt.crop_top, prompt.crop_left, height, width
-
-
-def _has_size_conditioning(prompt: PromptSpec) -> bool:
-    return bool(prompt.original_width or prompt.original_height or prompt.crop_top or prompt.crop_left)
 
 
 @contextmanager

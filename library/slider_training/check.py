@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,6 @@ class Probe:
     sigma: float
     gradient: float
     sensitivity: float
-    first_order: float  # gain of a whole trajectory, in standard deviations of the score, per unit of RMS that eps moves along the gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class RewardCheck:
         return not self.faults
 
     def __str__(self) -> str:
-        lines = [f"check_reward on {self.prompt!r}", "", "   sigma   gradient RMS   d latents / d eps   gain per unit of eps"]
-        lines += [f"{one.sigma:8.3g}   {one.gradient:12.3g}   {one.sensitivity:17.3g}   {one.first_order:20.3g}" for one in self.probes]
+        lines = [f"check_reward on {self.prompt!r}", "", "   sigma   gradient RMS   d latents / d eps"]
+        lines += [f"{one.sigma:8.3g}   {one.gradient:12.3g}   {one.sensitivity:17.3g}" for one in self.probes]
         total = sum(self.norms.values()) or 1.0
         shares = ", ".join(f"{name} {norm:.3g} ({norm / total:.0%})" for name, norm in self.norms.items())
         lines += [
@@ -125,13 +125,14 @@ def check_reward(
         norms[name] = _norm(network.parameters())
     groups, _ = network.prepare_optimizer_params(optimizer.text_encoder_lr, optimizer.unet_lr, optimizer.learning_rate)
     stepper = create_optimizer(optimizer, groups)
-    start = [_measured_at(probe, batch, sign, _view_noise(context)) for sign in (1.0, -1.0)]
-    _backward(context, lambda: probe.objective(batch, _view_noise(context))[0].loss)
+    view_noise = partial(context.generator, "check_reward")  # the same for every measurement
+    start = [_measured_at(probe, batch, sign, view_noise()) for sign in (1.0, -1.0)]
+    _backward(context, lambda: probe.objective(batch, view_noise())[0].loss)
     if optimizer.max_grad_norm:
         nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)
     stepper.step()
     network.zero_grad()
-    stepped = [_measured_at(probe, batch, sign, _view_noise(context)) for sign in (1.0, -1.0)]
+    stepped = [_measured_at(probe, batch, sign, view_noise()) for sign in (1.0, -1.0)]
     network.load_state_dict(before)
 
     gains = [after - at for (at, _), (after, _) in zip(start, stepped, strict=True)]
@@ -155,14 +156,10 @@ def _probes(term: ScoreTerm, batch: RolloutBatch) -> list[Probe]:
     _, gradients = score_gradients(term.objective.reward, predicted.latents, predicted.sigmas, batch.cond, batch.prompts)
     goals = [goal for goal in term.objective.reward.goals if goal.sign]
     raw = torch.stack([goal.weight * gradients[goal.name] for goal in goals]).sum(0)  # [B, C, h, w]
-    sizes, sensitivity = rms(raw), (predicted.sensitivity * batch.guidance_scales).abs()
-    per_unit = (
-        sizes * sensitivity * raw[0].numel() / term.objective.step_fraction(batch, predicted)
-    )  # <g, dx> with dx = sensitivity along g at RMS 1
+    columns = (batch.sigmas, rms(raw), (predicted.sensitivity * batch.guidance_scales).abs())
     order = torch.argsort(batch.sigmas, descending=True)
-    columns = (batch.sigmas, sizes, sensitivity, per_unit)
     rows = zip(*(column[order].tolist() for column in columns), strict=True)
-    return [Probe(sigma=sigma, gradient=size, sensitivity=moved, first_order=gain) for sigma, size, moved, gain in rows]
+    return [Probe(sigma=sigma, gradient=size, sensitivity=moved) for sigma, size, moved in rows]
 
 
 def _faults(probes: Sequence[Probe], gains: Sequence[float], drift: float, score: ScoreConfig, context: TrainingContext) -> list[str]:
@@ -222,11 +219,6 @@ def _backward(context: TrainingContext, loss: Callable[[], Tensor]) -> None:
     for parameter in context.network.parameters():
         if parameter.grad is not None:
             parameter.grad /= LOSS_SCALE
-
-
-def _view_noise(context: TrainingContext) -> torch.Generator:
-    """The same noise for every measurement."""
-    return context.generator("check_reward")
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from library.diffusion.solvers import ddim_step
 from library.models.base import DiffusionModel
 from library.rollouts.prompt_encoder import Size
-from library.rollouts.sample import model_autocast
+from library.rollouts.sample import model_autocast, predict_branches
 from library.settings.options import check_above, check_at_least, option
 from library.text_free.adapter import AdapterSpec, ImagePromptAdapter, perturb, text_encoder_fingerprint
 from library.text_free.clip_pair import ClipPair
@@ -216,7 +216,7 @@ def trajectories(
     count, scale = recipe.train_batch_size, model.spec.vae_scale_factor
     shape = (model.spec.latent_channels, size[0] // scale, size[1] // scale)
     grid = model.schedule.inference_timesteps(recipe.max_denoising_steps).to(model.device)
-    uncond = encode_first_chunk(model, [""], size)
+    uncond = encode_first_chunk(model, [""], size).repeat(count)
     latents = torch.randn(count, *shape, generator=generator).to(model.device)
     texts = _drawn(prompts, count, generator)
     conds = list(_rows(encode_first_chunk(model, texts, size)))
@@ -226,8 +226,7 @@ def trajectories(
         now, after = grid[at], grid[at + 1]
         cond = Conditioning.cat(conds)
         with model_autocast(model):
-            both = model.predict_eps(latents.repeat(2, 1, 1, 1), now.repeat(2), Conditioning.cat([uncond.repeat(count), cond]))
-        uncond_eps, cond_eps = both.chunk(2)
+            cond_eps, uncond_eps = predict_branches(model, latents, now, cond, uncond)
         yield TeacherBatch(list(texts), latents, now, cond, cond_eps, uncond_eps)
         guided = uncond_eps + recipe.guidance_scale * (cond_eps - uncond_eps)
         latents = ddim_step(latents, guided, model.schedule.abar(now), model.schedule.abar(after))

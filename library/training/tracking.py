@@ -144,7 +144,9 @@ class JsonLinesSink:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
         try:
             if self._file is None:
-                self._file = self._opened()
+                self._begin()
+                atomic_write_text(self._path, "".join(_lines_before(self._path, self._first_step)))
+                self._file = self._path.open("ab", buffering=0)  # a line is written whole, or cut short by a full disk
             self._file.write(("\n" if self._lost else "").encode() + line.encode() + b"\n")  # what came before may be cut short
         except (OSError, CannotWrite) as error:
             if not self._lost:
@@ -158,11 +160,6 @@ class JsonLinesSink:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-    def _opened(self) -> BinaryIO:
-        self._begin()
-        atomic_write_text(self._path, "".join(_lines_before(self._path, self._first_step)))
-        return self._path.open("ab", buffering=0)  # a line is written whole, or cut short by a full disk; nothing waits to be written
 
 
 class TensorBoardSink:

@@ -91,7 +91,7 @@ class LecoTerm(Term):
         model, network = self.context.model, self.context.network
         belt = self._next_belt()
         batch = belt.next_batch()
-        settings = _settings_of(batch)
+        settings = [prompt.setting for prompt in batch.prompts if isinstance(prompt, LecoPrompt)]
         cond, negative = self._with_crops(batch, settings)
         frozen = self._predict_plain(batch, settings, cond, negative)
         network.set_multiplier(batch.multipliers)
@@ -214,10 +214,6 @@ def random_crops(time_ids: Tensor, generator: torch.Generator) -> Tensor:
     original = (size * (1 + 2 * scale)).floor()
     corner = (torch.cat([top, left], dim=1) * (original - size)).floor()
     return torch.cat([original, corner, size], dim=1)
-
-
-def _settings_of(batch: RolloutBatch) -> list[LecoSetting]:
-    return [prompt.setting for prompt in batch.prompts if isinstance(prompt, LecoPrompt)]
 
 
 def _frozen_rows_of(settings: Sequence[LecoSetting]) -> dict[tuple[int, str], int]:
