@@ -29,7 +29,7 @@ from library.settings.sd_scripts_defaults import SD_SCRIPTS
 from library.slider_training.check import check_reward
 from library.slider_training.estimate import estimate
 from library.slider_training.network import in_use
-from library.slider_training.setup import LecoScoreConfig, SliderParts, decide_open, leco_score_config, prepare
+from library.slider_training.setup import LecoScoreConfig, SliderParts, check_files, decide_open, leco_score_config, prepare
 from library.slider_training.updates import Updates
 from library.slider_training.vital_signs import VitalSigns
 from library.training.interrupts import Interrupted, interruptible
@@ -55,6 +55,7 @@ def train(config: LecoScoreConfig, *, dry_run: bool = False) -> Path:
         UserError: bad input, too many losses that are not finite, another process that trains a slider of this name.
         SystemExit: 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, when slider and state are saved; 3 from check_reward; 0 from estimate.
     """
+    check_files(config)
     check_optimizer(config.optimizer, config.training.max_train_steps)
     check_trackers(config.logging)
     set_num_threads(config.training.num_threads)

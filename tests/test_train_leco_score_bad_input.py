@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_leco_score
 from library.errors import UserError
+from library.models.config import ModelConfig
 from library.models.loading import load_model
+from library.models.vae import VaeFingerprint
 from library.objectives.terms.score import ScoreTerm
 from library.scorers.io import save_scorer
 from library.training.tracking import read_metrics
@@ -23,7 +26,10 @@ from tests.helpers.tiny_leco_run import (
     tiny_scorer,
     write_toml,
 )
-from train_leco_score import main
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("this comes too early")
 
 
 def cut(path: Path, target: Path) -> Path:
@@ -102,14 +108,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     changes = {name: filled(value) if isinstance(value, (str, list)) else value for name, value in changes.items()}
     output = tmp_path / "out"
     config = write_toml(tmp_path / "x.toml", settings(workplace, output, **changes))
-    sentence = refused(main, "--config_file", config)
+    sentence = refused(train_leco_score.main, "--config_file", config)
     assert all(word in sentence for word in says), sentence
     assert not output.exists() or not list(output.iterdir())
 
 
+@pytest.mark.parametrize("scorer", ["none", "blind", "of_sdxl", "of_flux"])
+def test_what_a_scorers_file_says_is_refused_before_the_model_is_loaded(
+    workplace: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str], scorer: str
+) -> None:
+    for name, scaling, channels in (("of_sdxl", 0.13025, 4), ("of_flux", 0.3611, 16)):
+        save_scorer(broken / f"{name}.safetensors", tiny_scorer(VaeFingerprint(scaling, (0.0,) * 64 * channels)))
+    monkeypatch.setattr(ModelConfig, "load", never)
+    config = write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out", scorer=[str(broken / f"{scorer}.safetensors")]))
+    sentence = refused(train_leco_score.main, "--config_file", config)
+    assert f"{scorer}.safetensors" in sentence or f"scorer {scorer} reads {'SDXL' if 'sdxl' in scorer else 'FLUX.1'} latents" in sentence
+
+
 def test_an_output_dir_that_cannot_be_written_to(workplace: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "out").write_text("a file")
-    sentence = refused(main, "--config_file", write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out")))
+    sentence = refused(train_leco_score.main, "--config_file", write_toml(tmp_path / "x.toml", settings(workplace, tmp_path / "out")))
     assert f"{tmp_path / 'out'} is a file" in sentence and "choose another folder" in sentence
     assert (tmp_path / "out").read_text() == "a file"
 
@@ -129,15 +147,26 @@ def test_what_is_never_finite_stops_the_run_and_no_slider_is_written(
         changes = {"scorer": [str(broken / "nan.safetensors")]}
     (tmp_path / "one.txt").write_text("a green star\n", encoding="utf-8")
     values = settings(workplace, tmp_path / "out", prompts_file=str(tmp_path / "one.txt"), **changes)
-    sentence = refused(main, "--config_file", write_toml(tmp_path / "x.toml", values))
+    sentence = refused(train_leco_score.main, "--config_file", write_toml(tmp_path / "x.toml", values))
     assert all(word in sentence for word in says), sentence
     assert "timestep" not in says or "'a green star'" in sentence
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_an_optimizer_that_does_not_exist_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_optimizer_that_does_not_exist_is_told_before_the_model_is_loaded(workplace: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ModelConfig, "load", never)
     with pytest.raises(UserError, match="optimizer_type"):
-        run(tmp_path / "nowhere", tmp_path / "out", optimizer_type="none.None")
+        run(workplace, tmp_path / "out", optimizer_type="none.None")
+
+
+@pytest.mark.parametrize("option", ["prompts_file", "eval_prompts_file", "pretrained_model_name_or_path", "scorer"])
+def test_a_file_that_is_not_there_is_told_before_anything_is_imported_for_the_rest(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(train_leco_score, "check_optimizer", never)
+    file = str(tmp_path / "gone.safetensors")
+    with pytest.raises(UserError, match="gone.safetensors"):
+        run(workplace, tmp_path / "out", **{option: [file] if option == "scorer" else file})
     assert not list(tmp_path.iterdir())
 
 

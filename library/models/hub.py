@@ -15,7 +15,7 @@ from library.settings.shared import HUB_ID
 
 logger = logging.getLogger(__name__)
 
-_FILE_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+FILE_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-(\d+))?(?:\.(\w+))?\.(safetensors|bin)")
 _PREFERRED = (None, "fp16", "bf16", "ema", "non_ema")
 
@@ -58,7 +58,7 @@ def find_model(name: str | Path) -> Path:
     if path.exists():
         return path
     hub_id = Path(name).as_posix()
-    if not re.fullmatch(HUB_ID, hub_id) or hub_id.endswith(_FILE_ENDINGS):
+    if not re.fullmatch(HUB_ID, hub_id) or hub_id.endswith(FILE_ENDINGS):
         raise UserError(f"There is no file or folder {path}; give a checkpoint file, a diffusers folder, or a hub id (owner/name).")
     return _cached(hub_id) or _fetched(hub_id)
 

@@ -201,6 +201,11 @@ class VaeFingerprint:
         channels = max(1, len(self.probe) // 64)  # earlier versions knew 8 x down-sampling alone
         return LatentSpace(channels, 8, (0.0,), (self.scaling_factor,)).name
 
+    def may_be_of(self, space: LatentSpace) -> bool:
+        """Whether it may be that of such latents, as far as their number and their scaling tell."""
+        numbers = space.channels * (probe_picture().shape[-1] // space.downsampling) ** 2
+        return len(self.probe) == numbers and math.isclose(self.scaling_factor, space.scaling_factor, rel_tol=1e-4)
+
     def matches(self, other: VaeFingerprint) -> bool:
         """Whether both encode alike: the same scaling factor, and probes within `PROBE_TOLERANCE` (relative RMS)."""
         if len(self.probe) != len(other.probe) or not math.isclose(self.scaling_factor, other.scaling_factor, rel_tol=1e-4):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
+from library.models.vae import LatentSpace, VaeFingerprint
 from library.objectives.rewards import Goal, Limit, Reward, ScorerEnsemble
 from library.scorers.base import Scorer
 from library.scorers.heads import READOUTS
@@ -67,11 +67,13 @@ class RewardConfig:
         return list(self.scorer_weights) or [0.0 if hold else 1.0 for hold in held]
 
 
-def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware: bool, gradient_checkpointing: bool = False) -> Reward:
+def load_reward(
+    config: RewardConfig, vae: VaeFingerprint | LatentSpace | None, *, needs_noise_aware: bool, gradient_checkpointing: bool = False
+) -> Reward:
     """Load scorer files and check that they can judge this model's latents at the noise levels they will be shown.
 
     Args:
-        vae: the model's.
+        vae: the model's, or what is known of it before the model is loaded.
         needs_noise_aware: whether noisy latents will be scored.
         gradient_checkpointing: let scorers that can save memory do so.
 
@@ -81,7 +83,8 @@ def load_reward(config: RewardConfig, vae: VaeFingerprint, *, needs_noise_aware:
     scorers = []
     for path in config.scorer:
         scorer = load_scorer(path, config.allow_code)
-        check_scorer_fits(scorer, vae)
+        if vae is not None:
+            check_scorer_fits(scorer, vae)
         if needs_noise_aware and not scorer.spec.noise_aware:
             advice = f"scorer {path} was trained on clean latents only, and this score_estimator scores noisy ones"
             if not config.force_scorer:

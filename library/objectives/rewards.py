@@ -149,9 +149,14 @@ class Reward:
         return [goal.scorer for goal in self.goals]
 
     @property
+    def members(self) -> list[Scorer]:
+        """The scorers, those of an ensemble one by one."""
+        return [scorer for goal in self.goals for scorer in _members(goal.scorer)]
+
+    @property
     def worth(self) -> list[Worth]:
         """Of the scorers whose files say it."""
-        found = [worth_of(scorer.spec, scorer.name) for goal in self.goals for scorer in _members(goal.scorer)]
+        found = [worth_of(scorer.spec, scorer.name) for scorer in self.members]
         return [worth for worth in found if worth is not None]
 
     @property

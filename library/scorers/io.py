@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.atomic_files import NoTensors, atomic_save_safetensors, load_tensors
 from library.errors import UserError
-from library.models.vae import VaeFingerprint
+from library.models.vae import LatentSpace, VaeFingerprint
 from library.scorers.base import SCORER_KINDS, Backbone, Scorer, ScorerSpec
 from library.scorers.header import BadHeader, build_checked, check_architecture, check_code, parse_spec, wanted_code
 
@@ -80,9 +80,11 @@ def load_backbone_weights(path: str | Path, backbone: Backbone, spec: ScorerSpec
         raise UserError(f"{path} does not hold the weights of the {spec.kind} that its header describes; train it again") from error
 
 
-def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint) -> None:
-    """Raises UserError if the scorer was trained on another VAE's latents: its opinion of these would mean nothing."""
-    if not scorer.spec.vae.matches(vae):
+def check_scorer_fits(scorer: Scorer, vae: VaeFingerprint | LatentSpace) -> None:
+    """Raises UserError if the scorer was trained on another VAE's latents: its opinion of these would mean nothing. Of a latent space
+    it says what that can tell."""
+    own = scorer.spec.vae
+    if not (own.may_be_of(vae) if isinstance(vae, LatentSpace) else own.matches(vae)):
         raise UserError(
             f"scorer {scorer.name} reads {scorer.spec.vae.name}, and this model makes {vae.name}"
             + (" with another encoder" if scorer.spec.vae.name == vae.name else "")

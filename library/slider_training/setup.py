@@ -14,6 +14,8 @@ from library.errors import UserError
 from library.measuring.judges import load_judges
 from library.models.base import DiffusionModel
 from library.models.config import ModelConfig
+from library.models.headers import latent_space
+from library.models.hub import FILE_ENDINGS, find_model
 from library.models.packed import pack_unet
 from library.models.vae import move
 from library.objectives.base import TERMS, Term, TrainingContext
@@ -26,6 +28,7 @@ from library.prompts.files import PromptOptions, load_prompts, spread, with_aspe
 from library.rollouts.base import ROLLOUTS
 from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
+from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.pixel_decoder import check_decodes, load_tiny_autoencoder
 from library.settings.presets import PRESETS, MemoryConfig
 from library.settings.shared import LoggingConfig, MetadataConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
@@ -120,6 +123,21 @@ def decide_open(config: LecoScoreConfig, accelerator: Accelerator) -> LecoScoreC
     return replace(config, training=replace(config.training, seed=seed), saving=replace(config.saving, resume=folder))
 
 
+def check_files(config: LecoScoreConfig) -> None:
+    """Refuse at once what a look at the disk refuses: what checks the rest takes seconds to import. Raises UserError."""
+    RunFiles(config.saving).check_outputs()
+    name = str(config.model.pretrained_model_name_or_path)
+    if name.endswith(FILE_ENDINGS):
+        find_model(name)
+    previews = config.monitor.sample_prompts if config.monitor.previews else None
+    for file in (config.rollout.prompts_file, config.monitor.eval_prompts_file, previews):
+        if file and not Path(file).expanduser().exists():
+            load_prompts(file, config.prompts)  # says what is wrong
+    for path in config.reward.scorer:
+        if not Path(path).expanduser().exists():
+            load_scorer(path)
+
+
 def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionModel | None = None) -> SliderParts:
     """Load and build everything, in the order in which a user's mistake costs least. Raises UserError.
 
@@ -141,6 +159,12 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     preview_vae = None if tiny_folder is None else load_tiny_autoencoder(str(tiny_folder), "preview_vae", "nothing for the model's own")
     names, code = (config.monitor.judges, config.monitor.judge_scorers), config.reward.allow_code
     judges = load_judges(*names, training_files=config.reward.scorer, allow_code=code)
+    reward = load_reward(
+        config.reward,
+        latent_space(config.model.pretrained_model_name_or_path) if model is None and config.model.vae is None else None,
+        needs_noise_aware=ESTIMATORS[config.parts["score"].score_estimator].noisy,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
     model = model or load_base(config, accelerator)
     if preview_vae is not None:
         check_decodes(preview_vae, model.vae, f"preview_vae {tiny_folder}")
@@ -148,12 +172,9 @@ def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionM
     sampling = resolve_sampling(config.rollout, model)
     if config.prompts.enable_bucket:
         prompts = with_aspect_buckets(prompts, sampling.size)
-    reward = load_reward(
-        config.reward,
-        model.vae_fingerprint(),
-        needs_noise_aware=ESTIMATORS[config.parts["score"].score_estimator].noisy,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-    ).to(accelerator.device)
+    for scorer in reward.members:
+        check_scorer_fits(scorer, model.vae_fingerprint())
+    reward = reward.to(accelerator.device)
     for worth in reward.worth:
         logger.log(logging.WARNING if worth.doubtful else logging.INFO, "%s", worth)
 

@@ -1,0 +1,35 @@
+"""What files say of a model before it is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.models.headers import latent_space
+from library.models.loading import load_model
+from library.models.vae import LatentSpace
+from tests.helpers.tiny_leco_run import make_workplace
+from tests.helpers.tiny_models import save_single_file
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_latents_of_a_folder_and_of_a_file_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
+    folder = make_workplace(tmp_path, family) / "model"
+    model = load_model(folder)
+    space = latent_space(folder)
+    assert space == LatentSpace.of(model.vae) and model.vae_fingerprint().may_be_of(space)
+    save_single_file(model, tmp_path / "one.safetensors")
+    assert latent_space(tmp_path / "one.safetensors") == space
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    assert latent_space(folder) == space
+
+
+def test_where_only_loading_tells_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"batch_norm_eps": 1e-4}', encoding="utf-8")  # as FLUX.2's
+    assert [latent_space(tmp_path / name) for name in ("model.ckpt", "model.safetensors", "")] == [None] * 3
+    with pytest.raises(UserError, match="nowhere"):
+        latent_space(tmp_path / "nowhere.safetensors")
