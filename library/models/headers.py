@@ -12,13 +12,9 @@ from library.models.vae import LatentSpace
 
 def latent_space(path: str | Path) -> LatentSpace | None:
     """The latents of a model with its own VAE: a folder's by its VAE's configuration, a .safetensors file's by what family it is of. None
-    where only loading tells, or says what is wrong.
-
-    Raises:
-        UserError: there is no model at the path.
-    """
-    path = find_model(path)
+    where only loading tells, or says what is wrong."""
     try:
+        path = find_model(path)
         if path.is_dir():
             config = read_json(path / "vae" / "config.json", "the diffusers model is not complete")
         elif path.suffix.lower() in (".safetensors", ".sft"):
