@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.documents import (
+    FENCE,
     LOG,
     OF_SD_SCRIPTS,
     PAGES,
@@ -37,6 +38,12 @@ def test_what_a_page_names_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     checks = [missing_files(text), missing_modules(text), missing_options(text), missing_settings(text)]
     assert problems(zip(("file", "module", "option", "setting"), checks, strict=True)) == []
+
+
+def test_tables_are_tables() -> None:
+    """Rows that were joined to one line, as a program that breaks text anew does, are no table on the page."""
+    lines = [(name_of(path), line) for path in PAGES for line in FENCE.sub("", path.read_text(encoding="utf-8")).splitlines()]
+    assert [(page, line) for page, line in lines if re.search(r"\|:?-{3,}", line) and not re.fullmatch(r" *\|(:?-{3,}:?\|)+", line)] == []
 
 
 def test_the_log_names_the_commit_of_modules_that_are_gone() -> None:
