@@ -4,8 +4,6 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,8 @@ from library.settings.cli import parse_config
 from library.settings.options import options
 from library.slider_training.setup import leco_score_config
 from library.training.tracking import JsonLinesSink, read_metrics
-from tests.helpers.fuzzing import edited_bytes, edited_json, edited_text, fuzzed, only_user_errors, values
+from tests.helpers.fuzzing import edited_bytes, edited_json, edited_text, file_of, fuzzed, only_user_errors, values
 from tests.helpers.scorers import VAE
-
-
-@contextmanager
-def file_of(content: bytes, name: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name)
-        path.write_bytes(content)
-        yield path
-
 
 # ---- tables ----
 

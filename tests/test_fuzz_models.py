@@ -20,7 +20,7 @@ from library.training.checkpoints import STATE_FILE, _checksums, save_state
 from library.training.optimizers import create_optimizer, create_scheduler
 from networks.lora_files import read_lora
 from tests.helpers.context import make_context
-from tests.helpers.fuzzing import edited_bytes, edited_json, fuzzed, only_user_errors, values
+from tests.helpers.fuzzing import edited_bytes, edited_json, file_of, fuzzed, only_user_errors, values
 from tests.helpers.scorer_headers import HEADER, REACHING, SPEC
 from tests.helpers.tiny_leco_run import tiny_scorer
 from tests.helpers.tiny_models import save_folder, tiny_model
@@ -58,11 +58,8 @@ def scorer_bytes() -> bytes:
 @fuzzed(0.5)
 @given(data=st.data())
 def test_a_scorers_bytes(data: st.DataObject) -> None:
-    content = data.draw(edited_bytes(scorer_bytes()))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "x.safetensors")
-        path.write_bytes(content)
-        only_user_errors(folder, lambda: load_scorer(path)(torch.zeros(1, 4, 8, 8), torch.zeros(1)))
+    with file_of(data.draw(edited_bytes(scorer_bytes())), "x.safetensors") as path:
+        only_user_errors(path.parent, lambda: load_scorer(path)(torch.zeros(1, 4, 8, 8), torch.zeros(1)))
 
 
 # ---- LoRA weights ----
@@ -116,11 +113,8 @@ def lora_bytes() -> list[bytes]:
 @fuzzed()
 @given(suffix=st.sampled_from([".safetensors", ".pt"]), data=st.data())
 def test_bytes_of_a_lora(suffix: str, data: st.DataObject) -> None:
-    content = data.draw(edited_bytes(*lora_bytes()))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "x" + suffix)
-        path.write_bytes(content)
-        only_user_errors(folder, lambda: read_lora(path).place(places()))
+    with file_of(data.draw(edited_bytes(*lora_bytes())), "x" + suffix) as path:
+        only_user_errors(path.parent, lambda: read_lora(path).place(places()))
 
 
 # ---- states ----
@@ -220,8 +214,5 @@ def checkpoint() -> bytes:
 @fuzzed(0.2)
 @given(data=st.data())
 def test_bytes_of_a_checkpoint(data: st.DataObject) -> None:
-    content = data.draw(edited_bytes(checkpoint()))
-    with tempfile.TemporaryDirectory() as inside:
-        path = Path(inside, "x.safetensors")
-        path.write_bytes(content)
-        only_user_errors(inside, lambda: load(path))
+    with file_of(data.draw(edited_bytes(checkpoint())), "x.safetensors") as path:
+        only_user_errors(path.parent, lambda: load(path))

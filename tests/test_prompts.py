@@ -11,12 +11,7 @@ from library.models.prompt_syntax import escape, parse_weights, plain_text, read
 from library.prompts.contents import ROW_ENDINGS, TABLE_ENDINGS
 from library.prompts.files import PromptOptions, load_prompts, spread, with_aspect_buckets
 from library.types import PromptSpec
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+from tests.helpers.rated_files import write
 
 
 def texts(path: Path, text: str, **options) -> list[str]:

@@ -3,7 +3,9 @@
 import copy
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,12 @@ def only_user_errors(folder: str | Path, read: Callable[[], Any]) -> None:
     except UserError as error:
         assert len(str(error)) < 5000 and not re.search(r"Traceback|weights_only", str(error))
     assert sorted(str(path) for path in Path(folder).rglob("*")) == before
+
+
+@contextmanager
+def file_of(content: bytes, name: str) -> Iterator[Path]:
+    """A file of that name, alone in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        yield path
