@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
+from library.scorer_training.setup import default_size
 from library.scorers.base import SCORER_KINDS, BackboneScorer, Scorer, ScorerSpec, build_scorer
 from library.scorers.conditioning import noise_angle
 from library.scorers.heads import HeadSpec
@@ -92,6 +93,11 @@ def test_every_kind_has_these_sizes(kind: str, size: str) -> None:
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     low, high = {"tiny": (3e5, 6e5), "base": (1e7, 2.5e7)}[size]
     assert low <= parameters <= high
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, "tiny"), (16, "tiny"), (24, "small"), (32, "small"), (64, "base"), (128, "base")])
+def test_the_size_that_nobody_set_follows_the_latents(side: int, size: str) -> None:
+    assert default_size(SCORER_KINDS["latent_resnet"], side**2) == size
 
 
 def test_unknown_kind_and_size_are_named() -> None:
