@@ -12,7 +12,7 @@ from scipy.stats import norm
 from library.errors import UserError
 from library.measuring.calibration import Calibration, Target
 from library.measuring.response_curve import CONFIDENCE, VISIBLE_SHARE, ResponseCurve, curve_of, exceeded, response_curve, summarise_curve
-from library.measuring.statistics import Interval, bootstrap_gains, within_prompt_std
+from library.measuring.statistics import Interval, PairedChanges, bootstrap_gains, within_prompt_std
 from library.measuring.strength import STRONGEST, WEAKEST, choose_scale, confirm, next_strength
 from library.rollouts.sample import SamplingConfig, sample
 from library.types import PromptSpec
@@ -358,23 +358,48 @@ def test_more_pictures_of_the_base_model_make_the_unit_surer():
         rng = np.random.default_rng(1)
         base = 3 * rng.normal(size=(12, num_seeds))
         changes = np.full((12, 4, 1), 3.0)
-        _, resamples = bootstrap_gains(changes, base, rng)
+        _, resamples = bootstrap_gains([PairedChanges(base, changes)], rng)
         widths.append(resamples.std())
     assert widths[1] < 0.7 * widths[0] and 0.03 < widths[1] < 0.08
 
 
-def test_a_unit_of_other_prompts_is_drawn_on_its_own():
-    """9 prompts were measured and 40 know the unit, 3; the first 9 of these know another. The interval holds the gain, which is 1."""
+def test_prompts_that_tell_the_unit_alone_count_for_the_unit():
+    """9 prompts were measured, whose own unit is 0.5; with 31 others it is 3. The interval holds the gain, which is 1."""
     rng = np.random.default_rng(1)
-    base = np.concatenate([0.5 * rng.normal(size=(9, 3)), 3.36 * rng.normal(size=(31, 3))])
-    gains, resamples = bootstrap_gains(np.full((9, 3, 1), within_prompt_std(base)), base, rng)
+    measured, others = 0.5 * rng.normal(size=(9, 3)), 3.36 * rng.normal(size=(31, 3))
+    changes = np.full((9, 3, 1), within_prompt_std(np.concatenate([measured, others])))
+    gains, resamples = bootstrap_gains([PairedChanges(measured, changes), PairedChanges(others)], rng)
     low, high = np.percentile(resamples, [2.5, 97.5])
     assert gains == pytest.approx([1.0]) and 0.7 < low < 1 < high < 1.6
 
 
+def test_sets_of_other_numbers_of_seeds_are_one_set_of_prompts():
+    """Each prompt weighs the same in the mean, each degree of freedom in the unit."""
+    rng = np.random.default_rng(1)
+    sets = [
+        PairedChanges(rng.normal(size=(count, seeds)), rng.normal(size=(count, pairs, 2))) for count, seeds, pairs in ((6, 4, 2), (3, 3, 1))
+    ]
+    gains, resamples = bootstrap_gains(sets, rng)
+    means = np.concatenate([part.changes.mean(1) for part in sets if part.changes is not None])
+    squares = sum(((part.base - part.base.mean(1, keepdims=True)) ** 2).sum() for part in sets)
+    unit = (squares / (6 * 3 + 3 * 2)) ** 0.5
+    assert gains == pytest.approx(means.mean(0) / unit)
+    assert resamples.mean(0) == pytest.approx(gains, abs=0.1) and resamples.shape == (1000, 2)
+
+
+def test_a_gain_over_the_unit_of_its_own_prompts_is_surer():
+    """Prompts of twice the spread are moved twice as far: drawn together, what the draw of prompts does to both falls out of the ratio."""
+    rng = np.random.default_rng(1)
+    spread = np.repeat([0.5, 2.0], 10)[:, None]
+    base, changes = spread * [[1.0, -1.0, 1.0, -1.0]], spread[:, :, None] * np.ones((20, 2, 1))
+    together = bootstrap_gains([PairedChanges(base, changes)], rng)[1].std()
+    apart = bootstrap_gains([PairedChanges(base[::-1].copy(), changes)], rng)[1].std()
+    assert together < 0.5 * apart
+
+
 def test_a_score_that_does_not_vary_has_no_unit():
     with pytest.raises(UserError, match="does not vary"):
-        bootstrap_gains(np.ones((2, 2, 1)), np.ones((2, 2)), np.random.default_rng(0))
+        bootstrap_gains([PairedChanges(np.ones((2, 2)), np.ones((2, 2, 1)))], np.random.default_rng(0))
 
 
 # ---- the second measurement ----

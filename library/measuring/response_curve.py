@@ -9,7 +9,7 @@ import numpy as np
 import scipy
 
 from library.measuring.record import EvaluationRecord
-from library.measuring.statistics import Interval, bootstrap_gains, linear_fit, percentile_interval
+from library.measuring.statistics import Interval, PairedChanges, bootstrap_gains, linear_fit, percentile_interval
 from library.measuring.warnings import is_sound
 
 WIDEST = 2.0  # weights between whose opposites the line is fitted
@@ -132,14 +132,16 @@ def response_curve(
     *,
     directions: np.ndarray | None = None,
     clipped: Sequence[float] = (),
-    unit_scores: np.ndarray | None = None,
+    base_scores: np.ndarray | None = None,
+    others: Sequence[PairedChanges] = (),
 ) -> ResponseCurve:
     """The curve of scores [P, S, M], with resamples for its intervals.
 
     Args:
         multipliers: ascending, 0 among them.
         directions: [P], +1 where a positive multiplier is to raise the score, -1 where it is to lower it; None is +1 everywhere.
-        unit_scores: of the base model [P', S'], whose standard deviation is the unit; None takes those of `scores`.
+        base_scores: of more of the base model's pictures of the same prompts [P, S'], for the unit; None takes those of `scores`.
+        others: the same slider on other prompts, at the same multipliers.
 
     Raises:
         UserError: the score does not vary without the slider.
@@ -147,7 +149,8 @@ def response_curve(
     base = list(multipliers).index(0)
     signs = np.ones(len(scores)) if directions is None else np.sign(directions)
     changes = (scores - scores[:, :, base, None]) * signs[:, None, None]
-    gains, resamples = bootstrap_gains(changes, scores[:, :, base] if unit_scores is None else unit_scores, rng)
+    own = PairedChanges(scores[:, :, base] if base_scores is None else base_scores, changes)
+    gains, resamples = bootstrap_gains([own, *others], rng)
     return ResponseCurve(
         multipliers=tuple(map(float, multipliers)),
         gains=tuple(map(float, gains)),
@@ -157,11 +160,13 @@ def response_curve(
     )
 
 
-def curve_of(record: EvaluationRecord, name: str, unit_scores: np.ndarray | None = None) -> ResponseCurve:
+def curve_of(
+    record: EvaluationRecord, name: str, base_scores: np.ndarray | None = None, others: Sequence[PairedChanges] = ()
+) -> ResponseCurve:
     """The curve of one score of a record, with its judges.
 
     Args:
-        unit_scores: as in `response_curve`.
+        base_scores, others: as in `response_curve`.
 
     Raises:
         UserError: the score does not vary without the slider.
@@ -169,7 +174,14 @@ def curve_of(record: EvaluationRecord, name: str, unit_scores: np.ndarray | None
     response, clipped = record.responses[name], record.statistics.get("clipped", ())
     drifts, rng = record.statistics["latent_drift"], np.random.default_rng(0)
     curve = response_curve(
-        record.multipliers, response.values, drifts, rng, directions=response.signs, clipped=clipped, unit_scores=unit_scores
+        record.multipliers,
+        response.values,
+        drifts,
+        rng,
+        directions=response.signs,
+        clipped=clipped,
+        base_scores=base_scores,
+        others=others,
     )
     visible = () if record.visibility is None else exceeded(record.visibility).tolist()
     return replace(

@@ -148,17 +148,31 @@ def bootstrap_means(values: np.ndarray, rng: np.random.Generator, num_resamples:
     return tuple(Interval(*map(float, row)) for row in zip(values.mean((0, 1)), low, high, strict=True))
 
 
+@dataclass(frozen=True, eq=False)
+class PairedChanges:
+    """What a slider did to the pictures of P prompts.
+
+    Attributes:
+        base: scores of the base model's pictures [P, S'], S' at least 2.
+        changes: against the base model's score of the same prompt and seed, in the wanted direction [P, S, M]; None where the slider was
+            not measured on these prompts, so that they tell the unit alone.
+    """
+
+    base: np.ndarray
+    changes: np.ndarray | None = None
+
+
 def bootstrap_gains(
-    changes: np.ndarray, base_scores: np.ndarray, rng: np.random.Generator, num_resamples: int = 1000
+    measured: Sequence[PairedChanges], rng: np.random.Generator, num_resamples: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean gains in within-prompt standard deviations, and resamples of them in which the unit is as uncertain as it is.
 
-    Prompts are drawn with replacement, then seeds within each; the unit is that of the drawn prompts with all their seeds, because
-    seeds drawn with replacement would spread too little.
+    Prompts are drawn with replacement from each of the sets that were measured, then seeds within each prompt; the unit is that of the
+    drawn prompts with all their seeds, because seeds drawn with replacement would spread too little. Prompts whose scores spread widely
+    are also moved farther, so that a gain over its own prompts' unit is surer than either. Each prompt weighs the same.
 
     Args:
-        changes: against the base model's score of the same prompt and seed, in the wanted direction [P, S, M].
-        base_scores: of the base model [P, S'], or of more prompts, which are drawn on their own; for a unit that is better known.
+        measured: sets of prompts, at the same M multipliers; at least one of them with changes.
 
     Returns:
         The gains [M] and their resamples [num_resamples, M].
@@ -166,18 +180,28 @@ def bootstrap_gains(
     Raises:
         UserError: the base model's score does not vary over seeds, so that there is no unit.
     """
-    num_prompts, num_seeds, num_multipliers = changes.shape
-    unit = within_prompt_std(base_scores)
+    moved = [part.changes for part in measured if part.changes is not None]
+    share = 1 / sum(map(len, moved))
+    unit = math.sqrt(_mean_variance([part.base for part in measured]))
     if unit == 0:
         raise UserError("the base model's score does not vary between seeds, so a gain has no unit; give other prompts")
-    variances = base_scores.var(axis=1, ddof=1)  # [P]
-    resamples = np.empty((num_resamples, num_multipliers))
+    resamples = np.zeros((num_resamples, moved[0].shape[-1]))
     for row in resamples:
-        prompts = rng.integers(num_prompts, size=num_prompts)
-        drawn = changes[prompts[:, None], rng.integers(num_seeds, size=(num_prompts, num_seeds))]
-        of_unit = prompts if len(variances) == num_prompts else rng.integers(len(variances), size=len(variances))
-        row[:] = drawn.mean((0, 1)) / (math.sqrt(variances[of_unit].mean()) or math.nan)
-    return changes.mean((0, 1)) / unit, resamples
+        drawn = []
+        for part in measured:
+            prompts = rng.integers(len(part.base), size=len(part.base))
+            if part.changes is not None:
+                num_prompts, num_seeds = part.changes.shape[:2]
+                row += share * part.changes[prompts[:, None], rng.integers(num_seeds, size=(num_prompts, num_seeds))].mean(1).sum(0)
+            drawn.append(part.base[prompts])
+        row /= math.sqrt(_mean_variance(drawn)) or math.nan
+    return share * sum(changes.mean(1).sum(0) for changes in moved) / unit, resamples
+
+
+def _mean_variance(scores: Sequence[np.ndarray]) -> float:
+    """Within-prompt variance (ddof 1) of sets of scores [P, S], each weighted by its degrees of freedom."""
+    weights = [len(part) * (part.shape[1] - 1) for part in scores]
+    return float(np.average([part.var(axis=1, ddof=1).mean() for part in scores], weights=weights))
 
 
 def percentile_interval(value: float, resamples: np.ndarray) -> Interval:

@@ -14,7 +14,7 @@ from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of
-from library.measuring.statistics import within_prompt_std
+from library.measuring.statistics import PairedChanges, within_prompt_std
 from library.measuring.strength import choose_scale, confirm, next_strength
 from library.models.base import DiffusionModel
 from library.prompts.files import spread
@@ -116,7 +116,7 @@ class SliderPictures:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
         fresh seeds; and the measurement that is nearest to the weights +1 and -1, whose judges, flaws and pictures are told of."""
         trained, before = self.trained, self.model.num_unet_evaluations
-        known = known or self.measured((-1.0, 1.0), "the strength")
+        known = self._whole(known or self.measured((-1.0, 1.0), "the strength"))
         made = {1.0: known}  # by strength
         curve = curve_of(known, REWARD)
         for _ in range(MAX_STRENGTHS):
@@ -135,8 +135,7 @@ class SliderPictures:
             curve = curve.joined(self._curve(2 * scale, made))
         fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
         record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
-        base = [part.base(self.network).scores[REWARD] for part in (self.measurer, fresh)]
-        level = curve_of(record, REWARD, np.concatenate(base))
+        level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], [self._changes(known, curve, scale)])
         calibration = confirm(curve, level, target)
         if not calibration.reached and calibration.curve is not None:  # other pictures gain less: perhaps a little farther out
             strength = next_strength(calibration.curve.rescaled(1 / calibration.scale), target)
@@ -148,6 +147,27 @@ class SliderPictures:
         own = made[nearest]
         record = replace(own, multipliers=tuple(weight / nearest for weight in own.multipliers))
         return replace(calibration, pictured_at=nearest / calibration.scale), record
+
+    def _whole(self, known: EvaluationRecord) -> EvaluationRecord:
+        """With the prompts that an observation left out because its question was answered: the base model's pictures are there, so that
+        they cost half of what other prompts do."""
+        first, *rest = self._parts()
+        if len(known.prompts) != len(first.rows) or not rest or rest[0].rows == first.rows:
+            return known
+        return known.joined(self.measurer.measure(self.network, (-1.0, 1.0), name="the strength", part=rest[0]))
+
+    def _changes(self, known: EvaluationRecord, curve: ResponseCurve, scale: float) -> PairedChanges:
+        """What the pictures of +1 and -1 say of the strengths -`scale`, 0 and `scale`, by the form of the curve; the unit alone, where it
+        does not rise from 0 to both."""
+        base = self.measurer.base(self.network).scores[REWARD]
+        rows = {(prompt.prompt, seeds[0]): row for row, (prompt, seeds) in enumerate(zip(self.prompts, self.measurer.seeds, strict=True))}
+        order = [rows.get((prompt, seeds[0])) for prompt, seeds in zip(known.prompts, known.seeds, strict=True)]
+        at, there = (np.array([curve.gain_at(sign * strength) for sign in (-1, 1)]) for strength in (1.0, scale))
+        if None in order or not ((at * [-1, 1] > 0) & (there * [-1, 1] > 0)).all():
+            return PairedChanges(base)
+        response = known.responses[REWARD]
+        changes = (response.values - response.values[:, :, known.base, None]) * response.signs[:, None, None]
+        return PairedChanges(base[order], changes * [there[0] / at[0], 0.0, there[1] / at[1]])
 
     def _curve(self, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
         """At a strength and its opposite; what was measured is put into `made`."""
