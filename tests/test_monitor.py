@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.measuring.calibration import Target
 from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
-from library.measuring.response_curve import ResponseCurve
+from library.measuring.response_curve import ResponseCurve, curve_of
 from library.measuring.statistics import within_prompt_std
 from library.measuring.strength import choose_scale
 from library.models.base import DiffusionModel
@@ -418,6 +418,24 @@ def test_a_short_training_is_calibrated_by_fewer_pictures(
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
     _, record = monitor.pictures.calibration(Target(gain=0.01), None)
     assert len(record.prompts) == confirmed and len(record.seeds[0]) == 2
+
+
+def test_what_an_observation_knows_is_brought_to_the_strength_that_becomes_weight_1() -> None:
+    """The base scores of its prompts in its order, its changes at another strength by the form of the curve; the unit alone of a slider
+    that lowers its score."""
+    prompts = [PromptSpec(prompt=f"a circle, number {number}", direction=1 - 2 * (number % 2)) for number in range(18)]
+    monitor, _, network = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)
+    pictures = monitor.pictures
+    known = pictures.measured((-1.0, 1.0), "observed")
+    whole = pictures._whole(known)
+    assert len(known.prompts) < len(whole.prompts) == len(pictures.prompts) and pictures._whole(whole) is whole
+    response, curve = whole.responses[REWARD], curve_of(whole, REWARD)
+    rising = replace(curve, multipliers=(-1.0, 0.0, 1.0), gains=(-2.0, 0.0, 1.0))
+    found = pictures._changes(whole, rising, 0.5)
+    assert found.changes is not None and np.array_equal(found.base[:, :2], response.values[:, :, 1])
+    own = (response.values - response.values[:, :, 1:2]) * response.signs[:, None, None]
+    assert found.changes == pytest.approx(own * [rising.gain_at(-0.5) / -2.0, 0.0, rising.gain_at(0.5) / 1.0])
+    assert pictures._changes(whole, replace(rising, gains=(1.0, 0.0, 2.0)), 0.5).changes is None
 
 
 @pytest.mark.parametrize(("scores", "said"), [(np.full((2, 2), np.nan), "is not finite"), (np.ones((2, 2)), "no unit")])
