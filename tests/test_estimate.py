@@ -64,8 +64,10 @@ def test_less_is_held_with_what_saves_memory_and_no_weight_is_read(plain: Estima
     assert not (tmp_path / "out").exists()
 
 
-def test_the_script_says_it_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_says_it_and_ends(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(train_leco_score, "estimate", lambda config: f"batches of {config.rollout.train_batch_size}")
     with pytest.raises(SystemExit) as ended:
-        train_leco_score.train(build(leco_score_config(), settings(tmp_path, tmp_path / "out", estimate=True)))
+        train_leco_score.train(build(leco_score_config(), settings(workplace, tmp_path / "out", estimate=True)))
     assert ended.value.code == 0 and capsys.readouterr().out == "batches of 2\n"
