@@ -4,7 +4,7 @@
 
 The folders are those that you downloaded the programs to: p1atdev/LECO; kohya-ss/sd-scripts from v0.10.2 on, which has train_leco.py;
 ostris/ai-toolkit, whose two slider trainers are measured. One that is not given, or does not run here, is left out with a line. A sample is
-one latent with a gradient of its own. The U-Net is the tests' tiny SD1, or one of SD1.5's width (some 6 GB), with random weights and
+one latent with a gradient of its own. The U-Net is the tests' tiny SD1, or one of SD1.5's width (5 GB and more), with random weights and
 latents of 8 x 8; the LoRAs' copies of it share its weights.
 
 FLOPs are counted by torch where they are made, recomputation for checkpoints, LoRAs and our scorer included, and told in forwards of one
