@@ -27,6 +27,14 @@ def threads() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def attention_of_the_named_kernels() -> None:
+    """ATEN_CPU_CAPABILITY hides AVX-512 from torch's kernels and not AMX, which no processor has without it: torch 2.13's fused attention
+    in bfloat16 then packs for AMX and ends in "pack_vnni2 is only supported when avx512 is supported"."""
+    if torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        torch.backends.cuda.enable_flash_sdp(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def tokenizers_are_read_once() -> Iterator[None]:
     """CLIP's 49408 tokens take longer to read than all the weights of a tiny model, and nearly every model has the same."""
     import transformers  # not before tests/optional/conftest.py has seen to torchvision

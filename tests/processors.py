@@ -3,6 +3,7 @@
 Prints a row of a table for each setting; the words of one that fails follow it. A setting above what this processor has is its best.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,15 +14,8 @@ FILES = [
     *("lora", "lora_gradients", "lora_saving", "estimators", "score_objective", "score_term", "rewards", "reward_shapes", "goals"),
     *("leco_term", "image_terms", "anchors", "train_leco_score_resume", "golden_runs", "scorers", "unet_encoder", "scorer_training"),
 ]
-# (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, threads): every pair of the first two with what differs most, and both numbers of threads
-SETTINGS = [
-    ("default", "SSE41", 1),
-    ("default", "", 2),
-    ("avx2", "AVX2", 1),
-    ("avx2", "SSE41", 2),
-    ("avx512", "", 1),
-    ("avx512", "AVX2", 2),
-]
+# ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, threads
+SETTINGS = list(itertools.product(("default", "avx2", "avx512"), ("SSE41", "AVX2", ""), (1, 2)))
 
 
 def main() -> int:
