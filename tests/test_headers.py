@@ -1,9 +1,11 @@
 """What files say of a model before it is loaded."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from library.errors import UserError
 from library.models.headers import latent_space
 from library.models.loading import load_model
 from library.models.vae import LatentSpace
@@ -30,3 +32,13 @@ def test_where_only_loading_tells_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"batch_norm_eps": 1e-4}', encoding="utf-8")  # as FLUX.2's
     assert [latent_space(tmp_path / name) for name in ("model.ckpt", "model.safetensors", "", "nowhere.safetensors")] == [None] * 4
+
+
+@pytest.mark.parametrize("factor", ["0.18215", None, float("nan")])
+def test_a_scaling_factor_that_is_no_number_is_left_to_loading_which_refuses_it(factor: object, tmp_path: Path) -> None:
+    folder = make_workplace(tmp_path, "sd1") / "model"
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"scaling_factor": factor}), encoding="utf-8")
+    assert latent_space(folder) is None
+    with pytest.raises(UserError, match="scaling_factor or a shift that is no finite number"):
+        load_model(folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import BackboneScorer, ScorerSpec, build_scorer
 from library.scorers.io import FORMAT_KEY, SPEC_KEY, load_backbone_weights, load_scorer, save_backbone, save_scorer
 from library.scorers.kinds.latent_resnet import LatentResNet
+from tests.helpers.unet_encoders import make_scorer
 
 SPEC = ScorerSpec(
     kind="latent_resnet",
@@ -78,3 +80,20 @@ def test_a_backbone_says_in_which_dtype_it_is_stored(tmp_path: Path) -> None:
     loaded = load_scorer(tmp_path / "scorer.safetensors")
     for name, parameter in loaded.state_dict().items():
         assert torch.equal(parameter, stored[name].float()), name
+
+
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        ({"pool": "attention"}, "cannot be built .*'pool'.*train it again"),
+        ({"taps": ["down_blocks.0"]}, "taps is .'down_blocks.0'.; it can be all or first_third"),
+    ],
+)
+def test_a_scorer_of_an_option_that_is_no_more_is_named(removed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    scorer, path = make_scorer(), tmp_path / "old.safetensors"
+    save_scorer(path, scorer)
+    assert load_scorer(path).spec == scorer.spec
+    header = dataclasses.replace(scorer.spec, architecture={**scorer.spec.architecture, **removed}).to_json()
+    save_file(load_file(path), path, {FORMAT_KEY: "scorer/2", SPEC_KEY: header})
+    with pytest.raises(UserError, match=f"old.safetensors.*{says}"):
+        load_scorer(path)

@@ -35,6 +35,12 @@ from train_leco_score import leco_score_config
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_paths_in_the_home_folder(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workplace))
+    here = {"pretrained_model_name_or_path": "~/model", "scorer": ["~/scorer.safetensors"], "prompts_file": "~/prompts.txt"}
+    assert run(workplace, tmp_path / "out", **here, max_train_steps=1).is_file()
+
+
 def test_a_config_file_alone_makes_a_slider_and_everything_around_it(workplace: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     values = settings(workplace, output, max_train_steps=4, save_every_n_steps=1, save_last_n_steps=2, save_state=True)

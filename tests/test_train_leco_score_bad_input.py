@@ -159,7 +159,7 @@ def test_an_optimizer_that_does_not_exist_is_told_before_the_model_is_loaded(wor
         run(workplace, tmp_path / "out", optimizer_type="none.None")
 
 
-@pytest.mark.parametrize("option", ["prompts_file", "eval_prompts_file", "pretrained_model_name_or_path", "scorer"])
+@pytest.mark.parametrize("option", ["prompts_file", "eval_prompts_file", "pretrained_model_name_or_path", "scorer", "resume"])
 def test_a_file_that_is_not_there_is_told_before_anything_is_imported_for_the_rest(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:

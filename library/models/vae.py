@@ -80,11 +80,14 @@ class LatentSpace:
         is_video = "z_dim" in config
         halvings = len(config["temperal_downsample"]) if is_video else len(config["block_out_channels"]) - 1
         patch = (config.get("patch_size") or 1) if is_video else 1  # Wan 2.2's VAE begins with patches
+        factor = config["scaling_factor"] if deviations is None else 1.0
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*shift, factor)):
+            raise UserError("The VAE's config.json has a scaling_factor or a shift that is no finite number; download it again.")
         return cls(
             channels=config["z_dim"] if is_video else config["latent_channels"],
             downsampling=patch * 2**halvings,
             shift=tuple(shift),
-            factor=(config["scaling_factor"],) if deviations is None else tuple(1 / deviation for deviation in deviations),
+            factor=(factor,) if deviations is None else tuple(1 / deviation for deviation in deviations),
             packing=1 if norm is None else config["patch_size"][0],
             has_frames=is_video,
         )

@@ -165,8 +165,8 @@ def build_checked(path: Path, spec: ScorerSpec, tensors: Mapping[str, Tensor]) -
             return build_scorer(spec)
         with _Allowance(4 * elements + (1 << 24)):
             return build_scorer(spec)
-    except UserError:
-        raise
+    except UserError as error:  # it speaks of scorer_args, or of a package, and of no file
+        raise UserError(f"scorer {path}: {error}") from error
     except Exception as error:  # libraries raise what they like on arguments that are not theirs
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the header of {path} describes a {spec.kind} that cannot be built ({reason}); train it again") from error

@@ -41,7 +41,7 @@ from library.slider_training.previews import PREVIEW_PROMPTS, Previews
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.optimizers import check_optimizer
 from library.training.run_files import RunFiles
-from library.training.run_state import find_state
+from library.training.run_state import AUTO, find_state
 from library.training.runtime import any_process, generator, weight_dtype
 from networks.lora import LoRANetwork
 
@@ -134,8 +134,11 @@ def check_files(config: LecoScoreConfig) -> None:
         if file and not Path(file).expanduser().exists():
             load_prompts(file, config.prompts)  # says what is wrong
     for path in config.reward.scorer:
-        if not Path(path).expanduser().exists():
+        if not Path(path).expanduser().is_file():
             load_scorer(path)
+    resume = config.saving.resume
+    if resume is not None and resume != AUTO and not config.saving.resume_from_huggingface and not resume.is_dir():
+        SliderState.load(resume)
 
 
 def prepare(config: LecoScoreConfig, accelerator: Accelerator, model: DiffusionModel | None = None) -> SliderParts:
@@ -271,7 +274,7 @@ def _shared_settings(config: LecoScoreConfig, context: TrainingContext, precisio
         "mixed_precision": precision,
         "sampler": context.sampling.sampler,
         "max_denoising_steps": context.sampling.num_steps,
-        "scorer": [f"{Path(path).name} {_digest(Path(path).read_bytes())}" for path in config.reward.scorer],
+        "scorer": [f"{Path(path).name} {_digest(Path(path).expanduser().read_bytes())}" for path in config.reward.scorer],
         "prompts": f"{len(context.prompts)} with hash {_digest(repr(list(context.prompts)).encode())}",
     }
 
