@@ -438,6 +438,16 @@ def test_what_an_observation_knows_is_brought_to_the_strength_that_becomes_weigh
     assert pictures._changes(whole, replace(rising, gains=(1.0, 0.0, 2.0)), 0.5).changes is None
 
 
+def test_prompts_of_one_text_are_measured_whole_once() -> None:
+    """Their parts are joined as more seeds of one prompt, so that whole is told by the number of pairs."""
+    prompts = [PromptSpec(prompt="a circle")] * 16
+    pictures = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)[0].pictures
+    whole = pictures._whole(pictures.measured((-1.0, 1.0), "observed"))
+    assert pictures._whole(whole) is whole
+    calibration, _ = pictures.calibration(Target(gain=0.01), whole)
+    assert calibration.up is not None and np.isfinite(calibration.up.low)
+
+
 @pytest.mark.parametrize(("scores", "said"), [(np.full((2, 2), np.nan), "is not finite"), (np.ones((2, 2)), "no unit")])
 def test_base_scores_that_give_no_unit_are_refused(scores: np.ndarray, said: str) -> None:
     base = SimpleNamespace(scores={REWARD: scores})

@@ -152,7 +152,8 @@ class SliderPictures:
         """With the prompts that an observation left out because its question was answered: the base model's pictures are there, so that
         they cost half of what other prompts do."""
         first, *rest = self._parts()
-        if len(known.prompts) != len(first.rows) or not rest or rest[0].rows == first.rows:
+        pairs = len(first.rows) * len(self.measurer.seeds[0][first.places])
+        if known.num_pairs != pairs or not rest or rest[0].rows == first.rows:
             return known
         return known.joined(self.measurer.measure(self.network, (-1.0, 1.0), name="the strength", part=rest[0]))
 
