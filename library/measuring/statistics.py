@@ -195,7 +195,7 @@ def bootstrap_gains(
                 row += share * part.changes[prompts[:, None], rng.integers(num_seeds, size=(num_prompts, num_seeds))].mean(1).sum(0)
             drawn.append(part.base[prompts])
         row /= math.sqrt(_mean_variance(drawn)) or math.nan
-    return share * sum(changes.mean(1).sum(0) for changes in moved) / unit, resamples
+    return np.concatenate([changes.mean(1) for changes in moved]).mean(0) / unit, resamples
 
 
 def _mean_variance(scores: Sequence[np.ndarray]) -> float:

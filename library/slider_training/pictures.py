@@ -162,13 +162,13 @@ class SliderPictures:
         does not rise from 0 to both."""
         base = self.measurer.base(self.network).scores[REWARD]
         rows = {(prompt.prompt, seeds[0]): row for row, (prompt, seeds) in enumerate(zip(self.prompts, self.measurer.seeds, strict=True))}
-        order = [rows.get((prompt, seeds[0])) for prompt, seeds in zip(known.prompts, known.seeds, strict=True)]
+        own = [(prompt, seeds[0]) for prompt, seeds in zip(known.prompts, known.seeds, strict=True)]
         at, there = (np.array([curve.gain_at(sign * strength) for sign in (-1, 1)]) for strength in (1.0, scale))
-        if None in order or not ((at * [-1, 1] > 0) & (there * [-1, 1] > 0)).all():
+        if not rows.keys() >= {*own} or not ((at * [-1, 1] > 0) & (there * [-1, 1] > 0)).all():
             return PairedChanges(base)
         response = known.responses[REWARD]
         changes = (response.values - response.values[:, :, known.base, None]) * response.signs[:, None, None]
-        return PairedChanges(base[order], changes * [there[0] / at[0], 0.0, there[1] / at[1]])
+        return PairedChanges(base[[rows[key] for key in own]], changes * [there[0] / at[0], 0.0, there[1] / at[1]])
 
     def _curve(self, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
         """At a strength and its opposite; what was measured is put into `made`."""

@@ -227,6 +227,7 @@ def trajectories(
         cond = Conditioning.cat(conds)
         with model_autocast(model):
             cond_eps, uncond_eps = predict_branches(model, latents, now, cond, uncond)
+        assert uncond_eps is not None, "it was asked for"
         yield TeacherBatch(list(texts), latents, now, cond, cond_eps, uncond_eps)
         guided = uncond_eps + recipe.guidance_scale * (cond_eps - uncond_eps)
         latents = ddim_step(latents, guided, model.schedule.abar(now), model.schedule.abar(after))
