@@ -15,13 +15,15 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 import torch
 

@@ -12,13 +12,15 @@ can be learned from as well, alone or together with a score: `objective`.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 import torch
 

@@ -26,15 +26,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ROOT, markdown_table
 from benchmarks import step as step_module
 from benchmarks.earlier import OURS, Tree, sharing
-from benchmarks.meter import Meter, environment
+from benchmarks.meter import Meter, count_flops, environment
 from benchmarks.other_programs import BATCH, PROGRAMS, RANK, STEPS, Program, Task, their_packages
 from benchmarks.random_models import random_model
 from benchmarks.shapes_runs import write_results
@@ -45,13 +44,6 @@ LATENT = 8
 RUN_SAMPLES = 2000  # of a whole run at equal settings
 EQUAL = f"--network_dim {RANK} --max_denoising_steps {STEPS} --leco_denoise_guidance_scale 3".split()
 RANDINT = torch.randint
-
-
-def count_flops() -> FlopCounterMode:
-    """torch's counter without its record of modules, which cannot follow the scorer's autograd.grad."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = MagicMock(parents={"Global"})
-    return counter
 
 
 @contextlib.contextmanager

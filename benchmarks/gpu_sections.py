@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ROOT
 from benchmarks.memory import counted, taken
+from benchmarks.meter import count_flops
 from benchmarks.random_models import PROMPTS, random_model, untrained_scorer
 from benchmarks.step import build_step, check_attention, parse
 from library.atomic_files import atomic_write_text
@@ -126,7 +126,7 @@ def mfu(device: torch.device, tiny: bool) -> dict[str, Any]:
     given, settings = parse([*words, "--mixed_precision", "bf16" if device.type == "cuda" else "no"])
     step, _ = build_step(given, ["--train_batch_size", "4", "--max_denoising_steps", "4", *settings])
     step()
-    with FlopCounterMode(display=False) as flops:
+    with count_flops() as flops:
         step()
     count = flops.get_total_flops()
     seconds = _seconds(step, tiny)

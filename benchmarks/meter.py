@@ -13,13 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks import ROOT
 from library.training.runtime import describe_device
+
+
+def count_flops() -> FlopCounterMode:
+    """torch's counter without its record of modules, which cannot follow the scorer's autograd.grad."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = MagicMock(parents={"Global"})
+    return counter
 
 
 @dataclass

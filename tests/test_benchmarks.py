@@ -244,7 +244,7 @@ def test_what_a_run_costs_beside_its_training_is_told_in_forwards() -> None:
     assert compare.beside(run, {"unet": 10, "decoded": 20, "encoded": 5}) == 100 + 4 * 2 + 6 / 2
 
 
-@pytest.mark.parametrize("name", ["optimizers", "scorer"])
+@pytest.mark.parametrize("name", ["mfu", "optimizers", "scorer"])
 def test_sections(name: str) -> None:
     result = json.loads(json.dumps(gpu_sections.SECTIONS[name](torch.device("cpu"), True)))
     assert judge_section(result) == "passed"

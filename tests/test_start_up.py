@@ -19,12 +19,12 @@ reference()
 print(*[module for module in {SLOW_TO_IMPORT} if module in sys.modules])
 """
 STOP_AT_TORCH = """
-import os, runpy, sys
+import gc, os, runpy, sys
 from importlib.machinery import PathFinder
 class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), PathFinder.find_spec("library") is not None)
+            print(os.environ.get("OMP_WAIT_POLICY"), PathFinder.find_spec("library") is not None, gc.isenabled())
             sys.exit()
 sys.meta_path.insert(0, Stop())
 sys.path[0] = os.path.dirname(sys.argv[1])
@@ -46,9 +46,29 @@ def test_the_settings_of_all_scripts_are_read_without_what_takes_seconds_to_impo
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_threads_that_wait_are_quiet_from_the_start_and_from_any_folder(script: Path, tmp_path: Path) -> None:
-    assert python(STOP_AT_TORCH, script, folder=tmp_path) == "passive True"
+def test_threads_that_wait_are_quiet_and_no_garbage_is_looked_for_from_the_start_and_from_any_folder(script: Path, tmp_path: Path) -> None:
+    assert python(STOP_AT_TORCH, script, folder=tmp_path) == "passive True False"
 
 
 def test_a_users_own_choice_about_threads_is_kept() -> None:
-    assert python(STOP_AT_TORCH, SCRIPTS[0], OMP_WAIT_POLICY="active") == "active True"
+    assert python(STOP_AT_TORCH, SCRIPTS[0], OMP_WAIT_POLICY="active") == "active True False"
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:2], ids=lambda script: script.stem)
+def test_what_another_program_imports_leaves_its_garbage_collector_alone(script: Path) -> None:
+    assert python("import gc, importlib, sys; importlib.import_module(sys.argv[1]); print(gc.isenabled())", script.stem) == "True"
+
+
+def test_a_script_looks_for_garbage_again_when_it_begins() -> None:
+    code = """
+from library.settings.start_up import before_torch
+before_torch()
+import gc
+from library.settings.cli import run_main
+run_main(lambda: print(gc.isenabled()))
+"""
+    assert python(code) == "True"
+
+
+def test_the_rating_pages_own_process_has_no_torch() -> None:
+    assert python("import sys; import tools.rate, library.rating.server; print('torch' in sys.modules)") == "False"

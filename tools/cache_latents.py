@@ -10,15 +10,17 @@ cache is compared with its checksum before, and what is damaged is encoded again
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
+
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 from library.errors import UserError
 from library.models.loading import load_vae

@@ -10,7 +10,6 @@ score_estimator x0. docs/pixel_scorers.md lists what there is and how it is writ
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 import torch
 from PIL import Image

@@ -9,14 +9,16 @@ A tenth of the prompts is held out, and what is measured on them is printed. doc
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, so that the script runs from anywhere
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 import torch
 from tqdm import tqdm

@@ -23,7 +23,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: threads that wait must not take others' cores
+from library.settings.start_up import before_torch
+
+if __name__ == "__main__":
+    before_torch()
 
 import numpy as np
 import torch

@@ -1,11 +1,14 @@
 """What a scorer is worth: how well it ranked pictures that it never saw, and how sure that is."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from library.scorers.base import ScorerSpec
+if TYPE_CHECKING:
+    from library.scorers.base import ScorerSpec
 
 DOUBTFUL = 0.3  # a rank correlation that may be lower says next to nothing
 OF_FOLDS = 1.4  # how much wider the interval of folds is: they share most of what they learn from (docs/experiments.md)
@@ -42,7 +45,7 @@ class Worth:
         spread = 1.96 * math.sqrt((1 + self.correlation**2 / 2) / (self.num_pictures - 3)) * (OF_FOLDS if self.in_folds else 1)
         return math.tanh(z - spread), math.tanh(z + spread)
 
-    def through(self, teacher: Sequence[float]) -> "Worth":
+    def through(self, teacher: Sequence[float]) -> Worth:
         """Of a scorer that learned another one's marks, and agrees with those of pictures that it never saw to `correlation`: how well it
         ranks what the other one was measured by. Correlations multiply where errors know nothing of each other.
 

@@ -6,6 +6,7 @@ decoration. No option is required by the parser: `--config_file x.toml` alone is
 
 import argparse
 import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -198,6 +199,8 @@ def run_main(main: Callable[[], None]) -> None:
 
     Anything unexpected is one line too (code 1), with its traceback in a file; with LECO_SCORE_DEBUG=1 it is shown.
     """
+    gc.freeze()  # what is imported stays, so that no collection walks through it
+    gc.enable()
     setup_logging()
     try:
         main()
