@@ -1,7 +1,7 @@
 """Sampling against diffusers' pipelines, and against itself: batches, seeds and multipliers must not leak into each other."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def test_no_unconditional_branch_at_guidance_1(monkeypatch):
     assert rows == [6, 6, 6]
 
 
-def test_one_graph_serves_any_number_of_rows():
+def test_two_graphs_serve_any_number_of_rows_of_a_size():
     """As training makes them: with gradient and without, and a multiplier for each row."""
 
     class Network(nn.Module):  # torch's own containers are looked at otherwise
@@ -232,14 +232,19 @@ def test_one_graph_serves_any_number_of_rows():
     model.unet = Network()
     target = Target("", (), "unet", "layer", model.unet.layer)
     LoRAModule(target, strength, rank=2, alpha=2.0, dropouts=Dropouts()).attach(target.base)
-    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=True):  # put back after the test
+    patched = {"force_nn_module_property_static_shapes": True, "recompile_limit": 3}  # put back after the test
+    with torch._dynamo.config.patch(patched):
         model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
-        for rows in (6, 4, 2, 9):
-            for gradient in (False, True):
+        for size in (5, 6, 7):
+            for rows, gradient in product((6, 4, 9), (False, True)):
                 strength.multiplier = torch.ones(rows)
                 with torch.set_grad_enabled(gradient):
-                    model.unet(torch.randn(rows, 5, 8))
-    assert len(graphs) == 2
+                    model.unet(torch.randn(rows, size, 8))
+            assert len(graphs) == 2 * (size - 4)
+    for graph in graphs:
+        inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        [(rows, *sizes)] = [value.shape for value in inputs if isinstance(value, torch.Tensor) and value.ndim == 3]
+        assert isinstance(rows, torch.SymInt) and all(type(size) is int for size in sizes)
 
 
 def test_pictures_are_sampled_without_torch_compile():

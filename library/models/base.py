@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from library.diffusion.noise_schedule import NoiseSchedule, PredictionType, output_to_eps
 from library.errors import UserError
@@ -22,6 +23,8 @@ from library.models.vae_slices import in_slices
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 64  # of torch.compile, two for a picture size; beyond, torch calls the network as it is
 
 TimeIds = tuple[int, int, int, int, int, int]
 """What SDXL is given of a picture: (original height, original width, crop top, crop left, height, width) in pixels."""
@@ -196,12 +199,22 @@ class DiffusionModel(ABC):
 
     def compile(self, **settings: Any) -> None:
         """The network is compiled when it is called, with these settings of torch.compile. Two graphs, with gradient and without, serve all
-        numbers of rows; where the first pictures were square, two more serve the others, of any size."""
-        from torch._dynamo import config
+        numbers of rows of a picture size: torch 2.13 cannot compile a training call of latents whose size is a variable."""
+        from torch._dynamo import config, mark_static
 
         # else a tensor that a module holds, as the LoRA's multiplier of each row, has the shape that it was first seen with
         config.force_nn_module_property_static_shapes = False
+        config.recompile_limit = MOST_GRAPHS
         self.unet.compile(dynamic=True, **settings)
+        compiled = self.unet._compiled_call_impl
+
+        def with_fixed_sizes(*args: Any, **kwargs: Any) -> Any:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    mark_static(leaf, list(range(1, leaf.ndim)))
+            return compiled(*args, **kwargs)
+
+        self.unet._compiled_call_impl = with_fixed_sizes
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
