@@ -33,7 +33,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import SCORER_KINDS, ScorerSpec, build_scorer
 from library.scorers.io import save_scorer
 from library.settings.cli import run_main
-from library.settings.options import build
+from library.settings.options import build_config
 from library.settings.presets import PRESETS
 from library.settings.shared import TrainingConfig
 from library.slider_training.estimate import Estimate, estimate, measurement, training_step
@@ -51,7 +51,7 @@ def settings(folder: Path, size: int, vae: VaeFingerprint | None = None, scorer_
     spec = ScorerSpec(kind="latent_resnet", architecture=architecture, vae=vae or VaeFingerprint(0.18215, (0.0,) * 256))
     save_scorer(folder / "scorer.safetensors", build_scorer(spec))
     files = {"pretrained_model_name_or_path": "random", "output_dir": str(folder), "prompts_file": str(folder / "prompts.txt")}
-    return build(
+    return build_config(
         leco_score_config(), {**files, "scorer": [str(folder / "scorer.safetensors")], "resolution": [size, size], "seed": 0, **changes}
     )
 

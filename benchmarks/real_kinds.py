@@ -36,7 +36,7 @@ from library.scorer_training.tasks import load_tasks
 from library.scorers.base import BackboneScorer, ModelSource, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone
 from library.settings.cli import run_main
-from library.settings.options import build
+from library.settings.options import build_config
 from library.settings.shared import TrainingConfig
 from library.training.runtime import create_accelerator
 
@@ -70,7 +70,7 @@ class TinyVae(nn.Module):
 
 def make_run(vae: TinyVae, settings: Mapping[str, Any]) -> ScorerRun:
     """The training of a new scorer, as train_latent_scorer.py would begin it."""
-    config = build(LatentScorerConfig, {"bucket_reso_steps": 16, "mixed_precision": "bf16" if has_bfloat16() else "no", **settings})
+    config = build_config(LatentScorerConfig, {"bucket_reso_steps": 16, "mixed_precision": "bf16" if has_bfloat16() else "no", **settings})
     accelerator = create_accelerator(TrainingConfig(mixed_precision=config.training.mixed_precision))
     torch.manual_seed(config.training.seed)
     no_model: Any = None

@@ -26,7 +26,7 @@ from library.atomic_files import atomic_save_safetensors, load_tensors
 from library.scorer_training.closed_form import ridge
 from library.scorer_training.criteria.imitation import imitation_losses
 from library.scorer_training.criteria.metrics import spearman
-from library.scorer_training.noise import add_noise, draw_sigmas, standard_schedule
+from library.scorer_training.noise import add_noise_at, draw_sigmas, standard_schedule
 from library.scorers.efficientnet_lite import load_efficientnet_lite0
 from library.scorers.kinds.efficientnet_lite import EfficientNetLite, Seen
 from library.settings.cli import run_main
@@ -95,7 +95,7 @@ def part_losses(
     backbone: EfficientNetLite, latents: Tensor, targets: Seen, rows: Tensor, schedule: Any, generator: torch.Generator
 ) -> Tensor:
     sigmas = draw_sigmas(len(rows), CLEAN, schedule, generator)
-    noisy = add_noise(latents, sigmas, torch.randn(latents.shape, generator=generator)).contiguous(memory_format=torch.channels_last)
+    noisy = add_noise_at(latents, sigmas, torch.randn(latents.shape, generator=generator)).contiguous(memory_format=torch.channels_last)
     with fast_precision():
         return imitation_losses(backbone, noisy, sigmas, Seen(targets.maps[rows].float(), targets.features[rows]))
 
@@ -115,7 +115,7 @@ def features_by_sigma(backbone: EfficientNetLite, photographs: Photographs) -> d
         for part in photographs.latents:
             for rows in batches(len(part), 16):
                 sigmas = torch.full((len(rows),), sigma)
-                noisy = add_noise(part[rows], sigmas, torch.randn(part[rows].shape, generator=generator))
+                noisy = add_noise_at(part[rows], sigmas, torch.randn(part[rows].shape, generator=generator))
                 own.append(backbone(noisy.contiguous(memory_format=torch.channels_last), sigmas).float())
         found[sigma] = torch.cat(own)
     return found

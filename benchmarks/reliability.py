@@ -37,7 +37,7 @@ from library.scorer_data.buckets import BucketConfig
 from library.scorer_data.latent_cache import open_cache
 from library.scorer_data.records import FilePicture
 from library.scorer_training.config import LatentScorerConfig
-from library.settings.options import build
+from library.settings.options import build_config
 from library.slider_training.setup import leco_score_config
 from library.training.checkpoints import load_state
 from library.training.tracking import read_metrics
@@ -96,7 +96,7 @@ def slider_case(home: Path) -> Case:
     ModelConfig.load = lambda self, **options: copy.deepcopy(model)  # type: ignore[method-assign]
     often = {"max_train_steps": 4, "save_every_n_steps": 1, "save_last_n_steps": 2, "save_state": True, "resume": "auto"}
     return Case(
-        lambda folder: train_leco_score.train(build(leco_score_config(), settings(workplace, folder, **often))),
+        lambda folder: train_leco_score.train(build_config(leco_score_config(), settings(workplace, folder, **often))),
         lambda folder: load_file(folder / "tiny.safetensors"),
     )
 
@@ -108,7 +108,7 @@ def scorer_case(home: Path) -> Case:
     values = {**SMALL, "vae": home / "vae", "train_data_file": ratings, "cache_dir": home / "cache", "num_threads": 1, "max_train_steps": 6}
     values |= {"save_every_n_steps": 2, "save_state": True, "resume": "auto", "validate_every_n_steps": 3}
     return Case(
-        lambda folder: train_latent_scorer.train(build(LatentScorerConfig, {**values, "output_dir": folder})),
+        lambda folder: train_latent_scorer.train(build_config(LatentScorerConfig, {**values, "output_dir": folder})),
         lambda folder: load_file(folder / "scorer.safetensors"),
     )
 
@@ -147,7 +147,7 @@ def endure(workplace: Path, folder: Path, num_steps: int, look_every: float = 5.
         AssertionError: the metrics could not be read at some time, the run failed, or it wrote another number of lines.
     """
     values = {"max_train_steps": num_steps, "train_batch_size": 1, "save_every_n_steps": 500, "save_last_n_steps": 500, "save_state": True}
-    pid = fork(lambda: train_leco_score.train(build(leco_score_config(), settings(workplace, folder, **values))))
+    pid = fork(lambda: train_leco_score.train(build_config(leco_score_config(), settings(workplace, folder, **values))))
     process, seen, path = psutil.Process(pid), [], folder / "tiny.metrics.jsonl"
     while process.status() != psutil.STATUS_ZOMBIE:
         if path.exists():

@@ -17,7 +17,7 @@ from library.scorer_training.tasks import Task, load_tasks
 from library.scorer_training.validation import SigmaTable
 from library.scorers.base import BackboneScorer
 from library.scorers.io import load_scorer
-from library.settings.options import build
+from library.settings.options import build_config
 from train_latent_scorer import train
 
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -78,7 +78,7 @@ def independent_judge(folder: Path, score: str) -> Path:
 
 def train_scorer(output_dir: Path, **settings: Any) -> BackboneScorer:
     """Train with BASE changed by `settings`, and load what came of it."""
-    path = train(build(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}))
+    path = train(build_config(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}))
     scorer = load_scorer(path)
     assert isinstance(scorer, BackboneScorer)
     return scorer
@@ -86,7 +86,7 @@ def train_scorer(output_dir: Path, **settings: Any) -> BackboneScorer:
 
 def rated_task(output_dir: Path, **settings: Any) -> Task:
     """What a run with these settings would learn, without learning it."""
-    config, accelerator = build(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}), Accelerator()
+    config, accelerator = build_config(LatentScorerConfig, {**BASE, "output_dir": str(output_dir), **settings}), Accelerator()
     tasks, _ = load_tasks(config, make_source(config.model, accelerator), accelerator)
     return tasks[0]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from library.atomic_files import load_tensors
 from library.errors import UserError
 from networks.lora_changes import KINDS, change_of, factors_of
-from networks.lora_targets import Target
+from networks.lora_targets import TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class FixedChange(NamedTuple):
 
 
 class Place(Protocol):
-    """A module of ours that a branch may belong to: a Target or a LoRAModule."""
+    """A module of ours that a branch may belong to: a TargetModule or a LoRAModule."""
 
     @property
     def name(self) -> str: ...
@@ -109,7 +109,7 @@ class LoRAFile:
 
     def _fitted(self, branch: Branch | FixedChange, name: str, place: Place) -> Branch:
         if isinstance(branch, FixedChange):
-            assert isinstance(place, Target) and isinstance(place.base.weight, Tensor), "only what is not trained has fixed changes"
+            assert isinstance(place, TargetModule) and isinstance(place.base.weight, Tensor), "only what is not trained has fixed changes"
             try:
                 down, up = factors_of(change_of(branch.part, place.base.weight))
             except UserError as error:

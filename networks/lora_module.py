@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.lora_options import Dropouts
-from networks.lora_targets import Target
+from networks.lora_targets import TargetModule
 
 LARGEST_RANK = 4096  # more would take more than a machine's memory, and no weight of these models has as much to it
 
@@ -107,7 +107,7 @@ class LoRAModule(nn.Module):
 
     def __init__(
         self,
-        target: Target,
+        target: TargetModule,
         strength: Strength,
         *,
         rank: int,

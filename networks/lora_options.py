@@ -12,7 +12,7 @@ from torch import nn
 
 from library.errors import UserError
 from networks.lora_keys import block_index, is_transformer, num_blocks
-from networks.lora_targets import Target
+from networks.lora_targets import TargetModule
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 _RATES = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_lr_zero_threshold")
@@ -97,7 +97,7 @@ class NetworkOptions:
     def has_convs(self) -> bool:
         return bool(self.values.keys() & {"conv_dim", "conv_block_dims"})
 
-    def rank_and_alpha(self, target: Target) -> tuple[int, float]:
+    def rank_and_alpha(self, target: TargetModule) -> tuple[int, float]:
         """Rank 0: the module gets no branch."""
         excluded, included = (any(pattern.fullmatch(target.path) for pattern in self.values.get(name, ())) for name in _PATTERNS)
         if (excluded and not included) or self.lr_factors(target)[0] == 0:
@@ -112,14 +112,14 @@ class NetworkOptions:
         own = self._by_name("network_reg_dims", target)
         return (int(rank), alpha) if own is None else (int(own), self.alpha)
 
-    def own_lr(self, target: Target) -> float | None:
+    def own_lr(self, target: TargetModule) -> float | None:
         """The learning rate that network_reg_lrs give a module in place of its model's."""
         return self._by_name("network_reg_lrs", target)
 
-    def _by_name(self, key: str, target: Target) -> float | None:
+    def _by_name(self, key: str, target: TargetModule) -> float | None:
         return next((number for pattern, number in self.values.get(key, ()) if pattern.search(target.name)), None)
 
-    def lr_factors(self, target: Target) -> tuple[float, float]:
+    def lr_factors(self, target: TargetModule) -> tuple[float, float]:
         """What the learning rate is multiplied with, for down and for up: weights of the blocks, and LoRA+ (arXiv 2402.12354)."""
         weight = 1.0
         if target.part == "unet" and self.values.keys() & set(_SIDES) and self.own_lr(target) is None:

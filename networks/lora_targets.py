@@ -19,7 +19,7 @@ TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
 TextEncoders = nn.Module | Sequence[nn.Module] | None
 
 
-class Target(NamedTuple):
+class TargetModule(NamedTuple):
     """A module that can have a branch.
 
     Attributes:
@@ -48,22 +48,22 @@ class Target(NamedTuple):
         return isinstance(self.base, nn.Conv2d) and self.base.kernel_size != (1, 1)
 
 
-def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) -> Iterator[Target]:
+def find_targets(text_encoder: TextEncoders, unet: nn.Module, with_convs: bool) -> Iterator[TargetModule]:
     """sd-scripts' choice of modules; `with_convs` adds those of a U-Net's convolutional blocks."""
     config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
     for part, model in parts_of(text_encoder, unet).items():
         if part == "unet" and is_transformer(config):
             for path, base in layers_inside(model, TRANSFORMER_BLOCKS):
                 if _TRANSFORMER_PATH.match(path):
-                    yield Target(unet_key(path, config), unet_aliases(path, config), part, path, base, dotted_path(path, config))
+                    yield TargetModule(unet_key(path, config), unet_aliases(path, config), part, path, base, dotted_path(path, config))
         elif part == "unet":
             blocks = UNET_BLOCKS + (UNET_CONV_BLOCKS if with_convs else ())
             for path, base in layers_inside(model, blocks):
-                yield Target(unet_key(path, config), unet_aliases(path, config), part, path, base)
+                yield TargetModule(unet_key(path, config), unet_aliases(path, config), part, path, base)
         else:
             for path, base in layers_inside(model, TEXT_ENCODER_BLOCKS):
                 key = text_encoder_key(path, unet_family(config), int(part == "text_encoder_2"))
-                yield Target(key, text_encoder_aliases(key), part, path, base)
+                yield TargetModule(key, text_encoder_aliases(key), part, path, base)
 
 
 def layers_inside(model: nn.Module, class_names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

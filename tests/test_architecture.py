@@ -96,6 +96,18 @@ def test_no_import_comes_back_to_where_it_started() -> None:
     graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
 
 
+def test_a_name_is_given_to_one_class_or_function() -> None:
+    """Of the library and the networks; what begins with _ is its module's own."""
+    owners: dict[str, list[str]] = {}
+    for module, file in MODULES.items():
+        if module.startswith(("library.", "networks.")):
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                    owners.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+    assert len(owners) > 500
+
+
 def test_the_graph_is_not_empty() -> None:
     assert "library.errors" in GRAPH["library.settings.options"]  # or the tests above would pass on nothing
     assert sum(map(len, GRAPH.values())) > 100

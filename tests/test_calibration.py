@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 
 from library.errors import UserError
-from library.measuring.calibration import Calibration, Target
+from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.response_curve import CONFIDENCE, VISIBLE_SHARE, ResponseCurve, curve_of, exceeded, response_curve, summarise_curve
 from library.measuring.statistics import Interval, PairedChanges, bootstrap_gains, within_prompt_std
 from library.measuring.strength import STRONGEST, WEAKEST, choose_scale, confirm, next_strength
@@ -39,14 +39,14 @@ def test_many_pictures_confirm_the_level_that_few_suggested():
     """The ladder says 4 a unit and 2 below 0; more pictures at +-0.25 say 2 and 0.5: the form of each arm stays, the strength doubles."""
     ladder = curve(lambda m: 4 * m if m > 0 else 2 * m)
     many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.125, 0.0, 0.5), drifts=(0.1, 0.0, 0.1))
-    confirmed = confirm(ladder, many, Target(gain=1.0))
+    confirmed = confirm(ladder, many, CalibrationTarget(gain=1.0))
     assert confirmed.reached and confirmed.scale == pytest.approx(0.5) and confirmed.gain == pytest.approx(1.0)
     assert confirmed.down and confirmed.down.value == pytest.approx(-0.25)
 
 
 def test_a_ladder_that_many_pictures_contradict_is_not_believed():
     many = ResponseCurve(multipliers=(-0.25, 0.0, 0.25), gains=(-0.25, 0.0, -0.5), drifts=(0.1, 0.0, 0.1))
-    confirmed = confirm(curve(lambda m: 4 * m), many, Target(gain=1.0))
+    confirmed = confirm(curve(lambda m: 4 * m), many, CalibrationTarget(gain=1.0))
     assert confirmed.scale == pytest.approx(0.25) and confirmed.verified_up and confirmed.verified_up.value == pytest.approx(-0.5)
 
 
@@ -54,7 +54,7 @@ def test_the_doubt_is_that_of_the_many_pictures():
     """In parts of the gain, on each arm, wherever weight 1 comes to lie."""
     rng = np.random.default_rng(0)
     many = measured_at((0.25,), lambda m: np.where(m > 0, 2 * m, m), rng)
-    confirmed = confirm(measured_at((0.5, 1.0), lambda m: 4 * m, rng), many, Target())
+    confirmed = confirm(measured_at((0.5, 1.0), lambda m: 4 * m, rng), many, CalibrationTarget())
     assert confirmed.scale == pytest.approx(0.5, rel=0.05)
     for told, seen in ((confirmed.up, many.interval_at(0.25)), (confirmed.down, many.interval_at(-0.25))):
         assert told and (told.low / told.value, told.high / told.value) == pytest.approx((seen.low / seen.value, seen.high / seen.value))
@@ -62,14 +62,14 @@ def test_the_doubt_is_that_of_the_many_pictures():
 
 
 def test_straight_line():
-    chosen = choose_scale(curve(lambda m: 4 * m), Target(gain=1.3))
+    chosen = choose_scale(curve(lambda m: 4 * m), CalibrationTarget(gain=1.3))
     assert chosen.reached and chosen.scale == pytest.approx(1.3 / 4) and chosen.gain == pytest.approx(1.3)
     assert chosen.down and chosen.down.value == pytest.approx(-1.3) and chosen.line and chosen.line.r2 == pytest.approx(1)
     assert chosen.line.slope.value == pytest.approx(1.3)
 
 
 def test_plus_one_is_promised_and_minus_one_is_told():
-    chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), Target(gain=1.0))
+    chosen = choose_scale(curve(lambda m: 2 * m if m > 0 else 0.8 * m), CalibrationTarget(gain=1.0))
     assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.gain == pytest.approx(1.0)
     assert chosen.down and chosen.down.value == pytest.approx(-0.4)
     assert "+1 moves the training score by +1.00 standard deviations, -1 by -0.40" in chosen.note
@@ -77,38 +77,38 @@ def test_plus_one_is_promised_and_minus_one_is_told():
 
 def test_a_bent_curve_is_read_between_its_rungs():
     """tanh at 0.62, between rungs: a chord would read 0.0084 less there, and miss the strength by 1.4 %."""
-    chosen = choose_scale(curve(lambda m: math.tanh(m)), Target(gain=math.tanh(0.62)))
+    chosen = choose_scale(curve(lambda m: math.tanh(m)), CalibrationTarget(gain=math.tanh(0.62)))
     assert chosen.scale == pytest.approx(0.62, rel=0.003)
 
 
 def test_what_is_promised_is_what_the_curve_says():
     """With few rungs and arms of different steepness, too: the strength is read off the very curve that is shown."""
     few = ResponseCurve(multipliers=(-2.0, -1.0, 0.0, 1.0, 2.0), gains=(-3.0, -2.5, 0.0, 1.5, 2.1), drifts=(2, 1, 0, 1, 2))
-    chosen = choose_scale(few, Target(gain=1.0))
+    chosen = choose_scale(few, CalibrationTarget(gain=1.0))
     assert chosen.reached and chosen.gain == pytest.approx(1.0) and chosen.curve and chosen.curve.gain_at(1.0) == pytest.approx(1.0)
 
 
 def test_out_of_reach_takes_the_end_of_the_ladder_and_says_so():
-    chosen = choose_scale(curve(lambda m: 0.3 * m), Target(gain=1.0))
+    chosen = choose_scale(curve(lambda m: 0.3 * m), CalibrationTarget(gain=1.0))
     assert not chosen.reached and chosen.scale == 2.0 and chosen.gain == pytest.approx(0.6)
     assert "not reached" in chosen.note and "largest that was tried" in chosen.note
 
 
 def test_it_stops_where_the_curve_turns_back():
-    chosen = choose_scale(curve(lambda m: 0.6 * m if m < 1.2 else 0.5), Target(gain=1.0))  # up to 0.6 at 1, then 0.5
+    chosen = choose_scale(curve(lambda m: 0.6 * m if m < 1.2 else 0.5), CalibrationTarget(gain=1.0))  # up to 0.6 at 1, then 0.5
     assert not chosen.reached and chosen.scale == 1.0 and chosen.gain == pytest.approx(0.6)
     assert "stops following" in chosen.note
 
 
 def test_it_stops_at_the_drift_limit():
-    chosen = choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), Target(gain=1.0, max_drift=0.13))
+    chosen = choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), CalibrationTarget(gain=1.0, max_drift=0.13))
     assert not chosen.reached and chosen.scale == pytest.approx(0.65) and chosen.gain == pytest.approx(0.65)
     assert "drift too far" in chosen.note
-    assert choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), Target(gain=1.0, max_drift=0.3)).reached
+    assert choose_scale(curve(lambda m: m, drift=lambda m: 0.2 * abs(m)), CalibrationTarget(gain=1.0, max_drift=0.3)).reached
 
 
 def test_a_dead_upper_arm_leaves_the_slider_as_it_is():
-    chosen = choose_scale(curve(lambda m: m if m < 0 else -0.1 * m), Target(gain=1.0))
+    chosen = choose_scale(curve(lambda m: m if m < 0 else -0.1 * m), CalibrationTarget(gain=1.0))
     assert not chosen.reached and chosen.scale == 1.0 and "left as trained" in chosen.note and chosen.gain == pytest.approx(-0.1)
 
 
@@ -128,11 +128,11 @@ def calibrated(gain, strengths: tuple[float, ...]) -> tuple[Calibration, list[fl
     """As a run calibrates; and at which strengths it had to measure more."""
     rng, more = np.random.default_rng(0), []
     found = measured_at(strengths, gain, rng)
-    while (strength := next_strength(found, Target())) is not None:
+    while (strength := next_strength(found, CalibrationTarget())) is not None:
         more.append(strength)
         found = found.joined(measured_at((strength,), gain, rng))
         assert len(more) < 10
-    return choose_scale(found, Target()), more
+    return choose_scale(found, CalibrationTarget()), more
 
 
 @pytest.mark.parametrize("slope", [0.025, 0.3, 1.0, 6.0, 45.0])
@@ -158,7 +158,7 @@ def test_beyond_what_can_be_calibrated_it_is_said_in_a_sentence() -> None:
 def test_an_arm_that_was_measured_only_beyond_weight_2_has_a_line_all_the_same() -> None:
     """Without more strengths, too: nothing is solved that has no solution."""
     for slope in (4.0, 6.0, 10.0):
-        chosen = choose_scale(measured_at((0.5, 1.0, 1.5), lambda m, slope=slope: slope * m, np.random.default_rng(0)), Target())
+        chosen = choose_scale(measured_at((0.5, 1.0, 1.5), lambda m, slope=slope: slope * m, np.random.default_rng(0)), CalibrationTarget())
         assert chosen.line and math.isfinite(chosen.line.slope.value) and math.isfinite(chosen.line.slope.low)
     bent = ResponseCurve(multipliers=(-6.0, -3.0, 0.0, 3.0, 6.0), gains=(-3.0, -1.5, 0.0, 3.0, 6.0), drifts=(2, 1, 0, 1, 2))
     assert 0.6 < summarise_curve(bent).slope.value < 0.9  # between the arms'
@@ -166,7 +166,8 @@ def test_an_arm_that_was_measured_only_beyond_weight_2_has_a_line_all_the_same()
 
 def test_a_curve_that_is_zero_everywhere_is_confirmed_by_nothing() -> None:
     none = curve(lambda m: 0.0)
-    assert confirm(none, ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(0.0, 0.0, 0.0), drifts=(0, 0, 0)), Target()).scale == 1.0
+    flat = ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(0.0, 0.0, 0.0), drifts=(0, 0, 0))
+    assert confirm(none, flat, CalibrationTarget()).scale == 1.0
 
 
 # ---- a strength that can be seen ----
@@ -184,7 +185,7 @@ def test_where_nothing_is_changed_nothing_is_exceeded() -> None:
     assert exceeded(np.full((1, 1, 1), 2.0)) == pytest.approx(2)
 
 
-SEEN = Target(visible=True)
+SEEN = CalibrationTarget(visible=True)
 
 
 def seen(visible, gain=lambda m: 2 * m, **changes) -> ResponseCurve:
@@ -205,7 +206,7 @@ def test_weight_1_is_strong_enough_to_be_seen():
 def test_a_gain_that_is_visible_already_is_left_at_one_standard_deviation():
     chosen = choose_scale(seen(lambda m: 10 * abs(m)), SEEN)
     assert chosen.reached and chosen.scale == pytest.approx(0.5) and chosen.visible == pytest.approx(5.0)
-    assert choose_scale(seen(lambda m: abs(m)), Target()).scale == pytest.approx(0.5)  # on request, by standard deviations alone
+    assert choose_scale(seen(lambda m: abs(m)), CalibrationTarget()).scale == pytest.approx(0.5)  # on request, by standard deviations alone
 
 
 def test_it_is_not_raised_beyond_where_judges_and_pictures_hold():
@@ -240,10 +241,10 @@ def test_the_visibility_is_confirmed_too():
 
 
 def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():
-    doubt = Target(max_strength=1.0)
+    doubt = CalibrationTarget(max_strength=1.0)
     known = replace(curve(lambda m: 0.3 * m), multipliers=(-1.0, 0.0, 1.0), gains=(-0.3, 0.0, 0.3), drifts=(1.0, 0.0, 1.0))
     known = replace(known, resamples=np.array([known.gains] * 2))
-    assert next_strength(known, Target()) == pytest.approx(2.5) and next_strength(known, doubt) is None
+    assert next_strength(known, CalibrationTarget()) == pytest.approx(2.5) and next_strength(known, doubt) is None
     for line in (known, curve(lambda m: 0.3 * m), seen(lambda m: 0.4 * abs(m))):
         chosen = choose_scale(line, replace(doubt, visible=bool(line.visible)))
         assert chosen.scale == 1 and chosen.reached == bool(line.visible)
@@ -256,7 +257,7 @@ def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():
 
 def test_slope_and_r2_are_those_of_the_least_squares_line_within_two():
     """Trained twice too strong: only multipliers up to 1 are weights up to 2."""
-    chosen = choose_scale(curve(lambda m: 2 * math.tanh(m)), Target(gain=2 * math.tanh(0.5)))
+    chosen = choose_scale(curve(lambda m: 2 * math.tanh(m)), CalibrationTarget(gain=2 * math.tanh(0.5)))
     weights = np.array([-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2])
     gains = 2 * np.tanh(weights / 2)
     assert chosen.line
@@ -290,14 +291,14 @@ def test_no_usable_range():
 
 
 def test_what_was_not_measured_is_not_claimed():
-    chosen = choose_scale(curve(lambda m: 0.7 * m), Target(gain=1.0))  # scale 1.43: measured to weight 1.4
+    chosen = choose_scale(curve(lambda m: 0.7 * m), CalibrationTarget(gain=1.0))  # scale 1.43: measured to weight 1.4
     assert chosen.line and chosen.line.measured[1] == pytest.approx(1.4) and chosen.line.usable == chosen.line.measured
     assert "usable from -1.4 (no farther measured) to +1.4 (no farther measured)" in chosen.note
     assert chosen.curve and math.isnan(chosen.curve.gain_at(1.5))
 
 
 def test_preferred_weight_is_the_strongest_usable_one_up_to_1_on_the_side_that_is_usable():
-    chosen = choose_scale(curve(lambda m: m), Target(gain=1.0))
+    chosen = choose_scale(curve(lambda m: m), CalibrationTarget(gain=1.0))
     assert chosen.preferred_weight == 1.0 and chosen.line
     assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.7))).preferred_weight == 0.7
     assert replace(chosen, line=replace(chosen.line, usable=(-0.5, 0.0))).preferred_weight == -0.5  # no weight above 0 is usable
@@ -408,7 +409,7 @@ def test_a_score_that_does_not_vary_has_no_unit():
 def test_verified_puts_other_seeds_beside_the_prediction():
     rng = np.random.default_rng(0)
     weights = np.array(MULTIPLIERS)
-    chosen = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights, slope=2.0), np.abs(weights), rng), Target())
+    chosen = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights, slope=2.0), np.abs(weights), rng), CalibrationTarget())
     assert chosen.scale == pytest.approx(0.5, rel=0.2) and chosen.up and chosen.up.low < 1 < chosen.up.high
     again = np.array([-chosen.scale, 0.0, chosen.scale])
     scores = scores_of(rng, 12, 4, again, slope=2.0)
@@ -424,7 +425,7 @@ def test_verified_puts_other_seeds_beside_the_prediction():
 def test_metadata_is_json_and_has_the_promise():
     rng = np.random.default_rng(0)
     weights = np.array(MULTIPLIERS)
-    entries = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights), np.abs(weights), rng), Target()).metadata()
+    entries = choose_scale(response_curve(weights, scores_of(rng, 12, 4, weights), np.abs(weights), rng), CalibrationTarget()).metadata()
     json.dumps(entries, allow_nan=False)
     gain_up = entries["leco_gain_up"]
     assert isinstance(gain_up, list)

@@ -9,7 +9,7 @@ import pytest
 from library.errors import UserError
 from library.models.config import ModelConfig
 from library.settings.option_values import nearest
-from library.settings.options import build, key_value_pairs, option, options
+from library.settings.options import build_config, key_value_pairs, option, options
 from library.settings.registry import Registry
 from library.settings.sd_scripts_keys import REPLACEMENTS, UNUSED
 from library.settings.shared import LoggingConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
@@ -47,11 +47,11 @@ class Script:
 
 
 def types_of(**values: object) -> EveryType:
-    return build(Everything, values).types
+    return build_config(Everything, values).types
 
 
 def script(**values: object) -> Script:
-    return build(Script, {"pretrained_model_name_or_path": "model.safetensors", **values})
+    return build_config(Script, {"pretrained_model_name_or_path": "model.safetensors", **values})
 
 
 def error_of(make: Any, **values: object) -> str:
@@ -279,9 +279,9 @@ def test_a_setting_can_depend_on_an_item_of_a_list_and_on_what_another_script_ha
     class WithTerms:
         terms: Terms
 
-    build(WithTerms, {"objective": ["score", "images"], "pictures": "a", "elsewhere": "x"})
+    build_config(WithTerms, {"objective": ["score", "images"], "pictures": "a", "elsewhere": "x"})
     assert not caplog.records
-    build(WithTerms, {"objective": ["score"], "pictures": "a", "both": "c"})
+    build_config(WithTerms, {"objective": ["score"], "pictures": "a", "both": "c"})
     (record,) = caplog.records
     assert record.getMessage().endswith("pictures (only with objective images), both (only with objective images and only with pictures b)")
 
@@ -298,12 +298,12 @@ def test_the_choices_may_be_a_table_that_is_filled_later():
         kinds: Kinds
 
     kinds.register("round")(1)
-    assert build(WithKinds, {"kind": "round"}).kinds.kind == "round"
-    assert error_of(lambda **values: build(WithKinds, values), kind="rund") == (
+    assert build_config(WithKinds, {"kind": "round"}).kinds.kind == "round"
+    assert error_of(lambda **values: build_config(WithKinds, values), kind="rund") == (
         "kind is 'rund', but it must be one of round (did you mean 'round'?)"
     )
     kinds.register("square")(2)
-    assert build(WithKinds, {"kind": "square"}).kinds.kind == "square"
+    assert build_config(WithKinds, {"kind": "square"}).kinds.kind == "square"
 
 
 def test_a_declared_option_is_used_though_sd_scripts_has_it(caplog: pytest.LogCaptureFixture):
@@ -316,7 +316,7 @@ def test_a_declared_option_is_used_though_sd_scripts_has_it(caplog: pytest.LogCa
         rollout: Rollout
 
     assert "max_denoising_steps" in UNUSED
-    assert build(WithRollout, {"max_denoising_steps": "20"}).rollout.max_denoising_steps == 20
+    assert build_config(WithRollout, {"max_denoising_steps": "20"}).rollout.max_denoising_steps == 20
     assert not caplog.records
 
 

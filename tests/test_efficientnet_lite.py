@@ -14,7 +14,7 @@ from library.scorers.base import ModelSource
 from library.scorers.efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0
 from library.scorers.io import load_scorer
 from library.scorers.kinds.efficientnet_lite import EfficientNetLite
-from library.settings.options import build
+from library.settings.options import build_config
 from tests.helpers.tiny_models import tiny_vae
 from train_latent_scorer import train
 
@@ -82,7 +82,7 @@ def settings(folder, **given):
         "validation_split": 0.3,
         "scorer_kind": "efficientnet_lite",
     }
-    return build(LatentScorerConfig, {**shared, **sizes, **given})
+    return build_config(LatentScorerConfig, {**shared, **sizes, **given})
 
 
 def test_imitation_finds_in_latents_what_the_network_sees_in_pixels(workplace):

@@ -10,7 +10,7 @@ import torch
 import train_leco_score
 from benchmarks import memory
 from library.rollouts.sample import SAMPLED_BYTES, SAMPLED_LATENTS
-from library.settings.options import build
+from library.settings.options import build_config
 from library.slider_training.counted_memory import Allocations
 from library.slider_training.estimate import COMPARE, DECODE, PARTS, SAMPLE, SCORE, STEP, Estimate, estimate
 from library.slider_training.setup import leco_score_config
@@ -56,7 +56,7 @@ def test_less_is_held_with_what_saves_memory_and_no_weight_is_read(plain: Estima
     for weights in (tmp_path / "model").rglob("*.safetensors"):
         weights.unlink()
     changes = {"gradient_checkpointing": True, "quantize_base": "nf4", "blocks_to_swap": 2, "resolution": [256, 256]}
-    found = estimate(build(leco_score_config(), settings(workplace, tmp_path / "out", **SETTINGS | changes)))
+    found = estimate(build_config(leco_score_config(), settings(workplace, tmp_path / "out", **SETTINGS | changes)))
     assert found.rises[STEP] < 0.8 * plain.rises[STEP]
     assert found.weights["U-Net"] < 0.5 * plain.weights["U-Net"]
     assert set(found.peaks) == set(PARTS) and found.peak == max(found.peaks.values())
@@ -69,5 +69,5 @@ def test_the_script_says_it_and_ends(
 ) -> None:
     monkeypatch.setattr(train_leco_score, "estimate", lambda config: f"batches of {config.rollout.train_batch_size}")
     with pytest.raises(SystemExit) as ended:
-        train_leco_score.train(build(leco_score_config(), settings(workplace, tmp_path / "out", estimate=True)))
+        train_leco_score.train(build_config(leco_score_config(), settings(workplace, tmp_path / "out", estimate=True)))
     assert ended.value.code == 0 and capsys.readouterr().out == "batches of 2\n"

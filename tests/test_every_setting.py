@@ -11,7 +11,7 @@ from PIL import Image
 import train_latent_scorer
 import train_leco_score
 from library.errors import UserError
-from library.settings.options import build, option, options, resolve
+from library.settings.options import build_config, option, options, resolve
 from tests.helpers.setting_reads import ATTRIBUTES, recorded_reads, unread_settings
 from tests.helpers.tiny_leco_run import make_workplace, settings
 from tests.helpers.tiny_models import tiny_vae
@@ -55,12 +55,12 @@ def scorer_run(folder: Path) -> dict[str, Any]:
 def test_every_setting_does_something_or_says_that_it_does_not(script, config_class, make, tmp_path: Path) -> None:
     values = make(tmp_path)
     with recorded_reads(config_class) as reads:
-        script.train(build(config_class, values))
+        script.train(build_config(config_class, values))
     without_effect = []
     for name in unread_settings(config_class, reads, resolve(config_class, values)[0]):
         if name in REFUSED:
             with pytest.raises(UserError, match=name):
-                build(config_class, values | {name: REFUSED[name]})
+                build_config(config_class, values | {name: REFUSED[name]})
         elif name not in ELSEWHERE:
             without_effect.append(name)
     assert without_effect == [], "nothing reads them: use them, or say when they are read by only_with of option()"
@@ -103,7 +103,7 @@ class MadeScript:
 
 
 def test_the_recorder_tells_uses_from_checks_and_copies() -> None:
-    config = build(MadeScript, {})
+    config = build_config(MadeScript, {})
     with recorded_reads(MadeScript) as reads:
         copy = dataclasses.replace(config.made)
         assert dataclasses.asdict(copy)["only_copied"] == 1

@@ -27,7 +27,7 @@ from library.rollouts.few_step import detect
 from library.rollouts.sample import SamplingConfig, initial_noise, sample
 from library.scorers.base import SCORER_KINDS, ModelSource
 from library.scorers.io import save_scorer
-from library.settings.options import build
+from library.settings.options import build_config
 from library.settings.shared import NetworkConfig
 from library.slider_training.estimate import estimate
 from library.slider_training.network import build_network
@@ -372,7 +372,7 @@ def test_memory_of_a_run_is_estimated(kind, folder, tmp_path):
     (tmp_path / "model").symlink_to(folder)
     save_scorer(tmp_path / "scorer.safetensors", tiny_scorer(load_model(folder).vae_fingerprint(), channels=16))
     (tmp_path / "prompts.txt").write_text(PROMPTS[0], encoding="utf-8")
-    config = build(leco_score_config(), settings(tmp_path, tmp_path, resolution=[64], measure="full", quantize_base="int8"))
+    config = build_config(leco_score_config(), settings(tmp_path, tmp_path, resolution=[64], measure="full", quantize_base="int8"))
     found = estimate(config)
     assert found.weights["U-Net"] > 0 and all(peak > 0 for peak in found.peaks.values())
 

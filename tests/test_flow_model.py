@@ -15,7 +15,7 @@ from library.models.base import DiffusionModel
 from library.models.loading import load_model
 from library.rollouts.sample import SamplingConfig, decode, initial_noise, sample
 from library.scorers.io import save_scorer
-from library.settings.options import build
+from library.settings.options import build_config
 from library.types import PromptSpec
 from networks.lora import create_network_from_weights
 from tests.helpers.tiny_leco_run import tiny_scorer
@@ -54,7 +54,7 @@ def test_a_slider_of_two_steps_moves_diffusers_pictures_as_ours(model: Diffusion
         "measure": "off",
         "num_threads": torch.get_num_threads(),
     }
-    path = train(build(leco_score_config(), settings))
+    path = train(build_config(leco_score_config(), settings))
 
     prompt, seed = PromptSpec(prompt="a green star"), 3
     network, _ = create_network_from_weights(1.0, path, model.vae, model.text_encoders, model.unet, for_inference=True)

@@ -31,7 +31,7 @@ from library.scorer_data.readers.base import ReaderOptions
 from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import FilePicture, FileState, Skipped
 from library.scorer_training.dataset_config import read_dataset_config
-from library.scorers.image_models.weight_files import read_tensors
+from library.scorers.image_models.weight_files import read_state_dict
 from library.settings.toml_files import read_toml
 from library.training.checkpoints import STATE_FILE, load_state, save_state
 from library.training.tracking import read_metrics
@@ -229,8 +229,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "base_weights.pt": pickled(lambda path: read_lora(path, fixed=True)),
     "embedding.pt": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
     "embedding.bin": pickled(lambda path: load_embeddings(tiny_model("sd1"), [path])),
-    "head.pt": pickled(lambda path: read_tensors(str(path))),
-    "head.pth": pickled(lambda path: read_tensors(str(path))),
+    "head.pt": pickled(lambda path: read_state_dict(str(path))),
+    "head.pth": pickled(lambda path: read_state_dict(str(path))),
     "x-state": state,
     "linked-state": linked_state,
     "cache.npz": npz,

@@ -18,7 +18,7 @@ from library.models.clip_tokenizer import build_clip_tokenizer
 from library.rollouts.prompt_encoder import PromptEncoder
 from library.rollouts.sample import SamplingConfig, sample
 from library.scorers.image_models.preprocessing import Preprocessing
-from library.settings.options import build
+from library.settings.options import build_config
 from library.text_free.adapter import (
     Fingerprint,
     ImagePromptAdapter,
@@ -35,7 +35,7 @@ from library.text_free.adapter_training import (
     new_adapter,
     train_adapter,
     trajectories,
-    validate,
+    validation_errors,
 )
 from library.text_free.clip_pair import ClipPair, find_pictures
 from library.text_free.image_prompts import ImagePromptEncoder, TextFreeConfig, encoder_and_prompts
@@ -111,11 +111,11 @@ def test_the_u_net_learns_to_obey_the_adapter() -> None:
     adapter, model, clip = fitted()
     for parameter in (adapter.decode.weight, adapter.decode.bias):
         torch.nn.init.zeros_(parameter)  # as bad as can be
-    before = validate(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
+    before = validation_errors(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
     seen = []
     recipe = replace(RECIPE, max_train_steps=30, learning_rate=1e-2)
     train_adapter(adapter, model, clip, PROMPTS, recipe, torch.Generator().manual_seed(2), SIZE, lambda step, errors: seen.append(step))
-    after = validate(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
+    after = validation_errors(adapter, model, clip, PROMPTS, RECIPE, torch.Generator().manual_seed(1), SIZE)
     assert seen == list(range(1, 31))
     assert after.hidden < 0.5 * before.hidden
     assert after.eps < 0.5 * before.eps
@@ -328,7 +328,7 @@ def test_from_prompts_to_a_slider_that_saw_none(tmp_path: Path) -> None:
         "max_denoising_steps": 2,
         "num_threads": 1,
     }
-    train(build(TrainImagePromptAdapterConfig, settings))
+    train(build_config(TrainImagePromptAdapterConfig, settings))
     changes = {"image_prompts": str(pictures), "image_prompt_adapter": settings["output"], "clip_model": settings["clip_model"]}
     changes["max_train_steps"] = 1
     written = tiny_leco_run.run(place, tmp_path / "measured by words", **changes)

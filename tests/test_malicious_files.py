@@ -18,7 +18,7 @@ from library.scorer_data.npz_cache import NpzCache
 from library.scorer_data.pictures import read_picture
 from library.scorer_data.records import FilePicture, FileState
 from library.scorers.base import build_scorer
-from library.scorers.image_models.weight_files import read_tensors
+from library.scorers.image_models.weight_files import read_state_dict
 from library.scorers.io import FORMAT_KEY, SPEC_KEY, load_scorer, save_scorer
 from tests.helpers.scorer_headers import REACHING, SPEC, TRANSFORMER, edited, file_with, head, pixel
 from tests.helpers.tiny_models import tiny_vae
@@ -127,7 +127,7 @@ def test_a_pickle_is_read_as_weights_alone(name: str, tmp_path: Path, monkeypatc
     for write in (lambda path: torch.save({"weight": Evil()}, path), lambda path: Path(path).write_bytes(pickle.dumps(Evil()))):
         write(name)
         with pytest.raises(UserError, match="not a file of weights alone|cannot be read") as caught:
-            read_tensors(name)
+            read_state_dict(name)
         assert not Path("ran").exists() and "weights_only" not in str(caught.value)
 
 

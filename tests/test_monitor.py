@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.measuring.calibration import Target
+from library.measuring.calibration import CalibrationTarget
 from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of
@@ -101,7 +101,7 @@ def test_calibration_makes_weight_1_do_what_the_scale_did() -> None:
     monitor, _, network = monitor_for(prompts=PROMPTS[1:], early_stop_gain=None)
     before = gains(monitor)[0]
     # out of reach: the end of the range in which the arm keeps rising
-    calibration, record = monitor.pictures.calibration(Target(gain=1e6), monitor.best.record)
+    calibration, record = monitor.pictures.calibration(CalibrationTarget(gain=1e6), monitor.best.record)
     assert not calibration.reached and calibration.note.endswith(".") and record.multipliers == (-1.0, 0.0, 1.0)
     assert calibration.curve is not None and record.pictures[0].shape[0] == 3
     farther = min(abs(math.log(weight)) for weight in (*calibration.curve.multipliers, calibration.pictured_at) if weight > 0)
@@ -416,7 +416,7 @@ def test_a_short_training_is_calibrated_by_fewer_pictures(
     prompts = [PromptSpec(prompt=f"a circle, number {number}") for number in range(count)]
     monitor, _, _ = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)
     monkeypatch.setattr(SliderPictures, "trained", property(lambda self: trained))
-    _, record = monitor.pictures.calibration(Target(gain=0.01), None)
+    _, record = monitor.pictures.calibration(CalibrationTarget(gain=0.01), None)
     assert len(record.prompts) == confirmed and len(record.seeds[0]) == 2
 
 
@@ -444,7 +444,7 @@ def test_prompts_of_one_text_are_measured_whole_once() -> None:
     pictures = monitor_for(prompts, network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)[0].pictures
     whole = pictures._whole(pictures.measured((-1.0, 1.0), "observed"))
     assert pictures._whole(whole) is whole
-    calibration, _ = pictures.calibration(Target(gain=0.01), whole)
+    calibration, _ = pictures.calibration(CalibrationTarget(gain=0.01), whole)
     assert calibration.up is not None and np.isfinite(calibration.up.low)
 
 

@@ -10,10 +10,10 @@ from library.rating import taste as taste_module
 from library.rating.agreement import ceiling_of, concordance, rank_correlation, share_interval, star_agreement
 from library.rating.choice import choose
 from library.rating.live import REST, Gallery, LiveOpinion
-from library.rating.progress import Progress, find_drift, measure_progress, say, where_it_points
+from library.rating.progress import Progress, find_drift, measure_progress, progress_words, where_it_points
 from library.rating.space import FeatureSpace
 from library.rating.store import Project, Rating, StoredPicture
-from library.rating.taste import Answers, Choice, Taste
+from library.rating.taste import Answers, Assumption, Taste
 
 COUNT = 240
 
@@ -187,11 +187,11 @@ def test_words_say_how_many_more() -> None:
     assert more is not None and 1000 < more + 60 <= (2 / 0.05) ** 2 + 10
     assert where_it_points(tuple((size, 0.8, 0.02) for size in (20, 30, 40)), 40, 0.8, None) == 0
     common = {"answers": 60, "measure": "rank correlation", "held_out": Interval(0.74, 0.6, 0.85)}
-    assert say(Progress(**common, more=40)) == ("more", "About 40 more would help: it predicts you to 0.74.")
+    assert progress_words(Progress(**common, more=40)) == ("more", "About 40 more would help: it predicts you to 0.74.")
     enough = Progress(**common, agreement=Interval(0.66, 0.4, 0.8), ceiling=Interval(0.81, 0.6, 0.9), more=40)
-    assert say(enough) == ("enough", "Enough: you agree with yourself to 0.66 and it predicts you to 0.74.")
-    assert say(Progress(**common | {"held_out": Interval(0.3, 0.1, 0.5)}, more=0))[0] == "more"
-    assert say(Progress(answers=19, measure="accuracy"))[1].startswith("After 1 more answer it")
+    assert progress_words(enough) == ("enough", "Enough: you agree with yourself to 0.66 and it predicts you to 0.74.")
+    assert progress_words(Progress(**common | {"held_out": Interval(0.3, 0.1, 0.5)}, more=0))[0] == "more"
+    assert progress_words(Progress(answers=19, measure="accuracy"))[1].startswith("After 1 more answer it")
 
 
 def test_a_person_who_tires_is_told() -> None:
@@ -235,4 +235,4 @@ def test_a_live_opinion_asks_learns_and_measures(tmp_path) -> None:
     live.learn()
     live.measure()
     assert live.progress.answers == 59 - sum(rating.mode == "skip" for rating in live.ratings) and not live.measure_due()
-    assert Taste(gallery.space, Answers.of(), [Choice(0, 0.3)]).size == COUNT
+    assert Taste(gallery.space, Answers.of(), [Assumption(0, 0.3)]).size == COUNT

@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.rating import worker
 from library.rating.space import LATENT_FEATURES
 from library.rating.store import Project
-from library.rating.worker import PictureMaker, Source, make_samples, read_folder, work
+from library.rating.worker import PictureMaker, PictureSource, make_samples, read_folder, work
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -26,7 +26,7 @@ def test_samples_are_mixed_over_prompts_and_the_same_in_every_session(kind: str,
     monkeypatch.setattr(worker, "BATCH", 4)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na large house --w 128 --h 64\n")
-    source = Source(model="", prompts_file=str(prompts), resolution=(64, 64), num_steps=2, guidance_scale=2.0)
+    source = PictureSource(model="", prompts_file=str(prompts), resolution=(64, 64), num_steps=2, guidance_scale=2.0)
     found = []
     for name in ("first", "second"):
         project, enough = Project(tmp_path / name), threading.Event()
@@ -64,13 +64,13 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch, capsys
     project, enough = Project(tmp_path / "project"), threading.Event()
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(UserError, match="model.safetensors"):
-        work(project, Source(model=str(tmp_path / "model.safetensors"), prompts_file="x"), enough)
+        work(project, PictureSource(model=str(tmp_path / "model.safetensors"), prompts_file="x"), enough)
     monkeypatch.setattr(worker, "load_model", lambda *args, **kwargs: tiny_model())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="there are no pictures in"):
-        work(project, Source(model="", pictures=str(tmp_path / "empty")), enough)
+        work(project, PictureSource(model="", pictures=str(tmp_path / "empty")), enough)
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 1 pictures in .* can be read"):
-        work(project, Source(model="", pictures=str(tmp_path / "empty")), enough)
+        work(project, PictureSource(model="", pictures=str(tmp_path / "empty")), enough)
     with pytest.raises(UserError, match="does not exist"):
-        work(project, Source(model="", prompts_file=str(tmp_path / "no.txt")), enough)
+        work(project, PictureSource(model="", prompts_file=str(tmp_path / "no.txt")), enough)

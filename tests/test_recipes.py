@@ -32,7 +32,7 @@ from library.scorer_training.criteria.base import CRITERIA
 from library.scorers.base import SCORER_KINDS, Scorer
 from library.scorers.image_models.base import IMAGE_MODELS
 from library.scorers.io import load_scorer, save_scorer
-from library.settings.options import build, resolve
+from library.settings.options import build_config, resolve
 from library.settings.registry import Registry
 from library.settings.shared import OptimizerConfig
 from library.training.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer
@@ -130,7 +130,7 @@ def trained_scorer(folder: Path, **changes: object) -> Scorer:
         "train_batch_size": 4,
         **changes,
     }
-    return load_scorer(train_latent_scorer.train(build(LatentScorerConfig, settings)))
+    return load_scorer(train_latent_scorer.train(build_config(LatentScorerConfig, settings)))
 
 
 def test_an_estimator(declare: Declare, workplace: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from library.objectives.estimator import ESTIMATORS
 from library.objectives.rewards import Goal, Reward
 from library.objectives.terms.score import ScoreTerm
 from library.scorers.base import Scorer
-from library.settings.options import build
+from library.settings.options import build_config
 from library.settings.shared import OptimizerConfig
 from library.slider_training.check import RewardCheck, check_reward
 from library.types import PromptSpec
@@ -123,7 +123,7 @@ def test_a_learning_rate_that_does_nothing_is_a_fault() -> None:
 
 
 def test_the_script_reports_and_ends_without_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = build(leco_score_config(), settings(workplace, tmp_path / "out", check_reward=True, learning_rate=1e-12))
+    config = build_config(leco_score_config(), settings(workplace, tmp_path / "out", check_reward=True, learning_rate=1e-12))
     with pytest.raises(SystemExit) as ended:
         train(config)
     assert ended.value.code == FLAT_OR_EXPLODING

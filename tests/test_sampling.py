@@ -24,7 +24,7 @@ from library.types import PromptSpec
 from networks.lora import LoRANetwork, create_network
 from networks.lora_module import LoRAModule, Strength
 from networks.lora_options import Dropouts
-from networks.lora_targets import Target
+from networks.lora_targets import TargetModule
 from tests.helpers.tiny_models import pipeline_of, tiny_model, tiny_unet_config
 
 PROMPTS = [PromptSpec(prompt="a red circle", negative_prompt="blurry"), PromptSpec(prompt="a blue star"), PromptSpec(prompt="a cat")]
@@ -230,7 +230,7 @@ def test_two_graphs_serve_any_number_of_rows_of_a_size():
 
     model, graphs, strength = tiny_model(), [], Strength(1.0)
     model.unet = Network()
-    target = Target("", (), "unet", "layer", model.unet.layer)
+    target = TargetModule("", (), "unet", "layer", model.unet.layer)
     LoRAModule(target, strength, rank=2, alpha=2.0, dropouts=Dropouts()).attach(target.base)
     patched = {"force_nn_module_property_static_shapes": True, "recompile_limit": 3}  # put back after the test
     with torch._dynamo.config.patch(patched):

@@ -31,8 +31,8 @@ from library.scorers.heads import HeadSpec
 from library.scorers.io import load_scorer, save_scorer
 from library.scorers.judges import Judge
 from library.scorers.program_raters import CommandRater, TableRater
-from library.scorers.raters import JudgeRater, LatentRater, Outcome, Rating
-from library.settings.options import build
+from library.scorers.raters import JudgeRater, LatentRater, RaterResult, RaterScore
+from library.settings.options import build_config
 from library.training.runtime import generator
 from tests.helpers.tiny_models import tiny_vae
 from tools import score_images
@@ -114,9 +114,9 @@ def images_of(folder: Path, names: list[str] | None = None, prompts: dict[str, s
     ]
 
 
-def scores_of(outcomes: list[Outcome]) -> list[float]:
-    assert all(isinstance(outcome, Rating) for outcome in outcomes), outcomes
-    return [outcome.score for outcome in outcomes if isinstance(outcome, Rating)]
+def scores_of(outcomes: list[RaterResult]) -> list[float]:
+    assert all(isinstance(outcome, RaterScore) for outcome in outcomes), outcomes
+    return [outcome.score for outcome in outcomes if isinstance(outcome, RaterScore)]
 
 
 def run(monkeypatch, *words: object) -> None:
@@ -296,7 +296,7 @@ def test_a_picture_that_its_bucket_would_cut_apart_is_left_out(folder) -> None:
     Image.new("RGB", (640, 16)).save(folder / "strip.png")
     vae = tiny_vae()
     kept, left_out = LatentRater(tiny_scorer(vae), vae, BUCKETS).rate(images_of(folder, ["a.png", "strip.png"]))
-    assert isinstance(kept, Rating) and isinstance(left_out, Skipped) and "would cut off" in left_out.reason
+    assert isinstance(kept, RaterScore) and isinstance(left_out, Skipped) and "would cut off" in left_out.reason
 
 
 # -- judges, commands, tables --------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_table_of_another_programs_output(folder, tmp_path) -> None:
     table = tmp_path / "theirs.csv"
     table.write_text(f'file,quality,other\n{folder / "a.png"},1.5,x\nd.png,nan,x\n"c,c.png",,x\n', encoding="utf-8")
     outcomes = TableRater(table, path_column="file", score_column="quality").rate(images_of(folder))
-    assert isinstance(outcomes[0], Rating) and outcomes[0].score == 1.5  # by its absolute path
+    assert isinstance(outcomes[0], RaterScore) and outcomes[0].score == 1.5  # by its absolute path
     reasons = [outcome.reason for outcome in outcomes[1:] if isinstance(outcome, Skipped)]
     assert "said '', which is no number" in reasons[0] and "nan" in reasons[1] and "is not in" in reasons[2]
     with pytest.raises(UserError, match="has no column 'path'; it has file, quality, other"):
@@ -421,7 +421,7 @@ def test_an_opinion_is_distilled_into_a_latent_scorer(tmp_path, monkeypatch, cap
         "num_threads": 1,
         "output_dir": str(tmp_path / "out"),
     }
-    path = train_latent_scorer.train(build(LatentScorerConfig, settings))
+    path = train_latent_scorer.train(build_config(LatentScorerConfig, settings))
     table = load_scorer(path).spec.training["validation"]
     assert next(row["srcc"] for row in table if row["sigma"] == 0) > 0.7  # on pictures that it was not trained on
 

@@ -14,7 +14,7 @@ from library.scorer_training.balancing import Balance, parameter_groups
 from library.scorer_training.config import ScorerTrainingConfig
 from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.dataset_config import Dataset, Subset
-from library.scorer_training.noise import add_noise, draw_sigmas, standard_schedule
+from library.scorer_training.noise import add_noise_at, draw_sigmas, standard_schedule
 from library.scorer_training.run import share_out
 from library.scorer_training.stages import Stage
 from library.scorer_training.tasks import PackedTags, Task
@@ -47,9 +47,9 @@ def test_sigmas_are_clean_in_the_given_share_and_else_at_uniform_timesteps() -> 
 def test_noise_is_the_schedules() -> None:
     latents, timesteps = torch.randn(3, 4, 8, 8, generator=rng(1)), torch.tensor([0, 500, 999])
     noise = torch.randn(latents.shape, generator=rng())
-    noisy = add_noise(latents, SCHEDULE.sigmas(timesteps), noise)
+    noisy = add_noise_at(latents, SCHEDULE.sigmas(timesteps), noise)
     torch.testing.assert_close(noisy, SCHEDULE.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5)
-    assert torch.equal(add_noise(latents, torch.zeros(3), noise), latents)
+    assert torch.equal(add_noise_at(latents, torch.zeros(3), noise), latents)
 
 
 def tiny_scorer(*heads: str) -> BackboneScorer:
@@ -148,7 +148,7 @@ class FewLatents:
 
 def predict_mean(batch: LatentBatch, sigmas: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(batch.latents.shape, generator=generator)
-    return (add_noise(batch.latents, sigmas, noise).mean((1, 2, 3)) * (1 + sigmas**2).sqrt())[:, None]
+    return (add_noise_at(batch.latents, sigmas, noise).mean((1, 2, 3)) * (1 + sigmas**2).sqrt())[:, None]
 
 
 def test_validation_measures_each_noise_level_with_the_same_noise() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from library.atomic_files import unfinished_name
 from library.errors import UserError
-from library.measuring.calibration import Calibration, Target
+from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.response_curve import ResponseCurve, summarise_curve
 from library.measuring.strength import choose_scale
 from library.measuring.warnings import SliderWarning
@@ -40,7 +40,7 @@ CALIBRATION = choose_scale(
         clipped=(0.8, 0.4, 0.0, 0.0, 0.0),
         judges={"my judge": tuple(1.5 * weight for weight in MULTIPLIERS)},
     ),
-    Target(),
+    CalibrationTarget(),
 )
 GAMED = SliderWarning("gamed", "", "The score is gamed.")
 OUTCOME = Outcome(
@@ -126,7 +126,9 @@ def test_the_pictures_of_the_last_measurement_are_the_preview_and_the_thumbnail(
 def test_a_slider_that_is_not_usable_at_1_is_not_preferred_at_1(files, tmp_path, gains, hint, weight):
     slider_files, network = files
     curve = ResponseCurve(multipliers=MULTIPLIERS, gains=gains, drifts=tuple(map(abs, MULTIPLIERS)))
-    calibration = Calibration(scale=1.0, gain=gains[-1], reached=False, note="", curve=curve, target=Target(), line=summarise_curve(curve))
+    calibration = Calibration(
+        scale=1.0, gain=gains[-1], reached=False, note="", curve=curve, target=CalibrationTarget(), line=summarise_curve(curve)
+    )
     slider_files.save(network, 3, final=True, outcome=Outcome(step=3, calibration=calibration, record=record_of()))
     card = json.loads((tmp_path / "tiny.json").read_text())
     assert (card["description"], card["preferred weight"]) == (hint, weight)

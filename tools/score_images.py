@@ -48,7 +48,7 @@ from library.scorers.image_models.base import build_image_model, read_image_mode
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.judges import Judge, load_judge
 from library.scorers.program_raters import CommandRater, TableRater
-from library.scorers.raters import JudgeRater, LatentRater, Outcome, Rater, Rating
+from library.scorers.raters import JudgeRater, LatentRater, Rater, RaterResult, RaterScore
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_above, check_at_least, check_not_set, option
 from library.training.output_files import check_outputs
@@ -140,14 +140,14 @@ def main() -> None:
     check_outputs(*(settings.output_dir / name for name in ("scores.csv", "histogram.png")))
     remove_unfinished(settings.output_dir, r".+\.(png|json|html|csv)")
 
-    outcomes: dict[str, list[Outcome]] = {}
+    outcomes: dict[str, list[RaterResult]] = {}
     for rater in raters:
         with tqdm(total=len(images), desc=f"scoring by {rater.name}", unit="picture") as progress:
             outcomes[rater.name] = rater.rate(images, progress.update)
         for outcome in outcomes[rater.name]:
             if isinstance(outcome, Skipped):
                 skipped.add(outcome)
-        if not any(isinstance(outcome, Rating) for outcome in outcomes[rater.name]):
+        if not any(isinstance(outcome, RaterScore) for outcome in outcomes[rater.name]):
             raise UserError(f"{rater.name} could score none of {len(images)} pictures: {skipped.first()}")
     paths = write_results(settings.output_dir, images, outcomes, settings.num_shown)
     print(summary(images, outcomes))
@@ -224,13 +224,15 @@ def image_model_judge(text: str, device: torch.device) -> Judge:
     return Judge(text, lambda pixels, prompts=None: model(pixels, prompts).flatten(), model.uses_prompt)
 
 
-def write_results(output_dir: Path, images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcome]], num_shown: int) -> list[Path]:
+def write_results(
+    output_dir: Path, images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[RaterResult]], num_shown: int
+) -> list[Path]:
     """Write the table, the sheets and the histogram, and return their paths."""
     table = output_dir / "scores.csv"
     atomic_write_text(table, table_text(images, outcomes, output_dir))
     paths = [table]
     for name, column in outcomes.items():
-        scores = {row: outcome.score for row, outcome in enumerate(column) if isinstance(outcome, Rating)}
+        scores = {row: outcome.score for row, outcome in enumerate(column) if isinstance(outcome, RaterScore)}
         ranked = sorted(scores, key=lambda row: -scores[row])
         sections = {f"{name}: highest": ranked[:num_shown], f"{name}: lowest": ranked[::-1][:num_shown]}
         sheet = contact_sheet({title: [captioned(images[row], scores[row]) for row in rows] for title, rows in sections.items()})
@@ -241,13 +243,13 @@ def write_results(output_dir: Path, images: Sequence[RatedImage], outcomes: Mapp
     return paths
 
 
-def table_text(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcome]], folder: Path) -> str:
+def table_text(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[RaterResult]], folder: Path) -> str:
     """The CSV: every picture that the first rater scored. Paths below `folder` are relative to it, others are absolute."""
     first, *others = outcomes.items()
     columns: dict[str, list[str]] = {"path": [path_in_table(image, folder) for image in images]}
     for name, column in (("score", first[1]), *others):
-        columns[name] = [f"{outcome.score:.7g}" if isinstance(outcome, Rating) else "" for outcome in column]
-        spreads = [outcome.uncertainty if isinstance(outcome, Rating) else None for outcome in column]
+        columns[name] = [f"{outcome.score:.7g}" if isinstance(outcome, RaterScore) else "" for outcome in column]
+        spreads = [outcome.uncertainty if isinstance(outcome, RaterScore) else None for outcome in column]
         if any(spread is not None for spread in spreads):
             title = "uncertainty" if name == "score" else f"{name}_uncertainty"
             columns[title] = ["" if spread is None else f"{spread:.7g}" for spread in spreads]
@@ -270,7 +272,7 @@ def path_in_table(image: RatedImage, folder: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def summary(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def summary(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[RaterResult]]) -> str:
     """A line for each rater, and how they agree with each other and with the source's own scores."""
     lines = []
     for name, column in outcomes.items():
@@ -278,7 +280,7 @@ def summary(images: Sequence[RatedImage], outcomes: Mapping[str, Sequence[Outcom
         line = f"{name}: {len(scores)} of {len(images)} pictures, mean {scores.mean():.4g}, std {scores.std():.4g}, "
         lines.append(line + f"min {scores.min():.4g}, max {scores.max():.4g}")
     columns: dict[str, list[float | None]] = {
-        name: [outcome.score if isinstance(outcome, Rating) else None for outcome in column] for name, column in outcomes.items()
+        name: [outcome.score if isinstance(outcome, RaterScore) else None for outcome in column] for name, column in outcomes.items()
     }
     given = [image.score for image in images]
     if any(score is not None for score in given):
@@ -299,8 +301,8 @@ def captioned(image: RatedImage, score: float) -> CaptionedPicture:
     return CaptionedPicture(picture, f"{score:.4g}", image.name)
 
 
-def scores_of(column: Sequence[Outcome]) -> list[float]:
-    return [outcome.score for outcome in column if isinstance(outcome, Rating)]
+def scores_of(column: Sequence[RaterResult]) -> list[float]:
+    return [outcome.score for outcome in column if isinstance(outcome, RaterScore)]
 
 
 def file_name(name: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.settings.options import build, options
+from library.settings.options import build_config, options
 from library.settings.sd_scripts_defaults import REASONS
 from library.settings.sd_scripts_keys import REPLACEMENTS
 from train_leco_score import leco_score_config
@@ -128,7 +128,7 @@ def fate(name: str, entry: Mapping[str, Any]) -> Fate:
     given = {"pretrained_model_name_or_path": "m", "prompts_file": "p.txt", **BESIDE.get(name, {}), name: value_for(name, entry)}
     with _warnings() as said:
         try:
-            build(leco_score_config(), given)
+            build_config(leco_score_config(), given)
         except UserError as error:
             return Fate("refused", str(error))
     if name in REPLACEMENTS and any(f"{name} (" in text for text in said):

@@ -29,7 +29,7 @@ from library.prompts.files import load_prompts
 from library.settings.cli import parse_config, run_main, setup_logging
 from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
-from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validate
+from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validation_errors
 from library.text_free.clip_pair import ClipPair, find_pictures
 from library.training.output_files import check_outputs
 from library.training.runtime import choose_precision, generator, set_num_threads, weight_dtype
@@ -112,7 +112,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
             *(adapter, model, clip, seen, recipe, generator(settings.seed, "adapter"), size),
             log=lambda step, errors: _show(bar, step, errors),
         )
-    errors = validate(adapter, model, clip, held_out, recipe, generator(settings.seed, "held out"), size)
+    errors = validation_errors(adapter, model, clip, held_out, recipe, generator(settings.seed, "held out"), size)
     logger.info("on %d prompts held out: the U-Net's error is %.3f of what a prompt changes", len(held_out), float(errors.eps))
     logger.info("and the encodings' error is %.3f of their variance (0 is the prompt itself)", float(errors.hidden))
     adapter.spec.training.update(eps_error=float(errors.eps), hidden_error=float(errors.hidden))

@@ -23,7 +23,7 @@ from library.rollouts.sample import SamplingConfig
 from library.scorers.io import load_scorer
 from library.scorers.judges import load_judge
 from library.settings.cli import read_config_file
-from library.settings.options import build, options
+from library.settings.options import build_config, options
 from library.training.tracking import read_metrics
 from networks.lora import LoRANetwork, create_network_from_weights
 from train_leco_score import leco_score_config, train
@@ -45,7 +45,7 @@ def slider(name: str, **changes: Any) -> Path:
     if not path.is_file():
         settings: Row = read_config_file(ROOT / "examples" / "shapes" / "slider.toml", options(leco_score_config()))
         settings |= {"prompts_file": str(prompts()[0]), "output_dir": str(folder), "output_name": "slider", "num_threads": 1}
-        train(build(leco_score_config(), settings | {"calibrate": "visible", "sample_every_n_steps": ""} | changes))
+        train(build_config(leco_score_config(), settings | {"calibrate": "visible", "sample_every_n_steps": ""} | changes))
     return path
 
 

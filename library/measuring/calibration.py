@@ -11,7 +11,7 @@ from library.measuring.statistics import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class CalibrationTarget:
     """What weight +1 is to do.
 
     Attributes:
@@ -57,7 +57,7 @@ class Calibration:
     reached: bool
     note: str
     choice: str = ""
-    target: Target | None = None
+    target: CalibrationTarget | None = None
     visible: float = math.nan
     up: Interval | None = None
     down: Interval | None = None
@@ -104,7 +104,7 @@ class Calibration:
         return entries
 
 
-def calibrated(curve: ResponseCurve, scale: float, target: Target, reached: bool, choice: str) -> Calibration:
+def calibrated(curve: ResponseCurve, scale: float, target: CalibrationTarget, reached: bool, choice: str) -> Calibration:
     """With `scale` as weight 1 of a slider whose curve this is; `choice` is the first sentence of the note."""
     curve = curve.rescaled(scale)
     up, down = curve.interval_at(1.0), curve.interval_at(-1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy
 
-from library.measuring.calibration import Calibration, Target, calibrated
+from library.measuring.calibration import Calibration, CalibrationTarget, calibrated
 from library.measuring.response_curve import ResponseCurve, summarise_curve
 
 WEAKEST, STRONGEST = 0.02, 50.0  # of the trained strength: beyond these a training went wrong, and no weight can repair it
@@ -33,7 +33,7 @@ class _Arm:
         return min(self.monotone_end, self.drift_end)
 
     @staticmethod
-    def of(curve: ResponseCurve, target: Target) -> "_Arm":
+    def of(curve: ResponseCurve, target: CalibrationTarget) -> "_Arm":
         multipliers = np.array(curve.multipliers)
         assert np.allclose(multipliers, -multipliers[::-1]) and 0 in multipliers, f"not symmetric around 0: {curve.multipliers}"
         centre = len(multipliers) // 2
@@ -62,7 +62,7 @@ class _Arm:
         return _Arm(strengths, gains, monotone_end, drift_end, wanted, wanted_gain)
 
 
-def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
+def choose_scale(curve: ResponseCurve, target: CalibrationTarget) -> Calibration:
     """The smallest multiplier s that has what the target says; it becomes weight +1. What -s does is told, not promised.
 
     The promise is made for +1 and not for the mean of both signs, so that it is literally true of the weight that people use. The curve
@@ -99,7 +99,7 @@ def choose_scale(curve: ResponseCurve, target: Target) -> Calibration:
     return calibrated(curve, arm.end, target, False, f"{words} is not reached: {far}, {reason}.")
 
 
-def next_strength(curve: ResponseCurve, target: Target) -> float | None:
+def next_strength(curve: ResponseCurve, target: CalibrationTarget) -> float | None:
     """The strength to measure next, so that the target lies between strengths that were measured; None where it does, or cannot.
 
     A slider that is too strong is measured where the curve now has the target, until it is no longer read off far below the weakest
@@ -122,7 +122,7 @@ def next_strength(curve: ResponseCurve, target: Target) -> float | None:
     return min(max(ratio, STEP_UP[0]), STEP_UP[1]) * strongest if strongest * STEP_UP[1] < STRONGEST else STRONGEST
 
 
-def confirm(curve: ResponseCurve, measured: ResponseCurve, target: Target) -> Calibration:
+def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTarget) -> Calibration:
     """Choose again where more pictures were measured at one strength and its opposite.
 
     `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. Each arm is

@@ -12,7 +12,7 @@ from library.models.family import Family
 from library.models.flow_model import FlowFamily, read_tokenizer
 from library.models.folder_parts import component, component_without_values
 from library.models.hub import find_model
-from library.models.single_file import VAE_PREFIXES, StateDict, build, count_groups, fill, read_tensors
+from library.models.single_file import VAE_PREFIXES, StateDict, build_part, count_groups, fill, read_tensors
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def build_transformer(tensors: StateDict, family: FlowFamily, dtype: torch.dtype
     if not prefix:  # what else such a file may hold
         own = {name: tensor for name, tensor in own.items() if not name.startswith((*VAE_PREFIXES, family.text_prefix))}
     parts = [(getattr(diffusers, family.denoiser_class), *family.denoiser_of_file(own)), *family.other_parts_of_file(own)]
-    return [build(cls, config, part, dtype, path, cls.__name__) for cls, config, part in parts]
+    return [build_part(cls, config, part, dtype, path, cls.__name__) for cls, config, part in parts]
 
 
 def build_language_model(tensors: StateDict, family: FlowFamily, dtype: torch.dtype, path: Path) -> Any:

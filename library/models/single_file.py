@@ -229,7 +229,7 @@ def fill(module: nn.Module, tensors: StateDict, dtype: torch.dtype, path: Path, 
         ) from error
 
 
-def build(cls: Any, config: Mapping[str, Any], tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> Any:
+def build_part(cls: Any, config: Mapping[str, Any], tensors: StateDict, dtype: torch.dtype, path: Path, part: str) -> Any:
     """A module of diffusers from its config and all of its tensors."""
     from accelerate import init_empty_weights
 
@@ -243,7 +243,7 @@ def build_unet(tensors: StateDict, config: dict[str, Any], dtype: torch.dtype, p
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    return build(UNet2DConditionModel, config, convert_ldm_unet_checkpoint(dict(tensors), config), dtype, path, "U-Net")
+    return build_part(UNet2DConditionModel, config, convert_ldm_unet_checkpoint(dict(tensors), config), dtype, path, "U-Net")
 
 
 def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
@@ -257,7 +257,7 @@ def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
         wan = family.config["vae"] | {"base_dim": own["encoder.conv1.weight"].shape[0], "z_dim": own["conv2.weight"].shape[0]}
         if "latent_channels" in wan:
             raise UserError(f"{path} is a VAE of Qwen-Image or Wan, and {family.title} has another; give one made for it.")
-        return build(AutoencoderKLWan, wan, convert_wan_vae_to_diffusers(dict(own)), torch.float32, path, "VAE")
+        return build_part(AutoencoderKLWan, wan, convert_wan_vae_to_diffusers(dict(own)), torch.float32, path, "VAE")
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
         raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
@@ -266,7 +266,7 @@ def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
     config = vae_config(own, family)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" not in own:
         own = convert_ldm_vae_checkpoint(own, config)
-    return build(AutoencoderKL, config, own, torch.float32, path, "VAE")
+    return build_part(AutoencoderKL, config, own, torch.float32, path, "VAE")
 
 
 def build_text_encoder(

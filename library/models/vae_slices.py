@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STRIP = 2**22  # numbers in a strip
 LARGE = 2**24  # numbers in a layer's output; smaller ones are computed at once
-Rows = Callable[[int, int], Tensor]  # from one row to before another -> [B, C, rows, W]
+RowSource = Callable[[int, int], Tensor]  # from one row to before another -> [B, C, rows, W]
 
 
 def for_pictures(vae: Any) -> None:
@@ -102,7 +102,7 @@ def _upsample(layer: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _normalised(norm: nn.GroupNorm, x: Tensor) -> Rows:
+def _normalised(norm: nn.GroupNorm, x: Tensor) -> RowSource:
     """Rows of silu(norm(x)), until x is written to."""
     exact = torch.promote_types(x.dtype, torch.float32)
     groups = [torch.var_mean(group.to(exact), (1, 2, 3), correction=0) for group in x.unflatten(1, (norm.num_groups, -1)).unbind(1)]
@@ -113,7 +113,7 @@ def _normalised(norm: nn.GroupNorm, x: Tensor) -> Rows:
     return lambda low, high: F.silu(torch.addcmul(shift, x[:, :, low:high], scale))
 
 
-def _convolved(conv: nn.Conv2d, rows: Rows, shape: torch.Size | tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+def _convolved(conv: nn.Conv2d, rows: RowSource, shape: torch.Size | tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
     """A 3 x 3 convolution with a border of zeros, of `rows`, strip after strip: its first row, the row after its last, and its output."""
     count, channels, height, width = shape
     step = max(1, STRIP // (count * max(channels, conv.out_channels) * width))

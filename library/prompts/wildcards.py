@@ -48,7 +48,7 @@ class Joined:
         return self.joiner.join(_variants(self.parts, number))
 
 
-class Choice:
+class Alternatives:
     """One of several patterns; every variant of every one counts the same."""
 
     def __init__(self, options: Sequence["Pattern"]) -> None:
@@ -63,7 +63,7 @@ class Choice:
         raise IndexError(number)
 
 
-Pattern = Text | Joined | Choice
+Pattern = Text | Joined | Alternatives
 
 
 class Wildcards:
@@ -77,7 +77,7 @@ class Wildcards:
         if folder is not None and not folder.is_dir():
             raise UserError(f"wildcards_dir is {folder}, which is not a folder; give the folder that holds the lists (.txt)")
         self.folder = folder
-        self._lists: dict[str, Choice] = {}
+        self._lists: dict[str, Alternatives] = {}
 
     def expand(self, texts: Sequence[str], limit: int, generator: torch.Generator, where: str) -> list[tuple[str, ...]]:
         """The variants of some texts together: all in their order when there are at most `limit`, else so many different ones at random.
@@ -130,7 +130,7 @@ class Wildcards:
             raise UserError(f"{where}: a {{ is not closed; write \\{{ for the character")
         return _joined([*parts, Text(text[end:])])
 
-    def _list(self, name: str, where: str, inside: tuple[str, ...]) -> Choice:
+    def _list(self, name: str, where: str, inside: tuple[str, ...]) -> Alternatives:
         if name in self._lists:
             return self._lists[name]
         if name in inside:
@@ -142,7 +142,7 @@ class Wildcards:
         if "*" in name:
             names = sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in self.folder.glob(f"{name}.txt"))
             if found := [self._list(own, where, inside) for own in names if own not in inside]:
-                return Choice(found)
+                return Alternatives(found)
         path = self.folder / f"{name}.txt"
         if not path.is_file():
             known = sorted(file.relative_to(self.folder).with_suffix("").as_posix() for file in self.folder.rglob("*.txt"))
@@ -156,7 +156,7 @@ class Wildcards:
         ]
         if not options:
             raise UserError(f"{where}: the list {path} is empty; write one entry a line")
-        self._lists[name] = Choice(options)
+        self._lists[name] = Alternatives(options)
         return self._lists[name]
 
 
@@ -183,9 +183,9 @@ def _refuse_templates(choice: str, where: str) -> None:
         raise UserError(f"{where}: weights of choices ({weight[1]}::) are not known; write a choice as many times as it is to count")
 
 
-def _choice(brace: re.Match[str], options: list[Pattern], where: str) -> Choice:
+def _choice(brace: re.Match[str], options: list[Pattern], where: str) -> Alternatives:
     if brace["least"] is None:
-        return Choice(options)
+        return Alternatives(options)
     least = int(brace["least"])
     most = int(brace["most"] or least)
     if not least <= most <= len(options):
@@ -193,7 +193,7 @@ def _choice(brace: re.Match[str], options: list[Pattern], where: str) -> Choice:
     if (count := sum(math.comb(len(options), chosen) for chosen in range(least, most + 1))) > MAX_COMBINATIONS:
         raise UserError(f"{where}: {brace[0]} of {len(options)} options is {count} combinations; it must be at most {MAX_COMBINATIONS}")
     joiner = ", " if brace["joiner"] is None else brace["joiner"]
-    return Choice([Joined(chosen, joiner) for size in range(least, most + 1) for chosen in combinations(options, size)])
+    return Alternatives([Joined(chosen, joiner) for size in range(least, most + 1) for chosen in combinations(options, size)])
 
 
 def _random_below(bound: int, generator: torch.Generator) -> int:

@@ -31,7 +31,7 @@ MOST_LEARNED = 1500  # of the newest answers
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenQuestion:
     """A question on its way to a page: what it is answered with is the token of the answer."""
 
     token: str
@@ -79,13 +79,13 @@ class LiveOpinion:
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, count: int, *, pairs: bool = False, prompt: str | None = None) -> list[Asked]:
+    def ask(self, count: int, *, pairs: bool = False, prompt: str | None = None) -> list[OpenQuestion]:
         """Up to `count` questions, about pictures that nobody else is being asked about; fewer where no more are left."""
         with self._lock:
             now = time.monotonic()
             self._leases = {picture: until for picture, until in self._leases.items() if until > now}
             taken = self._seen() | self._leases.keys()
-            asked: list[Asked] = []
+            asked: list[OpenQuestion] = []
             queue = self._queues[pairs]
             kept: list[Question] = []
             if prompt is None and (again := self._again(pairs)):
@@ -115,9 +115,9 @@ class LiveOpinion:
         self._repeat_at = len(given) + int(self._rng.integers(*REPEAT_EVERY, endpoint=True))
         return old[int(self._rng.integers(len(old)))] if old else ()
 
-    def _hand_out(self, ids: tuple[int, ...], reason: str, now: float) -> Asked:
+    def _hand_out(self, ids: tuple[int, ...], reason: str, now: float) -> OpenQuestion:
         self._leases.update(dict.fromkeys(ids, now + LEASE))
-        asked = Asked(uuid.uuid4().hex, ids, reason)
+        asked = OpenQuestion(uuid.uuid4().hex, ids, reason)
         self._reasons[asked.token] = reason
         return asked
 

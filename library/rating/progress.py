@@ -12,7 +12,7 @@ import numpy as np
 from library.measuring.statistics import Interval
 from library.rating.agreement import bootstrapped, ceiling_of, concordance, pair_accuracy, rank_correlation, share_interval, star_agreement
 from library.rating.space import FeatureSpace
-from library.rating.taste import Answers, Choice, Taste
+from library.rating.taste import Answers, Assumption, Taste
 from library.scorers.worth import OF_FOLDS
 
 FEWEST = 20  # answers before anything is said about how well they are predicted
@@ -81,7 +81,7 @@ class Progress:
 
 
 def held_out_leads(
-    space: FeatureSpace, answers: Answers, choices: Sequence[Choice], rng: np.random.Generator
+    space: FeatureSpace, answers: Answers, choices: Sequence[Assumption], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """What scorers that had not learned them say: of each rated picture its worth [N], of each pair the first's lead [M].
 
@@ -101,7 +101,7 @@ def held_out_leads(
 
 
 def learning_curve(
-    space: FeatureSpace, answers: Answers, at_random: np.ndarray, choices: Sequence[Choice], rng: np.random.Generator
+    space: FeatureSpace, answers: Answers, at_random: np.ndarray, choices: Sequence[Assumption], rng: np.random.Generator
 ) -> tuple[tuple[int, float, float], ...]:
     """How well scorers that learned n answers predict others that were asked at random: (n, mean, standard error).
 
@@ -140,7 +140,7 @@ def where_it_points(curve: Sequence[tuple[int, float, float]], answers: int, now
     return max(10, int(math.ceil((target - answers) / 10) * 10)) if target > answers else 0
 
 
-def say(progress: Progress) -> tuple[str, str]:
+def progress_words(progress: Progress) -> tuple[str, str]:
     """The status and its words."""
     held, more, ceiling, agreement = progress.held_out, progress.more, progress.ceiling, progress.agreement
     if held is None:
@@ -176,7 +176,7 @@ def mostly_pairs(answers: Answers, at_random: np.ndarray) -> bool:
 def measure_progress(
     space: FeatureSpace,
     answers: Answers,
-    choices: Sequence[Choice],
+    choices: Sequence[Assumption],
     *,
     at_random: np.ndarray,
     ahead: np.ndarray,
@@ -197,7 +197,7 @@ def measure_progress(
     basis = {"answers": count, "measure": "accuracy" if pairs else "rank correlation", "repeats": len(repeats), "drift": drift}
     if own.sum() < FEWEST_BY_CHANCE or count < FEWEST:
         progress = Progress(**basis)
-        status, words = say(progress)
+        status, words = progress_words(progress)
         return Progress(**basis, status=status, words=words)
     worth, leads = held_out_leads(space, answers, choices, rng)
     said = np.concatenate([worth, leads])
@@ -238,7 +238,7 @@ def measure_progress(
         "curve": curve,
         "more": where_it_points(curve, count, held_out.value, None if ceiling is None else ceiling.value),
     }
-    status, words = say(Progress(**found))
+    status, words = progress_words(Progress(**found))
     return Progress(**found, status=status, words=words)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAN, PROGRESS, LOG, LOCK = "plan.json", "progress.json", "log.txt", ".run.lock"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """What a file says; nothing if it is not there or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -47,30 +47,30 @@ def run_steps(folder: Path) -> str:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     with only_process(folder / LOCK, f"{folder.name} is trained"):
-        steps: Mapping[str, list[str]] = read_json(folder / PLAN)["steps"]
-        done = [name for name in read_json(folder / PROGRESS).get("done", []) if name in steps]
+        steps: Mapping[str, list[str]] = read_state(folder / PLAN)["steps"]
+        done = [name for name in read_state(folder / PROGRESS).get("done", []) if name in steps]
         for name, words in steps.items():
             if name in done:
                 continue
-            say(folder, "running", done, step=name)
+            write_progress(folder, "running", done, step=name)
             with (folder / LOG).open("ab") as log:
                 log.write(f"$ python {' '.join(words)}\n".encode())
                 log.flush()
                 child = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
                 code = child.wait()
             if stopped:
-                say(folder, "stopped", done, step=name)
+                write_progress(folder, "stopped", done, step=name)
                 return "stopped"
             if code:
                 ended = "interrupted" if code < 0 else "failed"  # by a signal: somebody killed it, or the system that had no memory left
-                say(folder, ended, done, step=name, code=code)
+                write_progress(folder, ended, done, step=name, code=code)
                 return ended
             done.append(name)
-        say(folder, "done", done)
+        write_progress(folder, "done", done)
         return "done"
 
 
-def say(folder: Path, state: str, done: list[str], **details: object) -> None:
+def write_progress(folder: Path, state: str, done: list[str], **details: object) -> None:
     text = json.dumps({"state": state, "done": done, "time": time.time(), **details}, indent=1)
     atomic_write_text(folder / PROGRESS, text)
 
@@ -80,7 +80,7 @@ def say(folder: Path, state: str, done: list[str], **details: object) -> None:
 
 def launch(folder: Path) -> None:
     """Start the runner in a session of its own: it goes on when the page's server ends."""
-    say(folder, "starting", read_json(folder / PROGRESS).get("done", []))
+    write_progress(folder, "starting", read_state(folder / PROGRESS).get("done", []))
     process = subprocess.Popen(
         [sys.executable, "-m", "library.rating.runner", str(folder)],
         cwd=ROOT,

@@ -14,7 +14,7 @@ from typing import Any
 from library.atomic_files import atomic_write_text
 from library.errors import UserError
 from library.rating.live import LiveOpinion
-from library.rating.runner import LOG, PLAN, PROGRESS, interrupt, is_running, kill_orphans, launch, read_json
+from library.rating.runner import LOG, PLAN, PROGRESS, interrupt, is_running, kill_orphans, launch, read_state
 from library.rating.store import Opinion, Project
 from library.rating.tables import marks_csv, write_tables
 
@@ -169,7 +169,7 @@ class Runs:
         """Go on with an opinion's newest run. Raises UserError if there is nothing to go on with."""
         with self._one_at_a_time:
             folder = self.latest(opinion)
-            if folder is None or read_json(folder / PROGRESS).get("state") == "done":
+            if folder is None or read_state(folder / PROGRESS).get("state") == "done":
                 raise UserError(f"there is no training of {opinion.name} to go on with; start one")
             if (busy := self.running()) is not None:
                 raise UserError(f"{busy.name} is being trained already")
@@ -184,7 +184,7 @@ def slug(opinion: Opinion) -> str:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What the page shows of a run, as JSON values."""
-    plan, progress = read_json(folder / PLAN), read_json(folder / PROGRESS)
+    plan, progress = read_state(folder / PLAN), read_state(folder / PROGRESS)
     state = progress.get("state", "starting")
     if state in ("running", "starting") and not is_running(folder):
         state = "interrupted"
@@ -207,7 +207,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "preview": previews[-1].name if previews else "",
         "toml": {name: _text(folder / f"{name}.toml") for name in ("scorer", "slider", "check")},
         "commands": [f"python {' '.join(words)}" for words in plan.get("steps", {}).values()],
-        "description": read_json(folder / "slider" / "slider.json").get("description", ""),
+        "description": read_state(folder / "slider" / "slider.json").get("description", ""),
         "files": [name for name, (place, _) in FILES.items() if (folder / place).is_file()],
     }
 

@@ -32,7 +32,7 @@ class RatingSession:
     """Starts working when it is made; `close` ends it.
 
     Args:
-        source: fields of `library.rating.worker.Source`; None makes no pictures.
+        source: fields of `library.rating.worker.PictureSource`; None makes no pictures.
     """
 
     def __init__(self, project: Project, recipe: Recipe, source: dict[str, Any] | None, *, seed: int | None = None) -> None:

@@ -58,7 +58,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Assumption:
     """What a scorer assumes. mix: number of one of MIXES. noise: one of NOISES. weight: how probable it is, among the others."""
 
     mix: int
@@ -70,7 +70,7 @@ class Choice:
 class _Fit:
     """One assumption's scorer: means are K alpha, and covariances shrink by K precision K."""
 
-    choice: Choice
+    choice: Assumption
     evidence: float
     alpha: np.ndarray
     precision: np.ndarray
@@ -87,7 +87,12 @@ class Taste:
     """
 
     def __init__(
-        self, space: FeatureSpace, answers: Answers, choices: Sequence[Choice] | None = None, *, near: Sequence[Choice] | None = None
+        self,
+        space: FeatureSpace,
+        answers: Answers,
+        choices: Sequence[Assumption] | None = None,
+        *,
+        near: Sequence[Assumption] | None = None,
     ) -> None:
         self.answers, self._space = answers, space
         self.known = np.unique(np.concatenate([answers.rated, answers.first, answers.second])).astype(int)
@@ -95,7 +100,7 @@ class Taste:
         if choices is not None:
             self._fits = [self._fit(blocks, choice) for choice in choices]
         elif not len(answers):
-            self._fits = [self._fit(blocks, Choice(mix, NOISES[1], 1 / len(MIXES))) for mix in range(len(MIXES))]
+            self._fits = [self._fit(blocks, Assumption(mix, NOISES[1], 1 / len(MIXES))) for mix in range(len(MIXES))]
         else:
             fits = [self._fit(blocks, choice) for choice in _neighbours(near)]
             best = max(fit.evidence for fit in fits)
@@ -104,7 +109,7 @@ class Taste:
             self._fits = [replace(fit, choice=replace(fit.choice, weight=float(weight))) for fit, weight in zip(fits, weights, strict=True)]
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[Assumption, ...]:
         """The assumptions that the answers leave probable."""
         return tuple(fit.choice for fit in self._fits)
 
@@ -150,7 +155,7 @@ class Taste:
         near = self._space.kernels(rows, self.known)
         return [(fit, _mixed(near, fit.choice) @ fit.alpha) for fit in self._fits]
 
-    def _fit(self, blocks: Sequence[np.ndarray], choice: Choice) -> _Fit:
+    def _fit(self, blocks: Sequence[np.ndarray], choice: Assumption) -> _Fit:
         known, answers, count = self.known, self.answers, len(self.known)
         if not count:
             return _Fit(choice, 0.0, np.zeros(0), np.zeros((0, 0)))
@@ -173,14 +178,14 @@ class Taste:
         return _Fit(choice, float(evidence), alpha, np.linalg.solve(system, curvature))
 
 
-def _neighbours(near: Sequence[Choice] | None) -> Iterator[Choice]:
+def _neighbours(near: Sequence[Assumption] | None) -> Iterator[Assumption]:
     """All assumptions, or those at most one step from some."""
     for mix, (step, noise) in itertools.product(range(len(MIXES)), enumerate(NOISES)):
         if near is None or any(abs(mix - old.mix) + abs(step - NOISES.index(old.noise)) <= 1 for old in near):
-            yield Choice(mix, noise)
+            yield Assumption(mix, noise)
 
 
-def _mixed(blocks: Sequence[np.ndarray], choice: Choice) -> np.ndarray:
+def _mixed(blocks: Sequence[np.ndarray], choice: Assumption) -> np.ndarray:
     share = MIXES[choice.mix]
     return share * blocks[0] + (1 - share) * blocks[1]
 

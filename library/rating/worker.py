@@ -55,7 +55,7 @@ LARGEST = 768  # a side of the copy of somebody's picture that the page shows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class PictureSource:
     """Where pictures come from.
 
     Attributes:
@@ -85,7 +85,7 @@ def small_size(model: DiffusionModel) -> tuple[int, int]:
 class PictureMaker:
     """Samples of a model, mixed over prompts and seeds. A prompt's and a seed's picture is the same in every session."""
 
-    def __init__(self, model: DiffusionModel, source: Source) -> None:
+    def __init__(self, model: DiffusionModel, source: PictureSource) -> None:
         assert source.prompts_file is not None
         self.model, self.features = model, PictureFeatures(model)
         self.prompts = load_prompts(source.prompts_file)
@@ -116,7 +116,7 @@ def make_samples(project: Project, maker: PictureMaker, enough: threading.Event)
     batch = FIRST_BATCH
     while not enough.is_set():
         if made - project.count_rated() >= AHEAD:
-            say("ready", pictures=made)
+            tell_server("ready", pictures=made)
             enough.wait(LOOK_AGAIN)
             continue
         pictures, records = maker.make(made, batch), []
@@ -139,7 +139,7 @@ def make_samples(project: Project, maker: PictureMaker, enough: threading.Event)
             )
         project.add_pictures(records)
         made, batch = made + len(pictures), BATCH
-        say("making", pictures=made)
+        tell_server("making", pictures=made)
 
 
 def read_folder(project: Project, folder: Path, model: DiffusionModel, side: int, enough: threading.Event) -> None:
@@ -174,10 +174,10 @@ def read_folder(project: Project, folder: Path, model: DiffusionModel, side: int
                 StoredPicture(hash=digest, file=file, shown=shown, width=size[0], height=size[1], features=own)
                 for (digest, file, shown, size), own in zip(records, seen, strict=True)
             )
-        say("reading", pictures=project.count_pictures(), left_out=len(tally), example=tally.first())
+        tell_server("reading", pictures=project.count_pictures(), left_out=len(tally), example=tally.first())
     if not project.count_pictures():
         raise UserError(f"none of the {len(names)} pictures in {folder} can be read; the first: {tally.first()}")
-    say("ready", pictures=project.count_pictures(), left_out=len(tally), example=tally.first())
+    tell_server("ready", pictures=project.count_pictures(), left_out=len(tally), example=tally.first())
     enough.wait()
 
 
@@ -195,14 +195,14 @@ def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (files[start : start + size] for start in range(0, len(files), size))
 
 
-def say(state: str, **details: object) -> None:
+def tell_server(state: str, **details: object) -> None:
     """One line for the server: "loading", "making", "reading", "ready" or "error"."""
     print(json.dumps({"state": state, **details}), flush=True)
 
 
-def work(project: Project, source: Source, enough: threading.Event) -> None:
+def work(project: Project, source: PictureSource, enough: threading.Event) -> None:
     """Load the model and bring in pictures. Raises UserError for what cannot be used."""
-    say("loading", pictures=project.count_pictures())
+    tell_server("loading", pictures=project.count_pictures())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(source.mixed_precision, torch.device(device))
     model = load_model(source.model, dtype=weight_dtype(precision), device=device).freeze()
@@ -227,12 +227,14 @@ def main() -> None:
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # the page is to stay quick
     try:
-        work(Project(Path(sys.argv[1])), Source(**given), enough)
+        work(Project(Path(sys.argv[1])), PictureSource(**given), enough)
     except UserError as error:
-        say("error", sentence=str(error))
+        tell_server("error", sentence=str(error))
         raise SystemExit(2) from None
     except Exception as error:
-        say("error", sentence=f"pictures cannot be made ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"[:400])
+        tell_server(
+            "error", sentence=f"pictures cannot be made ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"[:400]
+        )
         raise
 
 

@@ -9,7 +9,7 @@ from library.types import Conditioning, History, PromptSpec
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchPrompts:
     """What some trajectories are asked for, on the model's device: the fields of `RolloutBatch` of these names."""
 
     prompts: list[PromptSpec]
@@ -38,7 +38,7 @@ class Pool:
     history: History | None  # of a solver that remembers
     distances: Tensor  # of the unconditional branch, as `Sparse` has them [B, C, h, w]
     turn: int = -1  # whose turn it was, where there are more than a batch
-    asked: Asked | None = None  # of all places, as long as none starts anew
+    asked: BatchPrompts | None = None  # of all places, as long as none starts anew
 
     @property
     def num_steps(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from library.diffusion.solvers import SOLVERS
 from library.errors import UserError
 from library.models.base import DiffusionModel
-from library.rollouts.pool import Asked, Pool
+from library.rollouts.pool import BatchPrompts, Pool
 from library.rollouts.prompt_encoder import PromptEncoder, Size, size_of
 from library.rollouts.rows import predict_rows, rows_of
 from library.rollouts.sample import SamplingConfig, guidance_scales, guide, model_autocast
@@ -239,7 +239,7 @@ class Trajectories:
             **vars(asked),
         )
 
-    def _asked(self, pool: Pool, places: Sequence[int] | None) -> Asked:
+    def _asked(self, pool: Pool, places: Sequence[int] | None) -> BatchPrompts:
         if places is None and pool.asked is not None:
             return pool.asked
         device = self.model.device
@@ -248,7 +248,7 @@ class Trajectories:
         in_turn = [MULTIPLIERS[pool.turns[place] % len(MULTIPLIERS)] for place in chosen]
         multipliers = [turn if prompt.multiplier is None else prompt.multiplier for prompt, turn in zip(prompts, in_turn, strict=True)]
         strengths = upload(multipliers, device)
-        asked = Asked(
+        asked = BatchPrompts(
             prompts=prompts,
             strengths=multipliers,
             multipliers=strengths,

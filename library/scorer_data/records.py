@@ -208,10 +208,10 @@ def split_of(record: RatedImage | RatedPair, validation_split: float) -> str:
     """
     if record.split is not None:
         return record.split
-    return "val" if name_fraction(split_name(record)) < validation_split else "train"
+    return "val" if name_fraction(split_key(record)) < validation_split else "train"
 
 
-def split_name(record: RatedImage | RatedPair) -> str:
+def split_key(record: RatedImage | RatedPair) -> str:
     """What must not be on both sides of a split."""
     return record.prompt or record.name if isinstance(record, RatedPair) else record.name
 

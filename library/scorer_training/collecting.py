@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.scorer_data.readers.base import ReaderOptions
 from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.readers.recognition import read_records
-from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_name, split_of
+from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_key, split_of
 from library.scorer_training.criteria.base import get_criterion
 from library.scorer_training.dataset_config import Dataset, Subset
 
@@ -71,7 +71,7 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
                 rows.weights.append(record.weight)
                 rows.prompts.append(record.prompt)
                 rows.repeats.append(subset.num_repeats)
-                rows.names.append(split_name(record))
+                rows.names.append(split_key(record))
                 rows.is_train.append(split == "train")
                 rows.has_split |= record.split is not None
     if report:

@@ -30,7 +30,7 @@ def draw_sigmas(count: int, clean_fraction: float, schedule: NoiseSchedule, gene
     return torch.where(place < clean_fraction, torch.zeros(()), schedule.sigmas(timesteps))
 
 
-def add_noise(latents: Tensor, sigmas: Tensor, noise: Tensor) -> Tensor:
+def add_noise_at(latents: Tensor, sigmas: Tensor, noise: Tensor) -> Tensor:
     """Latents and noise [B, C, h, w] at noise levels [B]."""
     return noise_schedule.add_noise(latents, noise, noise_schedule.sigma_to_abar(sigmas))
 
@@ -71,14 +71,14 @@ class NoisyBatch:
     @property
     def latents(self) -> Tensor:
         """Noisy latents [B, C, h, w]."""
-        return add_noise(self.batch.latents, self.sigmas, self.noise)
+        return add_noise_at(self.batch.latents, self.sigmas, self.noise)
 
     @property
     def second(self) -> Tensor | None:
         """Noisy latents of the second pictures of pairs."""
         if self.batch.second is None or self.second_noise is None:
             return None
-        return add_noise(self.batch.second, self.sigmas, self.second_noise)
+        return add_noise_at(self.batch.second, self.sigmas, self.second_noise)
 
     def _each(self, batch: LatentBatch, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import UserError
-from library.scorers.image_models.weight_files import read_tensors
+from library.scorers.image_models.weight_files import read_state_dict
 
 # kernel, stride, how much wider it is inside, channels that it puts out, blocks
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
@@ -94,7 +94,7 @@ def load_efficientnet_lite0(path: str) -> EfficientNetLite0:
         UserError: there is no such file, or it holds another network.
     """
     network = EfficientNetLite0()
-    own, found = network.state_dict(), list(read_tensors(path).values())  # names differ, the order does not
+    own, found = network.state_dict(), list(read_state_dict(path).values())  # names differ, the order does not
     if [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in found[: len(own)]]:
         raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0; give {WEIGHTS}")
     network.load_state_dict(dict(zip(own, found, strict=False)))

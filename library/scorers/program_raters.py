@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from library.errors import UserError
 from library.scorer_data.records import FilePicture, RatedImage, Skipped
-from library.scorers.raters import NO_SCORE, UNREADABLE, Outcome, Progress, outcome_of
+from library.scorers.raters import NO_SCORE, UNREADABLE, RaterResult, ReportProgress, outcome_of
 
 IMAGE_PLACE = "{image}"
 
@@ -44,7 +44,7 @@ class CommandRater:
         self.command, self.timeout, self.name = command, timeout, PurePath(program).stem
         self.once_a_picture = any(IMAGE_PLACE in word for word in self.words)
 
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+    def rate(self, images: Sequence[RatedImage], progress: ReportProgress = lambda count: None) -> list[RaterResult]:
         if not self.once_a_picture:
             return self._rate_together(images, progress)
         outcomes = []
@@ -53,7 +53,7 @@ class CommandRater:
             progress(1)
         return outcomes
 
-    def _rate_one(self, image: RatedImage) -> Outcome:
+    def _rate_one(self, image: RatedImage) -> RaterResult:
         try:
             with _as_file(image) as path:
                 words = [word.replace(IMAGE_PLACE, path) for word in self.words]
@@ -68,7 +68,7 @@ class CommandRater:
         lines = done.stdout.split("\n") if done.stdout.strip() else [""]
         return _parse([line for line in lines if line.strip()][-1:] or [""], [image], self.name)[0]
 
-    def _rate_together(self, images: Sequence[RatedImage], progress: Progress) -> list[Outcome]:
+    def _rate_together(self, images: Sequence[RatedImage], progress: ReportProgress) -> list[RaterResult]:
         with contextlib.ExitStack() as files:
             paths = [files.enter_context(_as_file(image)) for image in images]
             limit = self.timeout * max(1, len(images))
@@ -113,7 +113,7 @@ class TableRater:
         self._by_name: Mapping[str, str] = {path.replace("\\", "/"): score for path, score in rows}
         self._by_path: Mapping[str, str] = {str((file.parent / path).resolve()): score for path, score in rows}
 
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+    def rate(self, images: Sequence[RatedImage], progress: ReportProgress = lambda count: None) -> list[RaterResult]:
         outcomes = []
         for image in images:
             text = self._by_path.get(str(image.picture.path.resolve())) if isinstance(image.picture, FilePicture) else None
@@ -137,8 +137,8 @@ def _as_file(image: RatedImage) -> Iterator[str]:
         yield str(path)
 
 
-def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> list[RaterResult]:
+    outcomes: list[RaterResult] = []
     for line, image in zip(lines, images, strict=True):
         try:
             outcomes.append(outcome_of(float(line), image, name))

@@ -29,15 +29,15 @@ UNREADABLE, NO_SCORE = "picture cannot be read", "picture got no score"
 
 
 @dataclass(frozen=True, slots=True)
-class Rating:
+class RaterScore:
     """A score, and the standard deviation that the rater itself gives it, in the score's units; None if it gives none."""
 
     score: float
     uncertainty: float | None = None
 
 
-Outcome = Rating | Skipped
-Progress = Callable[[int], object]  # is called with how many more pictures are done
+RaterResult = RaterScore | Skipped
+ReportProgress = Callable[[int], object]  # is called with how many more pictures are done
 Prepare = Callable[[Image.Image, RatedImage], Image.Image]  # may raise UserError to leave a picture out
 
 
@@ -50,7 +50,7 @@ class Rater(Protocol):
 
     name: str
 
-    def rate(self, images: Sequence[RatedImage], progress: Progress = ...) -> list[Outcome]:
+    def rate(self, images: Sequence[RatedImage], progress: ReportProgress = ...) -> list[RaterResult]:
         """A rating of each picture, or why it has none, in their order. Raises UserError if no picture at all can be rated this way."""
         ...
 
@@ -83,7 +83,7 @@ class LatentRater:
         self.name, self.scorer, self.vae, self.buckets = scorer.name, scorer, vae, buckets
         self.sigma, self.seed, self.batch_size, self.encode_prompts = sigma, seed, batch_size, encode_prompts
 
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+    def rate(self, images: Sequence[RatedImage], progress: ReportProgress = lambda count: None) -> list[RaterResult]:
         _check_prompts(images, self.scorer.spec.uses_prompt, self.name)
         return _rate_batches(images, self._fit, self._score, self.batch_size, progress)
 
@@ -93,7 +93,7 @@ class LatentRater:
         return cover(picture, bucket)
 
     @torch.no_grad()
-    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[Outcome]:
+    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[RaterResult]:
         latents = encode_images(self.vae, pixels.to(self.vae.device))  # [B, C, h, w]
         sigmas = latents.new_full((len(latents),), self.sigma)
         if self.sigma:
@@ -117,11 +117,11 @@ class JudgeRater:
     def __init__(self, judge: Judge, name: str, *, batch_size: int = 8, device: torch.device | str = "cpu") -> None:
         self.judge, self.name, self.batch_size, self.device = judge, name, batch_size, device
 
-    def rate(self, images: Sequence[RatedImage], progress: Progress = lambda count: None) -> list[Outcome]:
+    def rate(self, images: Sequence[RatedImage], progress: ReportProgress = lambda count: None) -> list[RaterResult]:
         _check_prompts(images, self.judge.takes_prompts, self.name)
         return _rate_batches(images, lambda picture, _: picture, self._score, self.batch_size, progress)
 
-    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[Outcome]:
+    def _score(self, pixels: Tensor, images: Sequence[RatedImage]) -> list[RaterResult]:
         try:
             scores = self.judge((pixels.to(self.device) + 1) / 2, [image.prompt for image in images])
         except UserError as error:  # it is the user's code that fails, and one picture may be what it cannot take
@@ -139,12 +139,12 @@ def _check_prompts(images: Sequence[RatedImage], needed: bool, name: str) -> Non
 def _rate_batches(
     images: Sequence[RatedImage],
     prepare: Prepare,
-    score: Callable[[Tensor, Sequence[RatedImage]], list[Outcome]],
+    score: Callable[[Tensor, Sequence[RatedImage]], list[RaterResult]],
     batch_size: int,
-    progress: Progress,
-) -> list[Outcome]:
+    progress: ReportProgress,
+) -> list[RaterResult]:
     """Score pictures [-1..1] in batches of one size; few wait for theirs to fill. `prepare` may raise UserError to leave a picture out."""
-    outcomes: list[Outcome | None] = [None] * len(images)
+    outcomes: list[RaterResult | None] = [None] * len(images)
     waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
 
     def score_those_of(size: tuple[int, int]) -> None:
@@ -169,8 +169,8 @@ def _rate_batches(
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def outcome_of(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> Outcome:
+def outcome_of(score: float, image: RatedImage, name: str, uncertainty: float | None = None) -> RaterResult:
     """A rating; a score that is not finite is none."""
     if not math.isfinite(score):
         return Skipped(f"picture {image.name}: {name} found {score:g}, which is no finite number", NO_SCORE)
-    return Rating(score, uncertainty)
+    return RaterScore(score, uncertainty)

@@ -98,7 +98,7 @@ def options(config_class: type) -> dict[str, Option]:
     return table
 
 
-def build(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
+def build_config(config_class: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     """Make a script's config from a flat mapping of option names to values; what the mapping lacks takes its default.
 
     Raises:

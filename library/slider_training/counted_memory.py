@@ -147,7 +147,7 @@ def without_values(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def size_of(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's weights on the device; those that are swapped are not there."""
     tensors = [*module.parameters(), *module.buffers()]
     for layer in module.modules():

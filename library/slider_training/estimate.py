@@ -26,7 +26,7 @@ from library.models.vae import VaeFingerprint
 from library.rollouts.sample import DECODED_PIXELS, decode, model_autocast, sample
 from library.scorers.io import load_scorer
 from library.settings.shared import OptimizerConfig
-from library.slider_training.counted_memory import Allocations, as_on_cuda, size_of, without_values
+from library.slider_training.counted_memory import Allocations, as_on_cuda, module_bytes, without_values
 from library.slider_training.setup import LecoScoreConfig, SliderParts, prepare
 from library.training.optimizers import create_optimizer
 from library.training.runtime import weight_dtype
@@ -97,7 +97,7 @@ def _counted(model: DiffusionModel, allocations: Allocations, fingerprint: VaeFi
 
         @contextmanager
         def _fetched(self, module: Any) -> Iterator[None]:
-            size = size_of(module) if id(module) in resting else 0
+            size = module_bytes(module) if id(module) in resting else 0
             allocations.add(size)
             try:
                 yield
@@ -107,7 +107,7 @@ def _counted(model: DiffusionModel, allocations: Allocations, fingerprint: VaeFi
         def _rest(self, module: Any) -> None:
             if id(module) not in resting:
                 resting.add(id(module))
-                allocations.add(-size_of(module))
+                allocations.add(-module_bytes(module))
 
         def rest_vae(self) -> None:
             self._rest(self.vae)
@@ -128,7 +128,7 @@ def _counted(model: DiffusionModel, allocations: Allocations, fingerprint: VaeFi
     vae: Any = model.vae
     unet.forward, vae.decode, encode = without_values(unet.forward), without_values(vae.decode), vae.encode
     vae.encode = lambda pixels, **_: [SimpleNamespace(mode=lambda: without_values(lambda own: encode(own)[0].mode())(pixels))]
-    allocations.add(sum(map(size_of, (model.unet, model.vae, *model.text_encoders))))
+    allocations.add(sum(map(module_bytes, (model.unet, model.vae, *model.text_encoders))))
     return model
 
 
@@ -168,7 +168,11 @@ def estimate(config: LecoScoreConfig, load: Callable[..., DiffusionModel] | None
         config = replace(config, saving=replace(config.saving, output_dir=Path(folder)))
         fingerprints = [load_scorer(path, config.reward.allow_code).spec.vae for path in config.reward.scorer]
         model = _counted(model, allocations, fingerprints[0] if fingerprints else VaeFingerprint(1.0, ()))
-        weights = {"U-Net": size_of(model.unet), "text encoders": sum(map(size_of, model.text_encoders)), "VAE": size_of(model.vae)}
+        weights = {
+            "U-Net": module_bytes(model.unet),
+            "text encoders": sum(map(module_bytes, model.text_encoders)),
+            "VAE": module_bytes(model.vae),
+        }
         process: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, process_index=0, num_processes=1)
         with allocations.within(START):
             made = prepare(config, process, model)
@@ -177,7 +181,7 @@ def estimate(config: LecoScoreConfig, load: Callable[..., DiffusionModel] | None
         trained = sum(parameter.nbytes for parameter in made.network.parameters())
         states = round(optimizer_bytes(config.optimizer) * trained / 4)
         weights |= {
-            "scorers": sum(map(size_of, made.context.reward.scorers)),
+            "scorers": sum(map(module_bytes, made.context.reward.scorers)),
             "LoRA": trained,
             "its gradients": trained,
             "optimizer": states,

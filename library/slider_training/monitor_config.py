@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
-from library.measuring.calibration import Target
+from library.measuring.calibration import CalibrationTarget
 from library.settings.options import check_above, check_at_least, option
 
 MEASURED = {"measure": ("light", "full")}
@@ -81,16 +81,16 @@ class MonitorConfig:
         _ = self.target
 
     @property
-    def target(self) -> Target | None:
+    def target(self) -> CalibrationTarget | None:
         """What weight +1 is to do; None without calibration. Raises UserError for a word that is none."""
         if self.calibrate in ("off", ""):
             return None
         if self.calibrate == "visible":
-            return Target(visible=True, max_drift=self.max_drift)
+            return CalibrationTarget(visible=True, max_drift=self.max_drift)
         try:
             gain = float(self.calibrate)
         except ValueError:
             gain = 0.0
         if not 0 < gain < float("inf"):
             raise UserError(f"calibrate is {self.calibrate!r}, but it must be visible, off, or a number above 0 such as 1.0")
-        return Target(gain=gain, max_drift=self.max_drift)
+        return CalibrationTarget(gain=gain, max_drift=self.max_drift)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from library.errors import UserError
-from library.measuring.calibration import Calibration, Target
+from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
 from library.measuring.record import REWARD, EvaluationRecord
@@ -112,7 +112,7 @@ class SliderPictures:
         finally:
             self.spent += self.model.num_unet_evaluations - before
 
-    def calibration(self, target: Target, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
+    def calibration(self, target: CalibrationTarget, known: EvaluationRecord | None) -> tuple[Calibration, EvaluationRecord]:
         """The strength that is to become weight 1, from what observations know and a few more strengths, confirmed by other pictures at
         fresh seeds; and the measurement that is nearest to the weights +1 and -1, whose judges, flaws and pictures are told of."""
         trained, before = self.trained, self.model.num_unet_evaluations

@@ -160,7 +160,7 @@ def train_adapter(
 
 
 @torch.no_grad()
-def validate(
+def validation_errors(
     adapter: ImagePromptAdapter,
     model: DiffusionModel,
     clip: ClipPair,

@@ -12,7 +12,7 @@ import torch
 
 from examples.shapes.draw_pictures import write_ratings
 from library.scorer_training.config import LatentScorerConfig
-from library.settings.options import build
+from library.settings.options import build_config
 from library.training.tracking import read_metrics
 from tests.helpers.tiny_models import FULL_VAE, tiny_vae
 from train_latent_scorer import train
@@ -34,7 +34,7 @@ def golden_losses(folder: Path) -> list[float]:
     """Train in `folder` and return the loss of every step."""
     tiny_vae(channels=FULL_VAE).save_pretrained(folder / "vae")
     ratings = write_ratings(folder / "pictures", 40, "brightness", seed=0)
-    train(build(LatentScorerConfig, {"vae": folder / "vae", "train_data_file": ratings, "output_dir": folder / "out", **SMALL}))
+    train(build_config(LatentScorerConfig, {"vae": folder / "vae", "train_data_file": ratings, "output_dir": folder / "out", **SMALL}))
     return [record["loss/score"] for record in read_metrics(folder / "out" / "scorer.metrics.jsonl")]
 
 

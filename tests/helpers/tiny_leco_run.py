@@ -11,7 +11,7 @@ from library.models.vae import VaeFingerprint
 from library.scorers.base import Scorer, ScorerSpec, build_scorer
 from library.scorers.heads import HeadSpec
 from library.scorers.io import save_scorer
-from library.settings.options import build
+from library.settings.options import build_config
 from tests.helpers.tiny_models import save_folder, tiny_model, tiny_vae
 from train_leco_score import leco_score_config, train
 
@@ -60,14 +60,14 @@ def settings(workplace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
 
 
 def run(workplace: Path, output_dir: Path, **changes: Any) -> Path:
-    return train(build(leco_score_config(), settings(workplace, output_dir, **changes)))
+    return train(build_config(leco_score_config(), settings(workplace, output_dir, **changes)))
 
 
 def run_with_defaults(workplace: Path, output_dir: Path, **changes: Any) -> Path:
     """The defaults of the script, but for what is written beside the slider and these changes."""
     kept = {"pretrained_model_name_or_path", "scorer", "prompts_file", "output_dir", "output_name", "seed", "num_threads"}
     own = {name: value for name, value in settings(workplace, output_dir).items() if name in kept}
-    return train(build(leco_score_config(), own | {"measure": "off"} | changes))
+    return train(build_config(leco_score_config(), own | {"measure": "off"} | changes))
 
 
 def foreign_vae_fingerprint() -> VaeFingerprint:

@@ -13,7 +13,7 @@ from examples.shapes.pictures import to_pixels
 from examples.shapes.scores import brightness
 from examples.shapes.world import draw, random_scene
 from library.scorer_training.config import LatentScorerConfig
-from library.settings.options import build
+from library.settings.options import build_config
 from tests.helpers.tiny_models import tiny_vae
 
 MIXTURE = """
@@ -92,7 +92,7 @@ def train(workplace: Path, output_dir: Path, **changes: object) -> Path:
         "validate_every_n_steps": 3,
         **changes,
     }
-    return train_latent_scorer.train(build(LatentScorerConfig, values))
+    return train_latent_scorer.train(build_config(LatentScorerConfig, values))
 
 
 def pool(_vae: AutoencoderKL, pixels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.scorer_data.readers.base import READERS, VOTES, Reader, ReaderOptions, Source, mean_vote, score_in_range, ten_votes
 from library.scorer_data.readers.files import PictureFiles, own_folder
-from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
+from library.scorer_data.readers.rows import Row, RowIterator, read_rows, records_of
 from library.scorer_data.records import RatedImage, Records, Skipped
 
 # of AVA.txt, as pyiqa calls them
@@ -66,7 +66,7 @@ class Ava(Reader):
         yield from records_of(rows, photograph)
 
 
-def _ava_txt(path: Path, split: str) -> Rows:
+def _ava_txt(path: Path, split: str) -> RowIterator:
     """Its lines under pyiqa's names, with their split."""
     splits, only_listed = _lists(path.parent, split)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -83,7 +83,7 @@ def _ava_txt(path: Path, split: str) -> Rows:
                 yield Skipped(f"{where}: this line has {len(parts)} columns; one of AVA.txt has {COLUMNS}, the second an image ID", kind)
 
 
-def _pyiqa(path: Path, split: str) -> Rows:
+def _pyiqa(path: Path, split: str) -> RowIterator:
     if split not in (*PYIQA_SPLITS, "none"):
         raise UserError(f"split is {split!r}; for pyiqa's table of AVA it can be official, ilgnet or none")
     column = PYIQA_SPLITS.get(split)

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, number, score_in_range, tag_names
 from library.scorer_data.readers.danbooru_popularity import PopularityModel
 from library.scorer_data.readers.files import PICTURE_SUFFIXES, PictureFiles, own_folder, source_files, subfolders
-from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
+from library.scorer_data.readers.rows import Row, RowIterator, read_rows, records_of
 from library.scorer_data.records import FilePicture, RatedImage, Records
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _shards(path: Path) -> list[Path]:
     return posts or [file for file in files if not file.name.startswith("tags")] or files
 
 
-def _rows(shards: Sequence[Path]) -> Rows:
+def _rows(shards: Sequence[Path]) -> RowIterator:
     for shard in shards:
         yield from read_rows(shard, [["id"]], COLUMNS)
 

@@ -61,12 +61,12 @@ class Row:
         return number(value, column)
 
 
-Rows = Iterator[Row | Skipped]
+RowIterator = Iterator[Row | Skipped]
 Needed = Sequence[Sequence[str]]
 RecordT = TypeVar("RecordT")
 
 
-def read_rows(path: Path, needed: Needed = (), columns: Collection[str] | None = None) -> Rows:
+def read_rows(path: Path, needed: Needed = (), columns: Collection[str] | None = None) -> RowIterator:
     """The rows of a table.
 
     Args:
@@ -92,7 +92,7 @@ def first_row(path: Path) -> Mapping[str, Any]:
     return next((row.values for row in read_rows(path) if isinstance(row, Row)), {})
 
 
-def records_of(rows: Rows, make: Callable[[Row], RecordT]) -> Iterator[RecordT | Skipped]:
+def records_of(rows: RowIterator, make: Callable[[Row], RecordT]) -> Iterator[RecordT | Skipped]:
     """What `make` makes of each row; rows that cannot be read, and those of which it raises BadValue, are what was left out."""
     for row in rows:
         if isinstance(row, Skipped):
@@ -129,7 +129,7 @@ class _Lines:
         self.number -= len(self.row) - 1
 
 
-def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
+def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIterator:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
         separator = _SEPARATOR.fullmatch(first)  # a first line for Excel
@@ -186,7 +186,7 @@ def _holds_rows(cells: Sequence[str], delimiter: str, count: int) -> bool:
     return any(line.count(delimiter) >= count - 1 and any(map(PICTURE.search, line.split(delimiter))) for line in lines)
 
 
-def _json(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
+def _json(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIterator:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         is_list = file.read(_CHUNK).lstrip().startswith("[")
     for where, item in _json_list(path) if is_list else _json_lines(path):
@@ -256,7 +256,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, object]]:
             yield "", Skipped(f"{path}: from about item {number} on it is not text in UTF-8", "rest of the file cannot be read")
 
 
-def _parquet(path: Path, needed: Needed, columns: Collection[str] | None) -> Rows:
+def _parquet(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIterator:
     file = open_parquet(path)
     header = file.schema_arrow.names
     _check_header(path, [name.lower() for name in header], needed)
@@ -294,7 +294,7 @@ def _check_header(path: Path, header: Sequence[str], needed: Needed) -> None:
             raise UserError(f"{path} has no column {wanted}; it has {', '.join(header)}{remedy}")
 
 
-RowFormat = Callable[[Path, Needed, Collection[str] | None], Rows]
+RowFormat = Callable[[Path, Needed, Collection[str] | None], RowIterator]
 ROW_FORMATS: Mapping[str, RowFormat] = MappingProxyType(
     {".csv": _csv, ".tsv": _csv, ".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": _parquet}
 )

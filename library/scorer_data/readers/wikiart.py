@@ -8,7 +8,7 @@ from library.errors import UserError
 from library.scorer_data.readers.base import READERS, BadValue, Reader, ReaderOptions, Source, label_text, score_in_range
 from library.scorer_data.readers.files import PictureFiles, own_folder
 from library.scorer_data.readers.folders import pictures_in_folders
-from library.scorer_data.readers.rows import Row, Rows, read_rows, records_of
+from library.scorer_data.readers.rows import Row, RowIterator, read_rows, records_of
 from library.scorer_data.records import RatedImage, Records, Skipped, SkipReport
 
 TASKS = ("style", "artist", "genre")
@@ -67,7 +67,7 @@ def year_of(name: str) -> int:
     return int(match.group(1))
 
 
-def _paintings(path: Path, task: str) -> Rows:
+def _paintings(path: Path, task: str) -> RowIterator:
     """Rows with path, label and split."""
     if path.is_file():
         if "filename" in path.open(encoding="utf-8-sig", errors="replace").readline():
@@ -90,7 +90,7 @@ def _paintings(path: Path, task: str) -> Rows:
         yield from tally.skipped()
 
 
-def _list(path: Path, task: str, split: str | None) -> Rows:
+def _list(path: Path, task: str, split: str | None) -> RowIterator:
     classes = {}
     for file in sorted(path.parent.glob(f"{task}_class*")):
         pairs = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8-sig").splitlines())
@@ -106,7 +106,7 @@ def _list(path: Path, task: str, split: str | None) -> Rows:
                 yield Skipped(f"{where}: this is not a path, a comma and the number of a class", "row cannot be read")
 
 
-def _classes_csv(path: Path, task: str) -> Rows:
+def _classes_csv(path: Path, task: str) -> RowIterator:
     for row in read_rows(path, [["filename"]]):
         if isinstance(row, Row):
             name = str(row.get("filename")).replace("\\", "/")

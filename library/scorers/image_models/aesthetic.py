@@ -20,7 +20,7 @@ from library.scorers.image_models.weight_files import (
     config_values,
     folder_preprocessing,
     load_transformers,
-    read_tensors,
+    read_state_dict,
 )
 
 DEEP = (1024, 128, 64, 16, 1)
@@ -80,7 +80,7 @@ class AestheticModel(ImageModel):
         default = folder_preprocessing(folder, cls.default_preprocessing)
         widths = [config.projection_dim if cls.tower_option == "clip" else config.hidden_size, *cls.hidden_widths]
         weights = {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-        weights |= {f"head.{name}": tensor for name, tensor in chain_weights(read_tensors(argument), argument, widths).items()}
+        weights |= {f"head.{name}": tensor for name, tensor in chain_weights(read_state_dict(argument), argument, widths).items()}
         preprocessing = take_preprocessing(options, Preprocessing(size=config.image_size, mean=default.mean, std=default.std))
         return Loaded({"tower": config_values(config), "widths": widths, "preprocessing": preprocessing}, weights)
 

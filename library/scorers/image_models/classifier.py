@@ -16,7 +16,7 @@ from library.scorers.image_models.weight_files import (
     config_values,
     folder_preprocessing,
     load_transformers,
-    read_tensors,
+    read_state_dict,
 )
 from library.scorers.optional_packages import import_timm
 
@@ -145,7 +145,7 @@ class TimmModel(ImageModel):
 def load_checkpoint(model: Any, path: str) -> None:
     """Raises UserError if the file holds the weights of something else."""
     try:
-        model.load_state_dict(read_tensors(path))
+        model.load_state_dict(read_state_dict(path))
     except RuntimeError as error:
         raise UserError(f"image model: {path} does not hold the weights of this model ({' '.join(str(error).split())[:300]})") from error
 

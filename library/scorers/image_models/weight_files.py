@@ -25,7 +25,7 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_tensors(path: str) -> dict[str, Tensor]:
+def read_state_dict(path: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a file of torch.save that holds tensors only, in float32.
 
     Raises:
