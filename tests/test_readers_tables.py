@@ -160,6 +160,8 @@ def test_a_json_list_of_any_length_is_read_piece_by_piece(folder: Path, monkeypa
             "path,rating\na.png,1\n",
             "has no column 'score' or 'votes' or 'votes_1'; it has path, rating; .* name it by score_column$",
         ),
+        ("x.csv", "path,score,Score\na.png,1,2\n", "has 2 columns 'score'; rename those that are not meant"),
+        ("x.csv", "path,score,split,split\na.png,1,train,val\n", "has 2 columns 'split'"),
         ("x.xlsx", "PK", "ends in '.xlsx'; it can be .csv, .tsv, .jsonl, .ndjson, .json, .parquet: save it as .csv"),
     ],
 )

@@ -371,6 +371,9 @@ def test_a_table_of_another_programs_output(folder, tmp_path) -> None:
     assert "said '', which is no number" in reasons[0] and "nan" in reasons[1] and "is not in" in reasons[2]
     with pytest.raises(UserError, match="has no column 'path'; it has file, quality, other"):
         TableRater(table)
+    table.write_text("path,score,score\na.png,1,2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has 2 columns 'score'"):
+        TableRater(table)
 
 
 # -- pictures of scores --------------------------------------------------------------------------------------------------

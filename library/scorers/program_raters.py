@@ -105,8 +105,9 @@ class TableRater:
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 reader = csv.DictReader(stream)
                 for column in (path_column, score_column):
-                    if column not in (reader.fieldnames or ()):
-                        raise UserError(f"{file} has no column {column!r}; it has {', '.join(reader.fieldnames or ()) or 'none'}")
+                    if (count := (reader.fieldnames or []).count(column)) != 1:
+                        found = f"{count or 'no'} column{'s' if count else ''} {column!r}"
+                        raise UserError(f"{file} has {found}; it has {', '.join(reader.fieldnames or ()) or 'none'}")
                 rows = [(str(row[path_column] or ""), str(row[score_column] or "")) for row in reader]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"scores_csv {file} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """Tables as rows, one at a time, whatever the format: CSV, TSV, JSON lines, a JSON list, parquet."""
 
 import csv
+import itertools
 import json
 import re
 from collections import deque
@@ -74,7 +75,8 @@ def read_rows(path: Path, needed: Needed = (), columns: Collection[str] | None =
         columns: read no others, where the format allows; None reads all but pictures.
 
     Raises:
-        UserError: if there is no such file, it is of another format, or its header has none of the columns for a thing that is needed.
+        UserError: if there is no such file, it is of another format, or its header has none of the columns for a thing that is needed, or
+            twice one that is read.
     """
     if not path.is_file():
         raise UserError(f"there is no data file {path}; it can be {', '.join(ROW_FORMATS)}")
@@ -150,7 +152,7 @@ def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIter
             raise UserError(f"{path} is empty; its first line must name its columns")
         exported = is_export(header)
         if not exported:
-            _check_header(path, header, needed)
+            _check_header(path, header, needed, columns)
         while True:
             lines.row.clear()
             try:
@@ -259,7 +261,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, object]]:
 def _parquet(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIterator:
     file = open_parquet(path)
     header = file.schema_arrow.names
-    _check_header(path, [name.lower() for name in header], needed)
+    _check_header(path, [name.lower() for name in header], needed, columns)
     readable = text_columns(file.schema_arrow)
     wanted = None if columns is None else {name.lower() for name in columns}
     chosen = [name for name in readable if wanted is None or name.lower() in wanted]
@@ -285,12 +287,15 @@ def _parquet(path: Path, needed: Needed, columns: Collection[str] | None) -> Row
                 row += 1
 
 
-def _check_header(path: Path, header: Sequence[str], needed: Needed) -> None:
+def _check_header(path: Path, header: Sequence[str], needed: Needed, columns: Collection[str] | None) -> None:
+    for name in {name.lower() for name in (*itertools.chain(*needed), *(columns or ()))}:
+        if header.count(name) > 1:
+            raise UserError(f"{path} has {header.count(name)} columns {name!r}; rename those that are not meant")
     for names in needed:
         if not any(name.lower() in header for name in names):
             wanted = " or ".join(repr(name) for name in names[: 3 if len(names) <= 3 else 1])
             place = {"path": "", "score": "", "label": " in a dataset.toml", "tags": " in a dataset.toml"}.get(names[0])
-            remedy = "" if place is None else f"; if one of them is meant, name it by {names[0]}_column{place}"
+            remedy = "" if place is None else f"; rename the one that is meant, or name it by {names[0]}_column{place}"
             raise UserError(f"{path} has no column {wanted}; it has {', '.join(header)}{remedy}")
 
 
