@@ -43,6 +43,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"criterion": "pairwise"}, "pair"),
         ({"criterion": "emd"}, "votes"),
         ({"scorer_args": ["colour=blue"]}, "no 'colour'"),
+        ({"scorer_args": ["dropout=0,1"]}, "scorer_args is dropout=0,1, of which no latent_resnet can be built .*give other values"),
         ({"optimizer_type": "Adamm"}, "optimizer_type is 'Adamm'"),
         ({"dataset_config": "d.toml"}, "both set"),
         ({"target_class": "red", "criterion": "classification"}, "red"),

@@ -42,12 +42,21 @@ def default_size(kind: type[Backbone], latent_area: float) -> str:
 def make_backbone(
     config: ScorerConfig, source: ModelSource, latent_area: float, *, gradient_checkpointing: bool = False
 ) -> tuple[Backbone, dict[str, Any]]:
-    """A new backbone of the kind, size and settings asked for, and its architecture."""
+    """A new backbone of the kind, size and settings asked for, and its architecture. Raises UserError where there is none of that."""
     kind = SCORER_KINDS[config.scorer_kind]
     size = config.scorer_size or default_size(kind, latent_area)
-    architecture = kind.architecture_for(size, source, **config.backbone_options)
-    backbone = kind(**architecture)
-    backbone.initialise(source)
+    try:
+        architecture = kind.architecture_for(size, source, **config.backbone_options)
+        backbone = kind(**architecture)
+        backbone.initialise(source)
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise what they like on arguments that are not theirs
+        if not config.scorer_args:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        given = f"scorer_args is {' '.join(config.scorer_args)}, of which no {config.scorer_kind} can be built"
+        raise UserError(f"{given} ({reason}); give other values, or leave them out") from error
     if gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in backbone.parameters()]
