@@ -364,6 +364,8 @@ def test_load_vae(sd1_file, sd1_folder, tmp_path):
     assert load_vae(bare, family="sdxl").config["scaling_factor"] == 0.13025
     with pytest.raises(UserError, match="has no VAE: neither config.json nor vae/config.json"):
         load_vae(sd1_folder / "tokenizer")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="has no VAE"):
         load_vae(tmp_path / "other.safetensors", family="sd1")
+    with pytest.raises(UserError, match="is a LoRA, not a model"):
+        load_vae(tmp_path / "other.safetensors")

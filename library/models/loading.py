@@ -130,7 +130,8 @@ def _load_vae(path: Path, family: str) -> Autoencoder:
         return _vae_of_folder(folder, component)
     tensors, _ = single_file.read_tensors(path)
     if family == "auto":
-        if not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
+        has_vae = any(name.endswith(("encoder.conv_in.weight", "encoder.conv1.weight")) for name in tensors)
+        if has_vae and not any(name.startswith(single_file.UNET_PREFIX) for name in tensors):
             raise UserError(
                 f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
             )
