@@ -118,11 +118,16 @@ def test_interrupted_it_keeps_what_is_encoded(
     [
         ([], "train_data_file is not set"),
         (["--picture_folder", "nowhere"], "picture_folder nowhere is not a folder"),
+        (["--picture_folder", "none"], "there is no picture that can be encoded in none"),
         (["--picture_folder", ".", "--crop_variants", "-1"], "crop_variants is -1"),
     ],
 )
-def test_a_mistake_is_one_sentence(workplace: Path, tmp_path: Path, refused: Callable[..., str], more: list[str], complaint: str) -> None:
-    assert complaint in refused(cache_latents.main, *words(workplace, tmp_path, *more))
+def test_a_mistake_is_one_sentence(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str], more: list[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    assert complaint in refused(cache_latents.main, *words(workplace, tmp_path / "cache", *more))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="fork")

@@ -83,6 +83,8 @@ def main() -> None:
 
     with interruptible() as interrupts, interrupts.at_once():  # what is encoded is written then
         cache = fill_cache(config, vae, accelerator, pictures(config))
+    if not len(cache):
+        raise UserError(f"there is no picture that can be encoded in {config.data.picture_folder or config.data.train_data_file}")
     if accelerator.is_main_process:
         logger.info("%s holds %d latents", cache.folder, len(cache))
 
