@@ -118,7 +118,7 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
                     metrics |= monitor.running_metrics()
                     if seen is not None:
                         metrics, stop = metrics | seen.record.metrics(), seen.stop
-                    signs.see(tracker.log(metrics, done - 1), done)
+                    signs.update(tracker.log(metrics, done - 1), done)
                     if any_process(bool(interrupts), accelerator):
                         if is_main:
                             files.save_interrupted(made.network, unwatched or updates.state(watched=done < num_steps), done)

@@ -102,7 +102,7 @@ def part_losses(
 
 def look(backbone: EfficientNetLite, pixels: Tensor) -> Seen:
     """What the network makes of pictures [N, H, W, 3], maps in half precision."""
-    seen = [backbone.look(pixels_of(pixels[rows])) for rows in batches(len(pixels), 16)]
+    seen = [backbone.picture_features(pixels_of(pixels[rows])) for rows in batches(len(pixels), 16)]
     return Seen(torch.cat([part.maps.half() for part in seen]), torch.cat([part.features for part in seen]))
 
 
@@ -235,7 +235,9 @@ def main(words: Sequence[str] | None = None) -> None:
     backbone = pretrained(unrated, weights, options.work / f"imitation_{options.every}_{options.epochs}.safetensors", options.epochs)
     people = {score: own[rated.numbers.numpy()] for score, own in people.items()}
     with torch.inference_mode():
-        pixels = torch.cat([backbone.look(pixels_of(part[rows])).features for part in rated.pixels for rows in batches(len(part), 16)])
+        pixels = torch.cat(
+            [backbone.picture_features(pixels_of(part[rows])).features for part in rated.pixels for rows in batches(len(part), 16)]
+        )
     seers = {
         "EfficientNet-Lite0 on pixels": {0.0: pixels},
         "the same, imitated in latents": features_by_sigma(backbone, rated),

@@ -101,7 +101,7 @@ def test_imitation_finds_in_latents_what_the_network_sees_in_pixels(workplace):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    seen = backbone.look(teaching.decode(latents))
+    seen = backbone.picture_features(teaching.decode(latents))
     torch.testing.assert_close(seen.features.mean(0), torch.zeros(backbone.feature_width), atol=1e-3, rtol=0)
 
 

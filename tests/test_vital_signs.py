@@ -21,7 +21,7 @@ WELL = {"loss": 0.1, "pushed": 1.0, "eps_drift": 0.1, "grad_norm": 0.5}
 def test_what_is_wrong_all_along_is_told_once(metrics: dict[str, float], says: str | None, caplog: pytest.LogCaptureFixture) -> None:
     signs = VitalSigns()
     for step in range(1, 3 * PATIENCE):
-        signs.see(metrics, step)
+        signs.update(metrics, step)
     assert len(caplog.records) == (says is not None)
     assert says is None or says in caplog.text and f"step {PATIENCE}:" in caplog.text
 
@@ -29,7 +29,7 @@ def test_what_is_wrong_all_along_is_told_once(metrics: dict[str, float], says: s
 def test_what_is_wrong_for_a_moment_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     signs = VitalSigns()
     for step in range(1, 4 * PATIENCE):
-        signs.see(WELL | ({"eps_drift": 2.0, "pushed": 0.0} if step % PATIENCE else {}), step)
+        signs.update(WELL | ({"eps_drift": 2.0, "pushed": 0.0} if step % PATIENCE else {}), step)
     for step in range(100, 200):  # a slider that is strong enough is pushed no farther
-        signs.see(WELL | {"pushed": 0.0}, step)
+        signs.update(WELL | {"pushed": 0.0}, step)
     assert not caplog.records

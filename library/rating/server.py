@@ -58,7 +58,7 @@ def make_app(session: RatingSession, hosts: tuple[str, ...], token: str | None =
         return {"pictures": [session.picture(number) for number in pictures]}
 
     def look(body: Body) -> Body:
-        return session.look(session.opinion(text(body, "opinion")))
+        return session.extremes(session.opinion(text(body, "opinion")))
 
     def correct(body: Body) -> Body:
         live = session.opinion(text(body, "opinion"))

@@ -99,7 +99,7 @@ class RatingSession:
         self._wake.set()
         return new
 
-    def look(self, live: LiveOpinion) -> dict[str, list[dict[str, Any]]]:
+    def extremes(self, live: LiveOpinion) -> dict[str, list[dict[str, Any]]]:
         """The pictures that the running scorer likes most and least, and the answers that it disagrees with most."""
         worth, deviation = live.worths()
         order = np.argsort(-worth, kind="stable")

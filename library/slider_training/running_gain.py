@@ -37,7 +37,7 @@ class _Arm:
         self.information = keep * self.information + (1 - keep) * 0.1 * PRIOR_STD**-2
         self.weighted = keep * self.weighted + (1 - keep) * 0.1 * PRIOR_SHARE * PRIOR_STD**-2
 
-    def see(self, promise: float, gain: float, variance: float) -> None:
+    def add(self, promise: float, gain: float, variance: float) -> None:
         self.information += promise**2 / variance
         self.weighted += promise * gain / variance
 
@@ -97,7 +97,7 @@ class RunningGain:
         gain = wanted * (score - mean) / self.unit / abs(multiplier)
         # one picture scatters by a standard deviation, and so does what is known of its prompt's mean; or as prompts differ
         variance = (1.0 + (0.34 if known else (self.spread / self.unit) ** 2)) / multiplier**2
-        self.arms[sign].see(float(np.mean(promises)), gain, variance)
+        self.arms[sign].add(float(np.mean(promises)), gain, variance)
 
     def add_observation(self, sign: int, gain: Interval) -> None:
         """Measured on whole pictures, now."""
@@ -106,7 +106,7 @@ class RunningGain:
             promise, own = arm.promise
             # the promise's own variance, not share^2 of it: the share drifts, and other prompts are measured than trained on
             variance = ((gain.high - gain.low) / 3.92) ** 2 + (own if math.isfinite(own) else 0.0)
-            arm.see(promise, gain.value, max(variance, 1e-4))
+            arm.add(promise, gain.value, max(variance, 1e-4))
 
     def gain(self, sign: int) -> Interval:
         """At weight `sign`, in the wanted direction; NaN before the first update."""

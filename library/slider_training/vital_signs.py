@@ -18,7 +18,7 @@ class VitalSigns:
         self._in_a_row: Counter[str] = Counter()
         self._warned: set[str] = set()
 
-    def see(self, metrics: Mapping[str, float], step: int) -> None:
+    def update(self, metrics: Mapping[str, float], step: int) -> None:
         """The metrics of update number `step` (1, 2, ...), as they are logged; those that a run does not have say nothing."""
         values = {name.rpartition("/")[2]: value for name, value in metrics.items()}
         pushed, drift, norm = (values.get(name, math.nan) for name in ("pushed", "eps_drift", "grad_norm"))

@@ -230,7 +230,7 @@ class _Pictures:
         for layout in self._layouts:
             for ending in suffixes:
                 name = layout.format(bucket=f"{post % 1000:04d}", id=post, suffix=ending)
-                picture = self._files.look(name)
+                picture = self._files.find_or_none(name)
                 if picture is not None:
                     return picture, name
         raise BadValue("picture is missing", f"there is no picture of post {post} in {self._files.folder}")

@@ -39,14 +39,14 @@ class PictureFiles:
 
     def find(self, name: str) -> FilePicture:
         """The picture of that name, which may be a path with either slash. Raises BadValue if there is none, or if it was found before."""
-        picture = self.look(name)
+        picture = self.find_or_none(name)
         if picture is None:
             if name.startswith(("http://", "https://")):
                 raise BadValue("path is a web address", f"{name} is a web address; download the pictures and give their paths")
             raise BadValue("picture is missing", f"there is no picture {os.path.join(self.folder, name)}")
         return picture
 
-    def look(self, name: str) -> FilePicture | None:
+    def find_or_none(self, name: str) -> FilePicture | None:
         """As `find`, but None if there is none. A name without the ending of a picture may be found with one: an ID is enough."""
         name = name.replace("\\", "/")
         path = os.path.normpath(os.path.join(self._root, name))

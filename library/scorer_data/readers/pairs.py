@@ -202,7 +202,7 @@ def _all_pairs(
 
 def _in_folders(files: PictureFiles, name: str) -> FilePicture:
     for folder in HPD_FOLDERS:
-        picture = files.look(f"{folder}/{name}" if folder else name)
+        picture = files.find_or_none(f"{folder}/{name}" if folder else name)
         if picture is not None:
             return picture
     raise BadValue("picture is missing", f"there is no picture {name} in {files.folder}, nor in train or test there")

@@ -43,7 +43,7 @@ def _counted(records: Records, path: Path) -> Records:
 
 def recognise(path: Path) -> str:
     """The reader for a source, by its suffix, its columns or its folders. Raises UserError if it looks like none."""
-    source = look_at(path)
+    source = source_at(path)
     for name in sorted(READERS, key=lambda name: READERS[name].is_general):
         if READERS[name].recognises(source):
             return name
@@ -54,7 +54,7 @@ def recognise(path: Path) -> str:
     )
 
 
-def look_at(path: Path) -> Source:
+def source_at(path: Path) -> Source:
     """What a source looks like. Raises UserError if there is nothing at this path."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())

@@ -132,7 +132,7 @@ def find_picture(files: PictureFiles, value: object, folder: str = "") -> tuple[
     if folder and names[0].startswith(f"{folder}/{folder}/"):  # relative to the folder above, as people write them
         names.append(names[0].removeprefix(f"{folder}/"))
     for name in names[:-1]:
-        if picture := files.look(name):
+        if picture := files.find_or_none(name):
             return name, picture
     return names[-1], files.find(names[-1])
 

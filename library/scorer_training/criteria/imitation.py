@@ -52,7 +52,7 @@ class ImitationPretraining(SelfTaught):
             pixels = torch.cat([self.decode(part) for part in clean.float().split(DECODED_AT_A_TIME)])
             if not self.backbone.knows_units:
                 self.backbone.measure_units([pixels])
-            seen = self.backbone.look(pixels)
+            seen = self.backbone.picture_features(pixels)
         return imitation_losses(self.backbone, latents, sigmas, seen)
 
 
@@ -63,6 +63,6 @@ def imitation_losses(backbone: EfficientNetLite, latents: Tensor, sigmas: Tensor
         latents: noisy, variance-preserving latents [B, C, h, w]. sigmas: their noise levels [B].
         seen: what the network makes of the same pictures.
     """
-    found = backbone.see(latents, sigmas)
+    found = backbone.predicted_features(latents, sigmas)
     maps = (found.maps.float() - seen.maps).square().mean((1, 2, 3))
     return maps + (found.features.float() - seen.features).square().mean(1)

@@ -72,9 +72,9 @@ class EfficientNetLite(Backbone):
             self.register_buffer(name, torch.full((WIDTH,), float(name == "features_std")))
 
     def forward(self, latents: Tensor, sigmas: Tensor, cond: Conditioning | None = None, prompts: Sequence[str] | None = None) -> Tensor:
-        return self.see(latents, sigmas).features
+        return self.predicted_features(latents, sigmas).features
 
-    def see(self, latents: Tensor, sigmas: Tensor) -> Seen:
+    def predicted_features(self, latents: Tensor, sigmas: Tensor) -> Seen:
         """What the network is thought to make of the pictures behind noisy latents [B, C, h, w]; differentiable, in standard units."""
         embedding = self.sigma_embedding(sigmas)
         hidden = self.stem(latents.to(self.stem.weight.dtype))
@@ -85,7 +85,7 @@ class EfficientNetLite(Backbone):
         return Seen(maps, self.belief((features - self.features_mean) / self.features_std, embedding))
 
     @torch.no_grad()
-    def look(self, pixels: Tensor) -> Seen:
+    def picture_features(self, pixels: Tensor) -> Seen:
         """What the network makes of pixels [B, 3, H, W] in 0..1, sides in multiples of 8; in standard units."""
         maps = self.network.lower(pixels, ENTRY)
         features = self.network.upper(maps, ENTRY, TAPS)
@@ -100,7 +100,7 @@ class EfficientNetLite(Backbone):
     def measure_units(self, pixels: Sequence[Tensor]) -> None:
         """Take the standard units from pictures: pixels [B, 3, H, W] in 0..1. Once, before anything is trained."""
         assert not self.knows_units
-        seen = [self.look(part) for part in pixels]
+        seen = [self.picture_features(part) for part in pixels]
         maps = torch.cat([part.maps.movedim(1, 0).flatten(1) for part in seen], dim=1)  # [C, N]
         features = torch.cat([part.features for part in seen])
         self.maps_mean.copy_(maps.mean(1)[:, None, None])
