@@ -269,6 +269,13 @@ OWN_MODULE = """
 
     class NoModule:
         pass
+
+    class NotMade(nn.Module):
+        def __init__(self):
+            raise KeyError("weights")
+
+    def fails(pixels):
+        raise ValueError("no\\nreason")
 """
 
 
@@ -286,7 +293,14 @@ def test_own_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("NoModule", "no torch.nn.Module"), ("Absent", "Redness, Wrong, length"), ("Wrong", "one number for each")]
+    ("name", "message"),
+    [
+        ("NoModule", "no torch.nn.Module"),
+        ("Absent", "Redness, Wrong, length"),
+        ("Wrong", "one number for each"),
+        ("NotMade", r"own.py:NotMade' failed with KeyError: 'weights' \(.*own.py, line \d+\)"),
+        ("fails", r"own.py:fails' failed with ValueError: no reason \(.*own.py, line \d+\)"),
+    ],
 )
 def test_own_python_that_cannot_score_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "own.py").write_text(textwrap.dedent(OWN_MODULE))

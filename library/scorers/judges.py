@@ -1,6 +1,5 @@
 """Judges: opinions about pixels, given as a Python function, that are only ever asked and never differentiated through."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.scorers.python_objects import load_object, takes_prompts
+from library.scorers.python_objects import load_object, takes_prompts, users_code
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,8 @@ class Judge:
         assert pixels.ndim == 4 and pixels.shape[1] == 3, f"pixels are [B, 3, H, W], not {list(pixels.shape)}"
         if self.takes_prompts and prompts is None:
             raise UserError(f"judge {self.name} takes prompts and these pictures have none; use a judge that takes pixels only")
-        try:
+        with users_code(f"judge {self.name}"):
             scores = self.function(pixels, list(prompts)) if self.takes_prompts and prompts is not None else self.function(pixels)
-        except UserError:
-            raise
-        except Exception as error:  # of the user's own code
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(f"judge {self.name} failed with {type(error).__name__}: {error} ({at.filename}, line {at.lineno})") from error
         if not isinstance(scores, Tensor) or scores.shape != pixels.shape[:1]:
             returned = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(

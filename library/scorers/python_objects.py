@@ -1,10 +1,12 @@
-"""A user's own Python: objects by name, and whether they take prompts."""
+"""A user's own Python: objects by name, whether they take prompts, and what becomes of their errors."""
 
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +51,18 @@ def takes_prompts(function: Callable[..., Any], title: str) -> bool:
     if not positional or len(required) > 2:
         raise UserError(f"{title} takes {len(required)} arguments; it must take (pixels) or (pixels, prompts)")
     return len(required) == 2 or (len(positional) > 1 and positional[1].name == "prompts")
+
+
+@contextmanager
+def users_code(title: str) -> Iterator[None]:
+    """Around a call of it. Raises UserError with the place for whatever that raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        at, reason = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
+        raise UserError(f"{title} failed with {type(error).__name__}: {reason} ({at.filename}, line {at.lineno})") from error
 
 
 def _import_module(dotted: str, title: str) -> ModuleType:

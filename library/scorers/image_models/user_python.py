@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.scorers.image_models.base import IMAGE_MODELS, ImageModel, Loaded
 from library.scorers.image_models.preprocessing import Preprocessing, take_preprocessing
-from library.scorers.python_objects import load_object, takes_prompts
+from library.scorers.python_objects import load_object, takes_prompts, users_code
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class UserPython(ImageModel):
         if inspect.isclass(found):
             if not issubclass(found, nn.Module):
                 raise UserError(f"image model {name!r} is a class, but no torch.nn.Module; derive it from that, or name a function")
-            self.network = found()
+            with users_code(f"image model {name!r}"):
+                self.network = found()
             self.uses_prompt = takes_prompts(self.network.forward, f"image model {name!r}")
         else:
             self.network = found
@@ -49,7 +50,8 @@ class UserPython(ImageModel):
         return Loaded(architecture, cls(**architecture).state_dict())
 
     def predict(self, views: Tensor, prompts: Sequence[str] | None) -> Tensor:
-        scores = self.network(views, prompts) if self.uses_prompt else self.network(views)
+        with users_code(f"image model {self.name!r}"):
+            scores = self.network(views, prompts) if self.uses_prompt else self.network(views)
         if not isinstance(scores, Tensor) or scores.numel() != len(views):
             returned = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"image model {self.name!r} returned {returned} for {len(views)} pictures; it must return one number for each")
