@@ -141,7 +141,11 @@ def fit(config: LecoScoreConfig, accelerator: Accelerator, made: SliderParts, *,
             if saving.save_state_on_train_end or saving.save_state:
                 with expendable("the state at the end"):
                     files.save_state(updates.state(), updates.done, final=True)
-        outcome = monitor.finish(updates.done)
+        try:
+            outcome = monitor.finish(updates.done)
+        except KeyboardInterrupt:
+            logger.warning("stopped while it was measured: %s is as trained, neither chosen nor calibrated", files.slider_path)
+            raise
         if is_main:
             files.save(made.network, outcome.step, final=True, outcome=outcome)
             logger.info("slider saved to %s (after %d updates). %s", files.slider_path, outcome.step, outcome.conclusion)

@@ -121,6 +121,16 @@ def test_an_observation_goes_on_while_its_answer_is_open() -> None:
     assert monitor.observe(50).record.num_pairs == 64
 
 
+def test_full_confirms_weight_1_on_more_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in {"NUM_PROMPTS": 2, "NUM_PICTURES": 6, "FEWEST_FRESH": 3, "MANY_FRESH": 5}.items():
+        monkeypatch.setattr(f"library.slider_training.pictures.{name}", count)
+    prompts = [replace(PROMPTS[0], prompt=f"{number} cats") for number in range(10)]
+    for measure, count in (("light", 3), ("full", 5)):
+        pictures = monitor_for(prompts, measure=measure)[0].pictures
+        _, record = pictures.calibration(CalibrationTarget(gain=0.01), None)
+        assert len({*record.prompts} & {prompt.prompt for prompt in pictures.others}) == len(record.prompts) == count
+
+
 def test_what_a_run_measures_is_counted() -> None:
     monitor, model, _ = monitor_for()
     before = model.num_unet_evaluations

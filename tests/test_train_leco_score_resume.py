@@ -66,6 +66,17 @@ def test_a_run_that_died_between_its_last_step_and_its_end_goes_on_to_that(workp
         run(workplace, tmp_path, resume="auto", **common)
 
 
+def test_ctrl_c_while_the_end_is_measured_says_what_the_file_is(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("library.slider_training.monitor.Monitor.finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        run(workplace, tmp_path, max_train_steps=1, save_state=True)
+    assert f"{tmp_path / 'tiny.safetensors'} is as trained, neither chosen nor calibrated" in caplog.text
+    with safe_open(run(workplace, tmp_path, max_train_steps=1, save_state=True, resume="auto"), framework="pt") as file:
+        assert "ss_leco_conclusion" in file.metadata()
+
+
 def test_a_run_that_had_stopped_by_itself_and_died_before_its_end_trains_no_more(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

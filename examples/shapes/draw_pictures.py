@@ -71,6 +71,7 @@ def write_prompts(output_dir: Path, seed: int) -> tuple[Path, Path]:
     while len(prompts) < 2 * NUM_PROMPTS:
         prompts[caption(random_scene(rng), rng)] = None
     lines = list(prompts)
+    rng.shuffle(lines)  # those that say little come up early, so that the last ones would be other prompts than the first
     paths = output_dir / "prompts.txt", output_dir / "held_out_prompts.txt"
     for path, part in zip(paths, (lines[:NUM_PROMPTS], lines[NUM_PROMPTS:]), strict=True):
         path.write_text("\n".join(part) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
 QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
 MEASURED_SHARE = 0.4  # of the training's evaluations, that all measuring may take: 29 % of a run
-FEWEST_FRESH = 12  # prompts that confirm it all the same
+FEWEST_FRESH, MANY_FRESH = 12, 48  # prompts that confirm it all the same; with `full`
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 
 
@@ -42,7 +42,7 @@ class SliderPictures:
         raters: the training's reward, and judges.
         prompts: some are taken, evenly over the list, and others to confirm what those chose.
         sampling: as the training samples.
-        full: sample so, and measure all pictures every time; else in a few steps, beginning with a part of them.
+        full: sample so, measure all pictures every time and calibrate on many; else in a few steps, beginning with a part of them.
 
     Attributes:
         measurer: of the prompts that are taken.
@@ -129,7 +129,7 @@ class SliderPictures:
         pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
         left = MEASURED_SHARE * trained - self.spent - (self.model.num_unet_evaluations - before)
         left /= sampling.num_evaluations  # pictures
-        prompts = spread(self.others, max(FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
+        prompts = spread(self.others, max(MANY_FRESH if self.full else FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
         spare = left - (seeds + 2 * pairs.stop) * len(prompts)
         if max(curve.multipliers) < FARTHER * scale and spare > 2 * FIRST_PAIRS:  # for the usable range
             curve = curve.joined(self._curve(2 * scale, made))
