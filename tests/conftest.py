@@ -1,5 +1,6 @@
 """Tests run on the CPU, without network and on one thread, or as many as OMP_NUM_THREADS says."""
 
+import gc
 import os
 import signal
 import sys
@@ -9,8 +10,15 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+gc.disable()  # until all tests are collected: imports make objects that stay, and looking for garbage among them took a fifth of the suite
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
