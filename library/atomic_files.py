@@ -36,10 +36,13 @@ _ADVICE = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quo
 
 @contextlib.contextmanager
 def refused(path: Path) -> Iterator[None]:
-    """An OSError of the block as CannotWrite."""
+    """An OSError of the block as CannotWrite, which names `path`, also where it is of a file that was to be a part of that."""
     try:
         yield
-    except OSError as error:
+    except (OSError, CannotWrite) as caught:
+        error = caught.__cause__ if isinstance(caught, CannotWrite) else caught
+        if not isinstance(error, OSError):
+            raise
         reason, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0, "mend that")
         raise CannotWrite(
             f"{path} could not be written ({reason}): what stood there is unchanged; {advice}, or choose another folder"

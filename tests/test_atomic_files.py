@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from library.atomic_files import CannotWrite, atomic_open, atomic_write_bytes, expendable, remove_unfinished
+from library.training.checkpoints import save_state
 from library.training.output_files import check_outputs, keep_earlier
 
 GONE = 2**22 + 1  # no process: more than Linux numbers
@@ -67,6 +69,16 @@ def test_what_is_expendable_costs_only_itself(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ZeroDivisionError), expendable("a mistake of ours"), atomic_open(tmp_path / "file"):
         raise ZeroDivisionError
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_folder_was_to_hold_cannot_be_written_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotWrite, match=f"^{re.escape(str(tmp_path / 'state'))} could not be written .No space.* free some space"):
+        save_state(tmp_path / "state", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_run_keeps_its_files_under_one_new_number(tmp_path: Path) -> None:

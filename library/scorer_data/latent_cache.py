@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from library.atomic_files import atomic_write_text, remove_unfinished
+from library.atomic_files import atomic_write_text, refused, remove_unfinished
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data.buckets import BucketConfig
@@ -223,7 +223,8 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
 def _make_folder(folder: Path, description: str) -> None:
     """Make a cache's folder with its description, both at once, unless another process was quicker."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    atomic_write_text(unfinished / DESCRIPTION_NAME, description)
+    with refused(folder.parent):
+        atomic_write_text(unfinished / DESCRIPTION_NAME, description)
     try:
         os.rename(unfinished, folder)
     except OSError as error:
