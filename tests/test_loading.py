@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -289,7 +290,14 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
     edit_json(broken / "model_index.json", _class_name="FluxPipeline", vae=["diffusers", "AutoencoderKLFlux2"])
     with pytest.raises(UserError, match="holds a FluxPipeline; the models that can be trained are .*Stable Diffusion 1.x"):
         load_model(broken)
-    edit_json(broken / "model_index.json", _class_name="StableDiffusionPipeline", vae=vae)
+    edit_json(broken / "model_index.json", _class_name="StableDiffusionPipeline", vae=vae, unet=3)
+    with pytest.raises(UserError, match="says StableDiffusionPipeline, but lists no unet of the class UNet2DConditionModel; download"):
+        load_model(broken)
+    for nameless in ("{}", '{"_class_name": 5}'):
+        (tmp_path / "model_index.json").write_text(nameless)
+        with pytest.raises(UserError, match=f"The model index of {re.escape(str(tmp_path))} names no pipeline by _class_name; download"):
+            load_model(tmp_path)
+    edit_json(broken / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
     edit_json(broken / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels"):
         load_model(broken)

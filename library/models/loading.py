@@ -209,12 +209,17 @@ def _folder_name(path: Path) -> str:
 
 def _family_of_folder(index: Mapping[str, Any], path: Path) -> Family:
     """By the pipeline's class, or by its parts where that is another: image to image and the like have the same as text to image."""
-    pipeline = index.get("_class_name")
+    pipeline, repair = index.get("_class_name"), "download the folder again, or give another model"
+    if not isinstance(pipeline, str):
+        raise UserError(f"The model index of {path} names no pipeline by _class_name; {repair}.")
     titles = ", ".join(family.title for family in FAMILIES.values())
     what = f"{path} holds a {pipeline}; the models that can be trained are {titles}."
     classes = {name: value[1] for name, value in index.items() if isinstance(value, list | tuple) and len(value) > 1}
     known = [family for family in FAMILIES.values() if classes.get(family.denoiser) == family.denoiser_class]
     if not known:
+        for family in (family for family in FAMILIES.values() if family.pipeline_class == pipeline):
+            part = f"no {family.denoiser} of the class {family.denoiser_class}"
+            raise UserError(f"The model index of {path} says {pipeline}, but lists {part}; {repair}.")
         raise UserError(what)
     denoiser = known[0].denoiser
     config = read_json(path / denoiser / "config.json", "the diffusers model is not complete")
