@@ -44,6 +44,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"criterion": "emd"}, "votes"),
         ({"scorer_args": ["colour=blue"]}, "no 'colour'"),
         ({"scorer_args": ["dropout=0,1"]}, "scorer_args is dropout=0,1, of which no latent_resnet can be built .*give other values"),
+        ({"scorer_args": ["norm_groups=-1"]}, "scorer_args is norm_groups=-1, of which no latent_resnet can be built .*give other values"),
+        ({"scorer_kind": "latent_vit", "scorer_args": ["patch=0"]}, "scorer_args is patch=0, of which no latent_vit can be built"),
         ({"optimizer_type": "Adamm"}, "optimizer_type is 'Adamm'"),
         ({"dataset_config": "d.toml"}, "both set"),
         ({"target_class": "red", "criterion": "classification"}, "red"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from library.errors import UserError
 from library.models.base import DiffusionModel
 from library.models.loading import load_model, load_vae
+from library.models.vae import LatentSpace
 from library.scorer_training.config import ScorerConfig, VaeConfig
 from library.scorers.base import SCORER_KINDS, Backbone, ModelSource
 from library.types import Conditioning
@@ -49,6 +53,8 @@ def make_backbone(
         architecture = kind.architecture_for(size, source, **config.backbone_options)
         backbone = kind(**architecture)
         backbone.initialise(source)
+        if config.scorer_args and not architecture.get("use_prompt"):
+            _try_out(backbone, LatentSpace.of(source.vae).channels, latent_area)
     except UserError:
         raise
     except Exception as error:  # libraries raise what they like on arguments that are not theirs
@@ -63,6 +69,14 @@ def make_backbone(
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     logger.info("scorer %s %s: %.2f M parameters, %.2f M of them trained", config.scorer_kind, size, total / 1e6, trained / 1e6)
     return backbone, architecture
+
+
+@torch.no_grad()
+def _try_out(backbone: Backbone, channels: int, latent_area: float) -> None:
+    """Show it a picture: some arguments build a backbone that sees none. Draws nothing at random, and is small where pictures are large."""
+    side = min(32, 8 * math.ceil(math.sqrt(latent_area) / 8))
+    backbone.eval()(torch.zeros(1, channels, side, side), torch.zeros(1), prompts=[""])
+    backbone.train()
 
 
 def make_prompt_encoder(source: ModelSource, accelerator: Accelerator) -> Callable[[Sequence[str]], Conditioning]:
