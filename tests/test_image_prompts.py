@@ -328,7 +328,9 @@ def test_from_prompts_to_a_slider_that_saw_none(tmp_path: Path) -> None:
         "max_denoising_steps": 2,
         "num_threads": 1,
     }
+    Path(settings["output"]).write_bytes(b"an earlier one")
     train(build_config(TrainImagePromptAdapterConfig, settings))
+    assert (tmp_path / "adapter-1.safetensors").read_bytes() == b"an earlier one"
     changes = {"image_prompts": str(pictures), "image_prompt_adapter": settings["output"], "clip_model": settings["clip_model"]}
     changes["max_train_steps"] = 1
     written = tiny_leco_run.run(place, tmp_path / "measured by words", **changes)

@@ -31,7 +31,7 @@ from library.settings.options import check_at_least, option
 from library.text_free.adapter import ImagePromptAdapter, save_adapter
 from library.text_free.adapter_training import AdapterRecipe, Errors, new_adapter, train_adapter, validation_errors
 from library.text_free.clip_pair import ClipPair, find_pictures
-from library.training.output_files import check_outputs
+from library.training.output_files import check_outputs, keep_earlier_file
 from library.training.runtime import choose_precision, generator, set_num_threads, weight_dtype
 
 logger = logging.getLogger("train_image_prompt_adapter")
@@ -116,6 +116,7 @@ def train(config: TrainImagePromptAdapterConfig) -> ImagePromptAdapter:
     logger.info("on %d prompts held out: the U-Net's error is %.3f of what a prompt changes", len(held_out), float(errors.eps))
     logger.info("and the encodings' error is %.3f of their variance (0 is the prompt itself)", float(errors.hidden))
     adapter.spec.training.update(eps_error=float(errors.eps), hidden_error=float(errors.hidden))
+    keep_earlier_file(settings.output)
     save_adapter(settings.output, adapter)
     logger.info("adapter saved to %s", settings.output)
     return adapter

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from typing import TextIO
 
 from library.atomic_files import CannotWrite, refused, remove_unfinished, unfinished_name
 from library.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_outputs(*files: Path, folders: Iterable[Path] = (), space: int = 0) -> None:
@@ -62,6 +65,12 @@ def keep_earlier(folder: str | Path, name: str, names: str) -> list[Path]:
     number = next(n for n in itertools.count(1) if not any(re.match(rf"{re.escape(name)}-{n}(\D|$)", other) for other in present))
     with refused(folder):
         return [(folder / other).rename(folder / f"{name}-{number}{other.removeprefix(name)}") for other in found]
+
+
+def keep_earlier_file(path: Path) -> None:
+    """Before a file is written: give one that has its name already another, as `keep_earlier` does, and say so in the log."""
+    for kept in keep_earlier(path.parent, path.stem, re.escape(path.name)):
+        logger.info("an earlier file is kept as %s", kept)
 
 
 @contextlib.contextmanager
