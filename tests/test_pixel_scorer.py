@@ -392,6 +392,27 @@ def test_the_tool(tmp_path: Path, nsfw: str, monkeypatch: pytest.MonkeyPatch, ca
     assert isinstance(scorer.backbone.decoder.post_quant, nn.Identity)
     assert scorer.spec.std != 1 and scorer.spec.training["reference_pictures"] == 4
     assert scorer.spec.vae == VaeFingerprint.of(tiny_vae())
+    content = (tmp_path / "out.safetensors").read_bytes()
+    make_pixel_scorer.main()
+    assert (tmp_path / "out-1.safetensors").read_bytes() == content and (tmp_path / "out.safetensors").is_file()
+
+
+def test_damaged_reference_pictures_are_left_out_and_counted(tmp_path: Path, nsfw: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_pictures(tmp_path / "pictures", 5)
+    whole = make(tiny_vae(), nsfw, reference_dir=tmp_path / "pictures")
+    for number in (5, 6):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"cut")
+    scorer = make(tiny_vae(), nsfw, reference_dir=tmp_path / "pictures")
+    assert scorer.spec.training["reference_pictures"] == 5 and scorer.spec.std == whole.spec.std
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "left out: 2" in said and "5.png cannot be read" in said
+    for number in range(4):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"of 7 pictures of reference_dir, 1 can be read; give at least two \(.*0.png cannot be read"):
+        make(tiny_vae(), nsfw, reference_dir=tmp_path / "pictures")
+    (tmp_path / "pictures" / "4.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="caption .*4.txt cannot be read as UTF-8"):
+        make(tiny_vae(), nsfw, reference_dir=tmp_path / "pictures")
 
 
 def test_the_unit_is_the_spread_over_the_reference_pictures(tmp_path: Path, nsfw: str) -> None:
@@ -412,6 +433,9 @@ def test_the_reference_is_scored_at_the_models_size(tmp_path: Path) -> None:
     assert make_pixel_scorer.native_size(model, tiny_vae()) == 768
     vae = VaeConfig(vae=tmp_path / "model" / "vae")
     assert make_pixel_scorer.native_size(vae, tiny_vae()) == tiny_vae().config["sample_size"]
+    (tmp_path / "model" / "unet" / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match="holds a list where a table of settings is expected"):
+        make_pixel_scorer.native_size(model, tiny_vae())
 
 
 def test_pictures_that_all_score_alike_are_no_reference(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ score_estimator x0. docs/pixel_scorers.md lists what there is and how it is writ
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,18 +29,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.models.folder_parts import read_json
 from library.models.loading import load_vae
 from library.models.vae import Autoencoder, LatentSpace, VaeFingerprint, encode_images, place_vae, probe_picture
+from library.objectives.known_noise import caption_of
+from library.scorer_data.encoding import UNREADABLE
 from library.scorer_data.pictures import cover, read_picture, to_pixels
-from library.scorer_data.records import FilePicture
+from library.scorer_data.records import FilePicture, Skipped, SkipReport
 from library.scorer_training.config import VaeConfig
 from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.image_models.base import IMAGE_MODELS, read_image_model
 from library.scorers.io import save_scorer
 from library.settings.cli import parse_config, run_main
 from library.settings.options import check_at_least, check_not_set, option
-from library.training.output_files import check_outputs
+from library.training.output_files import check_outputs, keep_earlier_file
 from library.training.runtime import set_num_threads
+
+logger = logging.getLogger("make_pixel_scorer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ def main() -> None:
     set_num_threads(settings.num_threads)
     vae = load_vae(config.vae.path, family=config.vae.model_family)
     scorer = make_scorer(vae, settings, settings.resolution or native_size(config.vae, vae))
+    keep_earlier_file(settings.output)
     save_scorer(settings.output, scorer)
     print(f"wrote {settings.output}")
 
@@ -93,8 +99,8 @@ def main() -> None:
 def native_size(model: VaeConfig, vae: Autoencoder) -> int:
     """Side in pixels of the pictures that the model makes: its U-Net's if that is in a folder, else that of its family's VAE."""
     unet = Path(model.pretrained_model_name_or_path or "") / "unet" / "config.json"
-    if unet.is_file():
-        return json.loads(unet.read_text(encoding="utf-8"))["sample_size"] * LatentSpace.of(vae).downsampling
+    if unet.is_file() and type(size := read_json(unet, "download the model again").get("sample_size")) is int:
+        return size * LatentSpace.of(vae).downsampling
     return vae.config.get("sample_size", 1024)
 
 
@@ -167,15 +173,20 @@ def reference_scores(vae: Autoencoder, backbone: torch.nn.Module, settings: Pixe
     files = sorted(file for file in settings.reference_dir.rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
         raise UserError(f"reference_dir {settings.reference_dir} has {len(files)} pictures; give at least two, best a few hundred")
-    count = min(settings.num_reference or 200, len(files))
+    count, skipped = min(settings.num_reference or 200, len(files)), SkipReport()
     for file in tqdm([files[index * len(files) // count] for index in range(count)], desc="reference pictures", unit="picture"):
-        picture = read_picture(FilePicture(str(file.absolute())))
+        try:
+            picture = read_picture(FilePicture(file.absolute()))
+        except UserError as error:
+            skipped.add(Skipped(str(error), UNREADABLE))
+            continue
         scale = resolution / max(picture.size)
         width, height = (max(8, round(side * scale / 8) * 8) for side in picture.size)
         latents = encode_images(vae, to_pixels([cover(picture, (width, height))]).to(vae.device))
-        caption = file.with_suffix(".txt")
-        prompt = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
-        yield float(backbone(latents, latents.new_zeros(1), prompts=[prompt]))
+        yield float(backbone(latents, latents.new_zeros(1), prompts=[caption_of(file, "")]))
+    skipped.log(logger)
+    if len(skipped) > count - 2:
+        raise UserError(f"of {count} pictures of reference_dir, {count - len(skipped)} can be read; give at least two ({skipped.first()})")
 
 
 if __name__ == "__main__":
