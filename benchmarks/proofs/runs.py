@@ -35,7 +35,7 @@ CAPTIONS = "examples.shapes.judge:caption_obeyed"
 SCORES = ("brightness", "size", "warmth")
 JUDGES = [CAPTIONS, "examples.shapes.judge:size_shown", *(f"examples.shapes.scores:{score}" for score in TRUE_SCORES)]
 PLAIN: Row = {"max_train_steps": 120, "measure": "off"}  # as trained: neither stopped, chosen nor calibrated
-UNIT_SEEDS = 4  # of the base model: the unit is harder to know than the gain
+UNIT_SEEDS = 8  # of the base model: the unit is harder to know than the gain
 
 
 def slider(name: str, **changes: Any) -> Path:

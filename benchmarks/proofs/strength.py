@@ -28,7 +28,7 @@ def calibration() -> list[Row]:
     """What the file promises of +1 and -1, and what the true score says on prompts that training never saw: many, since prompts differ more
     than seeds."""
     runs = list(product(SEEDS, SCORES))
-    return [row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=1.3, count=192, seeds=1) for seed, score in runs]
+    return [row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=1.3, count=256, seeds=1) for seed, score in runs]
 
 
 def running_gain() -> list[Row]:
