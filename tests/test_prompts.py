@@ -149,10 +149,18 @@ def test_what_is_no_list_of_prompts(tmp_path: Path, name: str, content: bytes, m
     assert str(tmp_path) in str(caught.value)
 
 
-def test_parti_rows(tmp_path: Path) -> None:
+def test_parti_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = 'Prompt\tCategory\tChallenge\tNote\na "dog\tAnimals\tBasic\t\na {car} (red)\tVehicles\tBasic\tx\n'
     path = write(tmp_path / "p.tsv", rows)
     assert [prompt.prompt for prompt in load_prompts(path)] == ['a "dog', r"a {car} \(red\)"]
+    assert not caplog.records
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "p.csv", "prompt,sampler,width,Heigth,category\na cat,euler,512,768,x\na dog,ddim,512,,\n")
+    assert load_prompts(path) == [PromptSpec(prompt="a cat", width=512), PromptSpec(prompt="a dog", width=512)]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{path}: these columns are not read: sampler, heigth; those that are: ") and "num_steps" in said
 
 
 def test_danbooru_tags(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ TABLE_NAMES = {
 # What says something of other models, of the sampler, which is the run's, or of how many pictures to make.
 UNUSED_OPTIONS = ("ss", "g", "cn", "ctr", "rcfg", "fs", "am", "nl", "t", "f", "nw", "nh", "sampler_name", "batch_size", "n_iter")
 UNUSED_KEYS = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum")
+PARTI_COLUMNS = ("category", "challenge", "note")  # of PartiPrompts, which describe a prompt
 # Keys of LECO files that only LECO's own objective reads, and those of its sliders that a prompt has.
 LECO_UNUSED = ("positive", "neutral", "action", "guidance_scale", "batch_size", "dynamic_resolution", "dynamic_crops", "multiplier")
 SLIDER_USED = ("target_class", "resolution", "resolutions", "weight")
@@ -97,9 +98,12 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
-    """Rows of a table by column, each with its place; columns that say nothing of a prompt are passed over."""
+def from_rows(rows: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> list[Entry]:
+    """Rows of a table by column, each with its place; columns that say nothing of a prompt are passed over, and named in a warning."""
     known = {**TABLE_NAMES, **{key: key for key in KEYS}}
+    unused = dict.fromkeys(key for _, row in rows for key in row if key not in (*known, *PARTI_COLUMNS))
+    if unused:
+        logger.warning("%s: these columns are not read: %s; those that are: %s", path, ", ".join(unused), ", ".join(known))
     return [Entry(where, _spec({known[key]: row[key] for key in row if key in known}, where)) for where, row in rows if "prompt" in row]
 
 

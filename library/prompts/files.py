@@ -101,7 +101,7 @@ def load_prompts(path: str | Path, options: PromptOptions | None = None, generat
     if ending in TABLE_ENDINGS:
         entries = from_tables(read_tables(path), path)
     elif ending in ROW_ENDINGS:
-        entries = from_rows(read_prompt_rows(path))
+        entries = from_rows(read_prompt_rows(path), path)
     else:
         entries = from_lines(read_prompt_lines(path), path)
     if ending == ".tsv":
