@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train_leco_score
 from library.errors import UserError
+from library.scorer_training.trainer import ScorerState
 from library.settings.cli import run_main
 from library.slider_training.early_stop import EarlyStop
 from library.slider_training.files import SliderState
@@ -136,6 +137,18 @@ def test_a_state_of_other_settings_is_refused(
     sentence = refused(train_leco_score.main, "--config_file", write_toml(tmp_path / "x.toml", values))
     assert says in sentence and "resume" in sentence or "nothing is left" in sentence
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_the_other_training_is_called_by_its_name(tmp_path: Path) -> None:
+    SliderState.of({}, step=1, unet_evaluations=0, watched=False, shared={}).save(tmp_path / "slider")
+    ScorerState.of({}, step=1, pretraining=False, record={}, shared={}).save(tmp_path / "scorer")
+    assert SliderState.load(tmp_path / "slider").step == ScorerState.load(tmp_path / "scorer").step == 1
+    with pytest.raises(
+        UserError, match="scorer is a state of the training of a scorer, and this trains a slider: resume from one of its own"
+    ):
+        SliderState.load(tmp_path / "scorer")
+    with pytest.raises(UserError, match="slider is a state of the training of a slider, and this trains a scorer"):
+        ScorerState.load(tmp_path / "slider")
 
 
 @pytest.mark.parametrize("seed", [6, 8])

@@ -40,6 +40,7 @@ class ScorerState(RunState):
 
     pretraining: bool
     record: Mapping[str, Any]
+    trained = "a scorer"
 
 
 class ScorerFiles(RunFiles):

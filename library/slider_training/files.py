@@ -42,6 +42,7 @@ class SliderState(RunState):
 
     unet_evaluations: int
     watched: bool
+    trained = "a slider"
 
 
 class SliderFiles(RunFiles):

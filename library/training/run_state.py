@@ -30,6 +30,8 @@ class RunState:
     shared: Mapping[str, Any]
     rng: Mapping[str, Any]
     parts: Mapping[str, Mapping[str, Any]]
+    trained = "something"
+    """What a script trains, in words."""
 
     @classmethod
     def of(cls, parts: Mapping[str, Any], **counts: Any) -> Self:
@@ -41,6 +43,8 @@ class RunState:
     def load(cls, folder: Path) -> Self:
         """Raises UserError for a state that is damaged, lacks something or cannot be."""
         content = load_state(folder)
+        if (trained := content.get("trained", cls.trained)) != cls.trained:
+            raise UserError(f"{folder} is a state of the training of {trained}, and this trains {cls.trained}: resume from one of its own")
         kinds = {name: kind if kind in (int, bool) else dict for name, kind in get_type_hints(cls).items()}
         wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
         wrong += [name for name, kind in kinds.items() if kind is int and name not in wrong and content[name] < 0]
@@ -50,7 +54,7 @@ class RunState:
 
     def save(self, folder: Path) -> None:
         """Write it; see `library.training.checkpoints.save_state`."""
-        save_state(folder, {field.name: getattr(self, field.name) for field in fields(self)})
+        save_state(folder, {"trained": self.trained, **{field.name: getattr(self, field.name) for field in fields(self)}})
 
     def restore(self, parts: Mapping[str, Any], folder: Path) -> None:
         """Put each part, and the generators, into this state.
