@@ -40,9 +40,11 @@ from library.scorers.base import BackboneScorer, ScorerSpec
 from library.scorers.io import load_backbone_weights, save_backbone
 from library.scorers.worth import worth_of
 from library.settings.cli import parse_config, run_main
+from library.settings.options import settings_as_text
 from library.settings.shared import TrainingConfig
 from library.training.interrupts import interruptible
 from library.training.optimizers import check_optimizer
+from library.training.run_state import SETTINGS
 from library.training.runtime import create_accelerator, describe_device, set_num_threads
 from library.training.tracking import Tracker, check_trackers
 
@@ -167,6 +169,8 @@ def shared_settings(config: LatentScorerConfig, spec: ScorerSpec, tasks: Sequenc
         "scorer": f"{spec.kind} with hash {digest(spec.architecture)}",
         "VAE": digest(spec.vae.to_dict()),
         "ratings": {task.name: task.ratings for task in tasks},
+        SETTINGS: settings_as_text(config, ("output", "logging", "cache_dir", "max_train_steps", "num_threads"))
+        | {"learning_rate": f"{settings.optimizer_config().learning_rate}", "criterion": ", ".join(task.criterion.name for task in tasks)},
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import UserError
 from library.settings.shared import OptimizerConfig
@@ -22,7 +23,7 @@ from library.training.optimizers import (
     is_schedule_free,
     optimizer_eval_mode,
     optimizer_train_mode,
-    restart_schedule,
+    own_settings,
     warmup_steps,
 )
 
@@ -303,19 +304,27 @@ def test_a_restored_schedule_goes_on(name: str):
     assert rates == pytest.approx(expected[6:])
 
 
-def test_a_longer_run_goes_on_at_its_own_rate():
-    config = OptimizerConfig(lr_scheduler="cosine", learning_rate=1.0)
-    optimizer = sgd()
-    scheduler = create_scheduler(config, optimizer, 10)
+def test_a_run_with_other_settings_goes_on_by_its_own():
+    def made(rate: float, steps: int, *args: str) -> tuple[Optimizer, LRScheduler]:
+        config = OptimizerConfig(lr_scheduler="cosine", learning_rate=rate, optimizer_args=args)
+        optimizer = create_optimizer(config, [start()])
+        return optimizer, create_scheduler(config, optimizer, steps)
+
+    optimizer, scheduler = made(1.0, 10)
     for _ in range(6):
         optimizer.step()
         scheduler.step()
-    longer_optimizer = sgd()
-    longer = create_scheduler(config, longer_optimizer, 20)
-    longer_optimizer.load_state_dict(optimizer.state_dict())
-    longer.load_state_dict(scheduler.state_dict())
-    restart_schedule(longer)
-    assert longer_optimizer.param_groups[0]["lr"] == longer.get_last_lr()[0] == pytest.approx(rates_of(config, 20)[6])
+    longer, schedule = made(0.5, 20, "betas=(0.8, 0.9)", "weight_decay=0.2")
+    with own_settings(longer, schedule):
+        longer.load_state_dict(optimizer.state_dict())
+        schedule.load_state_dict(scheduler.state_dict())
+    (group,) = longer.param_groups
+    expected = rates_of(OptimizerConfig(lr_scheduler="cosine", learning_rate=0.5), 20)
+    assert group["lr"] == schedule.get_last_lr()[0] == pytest.approx(expected[6])
+    assert group["betas"] == (0.8, 0.9) and group["weight_decay"] == 0.2
+    longer.step()
+    schedule.step()
+    assert group["lr"] == pytest.approx(expected[7])
 
 
 def test_a_warmup_longer_than_the_run_is_warned_of_once(caplog: pytest.LogCaptureFixture):

@@ -181,3 +181,10 @@ def test_every_fold_has_its_share_and_a_name_is_in_one() -> None:
         assert ((folds[0::2] == fold).nonzero().flatten() // 4).tolist() == list(range(6))
     assert not torch.equal(folds, assign_folds(names, torch.arange(48.0), 4, seed=1))
     assert assign_folds(names, None, 5, seed=0).unique().tolist() == list(range(5))
+
+
+def test_an_average_that_goes_on_from_a_state_keeps_its_own_decay() -> None:
+    model = torch.nn.Linear(1, 1)
+    saved, resumed = AveragedWeights(model, 0.9), AveragedWeights(model, 0.5)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.state_dict()["decay"] == 0.5

@@ -204,6 +204,17 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
     assert "resumed with a change: pictures in a step is 9 and was 8" in caplog.text
 
 
+def test_other_settings_of_a_resumed_run_hold_and_are_named(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(workplace, tmp_path, save_state_on_train_end=True)
+    longer = {"resume": tmp_path / "scorer-state", "max_train_steps": 7}
+    train(workplace, tmp_path, **longer)
+    assert "other settings" not in caplog.text
+    train(workplace, tmp_path, **longer, learning_rate=0.5, criterion="huber", lr_scheduler="constant_with_warmup")
+    (said,) = [text for text in caplog.messages if "with other settings" in text]
+    assert all(change in said for change in ("learning_rate is 0.5 and was 0.001", "criterion is huber and was mse", "lr_scheduler is c"))
+    assert said.count(" and was ") == 3 and read_metrics(tmp_path / "scorer.metrics.jsonl")[-1]["lr"] == 0.5
+
+
 def write_few(workplace: Path, count: int) -> Path:
     rows = (workplace / "ratings.csv").read_text(encoding="utf-8").splitlines()[1 : count + 1]
     path = workplace / f"{count}.csv"

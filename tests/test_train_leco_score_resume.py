@@ -127,6 +127,7 @@ def state(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"optimizer_type": "Prodigy"}, "optimizer"),
         ({"seed": 7}, "seed is 7 and was 0"),
         ({"sampler": "euler"}, "sampler is 'euler' and was 'ddim'"),
+        ({"network_alpha": 3.0}, "network_alpha is [3.0] and was [2.0]"),
         ({"max_denoising_steps": 4}, "max_denoising_steps is 4 and was 3"),
     ],
 )
@@ -161,6 +162,19 @@ def test_a_smaller_value_is_a_change_as_a_larger_one_is(seed: int) -> None:
 def test_on_purpose_a_run_goes_on_with_another_seed(workplace: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = run(workplace, tmp_path, resume=state, seed=7, max_train_steps=3, resume_with_changes=True)
     assert path.is_file() and "resumed with a change: seed is 7 and was 0" in caplog.text
+
+
+def test_other_settings_of_a_resumed_run_hold_and_are_named(
+    workplace: Path, state: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = load_file(run(workplace, tmp_path / "again", resume=state, max_train_steps=3))
+    assert "other settings" not in caplog.text
+    changed = load_file(run(workplace, tmp_path / "changed", resume=state, max_train_steps=3, learning_rate=5e-2, guidance_rescale=0.5))
+    (said,) = [text for text in caplog.messages if "with other settings" in text]
+    assert "learning_rate is 0.05 and was 0.01" in said and "guidance_rescale is 0.5 and was 0.0" in said and said.count(" and was ") == 2
+    before = load_state(state)["parts"]["network"]["state"]
+    moves = [max((own[name].float() - before[name].float()).abs().max() for name in before) for own in (again, changed)]
+    assert moves[1] > 2 * moves[0]
 
 
 @pytest.mark.parametrize("part", ["step", "rng", "parts", "term score", "negative", "generators"])

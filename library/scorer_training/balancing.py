@@ -15,7 +15,7 @@ from library.scorer_training.config import ScorerTrainingConfig
 from library.scorer_training.stages import Stage
 from library.scorers.base import BackboneScorer
 from library.training.finite_losses import FiniteLosses
-from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode, warmup_steps
+from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode, own_settings, warmup_steps
 from library.training.runtime import all_reduce_grads
 from library.types import LossOutput
 
@@ -96,11 +96,11 @@ class Balance:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.optimizer.load_state_dict(own)
-            optimizer_train_mode(optimizer.optimizer)
-        for (_, _, scheduler), own in zip(self._parts, state["schedulers"], strict=True):
-            scheduler.load_state_dict(own)
+        for prepared, (_, _, scheduler), *own in zip(self.optimizers, self._parts, state["optimizers"], state["schedulers"], strict=True):
+            with own_settings(prepared.optimizer, scheduler):
+                prepared.optimizer.load_state_dict(own[0])
+                scheduler.load_state_dict(own[1])
+            optimizer_train_mode(prepared.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

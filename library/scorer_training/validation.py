@@ -93,7 +93,7 @@ class AveragedWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError or RuntimeError for the average of another model."""
         own = self._ema.shadow_params
-        self._ema.load_state_dict(dict(state))
+        self._ema.load_state_dict({**state, "decay": self._ema.decay})
         self._ema.shadow_params = [copy.copy_(saved) for copy, saved in zip(own, self._ema.shadow_params, strict=True)]
 
 

@@ -30,6 +30,7 @@ from library.rollouts.config import RolloutConfig
 from library.rollouts.few_step import resolve_sampling
 from library.scorers.io import check_scorer_fits, load_scorer
 from library.scorers.pixel_decoder import check_decodes, load_tiny_autoencoder
+from library.settings.options import settings_as_text
 from library.settings.presets import PRESETS, MemoryConfig
 from library.settings.shared import LoggingConfig, MetadataConfig, NetworkConfig, OptimizerConfig, SavingConfig, TrainingConfig
 from library.slider_training.check import CheckConfig
@@ -41,7 +42,7 @@ from library.slider_training.previews import PREVIEW_PROMPTS, Previews
 from library.text_free.image_prompts import TextFreeConfig, encoder_and_prompts
 from library.training.optimizers import check_optimizer
 from library.training.run_files import RunFiles
-from library.training.run_state import AUTO, find_state
+from library.training.run_state import AUTO, SETTINGS, find_state
 from library.training.runtime import any_process, generator, weight_dtype
 from networks.lora import LoRANetwork
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+OF_NO_WEIGHT = ("check", "saving", "metadata", "logging", "max_train_steps", "num_threads")
+"""Concerns and settings in which a run may differ from the one that it goes on from without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +273,7 @@ def load_base(config: LecoScoreConfig, accelerator: Accelerator) -> DiffusionMod
 
 def _shared_settings(config: LecoScoreConfig, context: TrainingContext, precision: str) -> dict[str, Any]:
     return {
+        "network_alpha": sorted({lora.alpha.item() for lora in context.network.loras}),  # which is in a state, with the weights
         "seed": config.training.seed,
         "pretrained_model_name_or_path": Path(config.model.pretrained_model_name_or_path).name,
         "mixed_precision": precision,
@@ -276,6 +281,7 @@ def _shared_settings(config: LecoScoreConfig, context: TrainingContext, precisio
         "max_denoising_steps": context.sampling.num_steps,
         "scorer": [f"{Path(path).name} {_digest(Path(path).expanduser().read_bytes())}" for path in config.reward.scorer],
         "prompts": f"{len(context.prompts)} with hash {_digest(repr(list(context.prompts)).encode())}",
+        SETTINGS: settings_as_text(config, OF_NO_WEIGHT),
     }
 
 

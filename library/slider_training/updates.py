@@ -11,7 +11,7 @@ from library.rollouts.sample import model_autocast
 from library.slider_training.files import SliderState
 from library.slider_training.setup import LecoScoreConfig, SliderParts
 from library.training.finite_losses import FiniteLosses, LastGood
-from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode, restart_schedule
+from library.training.optimizers import create_optimizer, create_scheduler, optimizer_train_mode, own_settings
 from library.training.runtime import all_reduce_grads, any_process
 from library.training.tracking import to_floats
 from library.types import LossOutput
@@ -72,9 +72,9 @@ class Updates:
             files.owns_names = self.resumed = True
             saved = SliderState.load(folder)
             saved.check_shared(self.made.shared, folder, with_changes=saving.resume_with_changes)
-            saved.restore(self.parts, folder)
+            with own_settings(self.optimizer, self.scheduler):
+                saved.restore(self.parts, folder)
             optimizer_train_mode(self.optimizer)
-            restart_schedule(self.scheduler)
             self.unet_evaluations, self.watched = saved.unet_evaluations, saved.watched
             if saving.initial_step is None:
                 self.done = saved.step

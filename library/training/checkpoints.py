@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 CHECKSUM_FILE = "sha256sums"  # as `sha256sum --check` reads it
-STATE_FORMAT = "leco-score training state 2"
+STATE_FORMAT = "leco-score training state 3"
 
 
 def weights_path(output_dir: str | Path, output_name: str, step: int | None = None) -> Path:

@@ -180,15 +180,23 @@ def warmup_steps(config: OptimizerConfig, num_training_steps: int) -> int:
     return _steps(config.lr_warmup_steps, num_training_steps)
 
 
-def restart_schedule(scheduler: LRScheduler) -> None:
-    """After loading a state: give the optimizer the rate that this schedule, and not the saved one, has at its step.
+@contextmanager
+def own_settings(optimizer: Optimizer, scheduler: LRScheduler) -> Iterator[None]:
+    """Around the loading of a state: rates and arguments are then those that this run's settings ask for at its step, not the saved ones.
 
-    They differ where the run has become longer. A schedule that steps from one rate to the next, as some classes of torch do, goes on from
-    the saved rate.
+    They differ where the run has become longer, or its settings others. A schedule that steps from one rate to the next, as some classes
+    of torch do, goes on from the saved rate.
     """
+    names = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}  # what else a group holds is the optimizer's state
+    arguments = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    base_rates = scheduler.base_lrs
+    yield
+    for group, own in zip(optimizer.param_groups, arguments, strict=True):
+        group.update(own)
     if isinstance(scheduler, LambdaLR):
-        rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        scheduler.base_lrs = base_rates
+        rates = [base * factor(scheduler.last_epoch) for base, factor in zip(base_rates, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler._last_lr = rates
 

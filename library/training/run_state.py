@@ -14,6 +14,7 @@ from library.training.hub_files import fetch_state
 logger = logging.getLogger(__name__)
 
 AUTO = Path("auto")
+SETTINGS = "settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,11 @@ class RunState:
             raise UserError(f"the random generators in {folder} are none: resume from another state") from error
 
     def check_shared(self, own: Mapping[str, Any], folder: Path, *, with_changes: bool) -> None:
-        """Refuse a run that differs from the saved one in what they must share; `with_changes` logs it instead."""
-        names = [name for name in {**self.shared, **own} if repr(self.shared.get(name)) != repr(own.get(name))]
+        """Refuse a run that differs from the saved one in what they must share; `with_changes` logs it instead.
+
+        What differs in the other settings, which are under SETTINGS in what is shared, is named in one warning.
+        """
+        names = [name for name in {**self.shared, **own} if name != SETTINGS and repr(self.shared.get(name)) != repr(own.get(name))]
         changes = [f"{name} is {own.get(name)!r} and was {self.shared.get(name)!r}" for name in names]
         if changes and not with_changes:
             raise UserError(
@@ -88,6 +92,11 @@ class RunState:
             )
         for change in changes:
             logger.warning("resumed with a change: %s", change)
+        saved, now = self.shared.get(SETTINGS), own.get(SETTINGS, {})
+        others = [name for name in now if isinstance(saved, dict) and name not in own and saved.get(name, now[name]) != now[name]]
+        if others and isinstance(saved, dict):
+            listed = ", ".join(f"{name} is {now[name]} and was {saved[name]}" for name in others)
+            logger.warning("%s is of a run with other settings, and this one's hold from here on: %s", folder, listed)
 
 
 def find_state(saving: RunFilesConfig) -> Path | None:
