@@ -157,6 +157,24 @@ def test_scores_of_one_unit_share_a_plot_and_two_sliders_have_one_a_score():
         assert (0x25, 0x63, 0xEB) in colours  # the line is drawn
 
 
+def test_all_gains_of_several_sliders_are_drawn_on_one_scale(monkeypatch):
+    """So that a small side effect looks small; a share has its own."""
+    scales = {}
+
+    def keep(figure):
+        [axes] = figure.axes
+        scales[axes.get_title(loc="left")] = axes.get_ylim()
+        return b""
+
+    monkeypatch.setattr(plots, "figure_png", keep)
+    record = measured(judge=(0.01, 0.02))
+    for draw in record_plots([record, replace(record, name="other")]).values():
+        draw(LIGHT)
+    [(low, high)] = {scales.pop(score.name) for score in record.scaled}
+    assert low < min(score.gains_std[0].low for score in record.scaled) and high > max(score.gains_std[-1].high for score in record.scaled)
+    assert scales and (low, high) not in scales.values()
+
+
 def test_each_plot_has_the_lines_that_its_description_names(monkeypatch):
     """Every drawing is made after all of them were prepared, and must not take the last one's lines."""
     shown = []

@@ -64,8 +64,10 @@ class Line:
 
 def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Palette], bytes]]:
     """What draws each plot of some records, by its description: of one slider all scores that have a unit on one scale, then each of the
-    others; of several a plot a score, with a line a slider."""
+    others; of several a plot a score, with a line a slider, all gains on one scale."""
     first = records[0]
+    gains = [gain for record in records for score in record.scaled for gain in score.gains_std]
+    limits = min((gain.low for gain in gains), default=0.0), max((gain.high for gain in gains), default=0.0)
     plots: dict[str, Callable[[Palette], bytes]] = {}
     if len(records) == 1 and first.scaled:
         roles = {"scorer": "training score", "judge": "judge", "stay": "side effect"}
@@ -84,7 +86,10 @@ def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Pal
         ]
         unit = UNIT if scaled else "share of pictures" if response.is_share else "mean score"
         base = 0.0 if scaled else response.means[first.base].value
-        plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = _drawing(lines, name, unit=unit, base=base)
+        drawing = _drawing(lines, name, unit=unit, base=base, limits=limits if scaled else None)
+        plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = drawing
+            lines, name, unit=unit, base=base, limits=limits if scaled else None
+        )
     return plots
 
 
@@ -98,6 +103,7 @@ def weight_plot(
     *,
     unit: str = UNIT,
     base: float = 0.0,
+    limits: tuple[float, float] | None = None,
     usable: tuple[float, float] = (0.0, 0.0),
     slope: float | None = None,
     points: Sequence[tuple[float, Interval]] = (),
@@ -108,6 +114,7 @@ def weight_plot(
     Args:
         unit: of the values, in words.
         base: the base model's value.
+        limits: lowest and highest value that the axis is to hold; None takes those of `lines`.
         usable: weights that are shaded.
         slope: of a straight line through 0 to compare with, broken.
         points: values at weights that were measured again, on other seeds.
@@ -133,6 +140,9 @@ def weight_plot(
     for number, (weight, gain) in enumerate(points):
         error, label = [[gain.value - gain.low], [gain.high - gain.value]], "measured again, other seeds" if number == 0 else None
         axes.errorbar([weight], [gain.value], error, color=palette.ink, marker="D", markersize=5, capsize=3, zorder=5, label=label)
+    if limits is not None:
+        axes.update_datalim([(0.0, limit) for limit in limits])
+        axes.autoscale_view()
     axes.set_title(_tail(title, 60), fontsize=11, color=palette.ink, loc="left", fontweight="bold")
     axes.set_xlabel("LoRA weight", fontsize=9, color=palette.ink)
     axes.set_ylabel(unit, fontsize=9, color=palette.ink)
