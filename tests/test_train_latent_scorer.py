@@ -205,11 +205,12 @@ def test_an_interrupted_run_saves_itself_and_goes_on_to_the_same_bits(
 
 
 def test_other_settings_of_a_resumed_run_hold_and_are_named(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(workplace, tmp_path, save_state_on_train_end=True)
+    train(workplace, tmp_path, save_state_on_train_end=True, validation_split=0.3)
+    assert "validation_split 0.3 does nothing here: every picture's source says which split it is in" in caplog.messages
     longer = {"resume": tmp_path / "scorer-state", "max_train_steps": 7}
-    train(workplace, tmp_path, **longer)
+    train(workplace, tmp_path, **longer, validation_split=0.3)
     assert "other settings" not in caplog.text
-    train(workplace, tmp_path, **longer, learning_rate=0.5, criterion="huber", lr_scheduler="constant_with_warmup")
+    train(workplace, tmp_path, **longer, learning_rate=0.5, criterion="huber", lr_scheduler="constant_with_warmup", validation_split=0.3)
     (said,) = [text for text in caplog.messages if "with other settings" in text]
     assert all(change in said for change in ("learning_rate is 0.5 and was 0.001", "criterion is huber and was mse", "lr_scheduler is c"))
     assert said.count(" and was ") == 3 and read_metrics(tmp_path / "scorer.metrics.jsonl")[-1]["lr"] == 0.5
@@ -228,7 +229,9 @@ def test_few_ratings_are_validated_by_folds_and_all_are_trained_on(
 ) -> None:
     monkeypatch.setattr(encoding, "encode_images", pool)
     few = {"train_data_file": write_few(workplace, 12), "cache_dir": None, "validate_every_n_steps": 3, "learning_rate": 3e-3}
-    path = train(workplace, tmp_path, max_train_steps=6, **few)
+    path = train(workplace, tmp_path, max_train_steps=6, validation_split=0.3, **few)
+    folds = "the 12 pictures of score are validated by 5 folds (validation_folds 0 has it read)"
+    assert f"validation_split 0.3 does nothing here: {folds}" in caplog.messages
     record = load_scorer(path).spec.training
     steps, worth = record["folds"]["steps"], record["worth"]
     assert record["steps"] == record["best_step"] == steps and steps in (3, 6) and record["folds"]["folds"] == [5, 2]

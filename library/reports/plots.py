@@ -88,8 +88,6 @@ def record_plots(records: Sequence[EvaluationRecord]) -> dict[str, Callable[[Pal
         base = 0.0 if scaled else response.means[first.base].value
         drawing = _drawing(lines, name, unit=unit, base=base, limits=limits if scaled else None)
         plots[f"{'Gain' if scaled else 'Mean'} of {name} over the weight."] = drawing
-            lines, name, unit=unit, base=base, limits=limits if scaled else None
-        )
     return plots
 
 

@@ -14,7 +14,7 @@ from library.scorer_data.readers.files import pictures_below
 from library.scorer_data.readers.recognition import read_records
 from library.scorer_data.records import FilePicture, Picture, RatedImage, RatedPair, Records, Skipped, SkipReport, split_key, split_of
 from library.scorer_training.criteria.base import get_criterion
-from library.scorer_training.dataset_config import Dataset, Subset
+from library.scorer_training.dataset_config import VALIDATION_SPLIT, Dataset, Subset
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class Collected:
     """The usable rows of a dataset, by column.
 
-    `second` is filled for pairs only, `repeats` says how often a row counts, `names` what must stay on one side of a split,
-    `complaint` is an example of what was left out.
+    `second` is filled for pairs only, `repeats` says how often a row counts, `names` what must stay on one side of a split, `has_split`
+    whether a source says that of a row, `is_parted` whether validation_split did, `complaint` is an example of what was left out.
     """
 
     pictures: list[Picture] = field(default_factory=list)
@@ -36,17 +36,18 @@ class Collected:
     names: list[str] = field(default_factory=list)
     is_train: list[bool] = field(default_factory=list)
     has_split: bool = False
+    is_parted: bool = False
     complaint: str = ""
 
-    def digest(self) -> str:
-        """What tells these rows from others."""
-        hashed = hashlib.sha256()
-        for row in zip((picture.key for picture in self.pictures), self.targets, self.weights, self.repeats, self.is_train, strict=True):
+    def digest(self, *, in_folds: bool) -> str:
+        """What tells these rows from others; their split is no part of it in folds, which do not read it."""
+        hashed, splits = hashlib.sha256(), [True] * len(self.targets) if in_folds else self.is_train
+        for row in zip((picture.key for picture in self.pictures), self.targets, self.weights, self.repeats, splits, strict=True):
             hashed.update(repr(row).encode("utf-8", "surrogateescape"))
         return f"{len(self.targets)} with hash {hashed.hexdigest()[:16]}"
 
 
-def collect(dataset: Dataset, validation_split: float) -> Collected:
+def collect(dataset: Dataset, validation_split: float | None) -> Collected:
     """Read a dataset's subsets. What cannot be used is reported in the log.
 
     Raises:
@@ -61,7 +62,7 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
             elif value is None:
                 report.add(Skipped(f"{record.where}: {record.name} has no {target}, which {dataset.criterion} learns", f"no {target}"))
             else:
-                split = split_of(record, dataset.validation_split or validation_split)
+                split = split_of(record, dataset.validation_split or validation_split or VALIDATION_SPLIT)
                 if split == "test":
                     continue
                 rows.pictures.append(record.first if isinstance(record, RatedPair) else record.picture)
@@ -74,6 +75,7 @@ def collect(dataset: Dataset, validation_split: float) -> Collected:
                 rows.names.append(split_key(record))
                 rows.is_train.append(split == "train")
                 rows.has_split |= record.split is not None
+                rows.is_parted |= record.split is None
     if report:
         logger.warning("dataset %s:", dataset.name)
     report.log(logger)

@@ -33,6 +33,7 @@ from library.settings.options import check_at_least, check_not_set, option
 from library.settings.toml_files import read_toml
 
 MAX_TAGS = 1000
+VALIDATION_SPLIT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Dataset:
         weight: of its loss, where losses are summed.
         target_class: the class or tag whose log odds are the score; the first if not set.
         max_tags: how many tags are learned, the most frequent ones; MAX_TAGS if not set.
-        validation_split: the share kept for validation where a source has no split of its own; None is the run's.
+        validation_split: the share kept for validation where a source has no split of its own; None is the run's, or VALIDATION_SPLIT.
     """
 
     name: str
@@ -99,7 +100,9 @@ class DataConfig:
         "interval of that, such as 0.8 0.6 0.9. What the file says of itself is that times how well it follows the marks.",
         expert=True,
     )
-    validation_split: float = option(0.1, help="Share of the pictures kept for validation, chosen by a hash of their path.")
+    validation_split: float | None = option(
+        None, help="Share of the pictures kept for validation, chosen by a hash of their path; not set: 0.1."
+    )
     validation_folds: int | None = option(
         None,
         help="Folds of the score's pictures to validate by, in place of validation_split; 0: none. Not set: 5 for fewer than 300 pictures "
@@ -121,7 +124,7 @@ class DataConfig:
             if not -1 <= low <= value <= high <= 1:
                 given = " ".join(f"{number:g}" for number in self.marks_worth)
                 raise UserError(f"marks_worth is {given}, but it is a correlation and the ends of its interval, such as 0.8 0.6 0.9")
-        if not 0 < self.validation_split < 1:
+        if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise UserError(f"validation_split is {self.validation_split}, but it must be above 0 and below 1, such as 0.1")
         if self.validation_folds is not None and (self.validation_folds < 0 or self.validation_folds == 1):
             raise UserError(f"validation_folds is {self.validation_folds}, but it must be 0 for none, or 2 at least, such as 5")

@@ -131,7 +131,7 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
     logger.info(
         "dataset %s: %d pictures to train on, %s to validate with", dataset.name, len(train), f"{folds} folds" if folds else len(validation)
     )
-    return dataclasses.replace(parted(train, validation), ratings=rows.digest(), folds=in_folds if folds else None)
+    return dataclasses.replace(parted(train, validation), ratings=rows.digest(in_folds=folds > 0), folds=in_folds if folds else None)
 
 
 def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Accelerator) -> tuple[list[Task], list[Task]]:
@@ -145,13 +145,15 @@ def load_tasks(config: LatentScorerConfig, source: ModelSource, accelerator: Acc
     stages = config.data.datasets(), config.pretraining.datasets()
     check_settings(config.training, [dataset for datasets in stages for dataset in datasets])
     collected = [[(dataset, collect(dataset, config.data.validation_split)) for dataset in datasets] for datasets in stages]
+    folds_of_score = _num_folds(config.data, collected[0][0][1])
+    _warn_of_unread_split(config.data, [entry for stage in collected for entry in stage], folds_of_score)
     cache = fill_cache(config, source.vae, accelerator, pictures_of(rows for stage in collected for _, rows in stage))
 
     training, pretraining = [], []
     for stage, tasks in zip(collected, (training, pretraining), strict=True):
         for dataset, rows in stage:
             try:
-                folds = _num_folds(config.data, rows) if dataset is collected[0][0][0] else 0
+                folds = folds_of_score if dataset is collected[0][0][0] else 0
                 tasks.append(make_task(dataset, rows, cache, config, folds=folds))
             except UserError as error:
                 if dataset is stage[0][0]:
@@ -194,6 +196,17 @@ def _num_folds(config: DataConfig, rows: Collected) -> int:
     if config.validation_folds is not None:
         return config.validation_folds
     return FOLDS if len(rows.targets) < FEW and not rows.has_split else 0
+
+
+def _warn_of_unread_split(config: DataConfig, datasets: Sequence[tuple[Dataset, Collected]], folds: int) -> None:
+    """Where a share for validation is asked for, and what the score is validated with is another."""
+    score, rows = datasets[0]
+    given = score.validation_split or config.validation_split
+    if given is None or not (folds or not any(rows.is_parted for _, rows in datasets)):
+        return
+    few = f"the {len(rows.targets)} pictures of {score.name} are validated by {folds} folds (validation_folds 0 has it read)"
+    why = few if folds else "every picture's source says which split it is in"
+    logger.warning("validation_split %g does nothing here: %s", given, why)
 
 
 def _shuffled(indices: Tensor) -> Tensor:
