@@ -8,7 +8,15 @@ import pytest
 
 from library.errors import UserError
 from library.measuring.record import EvaluationRecord, hack_index
-from library.measuring.statistics import bootstrap_means, linear_fit, paired_difference, summarise_response, within_prompt_std
+from library.measuring.statistics import (
+    PairedChanges,
+    bootstrap_gains,
+    bootstrap_means,
+    linear_fit,
+    paired_difference,
+    summarise_response,
+    within_prompt_std,
+)
 from tests.helpers.records import record_of
 
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -143,3 +151,57 @@ def test_json_round_trip_and_every_prompt_apart() -> None:
     assert [row["prompt"] for row in data["per_prompt"]] == list(record.prompts)
     means = np.mean([row["gains_std"]["a"] for row in data["per_prompt"]], axis=0)
     assert means == pytest.approx([gain.value for gain in record.responses["a"].gains_std])
+
+
+# ---- gains in a unit that was measured, too ----
+
+
+def test_more_pictures_of_the_base_model_make_the_unit_surer():
+    """12 prompts and 4 seeds know the unit to 12 %; 16 seeds to 5 %."""
+    widths = []
+    for num_seeds in (4, 16):
+        rng = np.random.default_rng(1)
+        base = 3 * rng.normal(size=(12, num_seeds))
+        changes = np.full((12, 4, 1), 3.0)
+        _, resamples = bootstrap_gains([PairedChanges(base, changes)], rng)
+        widths.append(resamples.std())
+    assert widths[1] < 0.7 * widths[0] and 0.03 < widths[1] < 0.08
+
+
+def test_prompts_that_tell_the_unit_alone_count_for_the_unit():
+    """9 prompts were measured, whose own unit is 0.5; with 31 others it is 3. The interval holds the gain, which is 1."""
+    rng = np.random.default_rng(1)
+    measured, others = 0.5 * rng.normal(size=(9, 3)), 3.36 * rng.normal(size=(31, 3))
+    changes = np.full((9, 3, 1), within_prompt_std(np.concatenate([measured, others])))
+    gains, resamples = bootstrap_gains([PairedChanges(measured, changes), PairedChanges(others)], rng)
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    assert gains == pytest.approx([1.0]) and 0.7 < low < 1 < high < 1.6
+
+
+def test_sets_of_other_numbers_of_seeds_are_one_set_of_prompts():
+    """Each prompt weighs the same in the mean, each degree of freedom in the unit."""
+    rng = np.random.default_rng(1)
+    sets = [
+        PairedChanges(rng.normal(size=(count, seeds)), rng.normal(size=(count, pairs, 2))) for count, seeds, pairs in ((6, 4, 2), (3, 3, 1))
+    ]
+    gains, resamples = bootstrap_gains(sets, rng)
+    means = np.concatenate([part.changes.mean(1) for part in sets if part.changes is not None])
+    squares = sum(((part.base - part.base.mean(1, keepdims=True)) ** 2).sum() for part in sets)
+    unit = (squares / (6 * 3 + 3 * 2)) ** 0.5
+    assert gains == pytest.approx(means.mean(0) / unit)
+    assert resamples.mean(0) == pytest.approx(gains, abs=0.1) and resamples.shape == (1000, 2)
+
+
+def test_a_gain_over_the_unit_of_its_own_prompts_is_surer():
+    """Prompts of twice the spread are moved twice as far: drawn together, what the draw of prompts does to both falls out of the ratio."""
+    rng = np.random.default_rng(1)
+    spread = np.repeat([0.5, 2.0], 10)[:, None]
+    base, changes = spread * [[1.0, -1.0, 1.0, -1.0]], spread[:, :, None] * np.ones((20, 2, 1))
+    together = bootstrap_gains([PairedChanges(base, changes)], rng)[1].std()
+    apart = bootstrap_gains([PairedChanges(base[::-1].copy(), changes)], rng)[1].std()
+    assert together < 0.5 * apart
+
+
+def test_a_score_that_does_not_vary_has_no_unit():
+    with pytest.raises(UserError, match="does not vary"):
+        bootstrap_gains([PairedChanges(np.ones((2, 2)), np.ones((2, 2, 1)))], np.random.default_rng(0))
