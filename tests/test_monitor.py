@@ -405,6 +405,23 @@ def test_the_running_gain_asks_for_an_observation_when_the_slider_is_strong_enou
     assert promise(5.0, 85) is None  # not again at once
 
 
+def test_a_slider_that_may_be_much_too_strong_is_looked_at_before_it_is_thought_to_be_strong_enough() -> None:
+    """After three updates nobody knows how much of them lasts; after an observation it is known."""
+    monitor, network = made_up_monitor(early_stop_gain=1.5, evaluate_every_n_steps=1000)
+    observe_all(monitor, network, [0])
+    train_to(network, 1.2)
+    running = monitor.running
+    assert running is not None
+
+    def promise(step: int) -> Observation | None:
+        monitor._seen += [(torch.tensor([1.0, -1.0]), torch.tensor([gain, gain]) * running.unit, None) for gain in (3.2, 3.3, 3.4)]
+        return monitor.after(step)
+
+    seen = promise(5)
+    assert seen is not None and seen.stop is None and running.weaker.value < 1.5
+    assert all(promise(step) is None for step in (10, 15, 20))
+
+
 def test_a_run_that_gains_no_more_is_looked_at_and_ended() -> None:
     monitor, network = made_up_monitor()
     observe_all(monitor, network, [0])

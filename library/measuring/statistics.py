@@ -29,6 +29,11 @@ class Interval:
         """The same in another unit; NaN where the unit is 0."""
         return Interval(*(bound / unit if unit > 0 else math.nan for bound in (self.value, self.low, self.high)))
 
+    @property
+    def std(self) -> float:
+        """The standard deviation of a normal distribution whose interval goes as far up."""
+        return (self.high - self.value) / 1.96
+
     def stretched(self, factor: float, least: float, most: float) -> "Interval":
         """Its bounds so many times as far from the value, within what is possible at all."""
         low, high = (self.value + factor * (bound - self.value) for bound in (self.low, self.high))

@@ -2,6 +2,7 @@
 which step to keep, and which strength to call 1."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 OBSERVATIONS, OBSERVATIONS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besides those that the running gain asks for
 CHECKS = 100  # times a run that the running gain is looked at
+PERHAPS = 1.4  # times early_stop_gain: where the running gain may be by its standard deviation, one looks
 PLATEAU = 0.1  # within-prompt standard deviations in a fifth of a run: less is no growth
 
 
@@ -188,12 +190,14 @@ class Monitor:
                     self.running.add_finished(prompt.prompt, multiplier, prompt.direction, score)
 
     def _asks(self, step: int) -> bool:
-        """Whether the running gain says that the slider is strong enough, or grows no more, and that was not looked at lately."""
+        """Whether the running gain says that the slider is strong enough, or may be much too strong, or grows no more, and that was not
+        looked at lately."""
         if self.running is None:
             return False
-        since = step - (self.last[0] if self.last else 0)
-        strong = self.config.early_stop_gain is not None and self.running.weaker.value >= self.config.early_stop_gain
-        return (strong and since >= max(2, self.num_steps // 50)) or (self._is_plateau(step) and since >= self.interval // 2)
+        since, wanted, gain = step - (self.last[0] if self.last else 0), self.config.early_stop_gain, self.running.weaker
+        strong = wanted is not None and (gain.value >= wanted or PERHAPS * wanted <= gain.value + gain.std < math.inf)
+        lately = max(1, min(step // 10, self.num_steps // 50))
+        return (strong and since >= lately) or (self._is_plateau(step) and since >= self.interval // 2)
 
     def _is_plateau(self, step: int) -> bool:
         """Whether the running gain has not grown for a fifth of the run, but by what is lost in its noise."""
