@@ -311,6 +311,10 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
     (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="vae has no weights"):
         load_model(broken)
+    (broken / "vae").rename(broken / "not a vae")
+    with pytest.raises(UserError, match="vae has no config.json; give the VAE by vae, or a model that is complete"):
+        load_model(broken)
+    (broken / "not a vae").rename(broken / "vae")
     unet = broken / "unet" / "diffusion_pytorch_model.safetensors"
     unet.write_bytes(unet.read_bytes()[:-50])
     with pytest.raises(UserError, match="unet cannot be loaded"):
@@ -377,3 +381,6 @@ def test_load_vae(sd1_file, sd1_folder, tmp_path):
         load_vae(tmp_path / "other.safetensors", family="sd1")
     with pytest.raises(UserError, match="is a LoRA, not a model"):
         load_vae(tmp_path / "other.safetensors")
+    save_file({"backbone.stem.weight": torch.zeros(1)}, tmp_path / "scorer.safetensors")
+    with pytest.raises(UserError, match="has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE"):
+        load_vae(tmp_path / "scorer.safetensors")

@@ -135,6 +135,8 @@ def _load_vae(path: Path, family: str) -> Autoencoder:
             raise UserError(
                 f"{path} holds only a VAE, which does not say its scaling factor; give the model's family ({', '.join(FAMILIES)})."
             )
+        if not has_vae and not single_file.is_lora(tensors):
+            raise UserError(f"{path} has no VAE; {single_file.GIVE_VAE}.")
         return single_file.build_vae(tensors, single_file.detect_family(tensors, path), path)
     return single_file.build_vae(tensors, FAMILIES[family], path)
 
@@ -152,7 +154,7 @@ def _foreign(path: Path) -> Iterator[None]:
 
 
 def _vae_of_folder(folder: Path, load: Component) -> Autoencoder:
-    config = read_json(folder / "config.json", "the diffusers model is not complete")
+    config = read_json(folder / "config.json", "give the VAE by vae, or a model that is complete")
     return load(vae_class(str(config.get("_class_name", "AutoencoderKL"))), folder, torch.float32)
 
 

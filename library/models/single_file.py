@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UNET_PREFIX = "model.diffusion_model."
+GIVE_VAE = "give a checkpoint with one, a VAE file or the folder of a VAE"
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 HEAD_WIDTH = 64  # of SD2's and SDXL's U-Net and of every CLIP text encoder here
 
@@ -75,13 +76,17 @@ def _unscaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def is_lora(tensors: StateDict) -> bool:
+    return any(".lora_" in name or name.startswith(("lora_", "lycoris_")) for name in tensors)
+
+
 def detect_family(tensors: StateDict, path: Path) -> Family:
     """Which family a checkpoint belongs to, from its tensors' names.
 
     Raises:
         UserError: it is no text-to-image model that is known; the message says what it looks like.
     """
-    if any(".lora_" in name or name.startswith(("lora_", "lycoris_")) for name in tensors):
+    if is_lora(tensors):
         raise UserError(f"{path} is a LoRA, not a model; give the checkpoint that the LoRA is to be trained for.")
     for name, what in (("edm_mean", "Playground v2.5"), ("edm_vpred.sigma_max", "a CosXL model")):
         if name in tensors:
@@ -260,7 +265,7 @@ def build_vae(tensors: StateDict, family: Family, path: Path) -> Autoencoder:
         return build_part(AutoencoderKLWan, wan, convert_wan_vae_to_diffusers(dict(own)), torch.float32, path, "VAE")
     own = {name: tensor for name, tensor in own.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if "encoder.conv_in.weight" not in own or "decoder.conv_in.weight" not in own:
-        raise UserError(f"{path} has no VAE; give a checkpoint with one, a VAE file or the folder of a VAE.")
+        raise UserError(f"{path} has no VAE; {GIVE_VAE}.")
     if "latent_channels" not in family.config["vae"]:
         raise UserError(f"{path} is a VAE of Stable Diffusion's or FLUX's kind, and {family.title} has another; give one made for it.")
     config = vae_config(own, family)
