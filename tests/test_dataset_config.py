@@ -24,6 +24,8 @@ def test_a_mixture_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('criterion = "huber"', 'criterion = "hubber"'), "dataset 1: criterion is 'hubber'"),
         (("proportion = 3", "propotion = 3"), "dataset 1: there is no key 'propotion' .did you mean 'proportion'"),
         (("proportion = 3", "proportion = 0"), "proportion is 0, but it must be above 0"),
+        (("proportion = 3", "proportion = inf"), "proportion is inf, but it must be above 0 and finite"),
+        (("proportion = 3", "max_tags = 2.5"), "max_tags is 2.5, but it must be a whole number"),
         (("weight = 0.5", 'weight = "much"'), "dataset 2: weight is 'much', but it must be a number"),
         (('name = "words"', 'name = "bright"'), "two datasets have the name 'bright'"),
         (('name = "words"', 'name = "my.words"'), "name is 'my.words'"),

@@ -83,6 +83,20 @@ def test_a_constant_score_and_a_folder_that_is_none(workplace: Path, tmp_path: P
         train(workplace, tmp_path / "file")
 
 
+def test_a_table_without_rows_and_one_without_scores(workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for rows, why in (("", "its source is empty"), ("0.png,good", "line 2: score 'good' is not a finite number")):
+        (tmp_path / "ratings.csv").write_text(f"path,score\n{rows}\n", encoding="utf-8")
+        with pytest.raises(UserError, match=rf"dataset score has no picture that can be used \(.*{why}\)"):
+            train(workplace, tmp_path, train_data_file=tmp_path / "ratings.csv", image_dir=workplace, validation_split=0.3)
+    assert "validation_split" not in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_result(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="scorer.safetensors could not be written"):
+        train(workplace, tmp_path / "file" / "out")
+
+
 def test_a_second_training_of_the_same_name_is_refused(workplace: Path, tmp_path: Path) -> None:
     with only_process(tmp_path / ".scorer.lock", "it"), pytest.raises(UserError, match="scorer in .* is trained by process"):
         train(workplace, tmp_path)

@@ -20,6 +20,7 @@
 Keys of a subset that are not listed in `Subset` go to its reader. Paths are relative to the working directory, as they are everywhere.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -212,7 +213,8 @@ def _dataset(general: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
             raise UserError(f"{where}: there is no key {key!r}{hint}; it can be {', '.join(known)}; a reader's keys belong into its subset")
     for key in ("name", "criterion", "target_class"):
         _check(values, key, str, where)
-    for key in ("proportion", "weight", "max_tags", "validation_split"):
+    _check(values, "max_tags", int, where, above=0)
+    for key in ("proportion", "weight", "validation_split"):
         _check(values, key, (int, float), where, above=0)
     criterion = values.get("criterion", "")
     if criterion not in CRITERIA:
@@ -249,5 +251,5 @@ def _check(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], w
     if isinstance(value, bool) or not isinstance(value, kind):
         wanted = "a text" if kind is str else "a whole number" if kind is int else "a number"
         raise UserError(f"{where}: {key} is {value!r}, but it must be {wanted}")
-    if above is not None and not value > above:
-        raise UserError(f"{where}: {key} is {value}, but it must be above {above:g}")
+    if above is not None and not above < value < math.inf:
+        raise UserError(f"{where}: {key} is {value}, but it must be above {above:g}" + " and finite" * (value == math.inf))

@@ -90,7 +90,7 @@ def make_task(dataset: Dataset, rows: Collected, cache: LatentCache, config: Lat
         is_train = torch.ones_like(is_train)
     train, validation = (_shuffled((usable & mine).nonzero().flatten()) for mine in (is_train, ~is_train))
     validation = validation[:MOST_VALIDATED]
-    complaint = f" ({rows.complaint})" if rows.complaint else ""
+    complaint = f" ({rows.complaint})" if rows.complaint else "" if rows.targets else " (its source is empty)"
     if not usable.any():
         raise UserError(f"dataset {dataset.name} has no picture that can be used{complaint}")
     if folds and len(train) < 2 * folds:
@@ -202,7 +202,7 @@ def _warn_of_unread_split(config: DataConfig, datasets: Sequence[tuple[Dataset, 
     """Where a share for validation is asked for, and what the score is validated with is another."""
     score, rows = datasets[0]
     given = score.validation_split or config.validation_split
-    if given is None or not (folds or not any(rows.is_parted for _, rows in datasets)):
+    if given is None or not rows.targets or not (folds or not any(rows.is_parted for _, rows in datasets)):
         return
     few = f"the {len(rows.targets)} pictures of {score.name} are validated by {folds} folds (validation_folds 0 has it read)"
     why = few if folds else "every picture's source says which split it is in"
@@ -224,6 +224,6 @@ def _encode_targets(
         return classes, torch.tensor([numbers.get(label, -1) for label in rows.targets])
     if target == "tags":
         counts = Counter(tag for index in train.tolist() for tag in rows.targets[index])
-        classes = tuple(tag for tag, count in counts.most_common(int(dataset.max_tags or MAX_TAGS)) if count >= MIN_TAG_COUNT)
+        classes = tuple(tag for tag, count in counts.most_common(dataset.max_tags or MAX_TAGS) if count >= MIN_TAG_COUNT)
         return classes, PackedTags(rows.targets, classes)
     return (), torch.tensor(rows.targets, dtype=torch.float32)

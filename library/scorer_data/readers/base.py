@@ -118,7 +118,9 @@ def check_options(name: str, options: ReaderOptions) -> None:
     reader = READERS[name]
     if options.target not in reader.targets:
         wanted = " or ".join(reader.targets)
-        raise UserError(f"reader {name!r} gives {wanted}, but {options.target} is to be learned; choose another criterion")
+        raise UserError(
+            f"reader {name!r} gives {wanted}, but {options.target} is to be learned; choose another criterion, or give a table of that"
+        )
     given = [key for key in ("image_dir", "score_column", "score_range", "split") if getattr(options, key)]
     for key in [*given, *options.extra]:
         known = [*reader.known, *reader.own]

@@ -175,7 +175,7 @@ def _csv(path: Path, needed: Needed, columns: Collection[str] | None) -> RowIter
             if len(cells) != len(header):
                 yield Skipped(f"{where}: line 1 has {len(header)} columns and this row has {len(cells)}; quote texts", "row cannot be read")
             elif not all(map(is_utf8, cells)):
-                yield Skipped(f"{where}: this is not text in UTF-8", "row cannot be read")
+                yield Skipped(f"{where}: this is not text in UTF-8; save the file as UTF-8", "row cannot be read")
             elif exported:
                 yield _checked(Row(where, plain_row(dict(zip(header, cells, strict=True)))), needed)
             else:
@@ -205,7 +205,7 @@ def _checked(row: Row, needed: Needed) -> Row | Skipped:
     missing = next((names for names in needed if all(row.get(name) is None for name in names)), None)
     if missing is None:
         return row
-    return Skipped(f"{row.where}: there is no {missing[0]!r}; it has {', '.join(row.values)}", f"row has no {missing[0]}")
+    return Skipped(f"{row.where}: there is no {missing[0]!r}; it has {', '.join(row.values) or 'nothing'}", f"row has no {missing[0]}")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
