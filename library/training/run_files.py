@@ -37,7 +37,7 @@ class RunFiles:
         """Find at the start what would keep the run from saving, or that there are no `space` bytes free. Raises UserError."""
         folder, name, step = self.saving.output_dir, self.saving.output_name, 10**8 - 1
         states = [state_path(folder, name, step), state_path(folder, name)]  # an interrupted run writes one that was not asked for
-        files = [self.weights_path(step), self.weights_path(), self.metrics_path, folder / f".{name}.lock"]
+        files = [self.weights_path(), self.weights_path(step), self.metrics_path, folder / f".{name}.lock"]
         check_outputs(*files, folders=states, space=space)
 
     def num_on_the_way(self, num_steps: int) -> int:
