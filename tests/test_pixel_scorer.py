@@ -451,6 +451,7 @@ def test_pictures_that_all_score_alike_are_no_reference(tmp_path: Path) -> None:
         ({"image_model": None}, "image_model is not set"),
         ({"output": Path("x.pt")}, "safetensors"),
         ({"decode_tile": 4}, "at least 8"),
+        ({"reference_dir": Path("nowhere")}, "reference_dir nowhere is not a folder"),
         ({"num_reference": 5}, "num_reference is set, but there is no reference_dir"),
     ],
 )

@@ -84,6 +84,8 @@ elif mode == "few":
     print("1.0")
 elif mode == "fail":
     sys.exit("it went wrong")
+elif mode == "silent":
+    sys.exit(3)
 """
 
 
@@ -356,7 +358,14 @@ def test_a_command_that_hangs_is_stopped(folder) -> None:
         CommandRater(program(folder, "sleep"), timeout=0.25).rate(images_of(folder, ["a.png", "d.png"]))
 
 
-@pytest.mark.parametrize(("mode", "message"), [("few", "printed 1 lines for 4 pictures"), ("fail", "ended with code 1: it went wrong")])
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("few", "printed 1 lines for 4 pictures"),
+        ("fail", "ended with code 1: it went wrong"),
+        ("silent", "ended with code 3: it said nothing"),
+    ],
+)
 def test_a_command_that_fails_for_all_is_the_users_to_mend(folder, mode, message) -> None:
     with pytest.raises(UserError, match=message):
         CommandRater(program(folder, mode)).rate(images_of(folder))

@@ -70,6 +70,8 @@ class PixelScorerConfig:
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
         if 0 < self.decode_tile < 8:
             raise UserError(f"decode_tile is {self.decode_tile}; it must be 0, or at least 8 latents")
+        if self.reference_dir is not None and not self.reference_dir.is_dir():
+            raise UserError(f"reference_dir {self.reference_dir} is not a folder; give a folder of pictures")
         if self.reference_dir is None:
             check_not_set(self, "there is no reference_dir", "num_reference")
         check_at_least(self, 0, "decode_tile", "decode_batch")

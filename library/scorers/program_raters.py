@@ -152,4 +152,4 @@ def _parse(lines: Sequence[str], images: Sequence[RatedImage], name: str) -> lis
 def _last_line(text: str) -> str:
     """What a program says at the end, such as the error below a traceback."""
     lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    return lines[-1].strip() if lines else "it said nothing"
