@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 OBSERVATIONS, OBSERVATIONS_WITH_JUDGES = 3, 8  # observations of a run at regular places, besides those that the running gain asks for
 CHECKS = 100  # times a run that the running gain is looked at
-PERHAPS = 1.4  # times early_stop_gain: where the running gain may be by its standard deviation, one looks
+TOO_STRONG = 1.4  # times early_stop_gain: a running gain that may be so much, within its standard deviation, is looked at
 PLATEAU = 0.1  # within-prompt standard deviations in a fifth of a run: less is no growth
 
 
@@ -195,7 +195,7 @@ class Monitor:
         if self.running is None:
             return False
         since, wanted, gain = step - (self.last[0] if self.last else 0), self.config.early_stop_gain, self.running.weaker
-        strong = wanted is not None and (gain.value >= wanted or PERHAPS * wanted <= gain.value + gain.std < math.inf)
+        strong = wanted is not None and (gain.value >= wanted or TOO_STRONG * wanted <= gain.value + gain.std < math.inf)
         lately = max(1, min(step // 10, self.num_steps // 50))
         return (strong and since >= lately) or (self._is_plateau(step) and since >= self.interval // 2)
 
