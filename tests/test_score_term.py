@@ -168,3 +168,10 @@ def test_training_runs(estimator: str, workplace: Path, tmp_path: Path) -> None:
     # An untrained LoRA does nothing; but the frozen model's rows stand in another batch, for which other kernels may run: 1e-6 of a drift.
     assert numbers["eps_drift"][1] > 10 * numbers["eps_drift"][0] and numbers["eps_drift"][0] < 2e-6
     assert numbers["grad_norm"][0] > 0 and all(numbers["reward"])
+
+
+def test_timesteps_that_hold_no_step_of_the_sampler_are_refused() -> None:
+    """They would be looked for without end."""
+    with pytest.raises(UserError, match="no step of the sampler is from min_timestep 999 to .* its steps are at 751, 501, 251, 1; widen"):
+        make_term(make_context("sd1"), min_timestep=999, max_timestep=1000)
+    make_term(make_context("sd1"), max_timestep=2)

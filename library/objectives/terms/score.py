@@ -34,6 +34,13 @@ class ScoreTerm(Term):
         self.generator = context.generator("views")
         self.watch: Callable[[RolloutBatch, LossOutput, Finished | None], None] | None = None
         self.rollout = score_rollout(context, config)
+        times = {time for pool in self.rollout.trajectories.pools for time in pool.times[:-1]}
+        if not any(config.min_timestep <= time < config.max_timestep for time in times):
+            own = ", ".join(f"{time:g}" for time in sorted(times, reverse=True)[:20])
+            raise UserError(
+                f"no step of the sampler is from min_timestep {config.min_timestep} to below max_timestep {config.max_timestep}, so "
+                f"nothing would be trained: its steps are at {own}; widen the two, or raise max_denoising_steps"
+            )
         self.objective = ScoreObjective(context, config)
 
     def __call__(self) -> LossOutput:
