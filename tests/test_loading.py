@@ -301,7 +301,8 @@ def test_folders_that_are_something_else(sd1_folder, tmp_path):
     edit_json(broken / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels"):
         load_model(broken)
-    edit_json(broken / "unet" / "config.json", in_channels=4)
+    edit_json(broken / "unet" / "config.json", in_channels=4, sample_size="large")
+    assert load_model(broken).spec.resolution == load_model(sd1_folder).vae.config["sample_size"]
     shutil.rmtree(broken / "tokenizer")
     with pytest.raises(UserError, match="The tokenizer in .* has 0 tokens and the text encoder 49408"):
         load_model(broken)

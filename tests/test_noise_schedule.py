@@ -203,3 +203,9 @@ def test_at_the_floor_v_goes_through_eps_to_x0_with_a_stated_error():
     torch.testing.assert_close(x0, -v, rtol=0, atol=3e-3)
     (gradient,) = torch.autograd.grad(x0.sum(), v)
     torch.testing.assert_close(gradient, -torch.ones_like(v), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["steps_offset", "original_inference_steps"])
+def test_numbers_of_steps_are_whole(name):
+    with pytest.raises(UserError, match=f"has {name} '1'; it must be a whole number"):
+        NoiseSchedule.from_config(STABLE_DIFFUSION | {name: "1"})

@@ -163,6 +163,10 @@ class NoiseSchedule:
             raise UserError(f"The model's scheduler has timestep_spacing {spacing!r}; use {', '.join(CONFIG_SPACINGS)}.")
         if scheduler_config.get("_class_name") == "LCMScheduler":  # which does not heed timestep_spacing
             spacing = "lcm"
+        whole = {name: scheduler_config.get(name, usual) for name, usual in (("steps_offset", 0), ("original_inference_steps", 50))}
+        for name, value in whole.items():
+            if type(value) is not int:
+                raise UserError(f"The model's scheduler has {name} {value!r}; it must be a whole number.")
         betas = _betas(scheduler_config)
         if betas.ndim != 1 or not ((betas >= 0) & (betas <= 1)).all() or not betas.any():
             raise UserError("The model's scheduler has betas that are no noise schedule; they must be from 0 to 1, and rise.")
@@ -175,8 +179,8 @@ class NoiseSchedule:
             final_alpha_cumprod=1.0 if scheduler_config.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
             prediction_type=prediction_type,
             timestep_spacing=spacing,
-            steps_offset=scheduler_config.get("steps_offset", 0),
-            lcm_steps=scheduler_config.get("original_inference_steps", 50),
+            steps_offset=whole["steps_offset"],
+            lcm_steps=whole["original_inference_steps"],
         )
 
     def with_zero_terminal_snr(self) -> "NoiseSchedule":

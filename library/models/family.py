@@ -60,12 +60,12 @@ class Family(ABC):
     def spec(self, *, prediction_type: PredictionType, unet: Any, vae: Autoencoder, name: str, scheduler: str = "") -> ModelSpec:
         version, architecture = self.versions[prediction_type]
         latent_space = LatentSpace.of(vae)
-        own_size = unet.config.get("sample_size")
+        sizes = (unet.config.get("sample_size"), latent_space.downsampling), (vae.config.get("sample_size"), 1)
         return ModelSpec(
             family=self.name,
             prediction_type=prediction_type,
             latent_space=latent_space,
-            resolution=own_size * latent_space.downsampling if own_size else vae.config.get("sample_size", NATIVE_SIZE),
+            resolution=next((side * factor for side, factor in sizes if type(side) is int and side > 0), NATIVE_SIZE),
             base_model_version=version,
             architecture=architecture,
             implementation=self.implementation,
