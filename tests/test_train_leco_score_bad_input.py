@@ -159,6 +159,21 @@ def test_an_optimizer_that_does_not_exist_is_told_before_the_model_is_loaded(wor
         run(workplace, tmp_path / "out", optimizer_type="none.None")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": ["leco"]}, "a scorer is given, but objective is leco"),
+        ({"objective_weights": ["leco=2"]}, "objective_weights has leco"),
+    ],
+)
+def test_terms_that_contradict_the_settings_are_told_at_once(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(train_leco_score, "check_optimizer", never)
+    with pytest.raises(UserError, match=says):
+        run(workplace, tmp_path / "out", **changes)
+
+
 @pytest.mark.parametrize("option", ["prompts_file", "eval_prompts_file", "pretrained_model_name_or_path", "scorer", "resume"])
 def test_a_file_that_is_not_there_is_told_before_anything_is_imported_for_the_rest(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str

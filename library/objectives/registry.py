@@ -42,6 +42,27 @@ class ObjectiveConfig:
             raise UserError(f"objective_weights is {' '.join(self.objective_weights)}, but each weight must be a number: leco=4") from None
 
 
+def term_names(config: ObjectiveConfig, *, scored: bool, leco_file: str | None, anchored: bool) -> list[str]:
+    """The terms that the settings ask for.
+
+    Args:
+        scored: whether a scorer is given. anchored: whether anchor prompts are.
+        leco_file: where words would be learned from.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    is_words = not scored and leco_file and is_leco_file(leco_file)
+    names = list(dict.fromkeys(config.objective or (["leco"] if is_words else ["score"])))
+    if "score" not in names and scored:
+        raise UserError(f"a scorer is given, but objective is {', '.join(names)}; add score to it, or leave the scorer out")
+    if anchored and "anchors" not in names:
+        names.append("anchors")
+    if lacking := config.weights.keys() - set(names):
+        raise UserError(f"objective_weights has {', '.join(sorted(lacking))}, but objective is {', '.join(names)}; weigh one of these")
+    return names
+
+
 def build_terms(context: TrainingContext, config: ObjectiveConfig) -> dict[str, Term]:
     """The terms of the training objective, by name.
 
@@ -50,14 +71,8 @@ def build_terms(context: TrainingContext, config: ObjectiveConfig) -> dict[str, 
     """
     prompts_file = context.rollout.prompts_file
     leco_file = context.settings["leco"].leco_prompts_file or prompts_file
-    is_words = not context.reward.goals and leco_file and is_leco_file(leco_file)
-    names = list(dict.fromkeys(config.objective or (["leco"] if is_words else ["score"])))
-    if "score" not in names and context.reward.goals:
-        raise UserError(f"a scorer is given, but objective is {', '.join(names)}; add score to it, or leave the scorer out")
-    if context.settings["anchors"].anchor_prompts_file and "anchors" not in names:
-        names.append("anchors")
-    if lacking := config.weights.keys() - set(names):
-        raise UserError(f"objective_weights has {', '.join(sorted(lacking))}, but objective is {', '.join(names)}; weigh one of these")
+    anchored = bool(context.settings["anchors"].anchor_prompts_file)
+    names = term_names(config, scored=bool(context.reward.goals), leco_file=leco_file, anchored=anchored)
     if prompts_file and (prompts_file != leco_file or "leco" not in names) and (unused := unused_leco_keys(prompts_file)):
         logger.warning("%s: %s are for objective leco; %s does not use them", prompts_file, ", ".join(unused), " and ".join(names))
     terms = {name: TERMS[name].build(context, context.settings.get(name)) for name in names}

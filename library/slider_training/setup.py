@@ -20,7 +20,7 @@ from library.models.packed import pack_unet
 from library.models.vae import move
 from library.objectives.base import TERMS, Term, TrainingContext
 from library.objectives.estimator import ESTIMATORS
-from library.objectives.registry import ObjectiveConfig, build_terms
+from library.objectives.registry import ObjectiveConfig, build_terms, term_names
 from library.objectives.regression import RegressionConfig
 from library.objectives.reward_config import RewardConfig, load_reward
 from library.objectives.terms.score import ScoreTerm
@@ -137,6 +137,9 @@ def check_files(config: LecoScoreConfig) -> None:
     for file in (config.rollout.prompts_file, config.monitor.eval_prompts_file, previews):
         if file and not Path(file).expanduser().exists():
             load_prompts(file, config.prompts)  # says what is wrong
+    leco_file = config.parts["leco"].leco_prompts_file or config.rollout.prompts_file
+    anchored = bool(config.parts["anchors"].anchor_prompts_file)
+    term_names(config.objective, scored=bool(config.reward.scorer), leco_file=leco_file, anchored=anchored)
     for path in config.reward.scorer:
         if not Path(path).expanduser().is_file():
             load_scorer(path)
