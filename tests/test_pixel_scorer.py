@@ -408,7 +408,7 @@ def test_damaged_reference_pictures_are_left_out_and_counted(tmp_path: Path, nsf
     assert "left out: 2" in said and "5.png cannot be read" in said
     for number in range(4):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"of 7 pictures of reference_dir, 1 can be read; give at least two \(.*0.png cannot be read"):
+    with pytest.raises(UserError, match=r"of 7 pictures of reference_dir, 1 have a score; give at least two \(.*0.png cannot be read"):
         make(tiny_vae(), nsfw, reference_dir=tmp_path / "pictures")
     (tmp_path / "pictures" / "4.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="caption .*4.txt cannot be read as UTF-8"):
@@ -443,6 +443,24 @@ def test_pictures_that_all_score_alike_are_no_reference(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def score(pixels):\n    return 0 * pixels.mean((1, 2, 3)) + 4\n")
     with pytest.raises(UserError, match="have the score 4"):
         make(tiny_vae(), f"python:{tmp_path}/own.py:score", reference_dir=tmp_path / "pictures")
+
+
+def test_reference_pictures_without_a_finite_score_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pictures(tmp_path / "pictures", 5)
+    text = "calls = []\ndef score(pixels):\n    calls.append(1)\n    return pixels.mean((1, 2, 3)) / (len(calls) % {} > 0)\n"
+    (tmp_path / "own.py").write_text(text.format(3))  # the first call is for the gradient
+    scorer = make(tiny_vae(), f"python:{tmp_path}/own.py:score", reference_dir=tmp_path / "pictures")
+    assert scorer.spec.training["reference_pictures"] == 3 and scorer.spec.std > 0
+    assert "2: picture has no finite score" in caplog.text
+    (tmp_path / "never.py").write_text(text.format("2 * (len(calls) == 1)"))
+    with pytest.raises(UserError, match=r"of 5 pictures of reference_dir, 0 have a score; give at least two \(.*0.png: its score is inf"):
+        make(tiny_vae(), f"python:{tmp_path}/never.py:score", reference_dir=tmp_path / "pictures")
+
+
+def test_a_function_that_gives_one_number_for_all_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def score(pixels):\n    return pixels.mean()\n")
+    with pytest.raises(UserError, match=r"returned shape \[\] for 1 pictures; it must return one number for each"):
+        make(tiny_vae(), f"python:{tmp_path}/own.py:score")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ score_estimator x0. docs/pixel_scorers.md lists what there is and how it is writ
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,10 +186,14 @@ def reference_scores(vae: Autoencoder, backbone: torch.nn.Module, settings: Pixe
         scale = resolution / max(picture.size)
         width, height = (max(8, round(side * scale / 8) * 8) for side in picture.size)
         latents = encode_images(vae, to_pixels([cover(picture, (width, height))]).to(vae.device))
-        yield float(backbone(latents, latents.new_zeros(1), prompts=[caption_of(file, "")]))
+        score = float(backbone(latents, latents.new_zeros(1), prompts=[caption_of(file, "")]))
+        if math.isfinite(score):
+            yield score
+        else:
+            skipped.add(Skipped(f"picture {file}: its score is {score}", "picture has no finite score"))
     skipped.log(logger)
     if len(skipped) > count - 2:
-        raise UserError(f"of {count} pictures of reference_dir, {count - len(skipped)} can be read; give at least two ({skipped.first()})")
+        raise UserError(f"of {count} pictures of reference_dir, {count - len(skipped)} have a score; give at least two ({skipped.first()})")
 
 
 if __name__ == "__main__":

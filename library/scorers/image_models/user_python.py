@@ -52,7 +52,7 @@ class UserPython(ImageModel):
     def predict(self, views: Tensor, prompts: Sequence[str] | None) -> Tensor:
         with users_code(f"image model {self.name!r}"):
             scores = self.network(views, prompts) if self.uses_prompt else self.network(views)
-        if not isinstance(scores, Tensor) or scores.numel() != len(views):
+        if not isinstance(scores, Tensor) or scores.shape[:1] != views.shape[:1] or scores.numel() != len(views):
             returned = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"image model {self.name!r} returned {returned} for {len(views)} pictures; it must return one number for each")
         return scores.reshape(-1)
