@@ -158,7 +158,6 @@ def make_recipe(config: RateConfig, model: str, prompts: Path | None) -> Recipe:
             "training": {"max_train_steps": 500},
             "monitor": {"early_stop_gain": 2.0, "calibrate": "visible", "sample_every_n_steps": 50},
         }
-    scorer["data"] = {"validation_split": 0.15}
     scorer["training"] |= {"lr_warmup_steps": 0.1, "ema_decay": 0.98}
     slider["rollout"] |= {"leco_denoise_guidance_scale": guidance}
     slider["saving"] = {"save_every_n_steps": 40, "save_last_n_steps": 40}

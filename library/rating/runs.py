@@ -129,7 +129,7 @@ class Runs:
             "cache_dir": str(self.project.folder / "latent_cache"),
         }
         if len(live.worths()[0]) >= ENOUGH:
-            data["validation_folds"] = 0
+            data |= {"validation_folds": 0, "validation_split": 0.15}
         model = {"model": {"pretrained_model_name_or_path": recipe.model}}
         seed = {"training": {"seed": int(folder.name.rpartition("-")[2])}}  # the file trains the same slider again, and Train anew another
         scorer, slider = folder / "scorer" / "scorer.safetensors", folder / "slider" / "slider.safetensors"
