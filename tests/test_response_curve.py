@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import norm
 
 from library.measuring.calibration import CalibrationTarget
-from library.measuring.response_curve import CONFIDENCE, VISIBLE_SHARE, curve_of, exceeded, response_curve, summarise_curve
+from library.measuring.response_curve import CONFIDENCE, VISIBLE_SHARE, ResponseCurve, curve_of, exceeded, response_curve, summarise_curve
 from library.measuring.statistics import Interval, within_prompt_std
 from library.measuring.strength import choose_scale
 from tests.helpers.curves import curve, scores_of
@@ -71,6 +71,14 @@ def test_a_weight_is_as_visible_as_nearly_all_of_its_pictures() -> None:
     made = curve_of(replace(record_of(), visibility=visibility), "reward")
     assert made.visible == pytest.approx((2 * made.visible[2], 0, made.visible[2]))
     assert np.quantile(visibility[:, :, 2], 0.02) < made.visible[2] < np.quantile(visibility[:, :, 2], 1 - VISIBLE_SHARE)
+
+
+def test_between_its_rungs_a_change_is_as_visible_as_its_own_arm_says() -> None:
+    """It grows in proportion on both sides of 0; a smooth curve through both arms is a parabola there."""
+    few = ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(-1.0, 0.0, 1.0), drifts=(0.2, 0.0, 0.1), visible=(1.6, 0.0, 1.2))
+    assert [few.visible_at(weight) for weight in (-0.5, 0.0, 0.75, 1.0)] == pytest.approx([0.8, 0.0, 0.9, 1.2])
+    assert math.isnan(few.visible_at(1.5)) and math.isnan(replace(few, visible=()).visible_at(0.5))
+    assert summarise_curve(few, max_drift=0.1).usable == (pytest.approx(-0.5), 1.0)
 
 
 # ---- the curve in three numbers ----

@@ -198,6 +198,15 @@ def test_the_visibility_is_confirmed_too():
         assert level.scale == pytest.approx(0.5) and level.visible == pytest.approx(1.0)
 
 
+def test_what_fresh_pictures_show_at_one_strength_is_brought_to_another_in_proportion():
+    """Few pictures saw 1.3 at the trained strength; more of them at 0.8 see a tenth less than that: 1 is at 1 / 1.17."""
+    known = ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(-2.0, 0.0, 2.0), drifts=(1, 0, 1), visible=(1.3, 0, 1.3))
+    known = replace(known, resamples=np.array([known.gains] * 2))
+    fresh = replace(known, multipliers=(-0.8, 0.0, 0.8), gains=(-1.6, 0.0, 1.6), visible=(0.936, 0.0, 0.936))
+    chosen = confirm(known, fresh, SEEN)
+    assert chosen.scale == pytest.approx(1 / 1.17) and chosen.visible == pytest.approx(1.0)
+
+
 def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():
     doubt = CalibrationTarget(max_strength=1.0)
     known = replace(curve(lambda m: 0.3 * m), multipliers=(-1.0, 0.0, 1.0), gains=(-0.3, 0.0, 0.3), drifts=(1.0, 0.0, 1.0))

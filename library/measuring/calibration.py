@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import scipy
-
 from library.measuring.response_curve import CurveSummary, ResponseCurve, summarise_curve
 from library.measuring.statistics import Interval
 
@@ -119,9 +117,7 @@ def calibrated(curve: ResponseCurve, scale: float, target: CalibrationTarget, re
         down=down,
         curve=curve,
         line=summarise_curve(curve, target.max_drift),
-        visible=float(scipy.interpolate.PchipInterpolator(curve.multipliers, curve.visible)([-1.0, 1.0]).min())
-        if curve.visible
-        else math.nan,
+        visible=min(curve.visible_at(-1.0), curve.visible_at(1.0)),
         judges={name: (curve.gain_at(1.0, name), curve.gain_at(-1.0, name)) for name in curve.judges},
     )
     return _with_note(chosen)

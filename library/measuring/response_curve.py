@@ -74,6 +74,10 @@ class ResponseCurve:
         """The gain (of a judge, if one is named) between the rungs, by monotone cubic interpolation; NaN beyond them."""
         return _between(self.multipliers, self.gains if judge is None else self.judges[judge], multiplier)
 
+    def visible_at(self, multiplier: float) -> float:
+        """How visible the slider is between the rungs; NaN beyond them, and where no pixels were made."""
+        return _between_on_arm(self.multipliers, self.visible, multiplier) if self.visible else math.nan
+
     def interval_at(self, multiplier: float) -> Interval:
         """The gain with its 95 % interval, which is NaN where there are no resamples."""
         value = self.gain_at(multiplier)
@@ -240,8 +244,8 @@ def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> fl
     for step in [*np.arange(GRID, farthest - 1e-9, GRID).round(6).tolist(), farthest]:
         gain = sign * _between(curve.multipliers, curve.gains, sign * step)
         best_rate = max(best_rate, gain / step) if step > 0 else 0.0
-        drifted = max_drift is not None and _between(curve.multipliers, curve.drifts, sign * step) > max_drift
-        burnt = bool(curve.clipped) and _between(curve.multipliers, curve.clipped, sign * step) > clipped_limit
+        drifted = max_drift is not None and _between_on_arm(curve.multipliers, curve.drifts, sign * step) > max_drift
+        burnt = bool(curve.clipped) and _between_on_arm(curve.multipliers, curve.clipped, sign * step) > clipped_limit
         if gain <= last_gain or gain < EFFECT_SHARE * best_rate * step or drifted or burnt:
             break
         last, last_gain = sign * step, gain
@@ -251,3 +255,10 @@ def _usable_end(curve: ResponseCurve, end: float, max_drift: float | None) -> fl
 def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
     """Monotone cubic interpolation (Fritsch and Butland 1984, as in SciPy); NaN outside."""
     return float(scipy.interpolate.PchipInterpolator(x, y, extrapolate=False)(at))
+
+
+def _between_on_arm(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """The same of what grows to both sides of weight 0, where it has a corner: one smooth curve through both arms would round it off to a
+    parabola, and be too low beside it."""
+    weights, values = zip(*((weight, value) for weight, value in zip(x, y, strict=True) if weight * at >= 0), strict=True)
+    return _between(weights, values, at)

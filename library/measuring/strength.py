@@ -144,10 +144,7 @@ def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTa
         judges[name] = judges[name] if own is None else tuple(map(float, np.array(judges[name]) * own))
     visible = curve.visible
     if visible and measured.visible:
-        at = [
-            float(scipy.interpolate.PchipInterpolator(curve.multipliers, visible)(strength))
-            for strength in (measured.multipliers[0], measured.multipliers[2])
-        ]
+        at = [curve.visible_at(strength) for strength in (measured.multipliers[0], measured.multipliers[2])]
         low, high = (seen / before if before > 0 else 1.0 for seen, before in zip(measured.visible[::2], at, strict=True))
         visible = tuple(value * (low if strength < 0 else high) for strength, value in zip(curve.multipliers, visible, strict=True))
     level = replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges, visible=visible)
