@@ -469,7 +469,6 @@ def test_a_function_that_gives_one_number_for_all_pictures_is_refused(tmp_path: 
         ({"image_model": None}, "image_model is not set"),
         ({"output": Path("x.pt")}, "safetensors"),
         ({"decode_tile": 4}, "at least 8"),
-        ({"reference_dir": Path("nowhere")}, "reference_dir nowhere is not a folder"),
         ({"num_reference": 5}, "num_reference is set, but there is no reference_dir"),
     ],
 )
@@ -497,3 +496,10 @@ def test_the_tool_refuses_what_nothing_can_be_learned_from(tmp_path: Path, monke
     ):
         make_pixel_scorer.main()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_reference_dir_that_is_no_folder_is_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--pretrained_model_name_or_path", "nowhere", "--image_model", "clip_aesthetic:x", "--output", f"{tmp_path}/x.safetensors"]
+    monkeypatch.setattr("sys.argv", ["make_pixel_scorer.py", *words, "--reference_dir", f"{tmp_path}/pictures"])
+    with pytest.raises(UserError, match="reference_dir .*pictures is not a folder"):
+        make_pixel_scorer.main()

@@ -71,8 +71,6 @@ class PixelScorerConfig:
             raise UserError(f"output is {self.output}; give a file that ends in .safetensors")
         if 0 < self.decode_tile < 8:
             raise UserError(f"decode_tile is {self.decode_tile}; it must be 0, or at least 8 latents")
-        if self.reference_dir is not None and not self.reference_dir.is_dir():
-            raise UserError(f"reference_dir {self.reference_dir} is not a folder; give a folder of pictures")
         if self.reference_dir is None:
             check_not_set(self, "there is no reference_dir", "num_reference")
         check_at_least(self, 0, "decode_tile", "decode_batch")
@@ -91,6 +89,8 @@ def main() -> None:
     config = parse_config(MakePixelScorerConfig, description="Make a scorer file of a ready-made image scorer.")
     settings = config.pixel_scorer
     check_outputs(settings.output)
+    if settings.reference_dir is not None and not settings.reference_dir.is_dir():
+        raise UserError(f"reference_dir {settings.reference_dir} is not a folder; give a folder of pictures")
     set_num_threads(settings.num_threads)
     vae = load_vae(config.vae.path, family=config.vae.model_family)
     scorer = make_scorer(vae, settings, settings.resolution or native_size(config.vae, vae))
