@@ -258,7 +258,7 @@ def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
 
 
 def _between_on_arm(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """The same of what grows to both sides of weight 0, where it has a corner: one smooth curve through both arms would round it off to a
-    parabola, and be too low beside it."""
+    """As `_between`, on the side of 0 that `at` is on: what grows with the distance from weight 0 has a corner there, which one smooth
+    curve through both sides rounds off to a parabola that is too low beside it."""
     weights, values = zip(*((weight, value) for weight, value in zip(x, y, strict=True) if weight * at >= 0), strict=True)
     return _between(weights, values, at)

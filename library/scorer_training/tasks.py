@@ -201,12 +201,13 @@ def _num_folds(config: DataConfig, rows: Collected) -> int:
 def _warn_of_unread_split(config: DataConfig, datasets: Sequence[tuple[Dataset, Collected]], folds: int) -> None:
     """Where a share for validation is asked for, and what the score is validated with is another."""
     score, rows = datasets[0]
-    given = score.validation_split or config.validation_split
-    if given is None or not rows.targets or not (folds or not any(rows.is_parted for _, rows in datasets)):
-        return
-    few = f"the {len(rows.targets)} pictures of {score.name} are validated by {folds} folds (validation_folds 0 has it read)"
-    why = few if folds else "every picture's source says which split it is in"
-    logger.warning("validation_split %g does nothing here: %s", given, why)
+    share = score.validation_split or config.validation_split
+    if folds:
+        why = f"the {len(rows.targets)} pictures of {score.name} are validated by {folds} folds (validation_folds 0 has it read)"
+    else:
+        why = "every picture's source says which split it is in"
+    if share is not None and rows.targets and (folds or not any(rows.is_parted for _, rows in datasets)):
+        logger.warning("validation_split %g does nothing here: %s", share, why)
 
 
 def _shuffled(indices: Tensor) -> Tensor:

@@ -177,14 +177,13 @@ def construct(
 
 def settings_as_text(config: object, without: Collection[str]) -> dict[str, str]:
     """What every setting of a script's config is, by name. The secret ones are left out, and the concerns and settings `without`."""
-    concerns = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in without]  # type: ignore[arg-type]
-    result = {}
-    for concern in concerns:
-        for field in dataclasses.fields(concern):
-            if field.name not in without and not field.metadata["secret"]:
-                value = getattr(concern, field.name)
-                result[field.name] = "not set" if value is None else str(value)
-    return result
+    concerns = [getattr(config, name) for name in _concerns(type(config)) if name not in without]
+    settings = [(field, getattr(concern, field.name)) for concern in concerns for field in dataclasses.fields(concern)]
+    return {
+        field.name: "not set" if value is None else str(value)
+        for field, value in settings
+        if field.name not in without and not field.metadata["secret"]
+    }
 
 
 def key_value_pairs(name: str, pairs: Sequence[str]) -> dict[str, str]:
