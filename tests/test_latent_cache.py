@@ -155,6 +155,28 @@ def test_a_cache_of_the_first_version_is_left_alone(tmp_path: Path, caplog: pyte
     assert open_cache(tmp_path / "cache", VAE, BUCKETS).folder != old and "64x64-0123456789ab is of an earlier version" in caplog.text
 
 
+def test_what_another_process_makes_or_takes_away_meanwhile_is_not_read(
+    tmp_path: Path, cache: LatentCache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of one launcher open a cache at once: each makes a hidden folder, and the slower one's is taken away again."""
+    caplog.set_level("INFO")
+    (hidden := tmp_path / "cache" / f".{cache.folder.name}.{os.getppid()}.tmp").mkdir()
+    (hidden / "cache.json").write_text("{}")
+    (going := tmp_path / "cache" / "64x64-0123456789ab").mkdir()
+    (going / "cache.json").write_text("{}")
+    read_bytes = Path.read_bytes
+
+    def read_too_late(path: Path) -> bytes:
+        if path.parent == going:
+            path.unlink()
+        assert path.parent != hidden
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_too_late)
+    assert open_cache(tmp_path / "cache", VAE, BUCKETS).folder == cache.folder
+    assert not (going / "cache.json").exists() and "earlier version" not in caplog.text
+
+
 def test_a_cache_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'file'))} could not be written"):

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from library.atomic_files import atomic_write_text, refused, remove_unfinished
+from library.atomic_files import atomic_write_text, refused, remove_unfinished, unfinished_name
 from library.errors import UserError
 from library.models.vae import VaeFingerprint
 from library.scorer_data.buckets import BucketConfig
@@ -204,9 +204,10 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
     del sizing["max_crop"]  # which pictures, not how they are sized
     text = json.dumps({"format": FORMAT, "vae": vae.to_dict(), "buckets": sizing}, indent=1)
     remove_unfinished(cache_dir, r"\d+x\d+-[0-9a-f]{8}-\d+", older_than=OTHER_MACHINES)
-    for description in cache_dir.glob(f"*/{DESCRIPTION_NAME}"):
-        if b'"format"' not in description.read_bytes():
-            logger.info("latent cache: %s is of an earlier version and is not used; it can be deleted", description.parent)
+    for description in cache_dir.glob(f"[!.]*/{DESCRIPTION_NAME}"):  # hidden ones are another process's, who takes them away again
+        with contextlib.suppress(FileNotFoundError):
+            if b'"format"' not in description.read_bytes():
+                logger.info("latent cache: %s is of an earlier version and is not used; it can be deleted", description.parent)
     identity = hashlib.sha256(json.dumps([FORMAT, vae.scaling_factor, sizing]).encode()).hexdigest()[:8]
     for number in count(1):  # VAEs whose latents have one scale are distinguished by their probes alone
         folder = cache_dir / f"{buckets.width}x{buckets.height}-{identity}-{number}"
@@ -222,7 +223,7 @@ def open_cache(cache_dir: Path, vae: VaeFingerprint, buckets: BucketConfig) -> L
 
 def _make_folder(folder: Path, description: str) -> None:
     """Make a cache's folder with its description, both at once, unless another process was quicker."""
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    unfinished = unfinished_name(folder)
     with refused(folder.parent):
         atomic_write_text(unfinished / DESCRIPTION_NAME, description)
     try:
