@@ -10,12 +10,20 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import ROOT
-from benchmarks.proofs.runs import OUTPUT, SCORES, Row, plain_prompts, prompts, row, scorer, slider, written
+from benchmarks.proofs.runs import OUTPUT, SCORES, Row, attached, measure, plain_prompts, prompts, row, scorer, slider, written
 from benchmarks.random_models import random_model, untrained_scorer
-from benchmarks.shapes_runs import learned_scorer
+from benchmarks.shapes_runs import MODEL, VAE, learned_scorer
+from library.measuring.measure import Measurer, Raters, seed_table
+from library.measuring.pictures import Part
+from library.measuring.response_curve import curve_of
+from library.models.loading import load_model
+from library.prompts.files import load_prompts
+from library.rollouts.sample import SamplingConfig
 from library.scorers.io import load_scorer, save_scorer
+from library.slider_training.pictures import FEWEST_FRESH, NUM_PROMPTS, QUICK_SAMPLER
 from library.slider_training.running_gain import RunningGain
 from library.training.tracking import read_metrics
+from library.types import PromptSpec
 
 SEEDS = (0, 1, 2)
 
@@ -29,6 +37,39 @@ def calibration() -> list[Row]:
     than seeds."""
     runs = list(product(SEEDS, SCORES))
     return [row(f"{score}, seed {seed}", calibrated(score, seed), score, stops_at=1.3, count=256, seeds=1) for seed, score in runs]
+
+
+def other_draws() -> list[Row]:
+    """How far off a promise is by chance: what those nine sliders would promise if other prompts and seeds measured them, as many as a
+    calibration takes at least, over the true gain. No two draws share a prompt."""
+    found = load_prompts(prompts()[0])
+    count = len(found) // (NUM_PROMPTS + FEWEST_FRESH)
+    draws = [range(first, len(found), count)[: NUM_PROMPTS + FEWEST_FRESH] for first in range(count)]
+    quick, rows = quick_measurer(found), list[Row]()
+    for score, seed in product(SCORES, SEEDS):
+        path, name = calibrated(score, seed), f"scorer of {score}"
+        truth = measure(path, count=256, seeds=1).responses[score].gains_std
+        ratios = []
+        with attached(quick.model, path) as network:
+            base = quick.base(network).scores[name]
+            for draw in draws:
+                record = quick.measure(network, (-1.0, 1.0), part=Part(draw, slice(0, 2)))
+                gains = curve_of(record, name, base[draw]).gains
+                ratios.append([gains[place] / truth[place].value for place in (0, 2)])
+        errors = {"off -1": [down - 1 for down, _ in ratios], "off +1": [up - 1 for _, up in ratios]}
+        rows.append({"run": f"{score}, seed {seed}", **errors})
+    return rows
+
+
+def quick_measurer(found: Sequence[PromptSpec]) -> Measurer:
+    """Has the nine sliders' scorers, and samples as a training does for its measurements."""
+    return Measurer(
+        model=load_model(str(MODEL), vae=VAE).freeze(),
+        raters=Raters(scorers={f"scorer of {score}": load_scorer(scorer(score)) for score in SCORES}),
+        prompts=found,
+        seeds=seed_table(found, 4, first=90_000),
+        sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64), sampler=QUICK_SAMPLER, stride=2, guidance_every=2),
+    )
 
 
 def running_gain() -> list[Row]:

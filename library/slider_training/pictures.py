@@ -31,7 +31,8 @@ FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
 QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
 MEASURED_SHARE = 0.4  # of the training's evaluations, that all measuring may take: 29 % of a run
-FEWEST_FRESH, MANY_FRESH = 12, 48  # prompts that confirm it all the same; with `full`
+FEWEST_FRESH = 20  # prompts that confirm it all the same: as many as that share pays for in a run of the defaults
+MANY_FRESH = 48  # the same with `full`
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 
 
