@@ -118,7 +118,8 @@ def test_interrupted_it_keeps_what_is_encoded(
     [
         ([], "train_data_file is not set"),
         (["--picture_folder", "nowhere"], "picture_folder nowhere is not a folder"),
-        (["--picture_folder", "none"], "there is no picture that can be encoded in none"),
+        (["--picture_folder", "none"], "there is no picture in none; pictures end in .jpg"),
+        (["--picture_folder", "broken"], "there is no picture that can be encoded in broken"),
         (["--picture_folder", ".", "--crop_variants", "-1"], "crop_variants is -1"),
     ],
 )
@@ -127,6 +128,8 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "none").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"")
     assert complaint in refused(cache_latents.main, *words(workplace, tmp_path / "cache", *more))
 
 

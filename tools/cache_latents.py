@@ -26,7 +26,7 @@ from library.errors import UserError
 from library.models.loading import load_vae
 from library.models.vae import VaeFingerprint
 from library.scorer_data.latent_cache import open_cache
-from library.scorer_data.readers.files import pictures_below
+from library.scorer_data.readers.files import PICTURE_SUFFIXES, pictures_below
 from library.scorer_data.records import FilePicture, Picture, SkipReport
 from library.scorer_training.collecting import collect, pictures_of
 from library.scorer_training.config import LatentScorerConfig
@@ -61,13 +61,16 @@ class CacheLatentsConfig(LatentScorerConfig):
 
 
 def pictures(config: CacheLatentsConfig) -> Iterator[Picture]:
-    """Every picture that training would look at, and those of picture_folder. Raises UserError if a source cannot be read."""
+    """Every picture that training would look at, and those of picture_folder. Raises UserError if a source cannot be read, or has none."""
     data = config.data
     rated = (*(data.datasets() if data.train_data_file is not None else ()), *config.pretraining.datasets())
     yield from pictures_of(collect(dataset, data.validation_split) for dataset in rated)
     if data.picture_folder is not None:
+        name = None
         for name in pictures_below(data.picture_folder, SkipReport()):
             yield FilePicture((data.picture_folder / name).absolute())
+        if name is None:
+            raise UserError(f"there is no picture in {data.picture_folder}; pictures end in {', '.join(PICTURE_SUFFIXES)}")
 
 
 def main() -> None:
