@@ -1,6 +1,9 @@
 """The process that brings pictures into a project: the same samples every time, folders, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -74,3 +77,12 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch, capsys
         work(project, PictureSource(model="", pictures=str(tmp_path / "empty")), enough)
     with pytest.raises(UserError, match="does not exist"):
         work(project, PictureSource(model="", prompts_file=str(tmp_path / "no.txt")), enough)
+
+
+def test_without_its_server_it_ends_without_a_word() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", "from library.rating.worker import tell_server; tell_server('making', pictures=1)"]
+    with os.fdopen(write_end, "wb") as nobody:
+        ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -196,8 +196,12 @@ def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def tell_server(state: str, **details: object) -> None:
-    """One line for the server: "loading", "making", "reading", "ready" or "error"."""
-    print(json.dumps({"state": state, **details}), flush=True)
+    """One line for the server: "loading", "making", "reading", "ready" or "error". Ends the process where the server is gone: it was
+    killed, and nobody wants more pictures."""
+    try:
+        print(json.dumps({"state": state, **details}), flush=True)
+    except OSError:  # a broken pipe, which has other names elsewhere
+        os._exit(0)
 
 
 def work(project: Project, source: PictureSource, enough: threading.Event) -> None:
