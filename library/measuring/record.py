@@ -92,6 +92,20 @@ class EvaluationRecord:
             visibility=np.concatenate(visible, axis) if len(visible) == 2 else None,
         )
 
+    def first(self, prompts: int, seeds: int) -> "EvaluationRecord":
+        """Of the first so many prompts and seeds alone. The statistics of pictures, of which means are known, stay those of all."""
+        rng, rows = np.random.default_rng(0), (slice(prompts), slice(seeds))
+        return replace(
+            self,
+            prompts=self.prompts[:prompts],
+            seeds=tuple(own[:seeds] for own in self.seeds[:prompts]),
+            responses={
+                name: summarise_response(name, own.role, own.values[rows], self.multipliers, rng, own.signs[:prompts], own.std)
+                for name, own in self.responses.items()
+            },
+            visibility=None if self.visibility is None else self.visibility[rows],
+        )
+
     # ---- where to look ----
 
     @property

@@ -15,7 +15,7 @@ from library.measuring.warnings import is_sound
 WIDEST = 2.0  # weights between whose opposites the line is fitted
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
 BURNT_CLIPPING = 0.2  # of the pixel values: a weight that clips so many more of them than the base model is not usable
-VISIBLE_SHARE, CONFIDENCE = 0.9, 0.9  # of all pictures, to be told from the base model's; how surely, by those that were measured
+VISIBLE_SHARE, CONFIDENCE = 0.9, 0.95  # of all pictures, to be told from the base model's; how surely, by those that were measured
 FAINT = 0.01  # times a visible change: less is as good as none
 GRID = 0.1  # the usable range is given on multiples of this
 
@@ -31,7 +31,8 @@ class ResponseCurve:
         clipped: share of pixel values at or beyond black or white [M]; empty where no pixels were made.
         resamples: of the gains, for intervals [R, M]; None where only means are known.
         judges: mean gains of independent judges, by name, in their own within-prompt standard deviations [M].
-        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed surely [M]; empty where no pixels were made.
+        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed (`exceeded`) [M]; empty where no pixels were
+            made.
         sound: whether judges and pictures held there (`warnings.is_sound`) [M]; empty where nobody looked.
     """
 
@@ -165,12 +166,18 @@ def response_curve(
 
 
 def curve_of(
-    record: EvaluationRecord, name: str, base_scores: np.ndarray | None = None, others: Sequence[PairedChanges] = ()
+    record: EvaluationRecord,
+    name: str,
+    base_scores: np.ndarray | None = None,
+    others: Sequence[PairedChanges] = (),
+    *,
+    confidence: float = 0.5,
 ) -> ResponseCurve:
     """The curve of one score of a record, with its judges.
 
     Args:
         base_scores, others: as in `response_curve`.
+        confidence: of what is visible. At 0.5, strengths that were measured on other numbers of pictures can be compared.
 
     Raises:
         UserError: the score does not vary without the slider.
@@ -187,7 +194,7 @@ def curve_of(
         base_scores=base_scores,
         others=others,
     )
-    visible = () if record.visibility is None else exceeded(record.visibility).tolist()
+    visible = () if record.visibility is None else exceeded(record.visibility, confidence).tolist()
     return replace(
         curve,
         judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges},
@@ -196,15 +203,15 @@ def curve_of(
     )
 
 
-def exceeded(visibility: np.ndarray) -> np.ndarray:
-    """What `VISIBLE_SHARE` of all pictures exceed with `CONFIDENCE`, by those measured [P, S, M] -> [M]; 0 where none changes.
+def exceeded(visibility: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+    """What `VISIBLE_SHARE` of all pictures exceed, so surely, by those measured [P, S, M] -> [M]; 0 where none changes.
 
     The lower tolerance bound of a log-normal distribution (NIST/SEMATECH e-Handbook of Statistical Methods, 7.2.6.3). The quantile of two
     dozen pictures themselves is exceeded by fewer of the others.
     """
     logs = np.log(np.maximum(visibility.reshape(-1, visibility.shape[-1]), FAINT))
     count = max(2, len(logs))
-    factor = scipy.stats.nct.ppf(CONFIDENCE, count - 1, scipy.stats.norm.ppf(VISIBLE_SHARE) * count**0.5) / count**0.5
+    factor = scipy.stats.nct.ppf(confidence, count - 1, scipy.stats.norm.ppf(VISIBLE_SHARE) * count**0.5) / count**0.5
     found = np.exp(logs.mean(0) - factor * logs.std(0, ddof=min(1, len(logs) - 1)))
     return np.where(visibility.max((0, 1)) > FAINT, found, 0.0)
 

@@ -123,16 +123,24 @@ def next_strength(curve: ResponseCurve, target: CalibrationTarget) -> float | No
 
 
 def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTarget) -> Calibration:
-    """Choose again where more pictures were measured at one strength and its opposite.
+    """Choose again where more pictures were measured at one strength and its opposite: by the curve `at_level`.
 
-    `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. Each arm is
-    scaled to agree with what was measured at its end; so are the intervals, the judges and the visibility. Where an arm was found to go the
-    other way, the curve is not believed, and its choice is returned with what was measured.
+    Where an arm was found to go the other way, the curve is not believed, and its choice is returned with what was measured.
+    """
+    level = at_level(curve, measured)
+    return choose_scale(curve, target).verified(measured) if level is None else choose_scale(level, target)
+
+
+def at_level(curve: ResponseCurve, measured: ResponseCurve) -> ResponseCurve | None:
+    """A curve in which each arm agrees with what was measured at its end; so do the intervals, the judges and the visibility.
+
+    `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. None where an
+    arm was found to go the other way.
     """
     assert len(measured.multipliers) == 3, "the level is measured at one strength and its opposite"
     factors = _level(curve, measured)
     if factors is None:
-        return choose_scale(curve, target).verified(measured)
+        return None
     gains = np.array(curve.gains) * factors
     resamples = None
     if measured.resamples is not None:
@@ -147,8 +155,7 @@ def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTa
         at = [curve.visible_at(strength) for strength in (measured.multipliers[0], measured.multipliers[2])]
         low, high = (seen / before if before > 0 else 1.0 for seen, before in zip(measured.visible[::2], at, strict=True))
         visible = tuple(value * (low if strength < 0 else high) for strength, value in zip(curve.multipliers, visible, strict=True))
-    level = replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges, visible=visible)
-    return choose_scale(level, target)
+    return replace(curve, gains=tuple(map(float, gains)), resamples=resamples, judges=judges, visible=visible)
 
 
 def _level(curve: ResponseCurve, measured: ResponseCurve, judge: str | None = None) -> np.ndarray | None:

@@ -13,9 +13,9 @@ from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
 from library.measuring.record import REWARD, EvaluationRecord
-from library.measuring.response_curve import ResponseCurve, curve_of
+from library.measuring.response_curve import CONFIDENCE, ResponseCurve, curve_of
 from library.measuring.statistics import PairedChanges, within_prompt_std
-from library.measuring.strength import choose_scale, confirm, next_strength
+from library.measuring.strength import at_level, choose_scale, confirm, next_strength
 from library.models.base import DiffusionModel
 from library.prompts.files import spread
 from library.rollouts.few_step import detect
@@ -124,7 +124,7 @@ class SliderPictures:
             strength = next_strength(curve, target)
             if strength is None:
                 break
-            curve = curve.joined(self._curve(strength, made))
+            curve = self._farther(curve, strength, made)
         scale = choose_scale(curve, target).scale
         sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
         pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
@@ -133,15 +133,17 @@ class SliderPictures:
         prompts = spread(self.others, max(MANY_FRESH if self.full else FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
         spare = left - (seeds + 2 * pairs.stop) * len(prompts)
         if max(curve.multipliers) < FARTHER * scale and spare > 2 * FIRST_PAIRS:  # for the usable range
-            curve = curve.joined(self._curve(2 * scale, made))
+            curve = self._farther(curve, 2 * scale, made)
         fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
         record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
-        level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], [self._changes(known, curve, scale)])
+        others = [self._changes(known, curve, scale)]
+        level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], others, confidence=CONFIDENCE)
         calibration = confirm(curve, level, target)
-        if not calibration.reached and calibration.curve is not None:  # other pictures gain less: perhaps a little farther out
+        short = not calibration.reached or (target.visible and calibration.is_faint)
+        if short and calibration.curve is not None:  # other pictures gain or change less: perhaps a little farther out
             strength = next_strength(calibration.curve.rescaled(1 / calibration.scale), target)
             if strength is not None:
-                calibration = confirm(curve.joined(self._curve(strength, made)), level, target)
+                calibration = confirm(self._farther(curve, strength, made), level, target)
         made[scale] = record
         with_pictures = [strength for strength, own in made.items() if own.pictures] or [scale]  # those of a resumed run are not kept
         nearest = min(with_pictures, key=lambda strength: abs(math.log(strength / calibration.scale)))
@@ -171,10 +173,15 @@ class SliderPictures:
         changes = (response.values - response.values[:, :, known.base, None]) * response.signs[:, None, None]
         return PairedChanges(base[[rows[key] for key in own]], changes * [there[0] / at[0], 0.0, there[1] / at[1]])
 
-    def _curve(self, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
-        """At a strength and its opposite; what was measured is put into `made`."""
-        made[strength] = self.measured((-strength, strength), f"strength {strength:.3g}")
-        return curve_of(made[strength], REWARD)
+    def _farther(self, curve: ResponseCurve, strength: float, made: dict[float, EvaluationRecord]) -> ResponseCurve:
+        """The curve with a strength and its opposite. They are measured on the first of the pictures, and what those say of it over what
+        they say of the trained strength is brought to the level of all that are known. The record is put into `made`."""
+        record = made[strength] = self.measured((-strength, strength), f"strength {strength:.3g}")
+        known, form = made[1.0], curve_of(record, REWARD)
+        first = known.first(len(record.prompts), len(record.seeds[0]))
+        if (first.prompts, first.seeds) == (record.prompts, record.seeds):
+            form = at_level(curve_of(first, REWARD).joined(form), curve_of(known, REWARD)) or form
+        return curve.joined(form)
 
     def measurer_of(self, prompts: Sequence[PromptSpec], seed_offset: int = 0, seeds: int | None = None) -> Measurer:
         sampling = self.sampling
