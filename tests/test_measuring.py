@@ -179,6 +179,9 @@ def test_what_is_measured_in_parts_is_what_is_measured_at_once() -> None:
         first, second = (measurer.measure(network, [-1.0, 1.0], part=part) for part in parts)
         joined = first.joined(second)
         assert (joined.prompts, joined.seeds, joined.num_pairs) == (whole.prompts, whole.seeds, 8) and first.num_pairs == 4
+        again = joined.first(len(first.prompts), len(first.seeds[0]))
+        assert (again.prompts, again.seeds) == (first.prompts, first.seeds) and np.array_equal(again.visibility, first.visibility)
+        assert all(again.responses[name].gains == response.gains for name, response in first.responses.items())
         for name, response in joined.responses.items():
             np.testing.assert_allclose(response.values, whole.responses[name].values, atol=1e-4)
             assert response.std == first.responses[name].std == whole.responses[name].std

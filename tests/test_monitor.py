@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.measuring.calibration import CalibrationTarget
+from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of
@@ -463,6 +463,36 @@ def test_what_an_observation_knows_is_brought_to_the_strength_that_becomes_weigh
     own = (response.values - response.values[:, :, 1:2]) * response.signs[:, None, None]
     assert found.changes == pytest.approx(own * [rising.gain_at(-0.5) / -2.0, 0.0, rising.gain_at(0.5) / 1.0])
     assert pictures._changes(whole, replace(rising, gains=(1.0, 0.0, 2.0)), 0.5).changes is None
+
+
+def test_strengths_are_compared_on_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the strength doubles the gain of the pictures that it was measured on, which gain more than the others do."""
+    pictures = monitor_for()[0].pictures
+    known = record_of((2.0, 1.0)).joined(record_of((1.0, 0.8)))
+    monkeypatch.setattr(pictures, "measured", lambda *_: replace(record_of((4.0, 2.0)), multipliers=(-2.0, 0.0, 2.0)))
+    made, before = {1.0: known}, curve_of(known, REWARD)
+    curve = pictures._farther(before, 2.0, made)
+    assert curve.multipliers == (-2.0, -1.0, 0.0, 1.0, 2.0) and curve.gains[1:4] == before.gains and sorted(made) == [1.0, 2.0]
+    assert (curve.gains[0], curve.gains[4]) == pytest.approx((2 * curve.gains[1], 2 * curve.gains[3]))
+    flat = {1.0: record_of((-2.0, 1.0)).joined(record_of((4.0, 0.8)))}  # an arm on which the first pictures say the opposite
+    assert pictures._farther(curve_of(flat[1.0], REWARD), 2.0, flat).gains[4] == pytest.approx(4.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("visible", "is_visible_wanted", "looks"), [(0.9, True, 2), (1.1, True, 1), (0.9, False, 1), (math.nan, True, 1)])
+def test_a_slider_that_fresh_pictures_hardly_see_is_looked_for_farther_out(
+    visible: float, is_visible_wanted: bool, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor, _, _ = monitor_for(PROMPTS[:2], network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)
+    asked, confirmed = iter([None, 1.3]), []
+
+    def confirm(curve: ResponseCurve, level: ResponseCurve, target: CalibrationTarget) -> Calibration:
+        confirmed.append(curve.multipliers)
+        return replace(choose_scale(curve, replace(target, visible=False)), visible=visible, reached=True)
+
+    monkeypatch.setattr("library.slider_training.pictures.confirm", confirm)
+    monkeypatch.setattr("library.slider_training.pictures.next_strength", lambda *_: next(asked))
+    monitor.pictures.calibration(CalibrationTarget(gain=0.01, visible=is_visible_wanted), None)
+    assert confirmed == [(-1.0, 0.0, 1.0), (-1.3, -1.0, 0.0, 1.0, 1.3)][:looks]
 
 
 def test_prompts_of_one_text_are_measured_whole_once() -> None:

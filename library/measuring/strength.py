@@ -134,8 +134,8 @@ def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTa
 def at_level(curve: ResponseCurve, measured: ResponseCurve) -> ResponseCurve | None:
     """A curve in which each arm agrees with what was measured at its end; so do the intervals, the judges and the visibility.
 
-    `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. None where an
-    arm was found to go the other way.
+    `curve` tells the form, from few pictures at some strengths; `measured` tells the level, from many pictures at -s, 0 and s. None where
+    an arm was found to go the other way.
     """
     assert len(measured.multipliers) == 3, "the level is measured at one strength and its opposite"
     factors = _level(curve, measured)
