@@ -59,13 +59,6 @@ def test_what_nine_of_ten_pictures_exceed_is_told_with_confidence() -> None:
     assert (shares >= VISIBLE_SHARE).mean() == pytest.approx(CONFIDENCE, abs=0.01)
 
 
-@pytest.mark.parametrize("count", [4, 12, 40])
-def test_the_best_estimate_of_what_nine_of_ten_exceed_does_not_depend_on_how_many_were_measured(count: int) -> None:
-    pictures = np.exp(np.random.default_rng(0).normal(0.5, 0.8, (4000, count, 1, 1)))
-    found = [exceeded(own, confidence=0.5)[0] for own in pictures]
-    assert np.median(np.log(found)) == pytest.approx(0.5 - 0.8 * norm.ppf(VISIBLE_SHARE), abs=0.04)
-
-
 def test_where_nothing_is_changed_nothing_is_exceeded() -> None:
     found = exceeded(np.array([[[2.0, 0.0, 0.0]], [[3.0, 0.0, 1e-4]]]))
     assert 0 < found[0] < 2 and found[1:].tolist() == [0, 0]
@@ -77,9 +70,7 @@ def test_a_weight_is_as_visible_as_nearly_all_of_its_pictures() -> None:
     visibility = np.random.default_rng(0).permuted(pictures[:, None] * [2, 0, 1], axis=0).reshape(8, 4, 3)
     made = curve_of(replace(record_of(), visibility=visibility), "reward")
     assert made.visible == pytest.approx((2 * made.visible[2], 0, made.visible[2]))
-    assert made.visible[2] == pytest.approx(np.quantile(visibility[:, :, 2], 1 - VISIBLE_SHARE), rel=0.1)
-    surely = curve_of(replace(record_of(), visibility=visibility), "reward", confidence=CONFIDENCE)
-    assert np.quantile(visibility[:, :, 2], 0.02) < surely.visible[2] < 0.8 * made.visible[2]
+    assert np.quantile(visibility[:, :, 2], 0.02) < made.visible[2] < np.quantile(visibility[:, :, 2], 1 - VISIBLE_SHARE)
 
 
 def test_between_its_rungs_a_change_is_as_visible_as_its_own_arm_says() -> None:

@@ -105,7 +105,7 @@ def calibrated(gain, strengths: tuple[float, ...]) -> tuple[Calibration, list[fl
     return choose_scale(found, CalibrationTarget()), more
 
 
-@pytest.mark.parametrize("slope", [0.025, 0.3, 1.0, 6.0, 45.0])
+@pytest.mark.parametrize("slope", [0.025, 0.3, 1.0, 12.0, 45.0])
 def test_any_strength_that_a_training_leaves_is_calibrated(slope: float) -> None:
     chosen, more = calibrated(lambda m: slope * m, (0.25, 0.5, 1.0, 1.5, 2.0))
     assert chosen.reached and chosen.scale == pytest.approx(1 / slope, rel=0.1)  # of noise in the scores
@@ -205,6 +205,7 @@ def test_what_fresh_pictures_show_at_one_strength_is_brought_to_another_in_propo
     fresh = replace(known, multipliers=(-0.8, 0.0, 0.8), gains=(-1.6, 0.0, 1.6), visible=(0.936, 0.0, 0.936))
     chosen = confirm(known, fresh, SEEN)
     assert chosen.scale == pytest.approx(1 / 1.17) and chosen.visible == pytest.approx(1.0)
+    assert chosen.curve is not None and chosen.curve.multipliers == pytest.approx([-1.17, -0.8 * 1.17, 0.0, 0.8 * 1.17, 1.17])
 
 
 def test_a_scorer_in_doubt_is_not_raised_above_the_trained_strength():

@@ -20,7 +20,7 @@ from library.models.loading import load_model
 from library.prompts.files import load_prompts
 from library.rollouts.sample import SamplingConfig
 from library.scorers.io import load_scorer, save_scorer
-from library.slider_training.pictures import FEWEST_FRESH, NUM_PROMPTS, QUICK_SAMPLER
+from library.slider_training.pictures import NUM_PROMPTS, QUICK_SAMPLER
 from library.slider_training.running_gain import RunningGain
 from library.training.tracking import read_metrics
 from library.types import PromptSpec
@@ -40,11 +40,11 @@ def calibration() -> list[Row]:
 
 
 def other_draws() -> list[Row]:
-    """How far off a promise is by chance: what those nine sliders would promise if other prompts and seeds measured them, as many as a
-    calibration takes at least, over the true gain. No two draws share a prompt."""
+    """How far off a promise is by chance: what those nine sliders would promise if other prompts and seeds measured them, over the true
+    gain. A draw is of 32 prompts, as many as a short run measures: 16 that observations know, about 16 that confirm. No two share one."""
     found = load_prompts(prompts()[0])
-    count = len(found) // (NUM_PROMPTS + FEWEST_FRESH)
-    draws = [range(first, len(found), count)[: NUM_PROMPTS + FEWEST_FRESH] for first in range(count)]
+    count = len(found) // (2 * NUM_PROMPTS)
+    draws = [range(first, len(found), count)[: 2 * NUM_PROMPTS] for first in range(count)]
     quick, rows = quick_measurer(found), list[Row]()
     for score, seed in product(SCORES, SEEDS):
         path, name = calibrated(score, seed), f"scorer of {score}"
@@ -69,6 +69,7 @@ def quick_measurer(found: Sequence[PromptSpec]) -> Measurer:
         prompts=found,
         seeds=seed_table(found, 4, first=90_000),
         sampling=SamplingConfig(num_steps=20, guidance_scale=3.0, size=(64, 64), sampler=QUICK_SAMPLER, stride=2, guidance_every=2),
+        pixels=False,
     )
 
 

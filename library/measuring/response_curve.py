@@ -31,8 +31,7 @@ class ResponseCurve:
         clipped: share of pixel values at or beyond black or white [M]; empty where no pixels were made.
         resamples: of the gains, for intervals [R, M]; None where only means are known.
         judges: mean gains of independent judges, by name, in their own within-prompt standard deviations [M].
-        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed (`exceeded`) [M]; empty where no pixels were
-            made.
+        visible: the `EvaluationRecord.visibility` that `VISIBLE_SHARE` of all pictures exceed surely [M]; empty where no pixels were made.
         sound: whether judges and pictures held there (`warnings.is_sound`) [M]; empty where nobody looked.
     """
 
@@ -166,18 +165,12 @@ def response_curve(
 
 
 def curve_of(
-    record: EvaluationRecord,
-    name: str,
-    base_scores: np.ndarray | None = None,
-    others: Sequence[PairedChanges] = (),
-    *,
-    confidence: float = 0.5,
+    record: EvaluationRecord, name: str, base_scores: np.ndarray | None = None, others: Sequence[PairedChanges] = ()
 ) -> ResponseCurve:
     """The curve of one score of a record, with its judges.
 
     Args:
         base_scores, others: as in `response_curve`.
-        confidence: of what is visible. At 0.5, strengths that were measured on other numbers of pictures can be compared.
 
     Raises:
         UserError: the score does not vary without the slider.
@@ -194,7 +187,7 @@ def curve_of(
         base_scores=base_scores,
         others=others,
     )
-    visible = () if record.visibility is None else exceeded(record.visibility, confidence).tolist()
+    visible = () if record.visibility is None else exceeded(record.visibility).tolist()
     return replace(
         curve,
         judges={judge.name: tuple(gain.value for gain in judge.gains_std) for judge in record.judges},
@@ -203,15 +196,15 @@ def curve_of(
     )
 
 
-def exceeded(visibility: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
-    """What `VISIBLE_SHARE` of all pictures exceed, so surely, by those measured [P, S, M] -> [M]; 0 where none changes.
+def exceeded(visibility: np.ndarray) -> np.ndarray:
+    """What `VISIBLE_SHARE` of all pictures exceed with `CONFIDENCE`, by those measured [P, S, M] -> [M]; 0 where none changes.
 
     The lower tolerance bound of a log-normal distribution (NIST/SEMATECH e-Handbook of Statistical Methods, 7.2.6.3). The quantile of two
     dozen pictures themselves is exceeded by fewer of the others.
     """
     logs = np.log(np.maximum(visibility.reshape(-1, visibility.shape[-1]), FAINT))
     count = max(2, len(logs))
-    factor = scipy.stats.nct.ppf(confidence, count - 1, scipy.stats.norm.ppf(VISIBLE_SHARE) * count**0.5) / count**0.5
+    factor = scipy.stats.nct.ppf(CONFIDENCE, count - 1, scipy.stats.norm.ppf(VISIBLE_SHARE) * count**0.5) / count**0.5
     found = np.exp(logs.mean(0) - factor * logs.std(0, ddof=min(1, len(logs) - 1)))
     return np.where(visibility.max((0, 1)) > FAINT, found, 0.0)
 

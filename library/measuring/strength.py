@@ -13,6 +13,7 @@ from library.measuring.response_curve import ResponseCurve, summarise_curve
 
 WEAKEST, STRONGEST = 0.02, 50.0  # of the trained strength: beyond these a training went wrong, and no weight can repair it
 STEP_UP, STEP_DOWN = (1.5, 2.5), 0.1  # times the strengths that were measured: where the next one may lie
+READ_OFF = 0.4  # times the weakest strength that was measured: weaker ones are not read off the curve
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def next_strength(curve: ResponseCurve, target: CalibrationTarget) -> float | No
     """
     arm = _Arm.of(curve, target)
     weakest, strongest = float(arm.strengths[1]), float(arm.strengths[-1])
-    if arm.wanted < 0.7 * weakest:
+    if arm.wanted < READ_OFF * weakest:
         return None if weakest <= WEAKEST else max(arm.wanted, WEAKEST, STEP_DOWN * weakest)
     if arm.wanted < np.inf or arm.end < strongest or strongest >= (target.max_strength or STRONGEST):
         return None
@@ -123,12 +124,12 @@ def next_strength(curve: ResponseCurve, target: CalibrationTarget) -> float | No
 
 
 def confirm(curve: ResponseCurve, measured: ResponseCurve, target: CalibrationTarget) -> Calibration:
-    """Choose again where more pictures were measured at one strength and its opposite: by the curve `at_level`.
+    """Choose again where more pictures were measured at one strength and its opposite: by the curve `at_level`, which has them, too.
 
     Where an arm was found to go the other way, the curve is not believed, and its choice is returned with what was measured.
     """
     level = at_level(curve, measured)
-    return choose_scale(curve, target).verified(measured) if level is None else choose_scale(level, target)
+    return choose_scale(curve, target).verified(measured) if level is None else choose_scale(level.joined(measured), target)
 
 
 def at_level(curve: ResponseCurve, measured: ResponseCurve) -> ResponseCurve | None:

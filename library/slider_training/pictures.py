@@ -13,7 +13,7 @@ from library.measuring.calibration import Calibration, CalibrationTarget
 from library.measuring.measure import Measurer, Raters, seed_table
 from library.measuring.pictures import Part
 from library.measuring.record import REWARD, EvaluationRecord
-from library.measuring.response_curve import CONFIDENCE, ResponseCurve, curve_of
+from library.measuring.response_curve import ResponseCurve, curve_of
 from library.measuring.statistics import PairedChanges, within_prompt_std
 from library.measuring.strength import at_level, choose_scale, confirm, next_strength
 from library.models.base import DiffusionModel
@@ -30,9 +30,8 @@ NUM_PROMPTS, NUM_PICTURES = 16, 64  # of the base model; with fewer prompts, mor
 FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
 QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
-MEASURED_SHARE = 0.4  # of the training's evaluations, that all measuring may take: 29 % of a run
-FEWEST_FRESH = 20  # prompts that confirm it all the same: as many as that share pays for in a run of the defaults
-MANY_FRESH = 48  # the same with `full`
+MEASURED_SHARE, FEWEST_PICTURES = 0.42, 270  # that all measuring may take: of the training's evaluations, 29.6 % of a run; all the same
+FEWEST_FRESH, MANY_FRESH = 10, 48  # prompts that confirm it all the same; with `full`
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 
 
@@ -128,16 +127,15 @@ class SliderPictures:
         scale = choose_scale(curve, target).scale
         sampling, seeds = self.measurer.sampling, len(self.measurer.seeds[0])
         pairs = slice(0, seeds // 2)  # the unit is harder to know than the gain, and comes from all of the base model's pictures
-        left = MEASURED_SHARE * trained - self.spent - (self.model.num_unet_evaluations - before)
-        left /= sampling.num_evaluations  # pictures
+        spent = self.spent + self.model.num_unet_evaluations - before
+        left = max(FEWEST_PICTURES, MEASURED_SHARE * trained / sampling.num_evaluations) - spent / sampling.num_evaluations  # pictures
         prompts = spread(self.others, max(MANY_FRESH if self.full else FEWEST_FRESH, int(left / (seeds + 2 * pairs.stop))))
         spare = left - (seeds + 2 * pairs.stop) * len(prompts)
         if max(curve.multipliers) < FARTHER * scale and spare > 2 * FIRST_PAIRS:  # for the usable range
             curve = self._farther(curve, 2 * scale, made)
         fresh = self.measurer_of(prompts, FRESH_SEEDS, seeds)
         record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
-        others = [self._changes(known, curve, scale)]
-        level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], others, confidence=CONFIDENCE)
+        level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], [self._changes(known, curve, scale)])
         calibration = confirm(curve, level, target)
         short = not calibration.reached or (target.visible and calibration.is_faint)
         if short and calibration.curve is not None:  # other pictures gain or change less: perhaps a little farther out
