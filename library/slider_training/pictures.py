@@ -30,8 +30,8 @@ NUM_PROMPTS, NUM_PICTURES = 16, 64  # of the base model; with fewer prompts, mor
 FIRST_PAIRS = 16  # of prompt and seed, that a measurement begins with
 QUICK_SAMPLER, QUICK_STEPS = "dpmpp_2m", 10  # on some of the training's own timesteps (docs/experiments.md)
 MAX_STRENGTHS = 3  # measured for the calibration besides those that observations know
-MEASURED_SHARE, FEWEST_PICTURES = 0.42, 270  # that all measuring may take: of the training's evaluations, 29.6 % of a run; all the same
-FEWEST_FRESH, MANY_FRESH = 10, 48  # prompts that confirm it all the same; with `full`
+MEASURED_SHARE, FEWEST_PICTURES = 0.42, 240  # that all measuring may take: of the training's evaluations, 29.6 % of a run; all the same
+FEWEST_FRESH, MANY_FRESH = 11, 48  # prompts that confirm it all the same; with `full`
 FARTHER = 1.5  # times weight 1, that the usable range is to be known to
 
 
