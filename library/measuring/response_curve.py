@@ -15,7 +15,7 @@ from library.measuring.warnings import is_sound
 WIDEST = 2.0  # weights between whose opposites the line is fitted
 EFFECT_SHARE = 0.5  # a usable weight has at least this share of the effect per weight that the curve has at its best nearer to 0
 BURNT_CLIPPING = 0.2  # of the pixel values: a weight that clips so many more of them than the base model is not usable
-VISIBLE_SHARE, CONFIDENCE = 0.9, 0.95  # of all pictures, to be told from the base model's; how surely, by those that were measured
+VISIBLE_SHARE, CONFIDENCE = 0.9, 0.9  # of all pictures, to be told from the base model's; how surely, by those that were measured
 FAINT = 0.01  # times a visible change: less is as good as none
 GRID = 0.1  # the usable range is given on multiples of this
 
