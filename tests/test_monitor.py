@@ -17,7 +17,7 @@ from library.measuring.judges import Judges
 from library.measuring.record import REWARD, EvaluationRecord
 from library.measuring.response_curve import ResponseCurve, curve_of
 from library.measuring.statistics import within_prompt_std
-from library.measuring.strength import choose_scale
+from library.measuring.strength import choose_scale, next_strength
 from library.models.base import DiffusionModel
 from library.objectives.rewards import Goal, Limit, Reward
 from library.reports.plots import GAP, HEADER, LABEL_WIDTH
@@ -478,22 +478,35 @@ def test_strengths_are_compared_on_the_same_pictures(monkeypatch: pytest.MonkeyP
     assert pictures._farther(curve_of(flat[1.0], REWARD), 2.0, flat).gains[4] == pytest.approx(4.0, rel=0.01)
 
 
-@pytest.mark.parametrize(("visible", "is_visible_wanted", "looks"), [(0.9, True, 2), (1.1, True, 1), (0.9, False, 1), (math.nan, True, 1)])
-def test_a_slider_that_fresh_pictures_hardly_see_is_looked_for_farther_out(
-    visible: float, is_visible_wanted: bool, looks: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gain", "visible", "is_visible_wanted", "farther"),
+    [(2.0, 0.5, True, 2.2), (2.0, 1.2, True, None), (2.0, 0.5, False, None), (0.5, 1.2, False, 2.2), (5.0, 1.2, False, 0.2)],
+)
+def test_where_fresh_pictures_say_otherwise_one_strength_more_is_measured(
+    gain: float, visible: float, is_visible_wanted: bool, farther: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Farther out where they gain less or hardly see it; nearer where they gain far more."""
     monitor, _, _ = monitor_for(PROMPTS[:2], network_of=lambda model: lora_for(model, 0.2), early_stop_gain=None)
-    asked, confirmed = iter([None, 1.3]), []
+    fresh = ResponseCurve(multipliers=(-1.0, 0.0, 1.0), gains=(-gain, 0.0, gain), drifts=(1.0, 0.0, 1.0), visible=(visible, 0.0, visible))
+    fresh = replace(fresh, resamples=np.array([fresh.gains] * 2))
+    measured, more = monitor.pictures.measured, []
 
     def confirm(curve: ResponseCurve, level: ResponseCurve, target: CalibrationTarget) -> Calibration:
-        confirmed.append(curve.multipliers)
-        return replace(choose_scale(curve, replace(target, visible=False)), visible=visible, reached=True)
+        return choose_scale(fresh, target)
 
+    def measure(multipliers: tuple[float, ...], *others: object) -> EvaluationRecord:
+        more.append(max(multipliers))
+        return measured(multipliers, *others)  # pyright: ignore[reportArgumentType]
+
+    known = measured((-1.0, 1.0), "observed")
     monkeypatch.setattr("library.slider_training.pictures.FEWEST_PICTURES", 0)  # nor is the usable range looked at
+    monkeypatch.setattr("library.slider_training.pictures.choose_scale", lambda curve, target: choose_scale(fresh, CalibrationTarget()))
     monkeypatch.setattr("library.slider_training.pictures.confirm", confirm)
-    monkeypatch.setattr("library.slider_training.pictures.next_strength", lambda *_: next(asked))
-    monitor.pictures.calibration(CalibrationTarget(gain=0.01, visible=is_visible_wanted), None)
-    assert confirmed == [(-1.0, 0.0, 1.0), (-1.3, -1.0, 0.0, 1.0, 1.3)][:looks]
+    asked = iter([None])  # before the fresh pictures
+    monkeypatch.setattr("library.slider_training.pictures.next_strength", lambda curve, target: next(asked, next_strength(curve, target)))
+    monkeypatch.setattr(monitor.pictures, "measured", measure)
+    monitor.pictures.calibration(CalibrationTarget(visible=is_visible_wanted), known)
+    assert more == pytest.approx([] if farther is None else [farther])
 
 
 def test_prompts_of_one_text_are_measured_whole_once() -> None:

@@ -41,7 +41,7 @@ def calibration() -> list[Row]:
 
 def other_draws() -> list[Row]:
     """How far off a promise is by chance: what those nine sliders would promise if other prompts and seeds measured them, over the true
-    gain. A draw is of 32 prompts, as many as a short run measures: 16 that observations know, about 16 that confirm. No two share one."""
+    gain. A draw is of 32 prompts; a short run measures 27 to 30: 16 that observations know, and those that confirm. No two share one."""
     found = load_prompts(prompts()[0])
     count = len(found) // (2 * NUM_PROMPTS)
     draws = [range(first, len(found), count)[: 2 * NUM_PROMPTS] for first in range(count)]

@@ -77,11 +77,6 @@ class Calibration:
         return _with_note(replace(self, verified_up=up, verified_down=down, judges=judges))
 
     @property
-    def is_faint(self) -> bool:
-        """Whether weight 1 is hard to see in some pictures, as far as is known."""
-        return self.visible < 0.99
-
-    @property
     def preferred_weight(self) -> float:
         """See `CurveSummary.preferred_weight`; 1 where nothing was measured."""
         return 1.0 if self.line is None else self.line.preferred_weight
@@ -136,7 +131,7 @@ def _with_note(calibration: Calibration) -> Calibration:
         f"Weight +1 moves the training score by {_gain(up)} standard deviations, -1 by {_gain(down)}; slope {line}.",
     ]
     if not math.isnan(calibration.visible):
-        seen = "hard to see in some pictures" if calibration.is_faint else "plainly seen in nine of ten pictures"
+        seen = "plainly seen in nine of ten pictures" if calibration.visible > 0.99 else "hard to see in some pictures"
         words.append(f"At weight 1 the change is {seen} ({calibration.visible:.2g} times a visible one).")
     if calibration.verified_up is not None and calibration.verified_down is not None:
         words.append(f"On other seeds: {_gain(calibration.verified_up)} at +1, {_gain(calibration.verified_down)} at -1.")

@@ -137,8 +137,7 @@ class SliderPictures:
         record = fresh.measure(self.network, (-scale, scale), name="weight 1", part=Part(range(len(prompts)), pairs))
         level = curve_of(record, REWARD, fresh.base(self.network).scores[REWARD], [self._changes(known, curve, scale)])
         calibration = confirm(curve, level, target)
-        short = not calibration.reached or (target.visible and calibration.is_faint)
-        if short and calibration.curve is not None:  # other pictures gain or change less: perhaps a little farther out
+        if calibration.curve is not None:  # other pictures gain or change less, or far more: perhaps where nothing was measured yet
             strength = next_strength(calibration.curve.rescaled(1 / calibration.scale), target)
             if strength is not None:
                 calibration = confirm(self._farther(curve, strength, made), level, target)
